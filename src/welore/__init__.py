@@ -27,6 +27,7 @@ _PUBLIC = {
     "Plan": "welore.plan",
     "Record": "welore.records",
     "LowRankLinear": "welore.lowrank",
+    "PivotedLinear": "welore.lowrank",
     "WeLoreConfig": "welore.integration",
     "WeLoreError": "welore.errors",
 }

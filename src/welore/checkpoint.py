@@ -6,7 +6,7 @@ complete; a killed run continues where it was.
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +20,11 @@ from welore.directory import PLAN, RECORD, SHARD_SIZE, Step, copied, write_confi
 from welore.errors import WeLoreError
 from welore.factors import Reduction, factorise
 from welore.files import refuse_existing, refuse_source, whole_directory
+from welore.forms import FACTORED, FORMS, shapes
 from welore.integration import METHOD, WeLoreConfig, check_factors
 from welore.locate import locate
 from welore.parallel import Team, spread
+from welore.pivot import product, tensors
 from welore.plan import Allocation, MinRatio, Plan, allocate, check_settings
 from welore.progress import Progress, silent
 from welore.records import Record, read_json
@@ -150,9 +152,9 @@ def _factor(
             W = source.read(targets[a.name])
             reduction = None if kept is None else Reduction.from_tensors(kept)
             factors = factorise(W.to(device) if device else W, a.kept, a.relative_error, reduction)
+            parts = tensors(factors.A, factors.B, a.form).items()
             found = {
-                "A": factors.A.to(W.dtype).cpu().contiguous(),
-                "B": factors.B.to(W.dtype).cpu().contiguous(),
+                **{part: (t.to(W.dtype) if t.is_floating_point() else t).cpu().contiguous() for part, t in parts},
                 "excess": torch.tensor(factors.excess, dtype=torch.float64),
                 "repaired": torch.tensor(factors.repaired),
             }
@@ -178,7 +180,7 @@ def _factor(
 
 def _kept(a: Allocation) -> str:
     """Name of the factors of a matrix in the workspace."""
-    return f"{a.name}.rank-{a.kept}"
+    return f"{a.name}.{a.form}-{a.kept}"
 
 
 def merge(
@@ -208,9 +210,10 @@ def merge(
     about = read_json(directory / "config.json").get("quantization_config") or {}
     if about.get("quant_method") != METHOD:
         raise WeLoreError(f"{model} is not a checkpoint compressed by welore: there is nothing to merge")
-    check_factors(about["ranks"], weight_files(directory))
+    config = WeLoreConfig(**about)
+    check_factors(config.ranks or {}, config.forms, weight_files(directory))
     with Checkpoint(directory, str(model)) as source, whole_directory(out, overwrite=overwrite) as unfinished:
-        write_weights(unfinished, _merged(source, about["ranks"]), max_shard_size, progress)
+        write_weights(unfinished, _merged(source, config), max_shard_size, progress)
         write_config(directory, unfinished, None)
     return Path(out)
 
@@ -223,8 +226,7 @@ def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace) -> list[St
         found = workspace.fetch(_kept(a))
         if found is None:
             raise OSError(f"the factors of {a.name} in {workspace.directory} were damaged: run the same command again")
-        A, B = found["A"], found["B"]
-        return {f"{a.name}.A.weight": [A.flatten()], f"{a.name}.B.weight": [B.flatten()], f"{a.name}.weight": []}
+        return {f"{a.name}.{part}": [found[part].flatten()] for part in FORMS[a.form]} | {f"{a.name}.weight": []}
 
     steps = []
     for key in source.keys():  # noqa: SIM118 - a method of ours
@@ -233,32 +235,35 @@ def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace) -> list[St
             steps.append(copied(source, key, name))
             continue
         a = chosen.pop(name)
-        (m, n), r = a.shape, a.kept
-        tensors = {f"{a.name}.A.weight": (dtype, (m, r)), f"{a.name}.B.weight": (dtype, (r, n)), name: (dtype, (0,))}
-        steps.append(Step(tensors, partial(factors, a)))
+        announced = {
+            f"{a.name}.{part}": (torch.int32 if part == "order" else dtype, shape)
+            for part, shape in shapes(*a.shape, a.kept, a.form).items()
+        }
+        steps.append(Step({**announced, name: (dtype, (0,))}, partial(factors, a)))
     assert not chosen, f"planned but not in the checkpoint: {sorted(chosen)}"
     return steps
 
 
-def _merged(source: Checkpoint, ranks: Mapping[str, int]) -> list[Step]:
-    """What the dense checkpoint holds: W = A B where there were factors, everything else as it is."""
+def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
+    """What the dense checkpoint holds: the product where there were factors, everything else as it is."""
+    forms = {name: config.forms.get(name, FACTORED) for name in config.ranks or {}}
 
-    def product(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[Tensor]]:
-        W = source.tensor(f"{name}.A.weight").float() @ source.tensor(f"{name}.B.weight").float()
+    def dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[Tensor]]:
+        W = product({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]]}, forms[name])
         # GPT-2's Conv1D stores W^T
         W = W.T if isinstance(source.skeleton.get_submodule(name), Conv1D) else W
         assert tuple(W.shape) == shape
         return {f"{name}.weight": [W.to(dtype).flatten()]}
 
-    factors = {f"{name}.{factor}.weight" for name in ranks for factor in "AB"}
+    factors = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form]}
     steps = []
     for key in source.keys():  # noqa: SIM118 - a method of ours
         name = key.removesuffix(".weight")
-        if name in ranks:
+        if name in forms:
             weight, dtype = source.skeleton.get_submodule(name).weight, source.entry(key).dtype
             assert isinstance(weight, Tensor)
             shape = tuple(weight.shape)
-            steps.append(Step({key: (dtype, shape)}, partial(product, name, shape, dtype)))
+            steps.append(Step({key: (dtype, shape)}, partial(dense, name, shape, dtype)))
         elif key not in factors:
             steps.append(copied(source, key, key))
     return steps

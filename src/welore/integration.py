@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, choose
+from welore.forms import FACTORED, FORMS, PIVOTED
+from welore.lowrank import PivotedLinear
 from welore.plan import MinRatio, Plan
 from welore.surgery import compress_model, has_module, replace_module
 from welore.tensorfile import TensorReader
@@ -21,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "welore"
-VERSION = 1
+VERSION = 2  # 1: A and B alone; written where that is all there is, for readers that know no more
 
 
 @register_quantization_config(METHOD)
@@ -29,6 +33,7 @@ class WeLoreConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed checkpoint, or the wish to compress while loading.
 
     ranks: module name in the causal LM -> rank of its factors; in every saved checkpoint.
+    forms: module name -> how its factors are stored, where that is not as A and B (forms.FORMS).
     Without ranks, exactly one target (rank_reduction, params, threshold) and the other settings of `allocate`
     make `from_pretrained(dense, quantization_config=WeLoreConfig(rank_reduction=0.3))` compress what it loads.
     """
@@ -36,6 +41,7 @@ class WeLoreConfig(QuantizationConfigMixin):
     def __init__(
         self,
         ranks: Mapping[str, int] | None = None,
+        forms: Mapping[str, str] | None = None,
         *,
         rank_reduction: float | None = None,
         params: float | None = None,
@@ -45,14 +51,17 @@ class WeLoreConfig(QuantizationConfigMixin):
         allow_growth: bool = False,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
-        version: int = VERSION,
+        version: int = 1,
         quant_method: str = METHOD,
     ) -> None:
         if version > VERSION:
             raise WeLoreError(f"this checkpoint has format {version}, this welore reads up to {VERSION}: upgrade it")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers lists only its own
-        self.version = version
         self.ranks = None if ranks is None else {name: int(rank) for name, rank in ranks.items()}
+        for form in (forms or {}).values():
+            choose("form", form, FORMS)
+        self.forms = {name: form for name, form in (forms or {}).items() if form != FACTORED}
+        self.version = 2 if self.forms else 1
         self.include, self.exclude = list(include), list(exclude)
         self.wish: dict[str, Any] = {
             "rank_reduction": rank_reduction,
@@ -66,12 +75,12 @@ class WeLoreConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, plan: Plan) -> "WeLoreConfig":
         """The config of a model that was compressed by `plan`."""
-        return cls(plan.ranks, include=plan.include, exclude=plan.exclude)
+        return cls(plan.ranks, plan.forms, include=plan.include, exclude=plan.exclude)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
         content: dict[str, Any] = {"quant_method": METHOD, "version": self.version, "ranks": self.ranks}
-        for name in ("include", "exclude"):
+        for name in ("forms", "include", "exclude"):
             if getattr(self, name):
                 content[name] = getattr(self, name)
         return content
@@ -87,18 +96,20 @@ class WeLoreQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        ranks = self.quantization_config.ranks
+        ranks, forms = self.quantization_config.ranks, self.quantization_config.forms
         if ranks is None:
             return
         prefix = model.base_model_prefix + "."  # a bare AutoModel has no such first component in its names
         if checkpoint_files:
-            check_factors(ranks, checkpoint_files, prefix)
+            check_factors(ranks, forms, checkpoint_files, prefix)
         for name, rank in ranks.items():
-            replace_module(model, name if has_module(model, name) else name.removeprefix(prefix), rank)
+            place = name if has_module(model, name) else name.removeprefix(prefix)
+            replace_module(model, place, rank, forms.get(name, FACTORED))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
         step_aside(model)
+        check_orders(model)
         if config.ranks is None:
             del model.config.quantization_config
             plan = compress_model(model, include=config.include, exclude=config.exclude, **config.wish)
@@ -130,7 +141,9 @@ def step_aside(model: "PreTrainedModel") -> None:
             config._is_quantized = False  # type: ignore[union-attr]
 
 
-def check_factors(ranks: Mapping[str, int], files: Sequence[str | Path], prefix: str = "") -> None:
+def check_factors(
+    ranks: Mapping[str, int], forms: Mapping[str, str], files: Sequence[str | Path], prefix: str = ""
+) -> None:
     """Raise WeLoreError unless every factor is in the files with its rank: a lost one would load as noise.
 
     prefix: first component of a module's name that a file written from a bare AutoModel leaves out.
@@ -141,12 +154,25 @@ def check_factors(ranks: Mapping[str, int], files: Sequence[str | Path], prefix:
             with TensorReader(path) as reader:
                 shapes |= {name: entry.shape for name, entry in reader.entries.items()}
     for name, rank in ranks.items():
-        found = {}
-        for factor in "AB":
-            key = f"{name}.{factor}.weight"
-            found[factor] = shapes.get(key, shapes.get(key.removeprefix(prefix)))
-            if found[factor] is None:
+        form = forms.get(name, FACTORED)
+        found = []
+        for key in (f"{name}.{part}" for part in FORMS[form]):
+            shape = shapes.get(key, shapes.get(key.removeprefix(prefix)))
+            if shape is None:
                 raise WeLoreError(f"the checkpoint has lost the factor {key}: it cannot be loaded")
-        A, B = found["A"], found["B"]
-        if A is None or B is None or A[-1] != rank or B[0] != rank:
-            raise WeLoreError(f"config.json gives {name} rank {rank}, its factors are {A} and {B}: it is damaged")
+            found.append(shape)
+        left, right = (found[1], found[0]) if form == PIVOTED else (found[0], found[1])
+        if left[-1] != rank or right[0] != rank:
+            raise WeLoreError(
+                f"config.json gives {name} rank {rank}, its factors are {left} and {right}: it is damaged"
+            )
+
+
+def check_orders(model: nn.Module) -> None:
+    """Raise WeLoreError unless the order of every pivoted layer is a permutation: any other would load as garbage."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, PivotedLinear) and not layer.order.is_meta:
+            order = layer.order
+            whole = torch.arange(len(order), device=order.device, dtype=order.dtype)
+            if order.is_floating_point() or not torch.equal(order.sort().values, whole):
+                raise WeLoreError(f"{name}.order is no permutation of its {len(order)} rows: the checkpoint is damaged")

@@ -59,6 +59,19 @@ def back_transform(reflectors: Matrix, tau: Matrix, vectors: Matrix) -> None:
     _checked("ormtr", kind, b"L", b"L", b"N", k, r, reflectors, k, tau, vectors, k, work, len(work))
 
 
+def pivoted_qr(matrix: Matrix) -> NDArray[np.int64]:
+    """Order (m,) of the columns of `matrix` (r, m) in QR with column pivoting, each the longest that is left (geqp3).
+
+    The triangle R (r, m), columns in that order, overwrites the upper part of `matrix`.
+    """
+    (r, m), kind = matrix.shape, matrix.dtype
+    order, tau, size = np.zeros(m, np.int32), np.empty(min(r, m), kind), np.empty(1, kind)
+    _checked("geqp3", kind, r, m, matrix, r, order, tau, size, -1)
+    work = np.empty(int(size[0]), kind)
+    _checked("geqp3", kind, r, m, matrix, r, order, tau, work, len(work))
+    return order.astype(np.int64) - 1
+
+
 def _checked(name: str, kind: np.dtype[Any], *arguments: Any) -> None:
     info = np.zeros(1, np.int32)
     _call(cython_lapack, name, kind, *arguments, info)

@@ -1,7 +1,12 @@
-"""The low-rank layer: an nn.Module and nothing else."""
+"""The low-rank layers: nn.Modules and nothing else."""
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from welore.errors import WeLoreError
+from welore.forms import FACTORED, PIVOTED
 
 
 class LowRankLinear(nn.Module):
@@ -15,6 +20,7 @@ class LowRankLinear(nn.Module):
     dense weight with random numbers; it meets a shape mismatch here and stops instead.
     """
 
+    form: ClassVar[str] = FACTORED
     weight: Tensor
 
     def __init__(
@@ -41,7 +47,63 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shapes, as nn.Linear prints them."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
-        )
+        return _shapes(self)
+
+
+class PivotedLinear(nn.Module):
+    """y = cat(z, C z)[order] + b with z = P x: r rows of a rank-r matrix W, and the others as combinations of them.
+
+    P: nn.Linear(in_features, rank), weight (r, n). C: nn.Linear(rank, out_features - rank), weight (m - r, r): plain
+    Linears, as in LowRankLinear, and so are `bias` and the tombstone `weight`. order: (m,), int32, a permutation:
+    where in cat(z, C z) every output lies. A rank of m would leave C empty, and P as large as W: refused.
+    """
+
+    form: ClassVar[str] = PIVOTED
+    weight: Tensor
+    order: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if not 1 <= rank < out_features:
+            raise WeLoreError(
+                f"rank is {rank}: a pivoted layer with {out_features} outputs has ranks from 1 to {out_features - 1}; "
+                "keep it dense"
+            )
+        super().__init__()
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.P = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.C = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("order", torch.arange(out_features, device=device, dtype=torch.int32))
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., n) -> (..., m)."""
+        z = self.P(x)
+        y = torch.cat((z, self.C(z)), -1)
+        # gather with a stretched index: on a CPU up to six times as fast, both ways, as y[..., order] or index_select.
+        y = y.gather(-1, self.order.long().expand(y.shape))
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Shapes, as nn.Linear prints them."""
+        return _shapes(self)
+
+
+LowRank = LowRankLinear | PivotedLinear
+LAYERS: dict[str, type[LowRank]] = {FACTORED: LowRankLinear, PIVOTED: PivotedLinear}
+
+
+def _shapes(layer: LowRank) -> str:
+    return (
+        f"in_features={layer.in_features}, out_features={layer.out_features}, rank={layer.rank}, "
+        f"bias={layer.bias is not None}"
+    )

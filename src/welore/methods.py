@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from welore.errors import WeLoreError
-from welore.lowrank import LowRankLinear
+from welore.lowrank import LowRank
 from welore.plan import Plan
 from welore.targets import decoder_blocks, find_targets
 
@@ -53,7 +53,7 @@ def matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrices:
     if plan is not None:
         include, exclude = plan.include, plan.exclude
     names = [target.name for target in find_targets(model, include, exclude)]
-    factored = {name for name in names if isinstance(model.get_submodule(name), LowRankLinear)}
+    factored = {name for name in names if isinstance(model.get_submodule(name), LowRank)}
     if plan is not None:
         if factored:
             raise WeLoreError("a plan tells the matrices of a dense model apart; this model is compressed already")
@@ -65,7 +65,7 @@ def matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrices:
 
 
 def lrc(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int | None) -> Marked:
-    """Train the factors A and B of the low-rank matrices; everything else is frozen (WeLore, section 3.3)."""
+    """Train the factors (A, B or P, C) of the low-rank matrices; everything else is frozen (WeLore, section 3.3)."""
     if not found.lrc:
         raise WeLoreError(
             "method lrc has nothing to train: this model has no low-rank matrices; compress it first, or name by "
@@ -74,9 +74,9 @@ def lrc(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int 
     _freeze(model)
     for name in found.lrc:
         module = model.get_submodule(name)
-        for linear in (module.A, module.B) if isinstance(module, LowRankLinear) else (module,):
+        for linear in module.children() if isinstance(module, LowRank) else (module,):
             _weight(linear).requires_grad_()
-    return Marked(model, "the factors A and B of the LRCs" + _norms(model, train_norms))
+    return Marked(model, "the factors of the LRCs" + _norms(model, train_norms))
 
 
 def nlrc(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int | None) -> Marked:
@@ -106,8 +106,8 @@ def lora(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int
     rank = LORA_RANK if rank is None else rank
     names = []
     for name in (*found.lrc, *found.nlrc):
-        low = isinstance(model.get_submodule(name), LowRankLinear)
-        names += [f"{name}.A", f"{name}.B"] if low else [name]
+        module = model.get_submodule(name)
+        names += [f"{name}.{child}" for child, _ in module.named_children()] if isinstance(module, LowRank) else [name]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
     with known_warnings():
         adapted = get_peft_model(model, config)

@@ -6,7 +6,7 @@ are running sums along that order. numpy only.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from welore.errors import WeLoreError, choose
+from welore.forms import DENSE, FACTORED, FORMS, PIVOTED, cost, form_of
 from welore.records import read_json, write_json
 from welore.spectra import Identity, Spectra, Values, normalise
 
@@ -27,8 +28,9 @@ class Allocation:
     """What the plan says of one matrix W (m, n), full rank k = min(m, n).
 
     kept: how many of its singular values lie at or above the level. factored: True for an LRC, which is stored
-    as A (m, kept) and B (kept, n); False for an N-LRC, which stays dense and untouched.
+    in low rank; False for an N-LRC, which stays dense and untouched.
     relative_error: ||W - A B|| / ||W|| of the best factors of that rank, from the spectrum (Eckart-Young).
+    form: how an LRC is stored, one of forms.FORMS.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Allocation:
     kept: int
     factored: bool
     relative_error: float
+    form: str = FACTORED
 
     @property
     def full_rank(self) -> int:
@@ -54,8 +57,8 @@ class Allocation:
 
     @property
     def stored_parameters(self) -> int:
-        """r (m + n) when factored, m n when not."""
-        return self.kept * sum(self.shape) if self.factored else self.dense_parameters
+        """What its form costs at this rank when it is an LRC, m n when not."""
+        return int(cost(*self.shape, self.kept, self.form if self.factored else DENSE))
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,16 @@ class Plan:
     def ranks(self) -> dict[str, int]:
         """Name -> rank of every matrix that is factored (the LRCs)."""
         return {a.name: a.kept for a in self.allocations if a.factored}
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """Name -> form of every LRC."""
+        return {a.name: a.form for a in self.allocations if a.factored}
+
+    def stored(self, storage: str) -> "Plan":
+        """The same ranks, the LRCs stored as `storage` (forms.STORAGES) says."""
+        found = tuple(replace(a, form=form_of(*a.shape, a.kept, storage)) for a in self.allocations)
+        return replace(self, allocations=found)
 
     @property
     def rank_reduction(self) -> float:
@@ -125,6 +138,7 @@ class Plan:
                     "kept": a.kept,
                     "factored": a.factored,
                     "relative_error": a.relative_error,
+                    "form": a.form if a.factored else DENSE,
                 }
                 for a in self.allocations
             ],
@@ -161,7 +175,12 @@ def _read_allocation(entry: Mapping[str, Any], path: str | Path) -> Allocation:
         raise WeLoreError(f"{path}: shape and rank of {entry['name']} must be whole numbers above 0")
     if not 1 <= kept <= min(m, n):
         raise WeLoreError(f"{path}: rank {kept} of {entry['name']} must lie between 1 and {min(m, n)}")
-    return Allocation(entry["name"], (m, n), kept, bool(entry["factored"]), float(entry["relative_error"]))
+    factored = bool(entry["factored"])
+    form = entry.get("form", FACTORED) if factored else FACTORED  # plans from before there were forms have none
+    choose(f"form of {entry['name']} in {path}:", form, FORMS)
+    if form == PIVOTED and kept == min(m, n):
+        raise WeLoreError(f"{path}: {entry['name']} has full rank {kept}; pivoted storage needs a lower one")
+    return Allocation(entry["name"], (m, n), kept, factored, float(entry["relative_error"]), form)
 
 
 # --- strategies: sigma (k,) descending of every matrix -> a score (k,) descending for every singular value ------

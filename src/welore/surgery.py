@@ -3,14 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from welore.analysis import analyze_weights
 from welore.errors import WeLoreError
-from welore.factors import Factors, factorise
-from welore.lowrank import LowRankLinear
+from welore.factors import factorise
+from welore.forms import DENSE, FACTORED, ORDER_BYTES, cost
+from welore.lowrank import LAYERS, LowRank, PivotedLinear
 from welore.parallel import spread
+from welore.pivot import product, tensors
 from welore.plan import Plan, allocate
 from welore.progress import Progress, silent
 from welore.source import ModelWeights
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def replace_module(model: nn.Module, name: str, rank: int) -> LowRankLinear:
+def replace_module(model: nn.Module, name: str, rank: int, form: str = FACTORED) -> LowRank:
     """Put an (uninitialised) low-rank layer in the place of the linear layer `name`; its bias is kept."""
     if not has_module(model, name):
         raise WeLoreError(f"config.json gives a rank to {name}, but {type(model).__name__} has no such layer")
@@ -28,7 +29,7 @@ def replace_module(model: nn.Module, name: str, rank: int) -> LowRankLinear:
     weight, bias = old.weight, old.bias
     assert isinstance(weight, Tensor)
     m, n = weight.shape if isinstance(old, nn.Linear) else weight.shape[::-1]
-    new = LowRankLinear(n, m, rank, device=weight.device, dtype=weight.dtype)
+    new = LAYERS[form](n, m, rank, device=weight.device, dtype=weight.dtype)
     if bias is not None:
         assert isinstance(bias, nn.Parameter)
         new.bias = bias
@@ -60,25 +61,25 @@ def compress_model(
     chosen = {a.name: a for a in plan.allocations if a.factored}
     todo = [t for t in weights.targets if t.name in chosen]
 
-    def compute(t: Target) -> Factors:
-        return factorise(weights.read(t), chosen[t.name].kept, chosen[t.name].relative_error)
+    def compute(t: Target) -> dict[str, Tensor]:
+        a = chosen[t.name]
+        factors = factorise(weights.read(t), a.kept, a.relative_error)
+        return tensors(factors.A, factors.B, a.form)
 
     found = spread(compute, todo, [t.cost for t in todo], workers=workers, progress=progress, label="factors")
-    for t, factors in zip(todo, found, strict=True):
-        layer = replace_module(model, t.name, chosen[t.name].kept)
-        with torch.no_grad():
-            layer.A.weight.copy_(factors.A)
-            layer.B.weight.copy_(factors.B)
+    for t, parts in zip(todo, found, strict=True):
+        state = replace_module(model, t.name, chosen[t.name].kept, chosen[t.name].form).state_dict()
+        for part, tensor in parts.items():
+            state[part].copy_(tensor)
     return plan
 
 
 def merge_model(model: "PreTrainedModel") -> None:
-    """Make a compressed model in memory dense again, in place: every low-rank layer becomes W = A B."""
+    """Make a compressed model in memory dense again, in place: every low-rank layer becomes its product."""
     skeleton = dense_skeleton(model.config, type(model))
-    for name, layer in [(n, module) for n, module in model.named_modules() if isinstance(module, LowRankLinear)]:
+    for name, layer in [(n, module) for n, module in model.named_modules() if isinstance(module, LowRank)]:
         dense = skeleton.get_submodule(name)  # nn.Linear, or GPT-2's Conv1D, which stores W^T
-        with torch.no_grad():
-            W = (layer.A.weight.float() @ layer.B.weight.float()).to(layer.A.weight.dtype)
+        W = product(layer.state_dict(), layer.form).to(layer.weight.dtype)
         dense.weight = nn.Parameter(W if isinstance(dense, nn.Linear) else W.T.contiguous())
         dense.register_parameter("bias", layer.bias)
         dense.train(layer.training)
@@ -88,24 +89,26 @@ def merge_model(model: "PreTrainedModel") -> None:
 def sizes(model: "PreTrainedModel") -> dict[str, Any]:
     """ERR, parameter ratio, parameters and bytes, counted on the model itself; dense: 0, 1.
 
-    parameters, bytes: everything that is stored, tied weights once, in the dtype of the model.
+    parameters, bytes: everything that is stored, tied weights once, in the dtype of the model; in the bytes also the
+    orders of pivoted layers.
     """
     config: Any = getattr(model.config, "quantization_config", None)
     about = dict(config) if isinstance(config, Mapping) else config.to_dict() if config is not None else {}
-    ranks_removed = full_ranks = stored = dense = 0
+    ranks_removed = full_ranks = stored = dense = orders = 0
     for target in find_targets(model, about.get("include", ()), about.get("exclude", ())):
         m, n = target.shape
         layer = model.get_submodule(target.name)
-        rank = layer.rank if isinstance(layer, LowRankLinear) else None
+        rank, form = (layer.rank, layer.form) if isinstance(layer, LowRank) else (min(m, n), DENSE)
         full_ranks += min(m, n)
         dense += m * n
-        stored += m * n if rank is None else rank * (m + n)
-        ranks_removed += 0 if rank is None else min(m, n) - rank
+        stored += cost(m, n, rank, form)
+        ranks_removed += min(m, n) - rank
+        orders += ORDER_BYTES * m if isinstance(layer, PivotedLinear) else 0
     return {
         "rank_reduction": ranks_removed / full_ranks,
         "parameter_ratio": stored / dense,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()) + orders,
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from welore.errors import WeLoreError, first_line
-from welore.lowrank import LowRankLinear
+from welore.lowrank import LowRank
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -74,9 +74,9 @@ def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude:
     names = []
     targets = []
     for name, module in model.named_modules():
-        if not (type(module) in (nn.Linear, Conv1D) or isinstance(module, LowRankLinear)):
+        if not (type(module) in (nn.Linear, Conv1D) or isinstance(module, LowRank)):
             continue
-        if name.endswith((".A", ".B")) and isinstance(model.get_submodule(name[:-2]), LowRankLinear):
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), LowRank):  # A and B, or P and C
             continue
         names.append(name)
         m, n = _shape(module)
@@ -115,7 +115,7 @@ def census(model: "PreTrainedModel", targets: Sequence[Target]) -> Census:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, (nn.Linear, LowRankLinear)):
+    if isinstance(module, (nn.Linear, LowRank)):
         return module.out_features, module.in_features
     n, m = module.weight.shape  # type: ignore[misc]
     return m, n

@@ -17,7 +17,7 @@ from welore.files import refuse_source
 from welore.headloss import shrink_head
 from welore.loading import compression_of, load
 from welore.locate import locate
-from welore.lowrank import LowRankLinear
+from welore.lowrank import LowRank, PivotedLinear
 from welore.methods import METHODS, Marked, known_warnings, matrices
 from welore.plan import Plan
 from welore.progress import Progress, silent
@@ -242,15 +242,17 @@ def _numbers(marked: Marked, material: Material, trainer: ClockedTrainer) -> dic
 def _cast(model: Any, dtype: torch.dtype) -> None:
     """What is trained in float32, what is frozen in `dtype`; tied weights stay tied.
 
-    Where dtypes are mixed everything is copied, the empty tombstones too: one tensor that still lies in the mapped
-    file keeps all of the file in memory.
+    Where dtypes are mixed everything is copied, the empty tombstones and the orders too: one tensor that still lies
+    in the mapped file keeps all of the file in memory.
     """
     copy = dtype is not torch.float32
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype, copy=copy)
     for module in model.modules():
-        if isinstance(module, LowRankLinear):
+        if isinstance(module, LowRank):
             module.weight = torch.empty_like(module.weight)
+        if isinstance(module, PivotedLinear):
+            module.order = module.order.clone()
 
 
 def _batches(found: Sequence[Sequence_], batch_size: int, pad: int) -> list[Batch]:
