@@ -2,6 +2,9 @@
 
 Shapes: W (m, n) = (out_features, in_features), k = min(m, n), A (m, r), B (r, n), W ~ A B.
 
+Which approximation is best depends on the norm: the plain one (Frobenius), or a Metric that weighs what enters and
+what leaves the matrix.
+
 Everything starts from the Gram matrix of the shorter side, (k, k), and its reduction to tridiagonal form, which
 costs a fraction of an SVD and serves both the values and the factors. Values need float64 there: squares lose
 half the digits, and min-max normalisation subtracts sigma_min. Factors do not: an error in a singular vector
@@ -22,6 +25,25 @@ from welore.errors import WeLoreError
 
 EXCESS = 1e-6  # share of ||W||^2 by which the factors may miss the optimum before float64 repeats them
 BLOCK = 1 << 20  # numbers of W that are held in float64 at once
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The norm trace(G D H D^T)^(1/2) of an error D = W - A B: its rows weighed by G, its columns by H.
+
+    outputs: G (m, m); inputs: H (n, n); symmetric and positive, or the diagonals of such, (m,) and (n,).
+    """
+
+    outputs: Tensor
+    inputs: Tensor
+
+    def sides(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W (k, long) with the shorter side first, and the weights of that side and of the other; float64, W's place."""
+        wide = W.shape[0] <= W.shape[1]
+        ordered = (self.outputs, self.inputs) if wide else (self.inputs, self.outputs)
+        short, long = (weight.to(W.device, torch.float64) for weight in ordered)
+        double = (W if wide else W.T).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+        return double, short, long
 
 
 @dataclass(frozen=True)
@@ -67,9 +89,15 @@ class Reduction:
         return chosen
 
 
-def reduce(W: Tensor) -> Reduction:
-    """Float64 reduction of the Gram matrix of W (m, n) on the CPU; W W^T if m <= n, else W^T W."""
+def reduce(W: Tensor, metric: Metric | None = None) -> Reduction:
+    """Float64 reduction of the Gram matrix of W (m, n) on the CPU; W W^T if m <= n, else W^T W.
+
+    metric: of W scaled by it, G^(1/2) W H^(1/2).
+    """
     m, n = W.shape
+    if metric is not None:
+        gram = np.asfortranarray(_scaled_gram(W.cpu(), metric).numpy())
+        return Reduction(*lapack.tridiagonalise(gram), gram)
     gram = np.zeros((min(m, n), min(m, n)), order="F")
     rows = W.T if m <= n else W
     for block in rows.split(max(1, BLOCK // min(m, n))):
@@ -80,11 +108,11 @@ def reduce(W: Tensor) -> Reduction:
     return Reduction(diagonal, off_diagonal, tau, gram)
 
 
-def singular_values(W: Tensor) -> NDArray[np.float64]:
-    """Singular values of W (m, n): (k,), descending, float64. On a GPU where W lies on one."""
+def singular_values(W: Tensor, metric: Metric | None = None) -> NDArray[np.float64]:
+    """Singular values of W (m, n): (k,), descending, float64. On a GPU where W lies on one. metric: see `reduce`."""
     if _by_lapack(W):
-        return reduce(W).values()
-    squares = torch.linalg.eigvalsh(_gram(W.double()))
+        return reduce(W, metric).values()
+    squares = torch.linalg.eigvalsh(_gram(W.double()) if metric is None else _scaled_gram(W, metric))
     return squares.flip(0).clamp(min=0).sqrt().cpu().numpy()
 
 
@@ -102,17 +130,29 @@ class Factors:
     repaired: bool = False
 
 
-def factorise(W: Tensor, rank: int, optimum: float | None = None, reduction: Reduction | None = None) -> Factors:
+def factorise(
+    W: Tensor,
+    rank: int,
+    optimum: float | None = None,
+    reduction: Reduction | None = None,
+    metric: Metric | None = None,
+) -> Factors:
     """A = U_r sqrt(S_r) and B = sqrt(S_r) V_r^T: the best approximation A B of W of rank `rank`.
 
     W: any float dtype; A and B: float32 (float64 if W is). optimum: the relative error ||W - A B|| / ||W|| that
     the best factors have, if known; factors that miss it are computed again in float64. reduction: of this W, if
     it is at hand. Raises WeLoreError if W cannot have that optimum. WeLore section 4.2; Eckart & Young 1936.
+
+    metric: the norm in which A B is best, and in which optimum and excess are meant; the reduction is the scaled one.
+    With U the first singular vectors of G^(1/2) W H^(1/2), m <= n: A B = G^(-1/2) U U^T G^(1/2) W, so only the weights
+    of the shorter side are ever inverted. Every column of A is as long as its row of B.
     """
     k = min(W.shape)
     if not 1 <= rank <= k:
         raise WeLoreError(f"rank is {rank}: a matrix of shape {tuple(W.shape)} has ranks from 1 to {k}")
     precision = torch.float64 if W.dtype == torch.float64 else torch.float32
+    if metric is not None:
+        return _factorise_scaled(W, rank, metric, optimum, reduction, precision)
     W = W.to(precision, copy=True, memory_format=torch.contiguous_format)
     A, B = _project(W, _vectors(W, rank, reduction, precision))
     if optimum is None:
@@ -128,6 +168,40 @@ def factorise(W: Tensor, rank: int, optimum: float | None = None, reduction: Red
     if abs(excess) > EXCESS:
         raise WeLoreError(f"rank {rank} leaves {excess:+.1e} more of ||W||^2 than the plan says: other weights?")
     return Factors(A.to(precision), B.to(precision), excess, repaired=True)
+
+
+def _factorise_scaled(
+    W: Tensor,
+    rank: int,
+    metric: Metric,
+    optimum: float | None,
+    reduction: Reduction | None,
+    precision: torch.dtype,
+) -> Factors:
+    """`factorise` in the norm of a metric: vectors in float32, all else in float64."""
+    double, short, long = metric.sides(W)
+    half, back = _roots(short)
+    for vectors_in in (torch.float32, torch.float64):
+        if not _by_lapack(W):
+            vectors, total = _scaled_vectors(W, metric, rank)
+        else:
+            reduction = reduction or reduce(W, metric)
+            kind = np.float32 if vectors_in == torch.float32 else np.float64
+            vectors, total = torch.from_numpy(reduction.vectors(rank, kind)).double(), float(reduction.diagonal.sum())
+        vectors = vectors / torch.linalg.vector_norm(vectors, dim=0)
+        near, far = _times(half, vectors).T @ double, _times(back, vectors)
+        kept = float((_times(long, near.T) * near.T).sum())
+        excess = 0.0 if optimum is None or not total else 1 - kept / total - optimum**2
+        if abs(excess) <= EXCESS:
+            break
+        reduction = None
+    else:
+        raise WeLoreError(f"rank {rank} leaves {excess:+.1e} more of the loss than the plan says: other weights?")
+    lengths = [torch.linalg.vector_norm(near, dim=1), torch.linalg.vector_norm(far, dim=0)]
+    a, b = (x.clamp(min=float(x.max()) * 1e-6 or 1.0) for x in lengths)
+    near, far = (near * (b / a).sqrt()[:, None]).to(precision), (far * (a / b).sqrt()).to(precision)
+    A, B = (far, near) if W.shape[0] <= W.shape[1] else (near.T, far.T)
+    return Factors(A.contiguous(), B.contiguous(), excess, repaired=vectors_in == torch.float64)
 
 
 def residual(W: Tensor, A: Tensor, B: Tensor) -> float:
@@ -148,6 +222,38 @@ def _by_lapack(W: Tensor) -> bool:
 
 def _gram(W: Tensor) -> Tensor:
     return W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+
+
+def _scaled_gram(W: Tensor, metric: Metric) -> Tensor:
+    """(k, k), float64: G^(1/2) W H W^T G^(1/2) if m <= n, else H^(1/2) W^T G W H^(1/2)."""
+    double, short, long = metric.sides(W)
+    half, _ = _roots(short)
+    gram = _times(half, _times(half, _times(long, double.T).T @ double.T).T)
+    return (gram + gram.T) / 2
+
+
+def _times(weight: Tensor, X: Tensor) -> Tensor:
+    """weight @ X; weight: (k, k), or the diagonal (k,) of one."""
+    return weight[:, None] * X if weight.ndim == 1 else weight @ X
+
+
+def _roots(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric square root of a weight (k, k) or (k,), and its inverse, in float64.
+
+    By eigenvalues, so that rank-deficient weights do no harm: those below 1e-12 of the largest count as that.
+    """
+    if weight.ndim == 1:
+        root = weight.clamp(min=float(weight.max()) * 1e-12).sqrt()
+        return root, 1 / root
+    values, vectors = torch.linalg.eigh(weight)
+    root = values.clamp(min=float(values[-1]) * 1e-12).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def _scaled_vectors(W: Tensor, metric: Metric, rank: int) -> tuple[Tensor, float]:
+    """The first singular vectors (k, rank) of the scaled W on its shorter side, where W is, and its squared norm."""
+    values, vectors = torch.linalg.eigh(_scaled_gram(W, metric))
+    return vectors.flip(1)[:, :rank], float(values.sum())
 
 
 def _vectors(W: Tensor, rank: int, reduction: Reduction | None, precision: torch.dtype) -> Tensor:

@@ -31,12 +31,16 @@ def shapes(m: int, n: int, r: int, form: str) -> dict[str, tuple[int, ...]]:
 
 
 def form_of(m: int, n: int, r: int, storage: str) -> str:
-    """The form that a matrix of rank r < min(m, n) gets; WeLoreError for an unknown storage.
-
-    auto: the fewer bytes where a number takes two, the order included; so pivoted, but for the smallest ranks.
-    """
+    """The form that a matrix of rank r < min(m, n) gets; WeLoreError for an unknown storage."""
     choose("storage", storage, STORAGES)
     if storage != "auto":
         return storage
-    numbers = cost(m, n, r, FACTORED) - cost(m, n, r, PIVOTED)
-    return PIVOTED if 2 * numbers > ORDER_BYTES * m else FACTORED
+    return PIVOTED if pivoting_pays(m, n, r) else FACTORED
+
+
+def pivoting_pays(m: int, n: int, r: Any) -> Any:
+    """Whether the pivoted form takes fewer bytes where a number takes two, its order included. r: as in `cost`.
+
+    It does but for the smallest ranks.
+    """
+    return 2 * (cost(m, n, r, FACTORED) - cost(m, n, r, PIVOTED)) > ORDER_BYTES * m

@@ -1,12 +1,12 @@
 """2 - Spectra + target -> the rank of every matrix: the artefact `plan.json`.
 
-A strategy gives every singular value a score; ONE level cuts the scores of the whole model. Which level meets
-the target is solved exactly: all scores are pooled and sorted once, and rank reduction and stored parameters
-are running sums along that order. numpy only.
+A strategy (strategies.STRATEGIES) gives every singular value a score; ONE level cuts the scores of the whole model.
+Which level meets the target is solved exactly: all scores are pooled and sorted once, and rank reduction and stored
+parameters are running sums along that order. numpy only.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from welore.errors import WeLoreError, choose
-from welore.forms import DENSE, FACTORED, FORMS, PIVOTED, cost, form_of
+from welore.forms import DENSE, FACTORED, FORMS, PIVOTED, STORAGES, cost, form_of
 from welore.records import read_json, write_json
-from welore.spectra import Identity, Spectra, Values, normalise
+from welore.spectra import NONE, Identity, Spectra, Values
+from welore.strategies import BREAK_EVEN, STRATEGIES, Scores, Strategy, stored
 
 FORMAT = "welore.plan/1"
-BREAK_EVEN = "break-even"
 MinRatio = float | Literal["break-even"]
 
 
@@ -29,7 +29,8 @@ class Allocation:
 
     kept: how many of its singular values lie at or above the level. factored: True for an LRC, which is stored
     in low rank; False for an N-LRC, which stays dense and untouched.
-    relative_error: ||W - A B|| / ||W|| of the best factors of that rank, from the spectrum (Eckart-Young).
+    relative_error: ||W - A B|| / ||W|| of the best factors of that rank, from the spectrum (Eckart-Young); in the norm
+    of the plan's scaling.
     form: how an LRC is stored, one of forms.FORMS.
     """
 
@@ -67,6 +68,7 @@ class Plan:
 
     asked: the target as the user gave it, {"rank_reduction" | "params" | "threshold": value}.
     threshold: the level at which the scores were cut (WeLore's t when the strategy is `welore`).
+    scaling, calibration: as in the spectra that the plan was made from.
     """
 
     model: Identity
@@ -78,6 +80,8 @@ class Plan:
     allocations: tuple[Allocation, ...]
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    scaling: str = NONE
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -88,11 +92,6 @@ class Plan:
     def forms(self) -> dict[str, str]:
         """Name -> form of every LRC."""
         return {a.name: a.form for a in self.allocations if a.factored}
-
-    def stored(self, storage: str) -> "Plan":
-        """The same ranks, the LRCs stored as `storage` (forms.STORAGES) says."""
-        found = tuple(replace(a, form=form_of(*a.shape, a.kept, storage)) for a in self.allocations)
-        return replace(self, allocations=found)
 
     @property
     def rank_reduction(self) -> float:
@@ -124,6 +123,8 @@ class Plan:
             "format": FORMAT,
             "model": {"name": self.model.name, "fingerprint": self.model.fingerprint},
             "strategy": self.strategy,
+            "scaling": self.scaling,
+            "calibration": dict(self.calibration),
             "asked": dict(self.asked),
             "achieved": self.numbers(),
             "min_ratio": self.min_ratio,
@@ -164,6 +165,8 @@ class Plan:
                 allocations=tuple(_read_allocation(m, path) for m in content["matrices"]),
                 include=tuple(content["include"]),
                 exclude=tuple(content["exclude"]),
+                scaling=content.get("scaling", NONE),
+                calibration=content.get("calibration", {}),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise WeLoreError(f"{path} is not a plan of welore ({error!r}): make one with `welore allocate`") from error
@@ -183,41 +186,19 @@ def _read_allocation(entry: Mapping[str, Any], path: str | Path) -> Allocation:
     return Allocation(entry["name"], (m, n), kept, factored, float(entry["relative_error"]), form)
 
 
-# --- strategies: sigma (k,) descending of every matrix -> a score (k,) descending for every singular value ------
-
-
-def welore_scores(sigmas: list[Values]) -> list[Values]:
-    """The normalised spectrum itself, so that the level is the paper's one threshold. WeLore section 4.1."""
-    return [normalise(sigma) for sigma in sigmas]
-
-
-def uniform_scores(sigmas: list[Values]) -> list[Values]:
-    """The position in the spectrum, so that a level f removes the same fraction f of every matrix."""
-    return [(np.arange(len(sigma), 0, -1) - 0.5) / len(sigma) for sigma in sigmas]
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """How singular values of different matrices are compared, and which matrices may be factored by default."""
-
-    scores: Callable[[list[Values]], list[Values]]
-    min_ratio: MinRatio
-
-
-STRATEGIES = {
-    "welore": Strategy(welore_scores, min_ratio=0.5),
-    "uniform": Strategy(uniform_scores, min_ratio=0.0),
-}
-
-
 # --- the solver ------------------------------------------------------------------------------------------------
 
 
 def check_settings(
-    asked: Mapping[str, float | None], strategy: str, min_ratio: MinRatio | None
-) -> tuple[dict[str, float], Strategy, MinRatio]:
-    """The one target, the strategy and its min_ratio; WeLoreError for settings that no model could satisfy.
+    asked: Mapping[str, float | None],
+    strategy: str | None,
+    storage: str | None,
+    min_ratio: MinRatio | None,
+    scaling: str,
+) -> tuple[dict[str, float], str, str, MinRatio]:
+    """The one target, and strategy, storage and min_ratio; WeLoreError for settings that no model could satisfy.
 
+    What is not given: the paper's for plain weights (welore, factored), ours for scaled ones (waterfill, auto).
     Asked before hours of analysis, not after.
     """
     target = {name: float(value) for name, value in asked.items() if value is not None}
@@ -226,11 +207,14 @@ def check_settings(
     ((name, value),) = target.items()
     if not 0 <= value <= (2 if name == "params" else 1):  # with allow_growth factors may outgrow W, at most twice
         raise WeLoreError(f"{name} is {value:g}: it is a fraction between 0 and 1 (0.3 means 30 per cent)")
-    chosen = choose("strategy", strategy, STRATEGIES)
+    strategy = strategy or ("welore" if scaling == NONE else "waterfill")
+    storage = storage or (FACTORED if scaling == NONE else "auto")
+    choose("storage", storage, STORAGES)
+    chosen: Strategy = choose("strategy", strategy, STRATEGIES)
     min_ratio = chosen.min_ratio if min_ratio is None else min_ratio
     if min_ratio != BREAK_EVEN and not 0 <= float(min_ratio) < 1:
         raise WeLoreError(f"min_ratio is {min_ratio}: it is a fraction from 0 to below 1, or {BREAK_EVEN!r}")
-    return target, chosen, min_ratio
+    return target, strategy, storage, min_ratio
 
 
 def allocate(
@@ -239,31 +223,36 @@ def allocate(
     rank_reduction: float | None = None,
     params: float | None = None,
     threshold: float | None = None,
-    strategy: str = "welore",
+    strategy: str | None = None,
+    storage: str | None = None,
     min_ratio: MinRatio | None = None,
     allow_growth: bool = False,
 ) -> Plan:
     """The plan that comes closest to one target.
 
     rank_reduction: ERR, 0..1. params: stored parameters of the targeted matrices over dense ones, 0..1.
-    threshold: the level itself. min_ratio: a matrix is factored iff it loses more than this share of its rank
-    (None: the strategy's own; "break-even": iff the factors are smaller than W). Without allow_growth a matrix
-    whose factors would not be smaller than W stays dense. Raises WeLoreError for an unreachable target.
+    threshold: the level itself. strategy: one of STRATEGIES; storage: one of forms.STORAGES; by default the paper's
+    welore and factored for plain spectra, waterfill and auto for those of scaled matrices. min_ratio: a matrix is
+    factored iff it loses more than this share of its rank (None: the strategy's own; "break-even": iff it becomes
+    smaller). Without allow_growth a matrix whose factors would not be smaller than W stays dense; one that no token
+    of the calibration reached always does. Raises WeLoreError for an unreachable target.
     """
     asked = {"rank_reduction": rank_reduction, "params": params, "threshold": threshold}
-    target, chosen, min_ratio = check_settings(asked, strategy, min_ratio)
-    sigmas = list(spectra.values.values())
+    target, strategy, storage, min_ratio = check_settings(asked, strategy, storage, min_ratio, spectra.scaling)
     shapes = [spectra.shapes[name] for name in spectra.values]
-    scores = chosen.scores(sigmas)
+    scores = STRATEGIES[strategy].scores(spectra, storage)
+    top = max(float(s[0]) for s in scores)
+    scores = [np.full_like(s, top) if n in spectra.unreached else s for n, s in zip(spectra.values, scores, strict=True)]
     if threshold is not None:
         level = float(threshold)
     else:
-        level = _solve(scores, shapes, next(iter(target.items())), min_ratio, allow_growth)
+        level = _solve(scores, shapes, next(iter(target.items())), storage, min_ratio, allow_growth)
     allocations = []
-    for name, sigma, shape, s in zip(spectra.values, sigmas, shapes, scores, strict=True):
+    for (name, sigma), shape, s in zip(spectra.values.items(), shapes, scores, strict=True):
         r = max(1, int((s >= level).sum()))
-        factored = bool(_factored(np.array([r]), shape, min_ratio, allow_growth)[0])
-        allocations.append(Allocation(name, shape, r, factored, _tail(sigma, r)))
+        factored = bool(_factored(np.array([r]), shape, storage, min_ratio, allow_growth)[0])
+        form = form_of(*shape, r, storage) if factored else FACTORED
+        allocations.append(Allocation(name, shape, r, factored, _tail(sigma, r), form))
     return Plan(
         model=spectra.model,
         strategy=strategy,
@@ -274,6 +263,8 @@ def allocate(
         allocations=tuple(allocations),
         include=spectra.include,
         exclude=spectra.exclude,
+        scaling=spectra.scaling,
+        calibration=spectra.calibration,
     )
 
 
@@ -283,11 +274,11 @@ def _tail(sigma: Values, rank: int) -> float:
 
 
 def _factored(
-    kept: NDArray[np.int64], shape: tuple[int, int], min_ratio: MinRatio, allow_growth: bool
+    kept: NDArray[np.int64], shape: tuple[int, int], storage: str, min_ratio: MinRatio, allow_growth: bool
 ) -> NDArray[np.bool_]:
     """Whether W (m, n) is factored at each of the ranks `kept`: the LRC rule, and never larger than dense."""
     m, n = shape
-    smaller = kept * (m + n) < m * n
+    smaller = stored(kept, shape, storage) < m * n
     if min_ratio == BREAK_EVEN:
         return smaller
     lrc = (min(m, n) - kept) / min(m, n) > float(min_ratio)
@@ -295,9 +286,10 @@ def _factored(
 
 
 def _solve(
-    scores: list[Values],
+    scores: Scores,
     shapes: list[tuple[int, int]],
     target: tuple[str, float],
+    storage: str,
     min_ratio: MinRatio,
     allow_growth: bool,
 ) -> float:
@@ -307,14 +299,14 @@ def _solve(
     distinct scores. Lowering a matrix from rank k to k - j happens at its j-th smallest score; what that adds to
     the ranks removed and to the parameters stored is an increment, and the curves are cumulative sums.
     """
-    pooled, removed, stored = [], [], []
+    pooled, removed, numbers = [], [], []
     for s, (m, n) in zip(scores, shapes, strict=True):
         k = min(m, n)
         kept = np.arange(k, 0, -1)
-        factored = _factored(kept, (m, n), min_ratio, allow_growth)
+        factored = _factored(kept, (m, n), storage, min_ratio, allow_growth)
         pooled.append(s[::-1][: k - 1])
         removed.append(np.diff(np.where(factored, k - kept, 0)))
-        stored.append(np.diff(np.where(factored, kept * (m + n), m * n)))
+        numbers.append(np.diff(np.where(factored, stored(kept, (m, n), storage), m * n)))
     events = np.concatenate(pooled)
     order = np.argsort(events, kind="stable")
     events = events[order]
@@ -322,7 +314,7 @@ def _solve(
     full = sum(min(shape) for shape in shapes)
     dense = sum(m * n for m, n in shapes)
     removed_after = np.concatenate([[0], np.cumsum(np.concatenate(removed)[order])])
-    stored_after = dense + np.concatenate([[0], np.cumsum(np.concatenate(stored)[order])])
+    stored_after = dense + np.concatenate([[0], np.cumsum(np.concatenate(numbers)[order])])
 
     # Level 0 of this list prunes nothing; level i lies between the i-th score and the next one, if they differ.
     # No level passes the largest score of all, so that a flat spectrum (all ones) is left alone.

@@ -4,10 +4,12 @@ numpy only. Shapes: W (m, n) = (out_features, in_features); full_rank k = min(m,
 """
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +21,8 @@ from welore.files import whole_file
 
 Values = NDArray[np.float64]
 FORMAT = "welore.spectra/1"
+NONE, ASVD = "none", "asvd"
+PLAIN = (NONE, ASVD)  # scalings whose values are not losses in a unit that all matrices share
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Spectra:
 
     values: name -> sigma (k,), float64, descending; shapes: name -> (m, n).
     include, exclude: the patterns that chose the targets.
+    scaling: of what matrices these are the values (scaling.SCALINGS); the weights themselves under "none".
+    calibration: what the scaling rests on: inputs and settings of the calibration's record, empty without one.
+    outliers: name -> share of the weights whose |W_ij| rms(x_j) exceeds five times the mean of the matrix; calibrated.
+    unreached: names of the matrices that no token of the calibration reached: nothing is known of what a cut costs.
     """
 
     model: Identity
@@ -50,6 +58,10 @@ class Spectra:
     shapes: Mapping[str, tuple[int, int]]
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    scaling: str = NONE
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    outliers: Mapping[str, float] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
 
     def normalised(self) -> dict[str, Values]:
         """Name -> normalised spectrum s (k,), see `normalise`."""
@@ -64,6 +76,10 @@ class Spectra:
             "shapes": json.dumps({name: list(shape) for name, shape in self.shapes.items()}),
             "include": json.dumps(self.include),
             "exclude": json.dumps(self.exclude),
+            "scaling": self.scaling,
+            "calibration": json.dumps(dict(self.calibration)),
+            "outliers": json.dumps(dict(self.outliers)),
+            "unreached": json.dumps(self.unreached),
         }
         with whole_file(path) as partial:
             save_file({name: np.ascontiguousarray(v) for name, v in self.values.items()}, partial, about)
@@ -82,11 +98,20 @@ class Spectra:
                 values = {name: file.get_tensor(name) for name in shapes}
             identity = Identity(about["model"], about["fingerprint"])
             include, exclude = (tuple(json.loads(about[name])) for name in ("include", "exclude"))
+            calibrated = {name: json.loads(about.get(name, "{}")) for name in ("calibration", "outliers")}
+            unreached = tuple(json.loads(about.get("unreached", "[]")))
         except SafetensorError as error:
             raise WeLoreError(f"{path} is not a readable safetensors file ({error})") from error
         except (KeyError, json.JSONDecodeError) as error:
             raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
-        return cls(identity, values, shapes, include, exclude)
+        scaling = about.get("scaling", NONE)
+        return cls(identity, values, shapes, include, exclude, scaling, **calibrated, unreached=unreached)
+
+
+def block_of(name: str) -> str:
+    """The decoder block of a matrix, by its name up to the first number; "" outside of blocks."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return found.group() if found else ""
 
 
 def normalise(sigma: Values) -> Values:

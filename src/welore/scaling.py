@@ -1,0 +1,85 @@
+"""Scalings: in which norm a truncation of W is best. Statistics of a calibration -> the Metric of every matrix.
+
+Plain truncation minimises the error of the weights; what hurts a model is the error of its outputs, and in the end
+its loss. Let x be what enters the matrix and g the gradient of the loss at what leaves it: an error D of W costs
+E[(g^T D x)^2] / 2 of the loss to second order, and E[g g^T] and E[x x^T] stand for it if x and g are independent
+(K-FAC, arXiv 1503.05671). The other scalings know less.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from welore.calibration import Calibration
+from welore.errors import WeLoreError, choose
+from welore.factors import Metric
+from welore.spectra import ASVD, NONE
+
+INPUT, KFAC = "input", "kfac"
+DAMPING_INPUTS, DAMPING_OUTPUTS = 1e-3, 1e-2  # of the mean diagonal: directions that the sample has not shown
+ASVD_ALPHA = 0.5
+
+
+def asvd(calibration: Calibration, name: str) -> Metric:
+    """Columns scaled by E[|x_j|]^alpha. ASVD, arXiv 2312.05821, with its alpha of 0.5."""
+    magnitudes = _known(calibration.magnitudes(name), calibration, name)
+    scale = (magnitudes + DAMPING_INPUTS * magnitudes.mean()) ** ASVD_ALPHA
+    return Metric(torch.ones(calibration.shapes[name][0]), scale**2)
+
+
+def inputs(calibration: Calibration, name: str) -> Metric:
+    """The error of the outputs on the calibration's text, which SVD-LLM (arXiv 2403.07378) minimises.
+
+    All outputs of a matrix weigh the same: the mean of E[g_i^2]. That moves no singular vector, but makes the values
+    of different matrices comparable.
+    """
+    m = calibration.shapes[name][0]
+    gradients = _known(calibration.outputs(name), calibration, name).diagonal().mean()
+    return Metric(gradients.repeat(m), _damped(_known(calibration.inputs(name), calibration, name), DAMPING_INPUTS))
+
+
+def kfac(calibration: Calibration, name: str) -> Metric:
+    """Both sides: the rise of the loss, as far as inputs and gradients are independent."""
+    return Metric(
+        _damped(_known(calibration.outputs(name), calibration, name), DAMPING_OUTPUTS),
+        _damped(_known(calibration.inputs(name), calibration, name), DAMPING_INPUTS),
+    )
+
+
+SCALINGS: dict[str, Callable[[Calibration, str], Metric | None]] = {
+    NONE: lambda calibration, name: None,
+    ASVD: asvd,
+    INPUT: inputs,
+    KFAC: kfac,
+}
+
+
+def metric(scaling: str, calibration: Calibration | None, name: str) -> Metric | None:
+    """The norm for one matrix; None is the plain one, also for a matrix that the calibration never reached."""
+    make = choose("scaling", scaling, SCALINGS)
+    if scaling == NONE:
+        return None
+    if calibration is None:
+        raise WeLoreError(f"scaling {scaling} needs a calibration: make one with `welore calibrate MODEL -o FILE`")
+    return make(calibration, name) if calibration.counts.get(name) else None
+
+
+def outliers(W: Tensor, calibration: Calibration, name: str) -> float:
+    """Share of the weights whose |W_ij| rms(x_j) exceeds five times its mean over the matrix. OWL, section 3, M = 5."""
+    rms = _known(calibration.inputs(name), calibration, name).diagonal().clamp(min=0).sqrt()
+    found = W.float().abs() * rms.to(W.device)
+    return float((found > 5 * found.mean()).double().mean())
+
+
+def _known(statistic: Tensor | None, calibration: Calibration, name: str) -> Tensor:
+    if statistic is None:
+        raise WeLoreError(f"the calibration of {calibration.model.name} has no {name}: make it with the same targets")
+    return statistic.double()
+
+
+def _damped(moments: Tensor, damping: float) -> Tensor:
+    """The matrix of second moments with a share of its mean diagonal added to the diagonal."""
+    found = moments.clone()
+    found.diagonal().add_(damping * found.diagonal().mean())
+    return found
