@@ -178,7 +178,9 @@ def parts_of(model: "PreTrainedModel", ids: Tensor) -> Parts | None:
         try:
             hidden = parts.first(ids)
             for index in range(len(parts)):
-                hidden = parts.through(index, parts.block(index), ids, hidden)
+                block, entered = parts.block(index), hidden
+                hidden = parts.through(index, block, ids, entered)
+                parts.through(index, block, ids, entered.flip(1))  # what it leaves behind is now that of other tokens
             found = parts.logits(ids, hidden).float()
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, WeLoreError):
             return None  # a block missed something that an earlier one leaves behind
@@ -193,6 +195,9 @@ def placed(module: Any, device: torch.device, dtype: torch.dtype, hollow: Iterab
 
     hollow: parts that are not needed; their tensors are on the meta device.
     """
+    for name, part in module.named_modules():
+        if "forward" in vars(part):  # it would go on to work for the original
+            raise WeLoreError(f"{name or 'the model'} has been given a forward by another library: load the model anew")
     empty = {id(t) for part in hollow for t in (*part.parameters(), *part.buffers())}
 
     def moved(t: Tensor, to: torch.dtype) -> Tensor:
