@@ -16,6 +16,7 @@ from typing import Any
 _PUBLIC = {
     "analyze": "welore.analysis",
     "allocate": "welore.plan",
+    "calibrate": "welore.collection",
     "compress": "welore.checkpoint",
     "merge": "welore.checkpoint",
     "evaluate": "welore.perplexity",
@@ -25,6 +26,7 @@ _PUBLIC = {
     "demo": "welore.embedded",
     "Spectra": "welore.spectra",
     "Plan": "welore.plan",
+    "Calibration": "welore.calibration",
     "Record": "welore.records",
     "LowRankLinear": "welore.lowrank",
     "PivotedLinear": "welore.lowrank",

@@ -126,6 +126,65 @@ def analyze(
     _tell(facts, as_json, f"{facts['values']:,} singular values of {facts['matrices']} matrices -> {output}")
 
 
+@app.command(epilog="Example: `welore calibrate HuggingFaceTB/SmolLM2-135M --data self -o calibration.safetensors`")
+def calibrate(
+    model: Model,
+    output: Output,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="self (the model writes), or texts with weights: wikitext2:1,pydoc:1,my.txt:2.  [default: self]"
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to read, rounded up to whole windows.")] = 16384,
+    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Draws windows, what the model writes, and labels.")] = 0,
+    temperature: Annotated[float, typer.Option(help="Of what the model writes.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="The model writes one of the k likeliest tokens; 0: any.")] = 0,
+    top_p: Annotated[float, typer.Option(help="The model writes the likeliest tokens up to this sum.")] = 1.0,
+    first: Annotated[str, typer.Option(help="What the model's texts begin with: vocabulary, word, nothing, chat.")] = (
+        "vocabulary"
+    ),
+    batch_size: Annotated[int, typer.Option(help="Windows in work at once.")] = 4,
+    dtype: Annotated[str, typer.Option(help="Of the computation: float32, bfloat16, float16 or auto.")] = "float32",
+    include: Include = None,
+    exclude: Exclude = None,
+    cache_dir: CacheDir = None,
+    revision: Revision = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Second moments of inputs and output gradients of every targeted matrix -> calibration file."""
+    from welore.collection import calibrate
+
+    with _progress() as progress:
+        found = calibrate(
+            model,
+            data or ["self"],
+            output,
+            tokens=tokens,
+            length=length,
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            first=first,
+            batch_size=batch_size,
+            dtype=dtype,
+            include=include or (),
+            exclude=exclude or (),
+            cache_dir=cache_dir,
+            revision=revision,
+            device=_device(device),
+            progress=progress,
+        )
+    n = found.record.numbers
+    if n["never_reached"]:
+        _say(f"{n['never_reached']} of {n['matrices']} matrices were reached by no token: their statistics are zero")
+    line = f"second moments of {n['matrices']} matrices over {n['tokens']:,} tokens -> {output}"
+    _tell(_plain(found.record), as_json, line)
+
+
 @app.command(epilog="Example: `welore allocate spectra.safetensors --rank-reduction 0.3 -o plan.json`")
 def allocate(
     spectra: Annotated[Path, typer.Argument(help="File made by `welore analyze`.", show_default=False)],

@@ -98,14 +98,19 @@ class TensorReader:
 class TensorWriter:
     """Writes one safetensors file whose tensors arrive in any order. A context manager.
 
-    tensors: name -> (dtype, shape), all of them, known beforehand: the header comes first.
+    tensors: name -> (dtype, shape), all of them, known beforehand: the header comes first. metadata: what it says.
     """
 
-    def __init__(self, path: str | Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = Path(path)
         alignment = {dtype: position for position, dtype in enumerate(DTYPES.values())}
         order = sorted(tensors, key=lambda name: (alignment[tensors[name][0]], name))
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
         self.entries: dict[str, Entry] = {}
         position = 0
         for name in order:

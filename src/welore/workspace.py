@@ -59,6 +59,10 @@ class Workspace:
             path.unlink()
         return None
 
+    def holds(self, name: str) -> bool:
+        """Whether there is such a group, perhaps a damaged one."""
+        return bool(self._files(name))
+
     def drop(self, name: str) -> None:
         """Delete a group that is no longer needed."""
         for path in self._files(name):

@@ -1,0 +1,140 @@
+"""The statistics by which a cut is judged: second moments of what enters and what leaves every targeted matrix.
+
+y = W x, W (m, n). Inputs A = E[x x^T] (n, n), magnitudes E[|x_j|] (n,), output gradients G = E[g g^T] (m, m), where g
+is the gradient at y of the sum over positions of the cross-entropy, with labels sampled from the model. All means
+are over all tokens that were read, so that a matrix which few of them reach (an expert) weighs little.
+
+A file holds 4 (n^2 + n) bytes for every different input and 4 m^2 for every matrix; it is read one tensor at a time.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from welore.errors import WeLoreError
+from welore.files import whole_file
+from welore.records import Record
+from welore.spectra import Identity
+from welore.tensorfile import TensorReader, TensorWriter
+
+FORMAT = "welore.calibration/1"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Statistics of the targeted matrices of one model, in the model's order.
+
+    shapes: name -> (m, n). counts: name -> tokens that reached the matrix. shared: name -> the matrix under whose
+    name the inputs are kept (itself, or the first that reads the same tensor); without an entry it was not reached.
+    tensors: "NAME.inputs", "NAME.magnitudes" and "NAME.outputs", float32; of a loaded calibration a view of its file.
+    include, exclude: the patterns that chose the targets.
+    """
+
+    model: Identity
+    shapes: Mapping[str, tuple[int, int]]
+    counts: Mapping[str, int]
+    shared: Mapping[str, str]
+    tensors: Mapping[str, Tensor]
+    record: Record
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def inputs(self, name: str) -> Tensor | None:
+        """A (n, n), symmetric; zeros if no token reached the matrix, None if it is not in this calibration."""
+        n = self.shapes[name][1] if name in self.shapes else 0
+        return self._statistic(name, self.shared.get(name), "inputs", (n, n))
+
+    def magnitudes(self, name: str) -> Tensor | None:
+        """E[|x_j|] (n,); zeros if no token reached the matrix, None if it is not in this calibration."""
+        n = self.shapes[name][1] if name in self.shapes else 0
+        return self._statistic(name, self.shared.get(name), "magnitudes", (n,))
+
+    def outputs(self, name: str) -> Tensor | None:
+        """G (m, m), symmetric; zeros if no token reached the matrix, None if it is not in this calibration."""
+        m = self.shapes[name][0] if name in self.shapes else 0
+        return self._statistic(name, name if name in self.shared else None, "outputs", (m, m))
+
+    def _statistic(self, name: str, kept: str | None, kind: str, shape: tuple[int, ...]) -> Tensor | None:
+        if name not in self.shapes:
+            return None
+        return torch.zeros(shape) if kept is None else self.tensors[f"{kept}.{kind}"]
+
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of every tensor of the file."""
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for name, kept in self.shared.items():
+            m, n = self.shapes[name]
+            found[f"{name}.outputs"] = (torch.float32, (m, m))
+            found[f"{kept}.inputs"] = (torch.float32, (n, n))
+            found[f"{kept}.magnitudes"] = (torch.float32, (n,))
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to `path`, whole or not at all, one tensor in memory at a time."""
+        about = {
+            "format": FORMAT,
+            "model": self.model.name,
+            "fingerprint": self.model.fingerprint,
+            "shapes": json.dumps({name: list(shape) for name, shape in self.shapes.items()}),
+            "counts": json.dumps(dict(self.counts)),
+            "shared": json.dumps(dict(self.shared)),
+            "include": json.dumps(self.include),
+            "exclude": json.dumps(self.exclude),
+            "record": json.dumps(dataclasses.asdict(self.record), allow_nan=False),
+        }
+        layout = self.layout()
+        with whole_file(path) as partial, TensorWriter(partial, layout, about) as writer:
+            for name in layout:
+                writer.write(name, [self.tensors[name].flatten()])
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """The calibration at `path`, its tensors left in the file; WeLoreError if it is missing or something else."""
+        path = Path(path)
+        if not path.is_file():
+            raise WeLoreError(f"{path} does not exist: make it with `welore calibrate MODEL --data self -o {path}`")
+        with TensorReader(path) as reader:
+            about, entries = reader.metadata, reader.entries
+        if about.get("format") != FORMAT:
+            raise WeLoreError(f"{path} holds no calibration: make one with `welore calibrate MODEL -o FILE`")
+        try:
+            found = cls(
+                model=Identity(about["model"], about["fingerprint"]),
+                shapes={name: (s[0], s[1]) for name, s in json.loads(about["shapes"]).items()},
+                counts=json.loads(about["counts"]),
+                shared=json.loads(about["shared"]),
+                tensors=_Tensors(path),
+                record=Record(**json.loads(about["record"])),
+                include=tuple(json.loads(about["include"])),
+                exclude=tuple(json.loads(about["exclude"])),
+            )
+            expected = found.layout()
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
+        if expected != {name: (entry.dtype, entry.shape) for name, entry in entries.items()}:
+            raise WeLoreError(f"{path} does not hold the statistics that it names: make it again")
+        return found
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a file, each read when it is asked for, none kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __getitem__(self, name: str) -> Tensor:
+        with TensorReader(self.path) as reader:
+            return reader.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        with TensorReader(self.path) as reader:
+            return iter(list(reader.entries))
+
+    def __len__(self) -> int:
+        with TensorReader(self.path) as reader:
+            return len(reader.entries)

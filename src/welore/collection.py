@@ -1,0 +1,227 @@
+"""1 - calibrate: a mixture of texts, or text of the model's own, -> second moments of every targeted matrix."""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from welore.calibration import Calibration
+from welore.errors import WeLoreError, choose
+from welore.generation import generate_text
+from welore.loading import DTYPES, made_ready
+from welore.mixture import SELF, Mixture, Source, apportion, digest, drawn, given, parse_mixture, seed_of
+from welore.parallel import team
+from welore.progress import Progress, silent
+from welore.records import Record
+from welore.source import opened
+from welore.sweep import gather, kept, placed
+from welore.targets import Target
+from welore.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def calibrate(
+    model: "str | Path | PreTrainedModel",
+    data: Mixture | Tensor,
+    out: str | Path,
+    *,
+    tokenizer: Any = None,
+    tokens: int = 16384,
+    length: int = 512,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    first: str = "vocabulary",
+    batch_size: int = 4,
+    dtype: str = "float32",
+    whole: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    device: str | None = None,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+    progress: Progress = silent,
+) -> Calibration:
+    """Gather the statistics of MODEL's targeted matrices and write them to the file `out`; what is returned reads it.
+
+    data: "self" (text that the model writes: no data at all), a text that corpus.read_text knows, or several of them
+    with weights ("wikitext2:1,pydoc:2", or a mapping); see mixture.drawn for the part that is read. Or windows
+    (windows, length) of token ids of your own. tokens: read in all, in windows of `length`, drawn by `seed`.
+    temperature, top_k, top_p, first: of "self", see generation.generate_text. batch_size: windows in work at once.
+    dtype: of the computation; the model writes in its own. whole: see sweep.gather. tokenizer: needed for a model in
+    memory that reads or writes a text.
+
+    One decoder block is in memory at a time (but a model that writes is whole). Finished steps are kept in
+    `OUT.work`: the same call after a kill goes on there. Raises WeLoreError before anything is written.
+    """
+    path = Path(out).resolve()
+    _check(path, tokens, length, batch_size)
+    torch_dtype = choose("dtype", dtype, DTYPES)
+    with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
+        targets, identity, state = weights.targets, weights.identity, weights.state
+    mixture: dict[str, float] = {}
+    sources: list[Source] = []
+    if isinstance(data, Tensor):
+        sources, length, tokens = [given(data)], data.shape[-1], data.numel()
+    else:
+        mixture = parse_mixture(data)
+    net: Any = model
+    if mixture or not isinstance(model, nn.Module):
+        # On the CPU: the weights stay in their file until a block of them is in work.
+        where: dict[str, Any] = {"device": "cpu", "cache_dir": cache_dir, "revision": revision}
+        ready = made_ready(model, tokenizer, dtype="auto", label=None, **where)
+        net, tokenizer = ready.model, ready.tokenizer
+    _refuse_length(net, length)
+    counts = apportion(mixture, -(-tokens // length)) if mixture else {}
+    for name in (name for name in counts if name != SELF):
+        sources.append(drawn(name, mixture[name], counts[name], tokenizer, length, seed=seed, cache_dir=cache_dir))
+    torch_dtype = net.dtype if torch_dtype == "auto" else torch_dtype
+    place = torch.device(device) if device else net.device
+    writing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "first": first}
+    settings: dict[str, Any] = {
+        "data": [f"{name}:{weight:g}" for name, weight in mixture.items()],
+        "tokens": tokens,
+        "length": length,
+        "seed": seed,
+        "generation": writing if SELF in counts else None,
+        "batch_size": batch_size,
+        "dtype": str(torch_dtype).removeprefix("torch."),
+        "device": str(place),
+        "include": list(include),
+        "exclude": list(exclude),
+    }
+
+    workspace = Workspace(
+        path.with_name(path.name + ".work"), json.dumps([state, settings, whole, [source.sha256 for source in sources]])
+    )
+    workspace.open()
+    if isinstance(model, nn.Module):  # nothing tells whether weights in memory are those of an earlier run
+        workspace.remove()
+        workspace.open()
+    try:
+        started = time.perf_counter()
+        if SELF in counts:
+            size = {"tokens": counts[SELF] * length, "length": length, "seed": seed_of(seed, SELF)}
+            ids = _written(net, tokenizer, workspace, place, writing | size | {"progress": progress})
+            sources.append(Source(SELF, mixture[SELF], ids, digest(ids)))
+        generated = time.perf_counter() - started
+        ids = torch.cat([source.windows for source in sources])
+        _refuse_tokens(net, ids)
+        sweep = gather(
+            net,
+            targets,
+            ids,
+            workspace,
+            seed=seed_of(seed, "labels"),
+            batch_size=batch_size,
+            dtype=torch_dtype,
+            device=place,
+            whole=whole,
+            progress=progress,
+        )
+        fields = _finished(targets, workspace)
+        record = Record(
+            "calibration",
+            inputs={
+                "model": identity.name,
+                "fingerprint": identity.fingerprint,
+                "sources": [source.about() for source in sources],
+            },
+            settings=settings,
+            numbers={
+                "tokens": ids.numel(),
+                "windows": len(ids),
+                "matrices": len(targets),
+                "never_reached": sum(count == 0 for count in fields["counts"].values()),
+                "road": sweep.road,
+                "sampled_label_nll": sweep.loss,
+                "seconds_generation": generated,
+                "seconds_forward": sweep.forward_seconds,
+                "seconds_backward": sweep.backward_seconds,
+            },
+        )
+        chosen: dict[str, Any] = {"include": tuple(include), "exclude": tuple(exclude)}
+        Calibration(identity, record=record, **fields, **chosen).save(path)
+    except WeLoreError:
+        workspace.remove()
+        raise
+    workspace.remove()
+    return Calibration.load(path)
+
+
+def _written(model: Any, tokenizer: Any, workspace: Workspace, device: torch.device, how: Mapping[str, Any]) -> Tensor:
+    """What the model writes, in its own dtype: made once, then kept in the workspace."""
+    found = workspace.fetch("written")
+    if found is None:
+        found = {"windows": generate_text(placed(model, device, model.dtype), tokenizer, **how)}
+        workspace.store("written", found)
+    return found["windows"]
+
+
+# --- what is refused, and what is written down ----------------------------------------------------------------------
+
+
+def _check(path: Path, tokens: int, length: int, batch_size: int) -> None:
+    if path.is_dir():
+        raise WeLoreError(f"{path} is a directory: name a file to write")
+    for name, value, least in (("tokens", tokens, 1), ("length", length, 2), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise WeLoreError(f"{name} is {value}: it must be at least {least}")
+    if team().size > 1:
+        raise WeLoreError("calibrate works in one process: start it without torchrun or accelerate")
+
+
+def _refuse_length(model: "PreTrainedModel", length: int) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise WeLoreError(f"length is {length}: this model reads at most {limit} tokens at once, pass --length {limit}")
+
+
+def _refuse_tokens(model: "PreTrainedModel", ids: Tensor) -> None:
+    embeddings: Any = model.get_input_embeddings()
+    largest, size = int(ids.max()), len(embeddings.weight)
+    if largest >= size:
+        raise WeLoreError(f"the tokenizer is another model's: it gives token {largest}, this model knows {size}")
+
+
+def _finished(targets: Sequence[Target], workspace: Workspace) -> dict[str, Any]:
+    """What the workspace holds, as fields of a Calibration; tensors stay on disk."""
+    finished = _Finished(workspace)
+    counts, shared = {}, {}
+    for target in targets:
+        about = finished.group(kept(target.name, "about"))
+        counts[target.name] = int(about["count"])
+        if len(about["kept_as"]):
+            shared[target.name] = bytes(about["kept_as"].tolist()).decode()
+    shapes = {target.name: target.shape for target in targets}
+    return {"shapes": shapes, "counts": counts, "shared": shared, "tensors": finished}
+
+
+class _Finished(Mapping[str, Tensor]):
+    """The statistics in a workspace, each read when it is asked for."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace = workspace
+
+    def group(self, name: str) -> dict[str, Tensor]:
+        found = self.workspace.fetch(name)
+        if found is None:
+            self.workspace.remove()
+            raise OSError(f"{name} in {self.workspace.directory} was damaged: run the same command again")
+        return found
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.group(name)[name.rpartition(".")[2]]
+
+    def __iter__(self) -> Iterator[str]:
+        raise NotImplementedError("the names are in Calibration.layout")
+
+    def __len__(self) -> int:
+        raise NotImplementedError("the names are in Calibration.layout")

@@ -1,0 +1,111 @@
+"""Second moments of the inputs and of the output gradients of linear layers, summed by hooks while a model runs.
+
+torch only. Products of one batch are made in float32 (whatever the model computes in); sums over batches are kept in
+float64, so 8 bytes for every number of the statistics while they are gathered.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from welore.errors import WeLoreError
+
+PIECES = 4  # of a product x^T x, of which only the upper triangle of pieces is made
+SMALL = 256  # columns up to which it is made in one piece
+
+
+class Moments:
+    """Sums over the tokens that reach the modules; modules: name -> linear layer.
+
+    Run forward and backward, then `end_batch`, as often as there are batches; then `statistics`.
+
+    Layers that read the same tensor share one sum of inputs: `kept_as` names the first of them. Whether they do is
+    seen in the tensors of every batch, not in names; layers that shared by accident are told apart when they part.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.counts = dict.fromkeys(modules, 0)
+        self.kept_as: dict[str, str] = {}
+        self._inputs: dict[str, Tensor] = {}
+        self._magnitudes: dict[str, Tensor] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._batch: dict[str, list[Tensor]] = {}
+        for name, module in modules.items():
+            module.register_forward_hook(partial(self._enters, name), with_kwargs=True)
+
+    def _enters(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not x.numel():
+            return
+        self._batch.setdefault(name, []).append(x.detach())
+        total = _sum(self._outputs, name, y, square=True)
+        if y.requires_grad:
+            y.register_hook(lambda g: _add_gram(total, g.reshape(-1, g.shape[-1])))
+
+    def end_batch(self) -> None:
+        """Add what entered the modules since the last call."""
+        tensors = {name: tuple(map(_place, found)) for name, found in self._batch.items()}
+        for name, leader in list(self.kept_as.items()):
+            if tensors.get(name) != tensors.get(leader):
+                self.kept_as[name] = name
+                self._inputs[name] = self._inputs[leader].clone()
+                self._magnitudes[name] = self._magnitudes[leader].clone()
+        new: dict[tuple[Any, ...], str] = {}
+        for name in tensors:
+            if name not in self.kept_as:
+                self.kept_as[name] = new.setdefault(tensors[name], name)
+        for name, found in self._batch.items():
+            for x in found:
+                rows = x.reshape(-1, x.shape[-1])
+                self.counts[name] += len(rows)
+                if self.kept_as[name] == name:
+                    _add_gram(_sum(self._inputs, name, rows, square=True), rows)
+                    _sum(self._magnitudes, name, rows, square=False).add_(rows.float().abs().sum(0))
+        self._batch.clear()
+
+    def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, Tensor]]:
+        """("inputs", A), ("magnitudes", E|x|), if kept under this name, and ("outputs", G): float32, on the CPU.
+
+        Means over `tokens` tokens. What was given is forgotten here. Nothing is given of a layer that was never
+        reached; G is zero where the loss does not depend on the layer. WeLoreError if the model computes NaN or Inf.
+        """
+        if name not in self.kept_as:
+            return
+        if self.kept_as[name] == name:
+            yield "inputs", _mean(self._inputs.pop(name), tokens, f"the inputs of {name}")
+            yield "magnitudes", _mean(self._magnitudes.pop(name), tokens, f"the inputs of {name}")
+        yield "outputs", _mean(self._outputs.pop(name), tokens, f"the output gradients of {name}")
+
+
+def _sum(sums: dict[str, Tensor], name: str, x: Tensor, *, square: bool) -> Tensor:
+    if name not in sums:
+        n = x.shape[-1]
+        sums[name] = torch.zeros((n, n) if square else (n,), dtype=torch.float64, device=x.device)
+    return sums[name]
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors alive at the same time only if they show the same numbers."""
+    return x.data_ptr(), x.shape, x.stride(), x._version
+
+
+def _add_gram(total: Tensor, x: Tensor) -> None:
+    """Add x^T x to the upper triangle of `total` (n, n); x: (tokens, n). What lies below the diagonal is undefined."""
+    x = x.float()
+    n = x.shape[1]
+    step = n if n <= SMALL else -(-n // PIECES)
+    for start in range(0, n, step):
+        total[start : start + step, start:] += x[:, start : start + step].T @ x[:, start:]
+
+
+def _mean(total: Tensor, tokens: int, what: str) -> Tensor:
+    mean = (total / tokens).float()
+    if not bool(torch.isfinite(mean).all()):
+        raise WeLoreError(f"{what} hold NaN or Inf: try --dtype float32, or look for damaged weights")
+    if mean.ndim == 2:
+        mean.triu_()
+        mean += mean.triu(1).T
+    return mean.cpu()

@@ -1,0 +1,364 @@
+"""Moments of every targeted matrix of a decoder, with one block of it in work at a time.
+
+Three steps, each kept in a workspace so that a killed run goes on: forward, block after block, the hidden states at
+every boundary go to disk; at the top the loss, with labels sampled from the model, gives the gradient there;
+backward, block after block, each is run again with hooks on its targeted matrices.
+
+A block is taken out of the model by its call: the model runs with its blocks replaced by doors that hand the hidden
+states on, and the arguments that a door is given (masks, rotary embeddings) are those of its block. Decoders whose
+blocks see more of each other than hidden states and arguments show it in a short trial, and are run as a whole.
+"""
+
+import copy
+import inspect
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from welore.errors import WeLoreError
+from welore.moments import Moments
+from welore.progress import Progress, counted, silent
+from welore.targets import Target, decoder_blocks
+from welore.workspace import Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TRIAL = 16  # tokens on which blocks alone are compared with the whole model
+TOLERANCE = 1e-5  # of their logits, relative to the largest
+LOGITS = 1 << 23  # numbers of the logits in memory at once
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What was gathered: by blocks or whole; seconds forward and backward; the mean loss of the sampled labels."""
+
+    road: str
+    forward_seconds: float
+    backward_seconds: float
+    loss: float
+
+
+def gather(
+    model: "PreTrainedModel",
+    targets: Sequence[Target],
+    ids: Tensor,
+    workspace: Workspace,
+    *,
+    seed: int = 0,
+    batch_size: int = 4,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    whole: bool = False,
+    progress: Progress = silent,
+) -> Sweep:
+    """Put the statistics of every targeted matrix into the workspace, see `kept` and `about`.
+
+    ids: (windows, length). batch_size: windows in work at once. dtype: of the computation. whole: run the model in
+    one piece, as happens anyway if its blocks cannot be run alone or a target lies outside them. The model may lie
+    in a mapped file: of a checkpoint on disk only the block in work is in memory.
+    """
+    place = torch.device(device) if device is not None else model.device
+    uniform = torch.rand(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    batches = list(range(0, len(ids), batch_size))
+    text = _Text(ids.to(place), uniform.to(place), [slice(start, start + batch_size) for start in batches])
+    inside = decoder_blocks(model)[0] + "."
+    whole = whole or not all(target.name.startswith(inside) for target in targets)
+    parts = None if whole else parts_of(model, ids[:1, :TRIAL])
+    if parts is None:
+        return _whole(placed(model, place, dtype), targets, text, workspace, progress)
+    return _Blocks(Parts(model, place, dtype, parts.form), targets, text, workspace).gather(progress)
+
+
+def kept(name: str, kind: str) -> str:
+    """Name in the workspace of a statistic of a matrix; kind: inputs, magnitudes, outputs, about."""
+    return f"{name}.{kind}"
+
+
+@dataclass(frozen=True)
+class _Text:
+    """ids, uniform: (windows, length), tokens and the uniform numbers that choose labels; batches of windows."""
+
+    ids: Tensor
+    uniform: Tensor
+    batches: list[slice]
+
+
+# --- a decoder in parts ---------------------------------------------------------------------------------------------
+
+
+class _Reached(Exception):  # noqa: N818 - not an error: how a door stops the model
+    """A door was reached, with these arguments."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.given = args, kwargs
+
+
+class Parts:
+    """What lies around the blocks of a decoder, and its blocks one at a time, as frozen copies.
+
+    form: how many things a block returns in a tuple, None for the hidden states alone; learnt by running the first.
+    """
+
+    def __init__(
+        self, model: "PreTrainedModel", device: torch.device, dtype: torch.dtype, form: int | None = None
+    ) -> None:
+        self.name, self._blocks = decoder_blocks(model)
+        self.device, self.dtype, self.form = device, dtype, form
+        self._shell: Any = placed(model, device, dtype, hollow=self._blocks)
+        self._stop: int | None = None
+        self._top = torch.empty(0)
+        for index, block in enumerate(self._shell.get_submodule(self.name)):
+            block.forward = lambda *args, index=index, **kwargs: self._door(index, args, kwargs)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def block(self, index: int) -> nn.Module:
+        """A block, in memory as long as it is held."""
+        return placed(self._blocks[index], self.device, self.dtype)
+
+    def first(self, ids: Tensor) -> Tensor:
+        """The hidden states (b, length, width) that enter the first block."""
+        args, kwargs = self._call(0, ids)
+        return _hidden(args, kwargs)
+
+    def through(self, index: int, block: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:
+        """What the block makes of the hidden states of these tokens."""
+        args, kwargs = self._call(index, ids)
+        result = block(hidden, *args[1:], **kwargs) if args else block(**(kwargs | {"hidden_states": hidden}))
+        if index == 0:
+            self.form = None if isinstance(result, Tensor) else len(result)
+        return result if isinstance(result, Tensor) else result[0]
+
+    def logits(self, ids: Tensor, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits of hidden states that leave the last block, at these positions where the model can choose."""
+        self._stop, self._top = None, hidden
+        choice = {} if positions is None or not self.chooses else {"logits_to_keep": positions}
+        return self._shell(ids, use_cache=False, **choice).logits
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a token has."""
+        return int(self._shell.get_output_embeddings().weight.shape[0])
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the model computes the logits of chosen positions."""
+        return "logits_to_keep" in inspect.signature(self._shell.forward).parameters
+
+    @torch.no_grad()
+    def _call(self, index: int, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._stop = index
+        try:
+            self._shell(ids, use_cache=False)
+        except _Reached as reached:
+            return reached.given
+        raise WeLoreError(f"{type(self._shell).__name__} never calls its decoder block {index}: it is not supported")
+
+    def _door(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if index == self._stop:
+            raise _Reached(args, kwargs)
+        last = self._stop is None and index == len(self._blocks) - 1
+        hidden = self._top if last else _hidden(args, kwargs)
+        return hidden if self.form is None else (hidden, *[None] * (self.form - 1))
+
+
+def parts_of(model: "PreTrainedModel", ids: Tensor) -> Parts | None:
+    """The model in parts, if they make the same of a few tokens as the whole; else None."""
+    parts, ids = Parts(model, model.device, model.dtype), ids.to(model.device)
+    frozen: Any = placed(model, model.device, model.dtype)
+    with torch.no_grad():
+        expected = frozen(ids, use_cache=False).logits.float()
+        try:
+            hidden = parts.first(ids)
+            for index in range(len(parts)):
+                block, entered = parts.block(index), hidden
+                hidden = parts.through(index, block, ids, entered)
+                parts.through(index, block, ids, entered.flip(1))  # what it leaves behind is now that of other tokens
+            found = parts.logits(ids, hidden).float()
+        except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, WeLoreError):
+            return None  # a block missed something that an earlier one leaves behind
+    if not bool(torch.isfinite(expected).all()):
+        raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
+    same = float((found - expected).abs().max()) <= TOLERANCE * float(expected.abs().max())
+    return parts if same else None
+
+
+def placed(module: Any, device: torch.device, dtype: torch.dtype, hollow: Iterable[nn.Module] = ()) -> Any:
+    """A frozen copy on a device, floating parameters in dtype; it shares what is in place already.
+
+    hollow: parts that are not needed; their tensors are on the meta device.
+    """
+    for name, part in module.named_modules():
+        if "forward" in vars(part):  # it would go on to work for the original
+            raise WeLoreError(f"{name or 'the model'} has been given a forward by another library: load the model anew")
+    empty = {id(t) for part in hollow for t in (*part.parameters(), *part.buffers())}
+
+    def moved(t: Tensor, to: torch.dtype) -> Tensor:
+        return torch.empty_like(t, device="meta") if id(t) in empty else t.detach().to(device, to)
+
+    copies: dict[int, Any] = {}
+    for parameter in module.parameters():
+        to = dtype if parameter.is_floating_point() else parameter.dtype
+        copies[id(parameter)] = nn.Parameter(moved(parameter, to), requires_grad=False)
+    for buffer in module.buffers():
+        copies[id(buffer)] = moved(buffer, buffer.dtype)
+    return copy.deepcopy(module, copies).eval()
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    found = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(found, Tensor)
+    return found
+
+
+# --- labels sampled from the model ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sampled_gradient(logits: Tensor, uniform: Tensor) -> tuple[Tensor, float]:
+    """Gradient (tokens, vocabulary) of the summed cross-entropy at the logits, and that sum; labels from the model.
+
+    uniform: (tokens,) in [0, 1): the label is where the cumulated probabilities pass it, on any device.
+    """
+    scores = logits.float()
+    gradient = scores.softmax(-1)
+    cumulated = gradient.cumsum(-1, dtype=torch.float64)
+    labels = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
+    labels = labels.clamp_(max=logits.shape[-1] - 1).squeeze(1)
+    loss = cross_entropy(scores, labels, reduction="sum")
+    if not bool(torch.isfinite(loss)):
+        raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
+    gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return gradient.to(logits.dtype), float(loss)
+
+
+def _pieces(length: int, vocabulary: int) -> list[slice]:
+    step = max(1, LOGITS // vocabulary)
+    return [slice(start, start + step) for start in range(0, length, step)]
+
+
+# --- the two roads --------------------------------------------------------------------------------------------------
+
+
+class _Blocks:
+    """One block at a time. Everything that was computed is in the workspace, or is computed when it is asked for."""
+
+    def __init__(self, parts: Parts, targets: Sequence[Target], text: _Text, workspace: Workspace) -> None:
+        self.parts, self.text, self.workspace = parts, text, workspace
+        self.targets: list[dict[str, str]] = [{} for _ in range(len(parts))]
+        for target in targets:
+            index, _, rest = target.name.removeprefix(parts.name + ".").partition(".")
+            self.targets[int(index)][target.name] = rest
+
+    def gather(self, progress: Progress) -> Sweep:
+        """All statistics, from wherever an earlier run has left off."""
+        count = len(self.parts)
+        begun = next((i for i in range(count + 1) if self.workspace.holds(f"gradient-{i}")), count + 1)
+        started = time.perf_counter()
+        if begun > count:
+            for index in counted(progress, range(count + 1), "blocks, forward"):
+                self.boundary(index)
+        forward = time.perf_counter()
+        for index in counted(progress, range(begun - 1, -1, -1), "blocks, backward"):
+            self.gradient(index)
+        done = time.perf_counter()
+        loss = self.workspace.fetch("loss")
+        return Sweep("blocks", forward - started, done - forward, float(loss["mean"]) if loss else float("nan"))
+
+    @torch.no_grad()
+    def boundary(self, index: int) -> Tensor:
+        """Hidden states (windows, length, width) that enter block `index`, or leave the last one."""
+        found = self.workspace.fetch(f"boundary-{index}")
+        if found is not None:
+            return found["hidden"]
+        ids, batches, device = self.text.ids, self.text.batches, self.parts.device
+        if index == 0:
+            pieces = [self.parts.first(ids[batch]).cpu() for batch in batches]
+        else:
+            below, block = self.boundary(index - 1), self.parts.block(index - 1)
+            pieces = [
+                self.parts.through(index - 1, block, ids[batch], below[batch].to(device)).cpu() for batch in batches
+            ]
+        hidden = torch.cat(pieces)
+        self.workspace.store(f"boundary-{index}", {"hidden": hidden})
+        return hidden
+
+    def gradient(self, index: int) -> Tensor:
+        """Gradient of the summed loss at that boundary; the statistics of the block above it are kept on the way."""
+        found = self.workspace.fetch(f"gradient-{index}")
+        if found is not None:
+            return found["gradient"]
+        if index == len(self.parts):
+            gradient = self._top()
+        else:
+            above = self.gradient(index + 1)
+            gradient = self._block(index, self.boundary(index), above)
+        self.workspace.store(f"gradient-{index}", {"gradient": gradient})
+        for name in (f"gradient-{index + 1}", f"boundary-{index + 1}"):
+            self.workspace.drop(name)
+        return gradient
+
+    def _top(self) -> Tensor:
+        hidden, gradients, total = self.boundary(len(self.parts)), [], 0.0
+        for ids, uniform, window in zip(self.text.ids, self.text.uniform, hidden, strict=True):
+            leaf = window[None].to(self.parts.device).requires_grad_()
+            pieces = _pieces(len(ids), self.parts.vocabulary) if self.parts.chooses else [slice(None)]
+            for piece in pieces:
+                positions = torch.arange(len(ids), device=ids.device)[piece]
+                logits = self.parts.logits(ids[None], leaf, positions)
+                gradient, loss = sampled_gradient(logits[0], uniform[piece])
+                torch.autograd.backward(logits, gradient[None])
+                total += loss
+            assert leaf.grad is not None
+            gradients.append(leaf.grad.cpu())
+        self.workspace.store("loss", {"mean": torch.tensor(total / self.text.ids.numel(), dtype=torch.float64)})
+        return torch.cat(gradients)
+
+    def _block(self, index: int, hidden: Tensor, above: Tensor) -> Tensor:
+        block, device = self.parts.block(index), self.parts.device
+        moments = Moments({name: block.get_submodule(rest) for name, rest in self.targets[index].items()})
+        gradients = []
+        for batch in self.text.batches:
+            leaf = hidden[batch].to(device).requires_grad_()
+            result = self.parts.through(index, block, self.text.ids[batch], leaf)
+            torch.autograd.backward(result, above[batch].to(device))
+            moments.end_batch()
+            assert leaf.grad is not None
+            gradients.append(leaf.grad.cpu())
+        _store(moments, list(self.targets[index]), self.text.ids.numel(), self.workspace)
+        return torch.cat(gradients)
+
+
+def _whole(model: Any, targets: Sequence[Target], text: _Text, workspace: Workspace, progress: Progress) -> Sweep:
+    """The whole model at once, forward and backward, all statistics in memory: what the other road must equal."""
+    names = [target.name for target in targets]
+    moments = Moments({name: model.get_submodule(name) for name in names})
+    model.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.requires_grad_())
+    forward = backward = total = 0.0
+    for batch in counted(progress, text.batches, "windows"):
+        started = time.perf_counter()
+        logits = model(text.ids[batch], use_cache=False).logits
+        found = [sampled_gradient(*window) for window in zip(logits, text.uniform[batch], strict=True)]
+        total += sum(loss for _, loss in found)
+        reached = time.perf_counter()
+        torch.autograd.backward(logits, torch.stack([gradient for gradient, _ in found]))
+        moments.end_batch()
+        forward, backward = forward + reached - started, backward + time.perf_counter() - reached
+    _store(moments, names, text.ids.numel(), workspace)
+    return Sweep("whole", forward, backward, total / text.ids.numel())
+
+
+def _store(moments: Moments, names: Sequence[str], tokens: int, workspace: Workspace) -> None:
+    for name in names:
+        for kind, statistic in moments.statistics(name, tokens):
+            workspace.store(kept(name, kind), {kind: statistic})
+        leader = moments.kept_as.get(name, "").encode()
+        about = {"count": torch.tensor(moments.counts[name]), "kept_as": torch.tensor(list(leader), dtype=torch.uint8)}
+        workspace.store(kept(name, "about"), about)

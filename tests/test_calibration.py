@@ -1,0 +1,477 @@
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+
+import welore
+import welore.loading
+from conftest import FAMILIES, MIXTURES, build
+from toys import checkpoint
+from welore import sweep
+from welore.calibration import Calibration
+from welore.errors import WeLoreError
+from welore.mixture import seed_of
+from welore.moments import Moments
+from welore.source import ModelWeights
+from welore.targets import find_targets
+from welore.workspace import Workspace
+
+IDS = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(1))
+
+
+def by_hand(model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Tensor]:
+    """The same statistics from autograd: gradients of what is added to every output, one window after the other."""
+    model = copy.deepcopy(model)
+    if model.config.model_type not in MIXTURES:  # fused experts have no product in float64
+        model.double()
+    uniform = torch.rand(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    inputs: dict[str, list[Tensor]] = {}
+    added: dict[str, list[Tensor]] = {}
+
+    def hook(name: str) -> Callable[..., Tensor]:
+        def forward(module: nn.Module, args: tuple[Any, ...], y: Tensor) -> Tensor:
+            zero = torch.zeros_like(y, requires_grad=True)
+            inputs.setdefault(name, []).append(args[0].detach().reshape(-1, args[0].shape[-1]))
+            added.setdefault(name, []).append(zero)
+            return y + zero
+
+        return forward
+
+    targets = find_targets(model)
+    for target in targets:
+        model.get_submodule(target.name).register_forward_hook(hook(target.name))
+    for window, numbers in zip(ids, uniform, strict=True):
+        logits = model(window[None], use_cache=False).logits[0].double()
+        below = logits.softmax(-1).cumsum(-1) <= numbers[:, None]
+        cross_entropy(logits, below.sum(-1), reduction="sum").backward()
+    found = {}
+    for target in targets:
+        x = torch.cat(inputs[target.name]).double()
+        g = torch.cat([zero.grad.reshape(-1, zero.shape[-1]) for zero in added[target.name] if zero.grad is not None])
+        g = g.double()
+        found |= {
+            f"{target.name}.inputs": x.T @ x / ids.numel(),
+            f"{target.name}.magnitudes": x.abs().sum(0) / ids.numel(),
+            f"{target.name}.outputs": g.T @ g / ids.numel(),
+        }
+    return found
+
+
+def gathered(model: PreTrainedModel, directory: Path, ids: Tensor = IDS, **how: Any) -> Calibration:
+    return welore.calibrate(model, ids, directory / "c.safetensors", **how)
+
+
+def statistics(found: Calibration) -> dict[str, Tensor]:
+    """Every tensor of a calibration."""
+    return {name: found.tensors[name] for name in found.layout()}
+
+
+def seed_of_labels() -> int:
+    return seed_of(0, "labels")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+def test_statistics_are_those_of_autograd_by_hand(family: str, whole: bool, tmp_path: Path) -> None:
+    model = build(family)
+    found = gathered(model, tmp_path, whole=whole, batch_size=2)
+    assert found.record.numbers["road"] == ("whole" if whole else "blocks")
+    expected = by_hand(model, IDS, seed_of_labels())
+    for name in found.shapes:
+        for kind, get in (("inputs", found.inputs), ("magnitudes", found.magnitudes), ("outputs", found.outputs)):
+            value, wanted = get(name), expected[f"{name}.{kind}"]
+            assert value is not None
+            torch.testing.assert_close(value.double(), wanted, rtol=2e-3, atol=1e-5 * float(wanted.abs().max()))
+            if value.ndim == 2:
+                assert torch.equal(value, value.T)
+        assert found.counts[name] == IDS.numel()
+
+
+# --- the two roads --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral"])
+def test_blocks_one_at_a_time_give_what_the_whole_model_gives(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    blocks = statistics(gathered(model, tmp_path))
+    whole = statistics(gathered(model, tmp_path, whole=True))
+    assert blocks.keys() == whole.keys()
+    for name, value in blocks.items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-6 * float(whole[name].abs().max()))
+
+
+def test_sliding_windows_and_their_masks_belong_to_their_blocks(tmp_path: Path) -> None:
+    ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(2))
+    model = build("gemma3_text", sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+    found, expected = gathered(model, tmp_path, ids), by_hand(model, ids, seed_of_labels())
+    for name, value in statistics(found).items():
+        torch.testing.assert_close(
+            value.double(), expected[name], rtol=2e-3, atol=1e-5 * float(expected[name].abs().max())
+        )
+
+
+class Leaves(LlamaDecoderLayer):
+    """Leaves its result behind."""
+
+    left: ClassVar[list[Tensor]] = []
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.left[:] = [super().forward(hidden_states, **kwargs)]
+        return self.left[0]
+
+
+class Finds(LlamaDecoderLayer):
+    """Adds what was left behind."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        return super().forward(hidden_states + Leaves.left[0], **kwargs)
+
+
+def test_a_decoder_whose_blocks_share_more_than_hidden_states_runs_whole(tmp_path: Path) -> None:
+    model = build("llama")
+    model.model.layers[0].__class__, model.model.layers[1].__class__ = Leaves, Finds
+    found = gathered(model, tmp_path)
+    assert found.record.numbers["road"] == "whole"
+    expected = by_hand(model, IDS, seed_of_labels())
+    for name, value in statistics(found).items():
+        torch.testing.assert_close(
+            value.double(), expected[name], rtol=2e-3, atol=1e-5 * float(expected[name].abs().max())
+        )
+
+
+def test_pieces_of_the_logits_do_not_change_the_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once = statistics(gathered(build("llama"), tmp_path))
+    monkeypatch.setattr(sweep, "LOGITS", 4 * 96)  # four positions
+    for name, value in statistics(gathered(build("llama"), tmp_path)).items():
+        torch.testing.assert_close(value, at_once[name], rtol=1e-4, atol=1e-7)
+
+
+def test_windows_in_work_at_once_do_not_change_the_statistics(tmp_path: Path) -> None:
+    one, three = (statistics(gathered(build("llama"), tmp_path, batch_size=size)) for size in (1, 3))
+    for name, value in one.items():
+        torch.testing.assert_close(value, three[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_in_memory_is_left_as_it_was(tmp_path: Path) -> None:
+    model = build("llama").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gathered(model, tmp_path)
+    assert model.training
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(not module._forward_hooks and "forward" not in vars(module) for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_bfloat16_weights_are_computed_with_in_float32(tmp_path: Path) -> None:
+    half = build("llama", torch.bfloat16)
+    found, expected = gathered(half, tmp_path), by_hand(half.float(), IDS, seed_of_labels())
+    assert found.record.settings["dtype"] == "float32"
+    for name, value in statistics(found).items():
+        torch.testing.assert_close(
+            value.double(), expected[name], rtol=2e-3, atol=1e-5 * float(expected[name].abs().max())
+        )
+
+
+# --- sharing, and what is never reached -----------------------------------------------------------------------------
+
+
+def test_matrices_that_read_the_same_tensor_share_one_statistic(tmp_path: Path) -> None:
+    found = gathered(build("llama"), tmp_path)
+    block = {name.removeprefix("model.layers.1."): kept for name, kept in found.shared.items() if ".1." in name}
+    assert {name: kept.removeprefix("model.layers.1.") for name, kept in block.items()} == {
+        "self_attn.q_proj": "self_attn.q_proj",
+        "self_attn.k_proj": "self_attn.q_proj",
+        "self_attn.v_proj": "self_attn.q_proj",
+        "self_attn.o_proj": "self_attn.o_proj",
+        "mlp.gate_proj": "mlp.gate_proj",
+        "mlp.up_proj": "mlp.gate_proj",
+        "mlp.down_proj": "mlp.down_proj",
+    }
+    kept = {name for name in found.layout() if name.endswith(".inputs")}
+    assert len(kept) == 8
+
+
+class Fork(nn.Module):
+    """Two layers that read the same tensor, except in the batches in which `apart` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.never = nn.Linear(7, 5), nn.Linear(7, 3, bias=False), nn.Linear(7, 2)
+        self.apart = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.left(x).sum()
+        if self.apart:
+            return y
+        return y + self.right(x).sum()
+
+
+@pytest.mark.parametrize("order", [(False, True, False), (True, False, False), (False, False, True)])
+def test_matrices_that_share_only_sometimes_are_told_apart(order: tuple[bool, ...]) -> None:
+    fork, xs = Fork(), torch.randn(3, 4, 7)
+    moments = Moments({name: fork.get_submodule(name) for name in ("left", "right", "never")})
+    for x, apart in zip(xs, order, strict=True):
+        fork.apart = apart
+        fork(x).backward()
+        moments.end_batch()
+    together = torch.cat([x for x, apart in zip(xs, order, strict=True) if not apart])
+    for name, rows in (("left", xs.reshape(-1, 7)), ("right", together)):
+        found = dict(moments.statistics(name, 12))
+        torch.testing.assert_close(found["inputs"], rows.T @ rows / 12)
+        torch.testing.assert_close(found["magnitudes"], rows.abs().sum(0) / 12)
+        assert moments.counts[name] == len(rows)
+    assert not dict(moments.statistics("never", 12))
+    assert moments.counts["never"] == 0
+
+
+def test_wide_products_are_made_in_pieces_of_the_upper_triangle() -> None:
+    layer, x = nn.Linear(301, 270), torch.randn(19, 301)
+    moments = Moments({"layer": layer})
+    y = layer(x)
+    y.backward(g := torch.randn_like(y))
+    moments.end_batch()
+    found = dict(moments.statistics("layer", 19))
+    torch.testing.assert_close(found["inputs"], x.T @ x / 19)
+    torch.testing.assert_close(found["outputs"], g.T @ g / 19)
+
+
+class Ungated(LlamaMLP):
+    """Leaves one of its matrices out."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.up_proj(x))
+
+
+def test_a_matrix_that_no_token_reaches_has_zeros_and_a_count_of_zero(tmp_path: Path) -> None:
+    model = build("llama")
+    model.model.layers[0].mlp.__class__ = Ungated
+    found = gathered(model, tmp_path)
+    name = "model.layers.0.mlp.gate_proj"
+    assert found.counts[name] == 0
+    assert found.record.numbers["never_reached"] == 1
+    for value, shape in (
+        (found.inputs(name), (32, 32)),
+        (found.outputs(name), (56, 56)),
+        (found.magnitudes(name), (32,)),
+    ):
+        assert value is not None
+        assert torch.equal(value, torch.zeros(shape))
+    assert found.inputs("model.embed_tokens") is None
+    assert found.outputs("no.such.matrix") is None
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+
+def test_a_saved_calibration_loads_equal_and_saves_to_the_same_bytes(tmp_path: Path) -> None:
+    found = gathered(build("qwen2"), tmp_path, exclude=["down_proj"])
+    again = Calibration.load(tmp_path / "c.safetensors")
+    again.save(tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
+    for field in ("model", "shapes", "counts", "shared", "record", "include", "exclude"):
+        assert getattr(found, field) == getattr(again, field)
+    assert again.exclude == ("down_proj",)
+    assert dict(again.tensors).keys() == again.layout().keys()
+    assert len(again.tensors) == len(again.layout())
+
+
+def test_the_file_can_be_read_by_anyone(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    found = gathered(build("llama"), tmp_path)
+    theirs = load_file(tmp_path / "c.safetensors")
+    assert theirs.keys() == found.layout().keys()
+    assert torch.equal(theirs["model.layers.1.mlp.down_proj.inputs"], found.inputs("model.layers.1.mlp.down_proj"))
+
+
+def test_a_calibration_of_another_model_is_told_from_this_one(tmp_path: Path) -> None:
+    found = gathered(build("llama"), tmp_path)
+    other = ModelWeights(build("llama", num_key_value_heads=4))
+    found.model.check(ModelWeights(build("llama")).identity, "calibration")
+    with pytest.raises(WeLoreError, match="the calibration was made for another model"):
+        found.model.check(other.identity, "calibration")
+
+
+def test_files_that_are_no_calibration_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    with pytest.raises(WeLoreError, match="does not exist: make it with `welore calibrate MODEL"):
+        Calibration.load(tmp_path / "missing.safetensors")
+    path = tmp_path / "c.safetensors"
+    save_file({"x": torch.zeros(2)}, path)
+    with pytest.raises(WeLoreError, match="holds no calibration"):
+        Calibration.load(path)
+    gathered(build("llama"), tmp_path)
+    with welore.calibration.TensorReader(path) as reader:
+        about = reader.metadata
+    tensors = load_file(path)
+    save_file(tensors, path, {key: value for key, value in about.items() if key != "counts"})
+    with pytest.raises(WeLoreError, match="lacks what it should say of its model"):
+        Calibration.load(path)
+    tensors.pop("model.layers.0.mlp.down_proj.inputs")
+    save_file(tensors, path, about)
+    with pytest.raises(WeLoreError, match="does not hold the statistics that it names"):
+        Calibration.load(path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(WeLoreError, match="is cut off"):
+        Calibration.load(path)
+
+
+# --- from a directory, with text ------------------------------------------------------------------------------------
+
+
+def text(directory: Path, name: str, words: str, repeats: int = 60) -> str:
+    path = directory / name
+    path.write_text(words * repeats)
+    return str(path)
+
+
+def test_a_directory_gives_what_the_same_model_in_memory_gives(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "model", rank_reduction=None)
+    pears = text(tmp_path, "pears.txt", "Ann has 3 pears and 14 plums. ")
+    how: dict[str, Any] = {"tokens": 64, "length": 16}
+    streamed = welore.calibrate(directory, pears, tmp_path / "a.safetensors", **how)
+    model, tokenizer = welore.loading.load(directory, "auto", "cpu")
+    in_memory = welore.calibrate(model, pears, tmp_path / "b.safetensors", tokenizer=tokenizer, **how)
+    assert streamed.model.fingerprint == in_memory.model.fingerprint
+    for name, value in statistics(streamed).items():
+        assert torch.equal(value, statistics(in_memory)[name])
+    assert list(tmp_path.glob("*.work")) == []
+
+
+def test_a_mixture_is_drawn_in_proportion_and_named_in_the_record(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "model", rank_reduction=None)
+    pears, plums = text(tmp_path, "pears.txt", "3 pears. "), text(tmp_path, "plums.txt", "plums, 5 of them. ")
+    data = [f"{pears}:3", f"{plums}:1,self:1"]
+    how: dict[str, Any] = {"tokens": 160, "length": 16}
+    first, second = (welore.calibrate(directory, data, tmp_path / f"{n}.safetensors", **how) for n in (1, 2))
+    assert [(s["name"], s["windows"], s["weight"]) for s in first.record.inputs["sources"]] == [
+        (pears, 6, 3.0),
+        (plums, 2, 1.0),
+        ("self", 2, 1.0),
+    ]
+    assert first.record.numbers["tokens"] == 160
+    assert first.record.settings["generation"]["temperature"] == 1.0
+    assert first.record.inputs["sources"] == second.record.inputs["sources"]
+    for name, value in statistics(first).items():
+        assert torch.equal(value, statistics(second)[name])
+    other = welore.calibrate(directory, data, tmp_path / "3.safetensors", seed=1, **how)
+    assert other.record.inputs["sources"][2]["sha256"] != first.record.inputs["sources"][2]["sha256"]
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("after", range(1, 12))
+def test_a_killed_run_goes_on_to_the_same_statistics(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = checkpoint(tmp_path / "model", rank_reduction=None)
+    how: dict[str, Any] = {"tokens": 64, "length": 16}
+    expected = statistics(welore.calibrate(directory, "self", tmp_path / "whole.safetensors", **how))
+    usual, count, steps = Workspace.store, 0, ("written", "boundary-", "gradient-", "loss")
+
+    def store(self: Workspace, name: str, tensors: Any) -> None:
+        nonlocal count
+        usual(self, name, tensors)
+        count += name.startswith(steps)
+        if count == after:
+            raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Workspace, "store", store)
+        if after <= 8:  # text, three boundaries, the loss, three gradients
+            with pytest.raises(Killed):
+                welore.calibrate(directory, "self", tmp_path / "killed.safetensors", **how)
+            assert not (tmp_path / "killed.safetensors").exists()
+            assert (tmp_path / "killed.safetensors.work").is_dir()
+    again = welore.calibrate(directory, "self", tmp_path / "killed.safetensors", **how)
+    assert torch.isfinite(torch.tensor(again.record.numbers["sampled_label_nll"]))
+    for name, value in statistics(again).items():
+        assert torch.equal(value, expected[name])
+    assert not (tmp_path / "killed.safetensors.work").exists()
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_impossible_settings_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "model", rank_reduction=None)
+    pears = text(tmp_path, "pears.txt", "3 pears. ", repeats=10)
+    before = sorted(tmp_path.rglob("*"))
+    for data, how, message in (
+        (pears, {"tokens": 0}, "tokens is 0: it must be at least 1"),
+        (pears, {"length": 1}, "length is 1: it must be at least 2"),
+        (pears, {"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        (pears, {"length": 1024}, "length is 1024: this model reads at most 512 tokens at once"),
+        (pears, {"tokens": 160, "length": 16}, r"has 4 windows of 16 tokens, 10 are wanted: take fewer tokens"),
+        (pears, {"dtype": "float31"}, "unknown dtype 'float31'; did you mean 'float32'"),
+        (f"{pears}:0", {}, "is 0: it must be above 0"),
+        (f"{pears}:-1", {}, "is -1: it must be above 0"),
+        (f"{pears},{pears}:2", {}, "is named 2 times: name it once"),
+        ("pydoc,", {}, "a name of a text is missing"),
+        ({}, {}, "a name of a text is missing"),
+        (f"{pears}:1,pydoc:99", {"tokens": 64, "length": 16}, "gets none of 4 windows"),
+        ("pidoc", {}, "unknown data set 'pidoc'; did you mean 'pydoc'"),
+        (torch.zeros(2, 3), {}, r"data is a tensor of shape \(2, 3\): give token ids"),
+        ("self", {"temperature": 0.0}, "temperature is 0.0: it must be above 0"),
+        ("self", {"top_k": -1}, "top_k is -1"),
+        ("self", {"top_p": 0.0}, "top_p is 0.0"),
+        ("self", {"first": "words"}, "unknown beginning 'words'; did you mean 'word'"),
+        (pears, {"include": ["no_such"]}, "the pattern 'no_such' matches no linear layer"),
+    ):
+        with pytest.raises(WeLoreError, match=message):
+            welore.calibrate(directory, data, tmp_path / "c.safetensors", **how)  # type: ignore[arg-type]
+        assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(WeLoreError, match="is a directory: name a file"):
+        welore.calibrate(directory, pears, tmp_path)
+
+
+def test_a_model_that_computes_nan_is_refused(tmp_path: Path) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(WeLoreError, match="the model computes NaN or Inf"):
+        gathered(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_statistics_that_overflow_name_their_matrix() -> None:
+    layer = nn.Linear(3, 2)
+    moments = Moments({"model.layers.7.down": layer})
+    layer(torch.full((2, 3), 1e25)).sum().backward()
+    moments.end_batch()
+    with pytest.raises(WeLoreError, match="the inputs of model.layers.7.down hold NaN or Inf"):
+        dict(moments.statistics("model.layers.7.down", 2))
+
+
+def test_a_model_whose_calls_another_library_has_taken_over_is_refused(tmp_path: Path) -> None:
+    model = build("llama")
+    attention = model.model.layers[1].self_attn
+    attention.forward = attention.forward
+    with pytest.raises(WeLoreError, match="model.layers.1.self_attn has been given a forward by another library"):
+        gathered(model, tmp_path)
+
+
+def test_a_compressed_model_is_refused(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "model", rank_reduction=0.4)
+    with pytest.raises(WeLoreError, match="compressed already"):
+        welore.calibrate(directory, "pydoc", tmp_path / "c.safetensors")
+
+
+def test_a_model_in_memory_needs_its_tokenizer_to_read(tmp_path: Path) -> None:
+    with pytest.raises(WeLoreError, match="a model in memory needs its tokenizer"):
+        welore.calibrate(build("llama"), "pydoc", tmp_path / "c.safetensors")
+
+
+def test_tokens_of_another_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeLoreError, match="it gives token 96, this model knows 96"):
+        gathered(build("llama"), tmp_path, torch.tensor([[5, 96, 7]]))
