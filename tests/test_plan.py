@@ -1,12 +1,15 @@
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from welore.errors import WeLoreError
-from welore.plan import STRATEGIES, Plan, allocate
+from welore.forms import STORAGES
+from welore.plan import Plan, allocate
 from welore.spectra import Identity, Spectra, Values
+from welore.strategies import STRATEGIES
 
 SHAPES = {"a": (7, 5), "b": (12, 12), "c": (6, 20), "d": (20, 6), "e": (3, 3), "one": (1, 9)}
 
@@ -16,12 +19,15 @@ def spectra(shapes: dict[str, tuple[int, int]] = SHAPES, seed: int = 0) -> Spect
     values: dict[str, Values] = {}
     for name, (m, n) in shapes.items():
         values[name] = np.sort(random.gamma(0.7, size=min(m, n)))[::-1].copy()
-    return Spectra(Identity("m", "f" * 64), values, shapes)
+    shares = {name: float(random.random()) for name in shapes}
+    return Spectra(Identity("m", "f" * 64), values, shapes, outliers=shares)
 
 
-def every_plan(s: Spectra, strategy: str, min_ratio: float | str, allow_growth: bool) -> list[tuple[float, float]]:
+def every_plan(
+    s: Spectra, strategy: str, storage: str, min_ratio: float | str, allow_growth: bool
+) -> list[tuple[float, float]]:
     """(ERR, parameter ratio) of every distinct level, straight from the definitions."""
-    scores = STRATEGIES[strategy].scores(list(s.values.values()))
+    scores = STRATEGIES[strategy].scores(s, storage)
     top = max(x[0] for x in scores)
     found = []
     for level in sorted({float(v) for x in scores for v in x} | {0.0}):
@@ -31,10 +37,12 @@ def every_plan(s: Spectra, strategy: str, min_ratio: float | str, allow_growth: 
         for (m, n), x in zip(s.shapes.values(), scores, strict=True):
             k = min(m, n)
             r = max(1, sum(1 for v in x if v >= level))
-            pays = r * (m + n) < m * n
+            pivoted = storage == "pivoted" or (storage == "auto" and 2 * r * r > 4 * m)
+            numbers = r * (m + n - r) if pivoted else r * (m + n)
+            pays = numbers < m * n and r < k
             lrc = pays if min_ratio == "break-even" else (k - r) / k > float(min_ratio) and (pays or allow_growth)
             removed += (k - r) if lrc else 0
-            stored += r * (m + n) if lrc else m * n
+            stored += numbers if lrc else m * n
         full = sum(min(shape) for shape in s.shapes.values())
         dense = sum(m * n for m, n in s.shapes.values())
         found.append((removed / full, stored / dense))
@@ -46,12 +54,16 @@ def every_plan(s: Spectra, strategy: str, min_ratio: float | str, allow_growth: 
     ("min_ratio", "allow_growth"), [(0.5, False), (0.0, False), (0.0, True), ("break-even", False)]
 )
 @pytest.mark.parametrize("target", ["rank_reduction", "params"])
-def test_solution_is_the_closest_of_all_plans(strategy: str, min_ratio: float, allow_growth: bool, target: str) -> None:
+@pytest.mark.parametrize("storage", sorted(STORAGES))
+def test_solution_is_the_closest_of_all_plans(
+    strategy: str, min_ratio: float, allow_growth: bool, target: str, storage: str
+) -> None:
+    how: dict[str, Any] = {"strategy": strategy, "storage": storage, "min_ratio": min_ratio}
     for seed in range(3):
         s = spectra(seed=seed)
-        curve = [point[target == "params"] for point in every_plan(s, strategy, min_ratio, allow_growth)]
+        curve = [point[target == "params"] for point in every_plan(s, **how, allow_growth=allow_growth)]
         for wanted in np.linspace(min(curve), max(curve), 17):
-            plan = allocate(s, strategy=strategy, min_ratio=min_ratio, allow_growth=allow_growth, **{target: wanted})
+            plan = allocate(s, allow_growth=allow_growth, **how, **{target: wanted})
             achieved = plan.parameter_ratio if target == "params" else plan.rank_reduction
             assert abs(achieved - wanted) == pytest.approx(min(abs(x - wanted) for x in curve), abs=1e-12)
 

@@ -1,19 +1,23 @@
 """1 - analyze: the singular values of every targeted matrix of a model."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
+from welore.calibration import Calibration
 from welore.errors import WeLoreError
 from welore.factors import reduce, singular_values
 from welore.parallel import ALONE, Team, spread, team
+from welore.plan import Plan
 from welore.progress import Progress, silent
+from welore.scaling import metric, outliers
 from welore.source import Weights, check_finite, opened
-from welore.spectra import Spectra
+from welore.spectra import NONE, Spectra
 from welore.targets import Target
 from welore.workspace import Workspace
 
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 def analyze(
     model: "str | Path | PreTrainedModel",
     *,
+    scaling: str = NONE,
+    calibration: "Calibration | str | Path | None" = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     cache_dir: str | Path | None = None,
@@ -35,25 +41,47 @@ def analyze(
 ) -> Spectra:
     """Spectra of MODEL (hub id, directory, .gguf file or a model in memory), a few matrices in memory at a time.
 
-    include, exclude: see `targets.find_targets`. device: where the values are computed. workers: matrices at once,
-    default one per core. work_dir: finished values are kept there until all are done, so that a killed run
-    continues, and the processes of a launcher share it.
+    scaling: of the matrices scaled by the statistics of a calibration (scaling.SCALINGS); with a calibration the
+    outliers are counted too. include, exclude: see `targets.find_targets`. device: where the values are computed.
+    workers: matrices at once, default one per core. work_dir: finished values are kept there until all are done, so
+    that a killed run continues, and the processes of a launcher share it.
     """
     with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
         common: dict[str, Any] = {"device": device, "workers": workers, "progress": progress}
+        common |= {"scaling": scaling, "calibration": opened_calibration(calibration, weights)}
         if work_dir is None:
             return analyze_weights(weights, **common)
-        with shared_workspace(work_dir, weights) as (workspace, crew):
+        with shared_workspace(work_dir, weights, scaling, summary(common["calibration"])) as (workspace, crew):
             return analyze_weights(weights, workspace=workspace, crew=crew, **common)
 
 
+def opened_calibration(calibration: "Calibration | str | Path | None", weights: Weights) -> Calibration | None:
+    """The calibration, read from its file if it is a path; WeLoreError if it is one of another model."""
+    found = Calibration.load(calibration) if isinstance(calibration, str | Path) else calibration
+    if found is not None:
+        found.model.check(weights.identity, "calibration")
+    return found
+
+
+def check_plan(plan: Plan, weights: Weights, calibration: Calibration | None) -> None:
+    """Raise WeLoreError unless the plan was made for these weights, and its ranks from this calibration."""
+    plan.model.check(weights.identity, "plan")
+    if plan.scaling == NONE:
+        return
+    if calibration is None:
+        raise WeLoreError(f"the plan has scaling {plan.scaling}: give the calibration that it was made with")
+    if plan.calibration != json.loads(json.dumps(summary(calibration))):
+        raise WeLoreError("the plan was made with another calibration: give that one, or make the plan again")
+
+
 @contextmanager
-def shared_workspace(directory: str | Path, weights: Weights) -> Iterator[tuple[Workspace, Team]]:
+def shared_workspace(directory: str | Path, weights: Weights, *about: Any) -> Iterator[tuple[Workspace, Team]]:
     """The workspace of a run over `weights`, and the processes that share it; removed when the run has ended well.
 
-    A killed run leaves it for the next one. A mistake of the user (WeLoreError) leaves nothing behind.
+    about: what else its content depends on, as JSON. A killed run leaves it for the next one. A mistake of the user
+    (WeLoreError) leaves nothing behind.
     """
-    crew, workspace = team(), Workspace(directory, weights.state)
+    crew, workspace = team(), Workspace(directory, json.dumps([weights.state, *about]))
     if crew.leads:
         workspace.open()
     crew.wait()  # below: only what `open` has made or found to be ours is ever removed
@@ -70,6 +98,8 @@ def shared_workspace(directory: str | Path, weights: Weights) -> Iterator[tuple[
 def analyze_weights(
     weights: Weights,
     *,
+    scaling: str = NONE,
+    calibration: Calibration | None = None,
     workspace: Workspace | None = None,
     crew: Team = ALONE,
     keep_reductions: bool = False,
@@ -80,33 +110,49 @@ def analyze_weights(
     """Singular values of every targeted matrix; device: where they are computed, default where the matrix is.
 
     workspace: finished matrices are taken from there and put there; keep_reductions: with what the factors need,
-    computed on the CPU.
+    computed on the CPU. scaling, calibration: see `analyze`.
     """
 
-    def compute(target: Target) -> NDArray[Any]:
+    def compute(target: Target) -> dict[str, Tensor]:
         found = workspace.fetch(f"{target.name}.values") if workspace else None
         if found is not None:
-            return found["sigma"].numpy()
+            return found
         W = weights.read(target)
         check_finite(target.name, W)
+        norm = metric(scaling, calibration, target.name)
         if workspace and keep_reductions:
-            reduction = reduce(W)
+            reduction = reduce(W, norm)
             sigma = reduction.values()
             workspace.store(f"{target.name}.reduction", reduction.tensors())
         else:
-            sigma = singular_values(W.to(device) if device else W)
+            sigma = singular_values(W.to(device) if device else W, norm)
+        found = {"sigma": torch.from_numpy(sigma.copy())}
+        if calibration:
+            found["outliers"] = torch.tensor(outliers(W, calibration, target.name), dtype=torch.float64)
         if workspace:
-            workspace.store(f"{target.name}.values", {"sigma": torch.from_numpy(sigma.copy())})
-        return sigma
+            workspace.store(f"{target.name}.values", found)
+        return found
 
     mine = crew.share(weights.targets)
     found = spread(compute, mine, [t.cost for t in mine], workers=workers, progress=progress, label="singular values")
-    values = {target.name: sigma for target, sigma in zip(mine, found, strict=True)}
+    mine_by_name = {target.name: values for target, values in zip(mine, found, strict=True)}
     crew.wait()
+    every = {t.name: mine_by_name[t.name] if t.name in mine_by_name else compute(t) for t in weights.targets}
     return Spectra(
         model=weights.identity,
-        values={t.name: values[t.name] if t.name in values else compute(t) for t in weights.targets},
+        values={name: values["sigma"].numpy() for name, values in every.items()},
         shapes={target.name: target.shape for target in weights.targets},
         include=weights.include,
         exclude=weights.exclude,
+        scaling=scaling,
+        calibration=summary(calibration),
+        outliers={name: float(values["outliers"]) for name, values in every.items()} if calibration else {},
+        unreached=tuple(name for name in every if not calibration.counts.get(name)) if calibration else (),
     )
+
+
+def summary(calibration: Calibration | None) -> dict[str, Any]:
+    """What a calibration rests on, without its statistics; {} for none."""
+    if calibration is None:
+        return {}
+    return {"inputs": dict(calibration.record.inputs), "settings": dict(calibration.record.settings)}

@@ -15,20 +15,25 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from welore.analysis import analyze_weights, shared_workspace
+from welore.analysis import analyze_weights, check_plan, opened_calibration, shared_workspace
+from welore.calibration import Calibration
+from welore.collection import TOKENS, calibrate
 from welore.directory import PLAN, RECORD, SHARD_SIZE, Step, copied, write_config, write_weights
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, choose
 from welore.factors import Reduction, factorise
 from welore.files import refuse_existing, refuse_source, whole_directory
 from welore.forms import FACTORED, FORMS, shapes
 from welore.integration import METHOD, WeLoreConfig, check_factors
 from welore.locate import locate
+from welore.mixture import SELF
 from welore.parallel import Team, spread
 from welore.pivot import product, tensors
 from welore.plan import Allocation, MinRatio, Plan, allocate, check_settings
 from welore.progress import Progress, silent
 from welore.records import Record, read_json
+from welore.scaling import KFAC, SCALINGS, metric
 from welore.source import Checkpoint, weight_files
+from welore.spectra import NONE
 from welore.surgery import compress_model, merge_model, sizes
 from welore.targets import Target, census
 from welore.workspace import Workspace
@@ -45,9 +50,15 @@ def compress(
     rank_reduction: float | None = None,
     params: float | None = None,
     threshold: float | None = None,
-    strategy: str = "welore",
+    strategy: str | None = None,
+    scaling: str | None = None,
+    storage: str | None = None,
     min_ratio: MinRatio | None = None,
     allow_growth: bool = False,
+    paper: bool = False,
+    calibration: "Calibration | str | Path" = SELF,
+    tokens: int = TOKENS,
+    seed: int = 0,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     cache_dir: str | Path | None = None,
@@ -60,7 +71,10 @@ def compress(
 ) -> Record:
     """Factor the LRCs of MODEL and write a checkpoint to `out`; or, for a model in memory, exchange its layers.
 
-    Give a plan, or one target (rank_reduction, params, threshold) with the settings of `allocate`. The directory
+    Give a plan, or one target (rank_reduction, params, threshold) with the settings of `allocate`. scaling: one of
+    scaling.SCALINGS, by default kfac. calibration: what it rests on, made by `calibrate`; "self" makes one from
+    `tokens` tokens that the model itself writes, so that no data is needed. paper: WeLore as published, which is
+    strategy welore, scaling none and storage factored. The directory
     holds plan.json and the returned record (compression.json) beside the weights. A model in memory is changed
     in place, and saved when `out` is given. Raises WeLoreError before anything is written.
 
@@ -71,18 +85,35 @@ def compress(
     if out is not None:
         refuse_existing(out, overwrite=overwrite)
     asked = {"rank_reduction": rank_reduction, "params": params, "threshold": threshold}
-    settings: dict[str, Any] = {**asked, "strategy": strategy, "min_ratio": min_ratio, "allow_growth": allow_growth}
-    if plan is None:
-        check_settings(asked, strategy, min_ratio)
-    elif settings != allocate.__kwdefaults__ or include or exclude:
-        raise WeLoreError("a plan has its own target, strategy, min_ratio and patterns: leave those settings out")
+    settings: dict[str, Any] = {
+        **asked,
+        "strategy": strategy,
+        "storage": storage,
+        "min_ratio": min_ratio,
+        "allow_growth": allow_growth,
+    }
+    if plan is not None:
+        if settings != allocate.__kwdefaults__ or scaling or paper or include or exclude:
+            raise WeLoreError("a plan has its own target, strategy, scaling, storage and patterns: leave those out")
+        include, exclude, scaling = plan.include, plan.exclude, plan.scaling
     else:
-        include, exclude = plan.include, plan.exclude
+        if paper:
+            if strategy or scaling or storage:
+                raise WeLoreError("--paper is strategy welore, scaling none, storage factored: leave those three out")
+            settings |= {"strategy": "welore", "storage": FACTORED}
+        scaling = scaling or (NONE if paper else KFAC)
+        choose("scaling", scaling, SCALINGS)
+        check_settings(asked, settings["strategy"], settings["storage"], min_ratio, scaling)
 
     started = time.perf_counter()
     if isinstance(model, nn.Module):
         where: dict[str, Any] = {"include": include, "exclude": exclude, "workers": workers, "progress": progress}
-        plan = compress_model(model, plan=plan, **where, **settings)
+        if calibration == SELF and scaling != NONE:
+            raise WeLoreError(
+                f"scaling {scaling} of a model in memory needs calibration=, made by `calibrate`; or scaling='none'"
+            )
+        known = None if calibration == SELF else calibration
+        plan = compress_model(model, plan=plan, scaling=scaling, calibration=known, **where, **settings)
         model.config.quantization_config = WeLoreConfig.of(plan)
         record = _record(plan, started, sizes(model))
         if out is not None:
@@ -98,17 +129,28 @@ def compress(
     refuse_source(out, directory)
     with (
         Checkpoint(directory, str(model), include, exclude) as source,
-        shared_workspace(_beside(out), source) as (workspace, crew),
+        shared_workspace(_beside(out), source, scaling, str(calibration), tokens, seed) as (workspace, crew),
     ):
+        found = None
+        if calibration != SELF:
+            found = opened_calibration(calibration, source)
+        elif scaling != NONE and plan is None:
+            made = workspace.directory / "calibration.safetensors"
+            if crew.leads and not made.is_file():
+                where = {"include": include, "exclude": exclude, "device": device, "progress": progress}
+                calibrate(directory, SELF, made, tokens=tokens, seed=seed, **where)
+            crew.wait()
+            found = Calibration.load(made)
         device = None if device == "cpu" else device  # where the tensors of a checkpoint come in anyway
         how: dict[str, Any] = {"device": device, "workers": workers, "progress": progress}
         if plan is None:
             keep = device is None and _fits_on_disk(source.targets, Path(out))
-            spectra = analyze_weights(source, workspace=workspace, crew=crew, keep_reductions=keep, **how)
+            kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep}
+            spectra = analyze_weights(source, scaling=scaling, calibration=found, **kept, **how)
             plan = allocate(spectra, **settings)
         else:
-            plan.model.check(source.identity, "plan")
-        quality = _factor(source, plan, workspace, crew, **how)
+            check_plan(plan, source, found)
+        quality = _factor(source, plan, found, workspace, crew, **how)
         if crew.leads:
             with whole_directory(out, overwrite=overwrite) as unfinished:
                 steps = _compressed(source, plan, workspace)
@@ -135,6 +177,7 @@ def _fits_on_disk(targets: Sequence[Target], out: Path) -> bool:
 def _factor(
     source: Checkpoint,
     plan: Plan,
+    calibration: Calibration | None,
     workspace: Workspace,
     crew: Team,
     *,
@@ -151,7 +194,8 @@ def _factor(
             kept = workspace.fetch(f"{a.name}.reduction") if device is None else None
             W = source.read(targets[a.name])
             reduction = None if kept is None else Reduction.from_tensors(kept)
-            factors = factorise(W.to(device) if device else W, a.kept, a.relative_error, reduction)
+            norm = metric(plan.scaling, calibration, a.name)
+            factors = factorise(W.to(device) if device else W, a.kept, a.relative_error, reduction, norm)
             parts = tensors(factors.A, factors.B, a.form).items()
             found = {
                 **{part: (t.to(W.dtype) if t.is_floating_point() else t).cpu().contiguous() for part, t in parts},
@@ -285,6 +329,9 @@ def _record(plan: Plan, started: float, sizes: dict[str, Any]) -> Record:
     settings = {
         "asked": dict(plan.asked),
         "strategy": plan.strategy,
+        "scaling": plan.scaling,
+        "storage": sorted(set(plan.forms.values())),
+        "calibration": dict(plan.calibration),
         "min_ratio": plan.min_ratio,
         "allow_growth": plan.allow_growth,
         "include": list(plan.include),

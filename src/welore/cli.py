@@ -60,12 +60,28 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the whole record as 
 RankReduction = Annotated[float | None, typer.Option(help="Target: effective rank reduction (ERR), 0..1.")]
 Params = Annotated[float | None, typer.Option(help="Target: parameters kept in the targeted matrices, 0..1.")]
 Threshold = Annotated[float | None, typer.Option(help="Target: the threshold on normalised singular values itself.")]
-StrategyName = Annotated[str, typer.Option(help="How values are compared across matrices: welore, uniform.")]
+StrategyName = Annotated[
+    str | None,
+    typer.Option(
+        help="How values are compared across matrices: welore, uniform, owl, energy, waterfill. "
+        "[default: waterfill; welore where the scaling is none]"
+    ),
+]
+ScalingName = Annotated[
+    str | None, typer.Option(help="What is cut: none (the weights), or scaled by a calibration: asvd, input, kfac.")
+]
+StorageName = Annotated[
+    str | None,
+    typer.Option(
+        help="How low-rank matrices are stored: factored, pivoted (smaller), auto (the smaller). "
+        "[default: auto; factored where the scaling is none]"
+    ),
+]
 MinRatio = Annotated[
     str | None,
     typer.Option(
         help="Factor a matrix iff it loses more than this share of its rank; or 'break-even': iff factors are smaller. "
-        "[default: 0.5 for welore, 0 for uniform]"
+        "[default: 0.5 for welore, break-even for waterfill, else 0]"
     ),
 ]
 AllowGrowth = Annotated[bool, typer.Option("--allow-growth", help="Also factor matrices that become larger by it.")]
@@ -79,6 +95,10 @@ ShardSize = Annotated[str, typer.Option(help="Largest size of one weight file.")
 def analyze(
     model: Model,
     output: Output,
+    scaling: ScalingName = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File made by `welore calibrate`: for a scaling, and for strategy owl.")
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     cache_dir: CacheDir = None,
@@ -103,11 +123,15 @@ def analyze(
         "revision": revision,
     }
     if reference_values is not None:
+        if scaling or calibration:
+            raise WeLoreError("--reference-values are those of the weights: leave --scaling and --calibration out")
         spectra = import_singular_values(reference_values, model, **common)
     else:
         with _progress() as progress:
             spectra = analyze(
                 model,
+                scaling=scaling or "none",
+                calibration=calibration,
                 device=_device(device),
                 workers=workers,
                 work_dir=output.with_name(output.name + ".work"),
@@ -119,6 +143,7 @@ def analyze(
     facts = {
         "model": spectra.model.name,
         "fingerprint": spectra.model.fingerprint,
+        "scaling": spectra.scaling,
         "matrices": len(spectra.values),
         "values": sum(map(len, spectra.values.values())),
         "output": str(output),
@@ -192,7 +217,8 @@ def allocate(
     rank_reduction: RankReduction = None,
     params: Params = None,
     threshold: Threshold = None,
-    strategy: StrategyName = "welore",
+    strategy: StrategyName = None,
+    storage: StorageName = None,
     min_ratio: MinRatio = None,
     allow_growth: AllowGrowth = False,
     as_json: AsJson = False,
@@ -207,6 +233,7 @@ def allocate(
         params=params,
         threshold=threshold,
         strategy=strategy,
+        storage=storage,
         min_ratio=_ratio(min_ratio),
         allow_growth=allow_growth,
     )
@@ -215,7 +242,7 @@ def allocate(
     _tell(numbers | {"asked": dict(plan.asked)}, as_json, f"{_achieved(plan.asked, numbers)} -> {output}")
 
 
-@app.command(epilog="Example: `welore compress HuggingFaceTB/SmolLM2-135M small --rank-reduction 0.1`")
+@app.command(epilog="Example: `welore compress HuggingFaceTB/SmolLM2-135M small --params 0.8`")
 def compress(
     model: Model,
     out: Out,
@@ -223,9 +250,20 @@ def compress(
     rank_reduction: RankReduction = None,
     params: Params = None,
     threshold: Threshold = None,
-    strategy: StrategyName = "welore",
+    strategy: StrategyName = None,
+    scaling: ScalingName = None,
+    storage: StorageName = None,
     min_ratio: MinRatio = None,
     allow_growth: AllowGrowth = False,
+    paper: Annotated[
+        bool,
+        typer.Option("--paper", help="WeLore as published: strategy welore, scaling none, storage factored."),
+    ] = False,
+    calibration: Annotated[
+        str, typer.Option(help="File made by `welore calibrate`; self: text that the model writes, no data.")
+    ] = "self",
+    tokens: Annotated[int, typer.Option(help="Of that text.")] = 16384,
+    seed: Annotated[int, typer.Option(help="Of that text.")] = 0,
     include: Include = None,
     exclude: Exclude = None,
     cache_dir: CacheDir = None,
@@ -266,8 +304,14 @@ def compress(
                 params=params,
                 threshold=threshold,
                 strategy=strategy,
+                scaling=scaling,
+                storage=storage,
                 min_ratio=_ratio(min_ratio),
                 allow_growth=allow_growth,
+                paper=paper,
+                calibration=calibration,
+                tokens=tokens,
+                seed=seed,
                 include=include or (),
                 exclude=exclude or (),
                 device=_device(device),

@@ -25,6 +25,8 @@ from welore.workspace import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TOKENS = 16384  # read by default
+
 
 def calibrate(
     model: "str | Path | PreTrainedModel",
@@ -32,7 +34,7 @@ def calibrate(
     out: str | Path,
     *,
     tokenizer: Any = None,
-    tokens: int = 16384,
+    tokens: int = TOKENS,
     length: int = 512,
     seed: int = 0,
     temperature: float = 1.0,

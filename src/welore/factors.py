@@ -38,7 +38,7 @@ class Metric:
     inputs: Tensor
 
     def sides(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W (k, long) with the shorter side first, and the weights of that side and of the other; float64, W's place."""
+        """W (k, long), the shorter side first, and the weights of that side and of the other; float64, where W is."""
         wide = W.shape[0] <= W.shape[1]
         ordered = (self.outputs, self.inputs) if wide else (self.inputs, self.outputs)
         short, long = (weight.to(W.device, torch.float64) for weight in ordered)

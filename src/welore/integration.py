@@ -46,7 +46,8 @@ class WeLoreConfig(QuantizationConfigMixin):
         rank_reduction: float | None = None,
         params: float | None = None,
         threshold: float | None = None,
-        strategy: str = "welore",
+        strategy: str | None = None,
+        storage: str | None = None,
         min_ratio: MinRatio | None = None,
         allow_growth: bool = False,
         include: Sequence[str] = (),
@@ -68,6 +69,7 @@ class WeLoreConfig(QuantizationConfigMixin):
             "params": params,
             "threshold": threshold,
             "strategy": strategy,
+            "storage": storage,
             "min_ratio": min_ratio,
             "allow_growth": allow_growth,
         }

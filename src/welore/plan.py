@@ -8,7 +8,7 @@ parameters are running sums along that order. numpy only.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,9 @@ from welore.errors import WeLoreError, choose
 from welore.forms import DENSE, FACTORED, FORMS, PIVOTED, STORAGES, cost, form_of
 from welore.records import read_json, write_json
 from welore.spectra import NONE, Identity, Spectra, Values
-from welore.strategies import BREAK_EVEN, STRATEGIES, Scores, Strategy, stored
+from welore.strategies import BREAK_EVEN, STRATEGIES, MinRatio, Scores, Strategy, stored
 
 FORMAT = "welore.plan/1"
-MinRatio = float | Literal["break-even"]
 
 
 @dataclass(frozen=True)
@@ -242,7 +241,9 @@ def allocate(
     shapes = [spectra.shapes[name] for name in spectra.values]
     scores = STRATEGIES[strategy].scores(spectra, storage)
     top = max(float(s[0]) for s in scores)
-    scores = [np.full_like(s, top) if n in spectra.unreached else s for n, s in zip(spectra.values, scores, strict=True)]
+    scores = [
+        np.full_like(s, top) if n in spectra.unreached else s for n, s in zip(spectra.values, scores, strict=True)
+    ]
     if threshold is not None:
         level = float(threshold)
     else:

@@ -5,8 +5,10 @@ every matrix in, scores (k,) not ascending out. Where the spectra are those of s
 squares are predicted losses, in one unit for the whole model; plain ones tell only what share of a matrix is lost.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,10 +17,11 @@ from welore.errors import WeLoreError
 from welore.forms import FACTORED, PIVOTED, cost, pivoting_pays
 from welore.spectra import PLAIN, Spectra, Values, block_of, normalise
 
-BREAK_EVEN = "break-even"
+BREAK_EVEN: Literal["break-even"] = "break-even"
 OWL_SPREAD = 0.08  # lambda of OWL: how far the ratio of a block may lie from the mean
 
 Scores = list[Values]
+MinRatio = float | Literal["break-even"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Strategy:
     """How scores are made, and which matrices may be factored by default (`min_ratio` of `plan.allocate`)."""
 
     scores: Callable[[Spectra, str], Scores]
-    min_ratio: float | str
+    min_ratio: MinRatio
 
 
 def welore(spectra: Spectra, storage: str) -> Scores:
@@ -50,7 +53,9 @@ def owl(spectra: Spectra, storage: str) -> Scores:
     blocks: dict[str, list[tuple[float, int]]] = {}
     for name, (m, n) in spectra.shapes.items():
         blocks.setdefault(block_of(name), []).append((spectra.outliers[name], m * n))
-    share = {block: sum(x * size for x, size in found) / sum(size for _, size in found) for block, found in blocks.items()}
+    share = {
+        block: sum(x * size for x, size in found) / sum(size for _, size in found) for block, found in blocks.items()
+    }
     mean = sum(share.values()) / len(share)
     widest = max(abs(x - mean) for x in share.values()) or 1.0
     kept_more = {block: OWL_SPREAD * (x - mean) / widest for block, x in share.items()}
@@ -120,7 +125,7 @@ def _slopes(loss: Values, numbers: NDArray[np.int64]) -> Values:
             corners.pop()
         corners.append(r)
     scores = np.zeros(k)
-    for before, after in zip(corners[:-1], corners[1:], strict=True):
+    for before, after in itertools.pairwise(corners):
         scores[before + 1 : after + 1] = (loss[before + 1] - loss[after + 1]) / float(numbers[after] - numbers[before])
     scores[0] = scores[min(1, k - 1)]
     return np.minimum.accumulate(scores)  # rounding must not turn the order round

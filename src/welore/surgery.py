@@ -1,11 +1,13 @@
 """Compress and merge a model in memory: linear layers are exchanged in place."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from welore.analysis import analyze_weights
+from welore.analysis import analyze_weights, check_plan, opened_calibration
+from welore.calibration import Calibration
 from welore.errors import WeLoreError
 from welore.factors import factorise
 from welore.forms import DENSE, FACTORED, ORDER_BYTES, cost
@@ -14,7 +16,9 @@ from welore.parallel import spread
 from welore.pivot import product, tensors
 from welore.plan import Plan, allocate
 from welore.progress import Progress, silent
+from welore.scaling import metric
 from welore.source import ModelWeights
+from welore.spectra import NONE
 from welore.targets import Target, dense_skeleton, find_targets
 
 if TYPE_CHECKING:
@@ -42,28 +46,35 @@ def compress_model(
     model: "PreTrainedModel",
     *,
     plan: Plan | None = None,
+    scaling: str = NONE,
+    calibration: "Calibration | str | Path | None" = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     workers: int | None = None,
     progress: Progress = silent,
     **target: Any,
 ) -> Plan:
-    """Compress a model in memory, in place, by a plan or by the target and settings of `allocate`."""
+    """Compress a model in memory, in place, by a plan or by the target and settings of `allocate`.
+
+    scaling, calibration: see `analysis.analyze`; a plan has its own scaling.
+    """
     if plan is not None:
         include, exclude = plan.include, plan.exclude
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise WeLoreError("this model is spread over several devices: load it on one to compress it in memory")
     weights = ModelWeights(model, include, exclude)
+    known = opened_calibration(calibration, weights)
     if plan is None:
-        plan = allocate(analyze_weights(weights, workers=workers, progress=progress), **target)
+        how: dict[str, Any] = {"workers": workers, "progress": progress}
+        plan = allocate(analyze_weights(weights, scaling=scaling, calibration=known, **how), **target)
     else:
-        plan.model.check(weights.identity, "plan")
+        check_plan(plan, weights, known)
     chosen = {a.name: a for a in plan.allocations if a.factored}
     todo = [t for t in weights.targets if t.name in chosen]
 
     def compute(t: Target) -> dict[str, Tensor]:
         a = chosen[t.name]
-        factors = factorise(weights.read(t), a.kept, a.relative_error)
+        factors = factorise(weights.read(t), a.kept, a.relative_error, metric=metric(plan.scaling, known, t.name))
         return tensors(factors.A, factors.B, a.form)
 
     found = spread(compute, todo, [t.cost for t in todo], workers=workers, progress=progress, label="factors")
