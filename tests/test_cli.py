@@ -178,7 +178,7 @@ def test_pipeline_writes_what_the_verbs_promise(command: Command, model: Path, t
         {"rank_reduction": 0.4},
         {"params": 0.7, "strategy": "uniform"},
         {"threshold": 0.2, "min_ratio": 0.3},
-        {"params": 0.8, "min_ratio": "break-even"},
+        {"params": 0.8, "strategy": "welore", "min_ratio": "break-even"},
         {"rank_reduction": 0.2, "min_ratio": 0.0, "allow_growth": True},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
@@ -204,7 +204,7 @@ def test_patterns_choose_the_targets(command: Command, model: Path, tmp_path: Pa
     command("analyze", model, "-o", tmp_path / "s.safetensors", *only)
     names = {f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
     assert set(welore.Spectra.load(tmp_path / "s.safetensors").values) == names
-    command("compress", model, tmp_path / "out", "--params", 0.5, *only)
+    command("compress", model, tmp_path / "out", "--paper", "--params", 0.5, *only)
     assert {a.name for a in welore.Plan.load(tmp_path / "out" / "plan.json").allocations} == names
 
 
@@ -216,7 +216,7 @@ def test_shards_are_as_small_as_asked(command: Command, model: Path, tmp_path: P
 
 
 def test_what_stays_dense_is_said(command: Command, saved: Callable[..., Path], tmp_path: Path) -> None:
-    answer = command("compress", saved("mixtral"), tmp_path / "out", "--params", 0.9)
+    answer = command("compress", saved("mixtral"), tmp_path / "out", "--paper", "--params", 0.9)
     assert answer.status == 0
     assert "left dense inside the blocks" in answer.err
     assert "experts" in answer.err
@@ -363,13 +363,14 @@ def test_unreachable_target_says_what_can_be_reached(
     command("analyze", model, "-o", tmp_path / "s.safetensors")
     for arguments in (
         ("allocate", tmp_path / "s.safetensors", "-o", tmp_path / "plan.json", *target),
-        ("compress", model, tmp_path / "out", *target),
+        ("compress", model, tmp_path / "out", "--scaling", "none", *target),
     ):
         found = re.search(r"between (\d\.\d+) and (\d\.\d+)", refused(*arguments))
         assert found
         low, high = map(float, found.groups())
         assert not low <= target[1] <= high
-        inside = command("compress", model, tmp_path / f"in-{arguments[0]}", target[0], (low + high) / 2)
+        wanted = ("--scaling", "none", target[0], (low + high) / 2)
+        inside = command("compress", model, tmp_path / f"in-{arguments[0]}", *wanted)
         assert inside.status == 0, "a target inside the range that was named must work"
 
 
@@ -399,7 +400,7 @@ def test_existing_directory_needs_overwrite(
         ("compress MODEL OUT --params 0.8 --device cuda:77", "device 'cuda:77' is not there"),
         ("compress MODEL OUT --params 0.8 --device meta", "device 'meta' is not there"),
         ("compress MODEL OUT --params 0.8 --include q_porj", "pattern 'q_porj' matches no linear layer"),
-        ("compress MODEL OUT --params 0.8 --max-shard-size many", "max_shard_size is 'many': write it like"),
+        ("compress MODEL OUT --paper --params 0.8 --max-shard-size many", "max_shard_size is 'many': write it like"),
         ("compress MODEL TEXT/out --params 0.8", "cannot be made a directory"),
         ("compress MODEL OUT --plan none.json", "none.json does not exist"),
         ("compress MODEL OUT --plan TEXT", "text.txt is not JSON"),

@@ -4,7 +4,7 @@ import torch
 
 from welore import factors
 from welore.errors import WeLoreError
-from welore.factors import Factors, Reduction, factorise, reduce, residual, singular_values
+from welore.factors import Factors, Metric, Reduction, factorise, reduce, residual, singular_values
 
 SHAPES = [(7, 5), (5, 7), (1, 9), (9, 1), (64, 64), (33, 150), (150, 33)]
 
@@ -137,3 +137,66 @@ def test_the_way_of_gpus_gives_the_same(monkeypatch: pytest.MonkeyPatch, shape: 
     again = factorise(W, rank, optimum)
     assert not again.repaired
     torch.testing.assert_close(again.A @ again.B, factored.A @ factored.B, rtol=1e-4, atol=1e-5 * float(sigma[0]))
+
+
+def weights(k: int, seed: int, *, rank: int | None = None, diagonal: bool = False) -> torch.Tensor:
+    """Second moments (k, k), badly conditioned; or a diagonal (k,)."""
+    torch.manual_seed(seed)
+    samples = torch.randn(rank or 3 * k, k) * torch.rand(k).mul(5).exp()
+    moments = (samples.T @ samples / len(samples)).double()
+    return moments.diagonal().clone() if diagonal else moments
+
+
+def root(weight: torch.Tensor) -> torch.Tensor:
+    values, vectors = torch.linalg.eigh(torch.diag(weight) if weight.ndim == 1 else weight)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (1, 9), (9, 1), (40, 40), (33, 90), (90, 33)])
+@pytest.mark.parametrize("diagonals", [(False, False), (True, False), (False, True), (True, True)])
+def test_factors_are_the_best_in_the_norm_of_a_metric(shape: tuple[int, int], diagonals: tuple[bool, bool]) -> None:
+    W = matrix(*shape, seed=5)
+    metric = Metric(weights(shape[0], 1, diagonal=diagonals[0]), weights(shape[1], 2, diagonal=diagonals[1]))
+    scaled = root(metric.outputs) @ W.double() @ root(metric.inputs)
+    sigma = torch.linalg.svdvals(scaled)
+    np.testing.assert_allclose(singular_values(W, metric), sigma, rtol=1e-6, atol=1e-6 * float(sigma[0]))
+    for rank in {1, max(1, min(shape) // 3), min(shape) - 1} - {0}:
+        best = float((sigma[rank:] ** 2).sum() / (sigma**2).sum()) ** 0.5
+        found = factorise(W, rank, best, metric=metric)
+        error = root(metric.outputs) @ (W.double() - found.A.double() @ found.B.double()) @ root(metric.inputs)
+        assert float(error.norm() / scaled.norm()) ** 2 == pytest.approx(best**2, rel=1e-4, abs=1e-6)
+        assert abs(found.excess) <= 1e-6
+        torch.testing.assert_close(found.A.norm(dim=0), found.B.norm(dim=1), rtol=1e-3, atol=1e-6)
+
+
+def test_a_metric_of_ones_is_no_metric() -> None:
+    W = matrix(12, 20)
+    metric = Metric(torch.ones(12), torch.eye(20))
+    np.testing.assert_allclose(singular_values(W, metric), singular_values(W), rtol=1e-9, atol=1e-9)
+    plain, scaled = factorise(W, 4), factorise(W, 4, metric=metric)
+    torch.testing.assert_close(scaled.A @ scaled.B, plain.A @ plain.B, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_rank_deficient_and_zero_metrics_give_finite_factors(shape: tuple[int, int]) -> None:
+    W = matrix(*shape)
+    for outputs, inputs in (
+        (weights(shape[0], 1, rank=3), weights(shape[1], 2, rank=2)),
+        (torch.zeros(shape[0]), torch.zeros(shape[1], shape[1])),
+    ):
+        found = factorise(W, 5, metric=Metric(outputs, inputs))
+        assert torch.isfinite(found.A).all()
+        assert torch.isfinite(found.B).all()
+
+
+def test_a_kept_reduction_of_the_scaled_matrix_gives_the_same_factors() -> None:
+    W, metric = matrix(30, 50), Metric(weights(30, 1), weights(50, 2))
+    kept = Reduction.from_tensors(reduce(W, metric).tensors())
+    one, other = factorise(W, 7, reduction=kept, metric=metric), factorise(W, 7, metric=metric)
+    torch.testing.assert_close(one.A @ one.B, other.A @ other.B, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_that_miss_the_optimum_of_a_metric_are_refused() -> None:
+    W, metric = matrix(30, 50), Metric(weights(30, 1), weights(50, 2))
+    with pytest.raises(WeLoreError, match="other weights"):
+        factorise(W, 7, 0.999, metric=metric)

@@ -72,9 +72,10 @@ def compress(
     """Factor the LRCs of MODEL and write a checkpoint to `out`; or, for a model in memory, exchange its layers.
 
     Give a plan, or one target (rank_reduction, params, threshold) with the settings of `allocate`. scaling: one of
-    scaling.SCALINGS, by default kfac. calibration: what it rests on, made by `calibrate`; "self" makes one from
-    `tokens` tokens that the model itself writes, so that no data is needed. paper: WeLore as published, which is
-    strategy welore, scaling none and storage factored. The directory
+    scaling.SCALINGS; by default kfac for `params` alone, which is the best we have, and none for the paper's targets
+    and for a named strategy. calibration: what a scaling rests on, made by `calibrate`; "self" makes one from `tokens`
+    tokens that the model itself writes, so that no data is needed. paper: WeLore as published, which is strategy
+    welore, scaling none and storage factored. The directory
     holds plan.json and the returned record (compression.json) beside the weights. A model in memory is changed
     in place, and saved when `out` is given. Raises WeLoreError before anything is written.
 
@@ -101,7 +102,7 @@ def compress(
             if strategy or scaling or storage:
                 raise WeLoreError("--paper is strategy welore, scaling none, storage factored: leave those three out")
             settings |= {"strategy": "welore", "storage": FACTORED}
-        scaling = scaling or (NONE if paper else KFAC)
+        scaling = scaling or (KFAC if params is not None and not paper and strategy is None else NONE)
         choose("scaling", scaling, SCALINGS)
         check_settings(asked, settings["strategy"], settings["storage"], min_ratio, scaling)
 

@@ -64,17 +64,21 @@ StrategyName = Annotated[
     str | None,
     typer.Option(
         help="How values are compared across matrices: welore, uniform, owl, energy, waterfill. "
-        "[default: waterfill; welore where the scaling is none]"
+        "[default: waterfill; welore where nothing is scaled]"
     ),
 ]
 ScalingName = Annotated[
-    str | None, typer.Option(help="What is cut: none (the weights), or scaled by a calibration: asvd, input, kfac.")
+    str | None,
+    typer.Option(
+        help="What is cut: none (the weights), or scaled by a calibration: asvd, input, kfac. "
+        "[default: kfac for --params alone, else none]"
+    ),
 ]
 StorageName = Annotated[
     str | None,
     typer.Option(
         help="How low-rank matrices are stored: factored, pivoted (smaller), auto (the smaller). "
-        "[default: auto; factored where the scaling is none]"
+        "[default: auto; factored where nothing is scaled]"
     ),
 ]
 MinRatio = Annotated[
@@ -95,7 +99,7 @@ ShardSize = Annotated[str, typer.Option(help="Largest size of one weight file.")
 def analyze(
     model: Model,
     output: Output,
-    scaling: ScalingName = None,
+    scaling: Annotated[str, typer.Option(help="Values of what: none (the weights), asvd, input, kfac.")] = "none",
     calibration: Annotated[
         Path | None, typer.Option(help="File made by `welore calibrate`: for a scaling, and for strategy owl.")
     ] = None,
@@ -123,14 +127,14 @@ def analyze(
         "revision": revision,
     }
     if reference_values is not None:
-        if scaling or calibration:
+        if scaling != "none" or calibration:
             raise WeLoreError("--reference-values are those of the weights: leave --scaling and --calibration out")
         spectra = import_singular_values(reference_values, model, **common)
     else:
         with _progress() as progress:
             spectra = analyze(
                 model,
-                scaling=scaling or "none",
+                scaling=scaling,
                 calibration=calibration,
                 device=_device(device),
                 workers=workers,

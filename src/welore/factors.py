@@ -240,14 +240,20 @@ def _times(weight: Tensor, X: Tensor) -> Tensor:
 def _roots(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric square root of a weight (k, k) or (k,), and its inverse, in float64.
 
-    By eigenvalues, so that rank-deficient weights do no harm: those below 1e-12 of the largest count as that.
+    By eigenvalues, so that rank-deficient weights do no harm: those below 1e-12 of the largest count as that; a weight
+    of zeros counts as ones.
     """
     if weight.ndim == 1:
-        root = weight.clamp(min=float(weight.max()) * 1e-12).sqrt()
+        root = _floored(weight).sqrt()
         return root, 1 / root
     values, vectors = torch.linalg.eigh(weight)
-    root = values.clamp(min=float(values[-1]) * 1e-12).sqrt()
+    root = _floored(values).sqrt()
     return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+
+def _floored(values: Tensor) -> Tensor:
+    largest = float(values.max())
+    return values.clamp(min=largest * 1e-12) if largest > 0 else torch.ones_like(values)
 
 
 def _scaled_vectors(W: Tensor, metric: Metric, rank: int) -> tuple[Tensor, float]:

@@ -1,0 +1,125 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import welore
+from conftest import build, logits
+from welore.calibration import Calibration
+from welore.errors import WeLoreError
+from welore.records import Record
+from welore.scaling import SCALINGS, metric
+from welore.spectra import Identity
+
+SCALED = sorted(SCALINGS.keys() - {"none"})
+WINDOWS = torch.randint(0, 96, (6, 32), generator=torch.Generator().manual_seed(0))
+
+
+def calibrated(model: Any, out: Path) -> Calibration:
+    return welore.calibrate(model, WINDOWS, out / "c.safetensors")
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_streamed_and_in_memory_give_the_same_checkpoint(
+    saved: Callable[..., Path], tmp_path: Path, scaling: str, family: str
+) -> None:
+    source = saved(family)
+    c = calibrated(source, tmp_path)
+    how: dict[str, Any] = {"params": 0.7, "scaling": scaling, "calibration": c}
+    record = welore.compress(source, tmp_path / "stream", **how)
+    model = build(family)
+    welore.compress(model, tmp_path / "memory", **how)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "stream" / name).read_bytes() == (tmp_path / "memory" / name).read_bytes()
+    assert record.numbers["lrcs"] > 0
+    assert record.numbers["largest_excess"] < 1e-6
+    assert record.settings["scaling"] == scaling
+    assert record.settings["calibration"]["settings"]["tokens"] == WINDOWS.numel()
+
+
+def test_three_commands_make_what_one_makes(saved: Callable[..., Path], tmp_path: Path) -> None:
+    source = saved("llama")
+    c = calibrated(source, tmp_path)
+    spectra = welore.analyze(source, scaling="kfac", calibration=c)
+    spectra.save(tmp_path / "s.safetensors")
+    plan = welore.allocate(welore.Spectra.load(tmp_path / "s.safetensors"), params=0.7)
+    plan.save(tmp_path / "plan.json")
+    plan = welore.Plan.load(tmp_path / "plan.json")
+    welore.compress(source, tmp_path / "three", plan=plan, calibration=tmp_path / "c.safetensors")
+    welore.compress(source, tmp_path / "one", params=0.7, calibration=c)
+    for name in ("model.safetensors", "plan.json"):
+        assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_the_loss_of_outputs_is_smaller_than_with_plain_truncation(tmp_path: Path) -> None:
+    dense = logits(build("llama"), WINDOWS)
+    c = calibrated(build("llama"), tmp_path)
+
+    def error(**how: Any) -> float:
+        model = build("llama")
+        welore.compress(model, params=0.75, storage="factored", **how)
+        return float((logits(model, WINDOWS) - dense).norm())
+
+    plain = error(scaling="none", strategy="uniform")
+    scaled = {name: error(scaling=name, strategy="uniform", calibration=c) for name in ("input", "kfac")}
+    assert max(scaled.values()) < plain
+
+
+def test_a_matrix_that_no_token_reached_is_kept(saved: Callable[..., Path], tmp_path: Path) -> None:
+    source = saved("llama")
+    c = calibrated(source, tmp_path)
+    name = "model.layers.0.self_attn.o_proj"
+    assert metric("kfac", c, name) is not None
+    unreached = Calibration(c.model, c.shapes, {**c.counts, name: 0}, c.shared, c.tensors, c.record)
+    assert metric("kfac", unreached, name) is None
+    welore.compress(source, tmp_path / "small", params=0.6, calibration=unreached)
+    assert name not in welore.Plan.load(tmp_path / "small" / "plan.json").ranks
+
+
+def test_calibrations_that_do_not_fit_are_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
+    source = saved("llama")
+    c = calibrated(source, tmp_path)
+    plan = welore.allocate(welore.analyze(source, scaling="kfac", calibration=c), params=0.7)
+    with pytest.raises(WeLoreError, match="plan has scaling kfac: give the calibration"):
+        welore.compress(source, tmp_path / "out", plan=plan)
+    other = Calibration(c.model, c.shapes, c.counts, c.shared, c.tensors, Record("calibration", {}, {"tokens": 1}, {}))
+    with pytest.raises(WeLoreError, match="another calibration"):
+        welore.compress(source, tmp_path / "out", plan=plan, calibration=other)
+    stranger = Calibration(Identity("x", "0" * 64), c.shapes, c.counts, c.shared, c.tensors, c.record)
+    with pytest.raises(WeLoreError, match="calibration was made for another model"):
+        welore.compress(source, tmp_path / "out", params=0.7, calibration=stranger)
+    with pytest.raises(WeLoreError, match="scaling input needs a calibration"):
+        welore.analyze(source, scaling="input")
+    with pytest.raises(WeLoreError, match="model in memory needs calibration="):
+        welore.compress(build("llama"), params=0.7)
+    with pytest.raises(WeLoreError, match="unknown scaling 'kfca'; did you mean 'kfac'"):
+        welore.compress(source, tmp_path / "out", params=0.7, scaling="kfca")
+    with pytest.raises(WeLoreError, match="--paper is strategy welore"):
+        welore.compress(source, tmp_path / "out", params=0.7, paper=True, storage="auto")
+    assert not (tmp_path / "out").exists()
+
+
+def test_params_alone_needs_no_data(
+    saved: Callable[..., Path], tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = saved("llama")
+    tokenizer.save_pretrained(source)
+    record = welore.compress(source, tmp_path / "small", params=0.7, tokens=64)
+    assert record.settings["scaling"] == "kfac"
+    assert record.settings["strategy"] == "waterfill"
+    assert record.settings["calibration"]["settings"]["data"] == ["self:1"]
+    assert not list(tmp_path.glob("*.work"))
+    assert welore.compress(source, tmp_path / "again", params=0.7, tokens=64).numbers["lrcs"]
+    for name in ("model.safetensors", "plan.json"):
+        assert (tmp_path / "small" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_paper_is_welore_as_published(saved: Callable[..., Path], tmp_path: Path) -> None:
+    source = saved("llama")
+    welore.compress(source, tmp_path / "paper", params=0.8, paper=True)
+    welore.compress(source, tmp_path / "said", params=0.8, strategy="welore", scaling="none", storage="factored")
+    assert (tmp_path / "paper" / "plan.json").read_bytes() == (tmp_path / "said" / "plan.json").read_bytes()
+    assert welore.Plan.load(tmp_path / "paper" / "plan.json").strategy == "welore"
