@@ -1,4 +1,5 @@
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,47 @@ def test_solution_is_the_closest_of_all_plans(strategy: str, min_ratio: float, a
             plan = allocate(s, strategy=strategy, min_ratio=min_ratio, allow_growth=allow_growth, **{target: wanted})
             achieved = plan.parameter_ratio if target == "params" else plan.rank_reduction
             assert abs(achieved - wanted) == pytest.approx(min(abs(x - wanted) for x in curve), abs=1e-12)
+
+
+def test_storage_changes_forms_and_costs_and_nothing_else(tmp_path: Path) -> None:
+    plan = allocate(spectra({"a": (7, 5), "b": (50, 60)}), threshold=0.5, min_ratio=0.3)
+    assert set(plan.forms.values()) == {"factored"}
+    pivoted = plan.stored("pivoted")
+    assert pivoted.ranks == plan.ranks
+    assert set(pivoted.forms) == set(plan.forms)
+    assert set(pivoted.forms.values()) == {"pivoted"}
+    for old, new in zip(plan.allocations, pivoted.allocations, strict=True):
+        assert new.stored_parameters == old.stored_parameters - (old.kept**2 if old.factored else 0)
+    assert pivoted.parameter_ratio < plan.parameter_ratio
+    assert pivoted.stored("factored") == plan
+    pivoted.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").forms == pivoted.forms
+
+
+def test_plan_from_before_there_were_forms_is_factored(tmp_path: Path) -> None:
+    plan = allocate(spectra(), threshold=0.5, min_ratio=0.3)
+    plan.save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    for entry in content["matrices"]:
+        del entry["form"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"form": "pivot"}, "unknown form"),
+        ({"form": "pivoted", "kept": 5}, "a has full rank 5; pivoted storage needs a lower one"),
+    ],
+)
+def test_plan_with_an_impossible_form_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    allocate(spectra(), threshold=0.5, min_ratio=0.3).save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    content["matrices"][0] |= {"factored": True} | changes
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(WeLoreError, match=message):
+        Plan.load(tmp_path / "plan.json")
 
 
 def test_threshold_gives_the_ranks_of_the_definition() -> None:
