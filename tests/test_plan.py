@@ -69,7 +69,7 @@ def test_storage_changes_forms_and_costs_and_nothing_else(tmp_path: Path) -> Non
     assert pivoted.parameter_ratio < plan.parameter_ratio
     assert pivoted.stored("factored") == plan
     pivoted.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json").forms == pivoted.forms
+    assert Plan.load(tmp_path / "plan.json") == pivoted
 
 
 def test_plan_from_before_there_were_forms_is_factored(tmp_path: Path) -> None:

@@ -91,8 +91,8 @@ class Plan:
 
     def stored(self, storage: str) -> "Plan":
         """The same ranks, the LRCs stored as `storage` (forms.STORAGES) says."""
-        found = tuple(replace(a, form=form_of(*a.shape, a.kept, storage)) for a in self.allocations)
-        return replace(self, allocations=found)
+        found = {a.name: form_of(*a.shape, a.kept, storage) for a in self.allocations if a.factored}
+        return replace(self, allocations=tuple(replace(a, form=found.get(a.name, FACTORED)) for a in self.allocations))
 
     @property
     def rank_reduction(self) -> float:
