@@ -1,10 +1,11 @@
 """Is a low-rank layer as fast as its parameter count promises? A record and two lines.
 
-One linear layer, one thread: dense; factored, y = A (B x); factored with A stored column by column; merged, W = A B
-again (a control: it must cost what dense costs). Prefill is 512 tokens at once, decode one token. In decode every
-call takes the next of many copies of the layer, as a model does: its weights come from memory, not from the cache.
-Then SmolLM2 as a whole. Variants are interleaved; what counts is the median ratio of neighbouring measurements, and
-its product with the parameter ratio ("reach"): 1 means that half the parameters take half the time.
+One linear layer, one thread: dense; factored, y = A (B x); factored with A stored column by column; pivoted, P and C at
+the same rank, so r^2 numbers less; merged, W = A B again (a control: it must cost what dense costs). Prefill is 512
+tokens at once, training the same with its gradients, decode one token. In decode every call takes the next of many
+copies of the layer, as a model does: its weights come from memory, not from the cache. Then SmolLM2 as a whole.
+Variants are interleaved; what counts is the median ratio of neighbouring measurements, and its product with the
+parameter ratio ("reach"): 1 means that half the parameters take half the time.
 """
 
 import math
@@ -24,8 +25,9 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from welore.embedded import embedded_model
+from welore.forms import DENSE, PIVOTED, cost
 from welore.locate import locate
-from welore.lowrank import LowRankLinear
+from welore.lowrank import LowRankLinear, PivotedLinear
 from welore.records import Record
 from welore.surgery import merge_model, sizes
 
@@ -34,6 +36,8 @@ SHAPES = ((2048, 2048), (5504, 2048), (4096, 4096))
 RANKS = (0.1, 0.2, 0.3, 0.4, 0.5)  # r / n
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FACTORED = ("factored", "factored, A by column")
+LOW_RANK = (*FACTORED, "pivoted")
+PHASES = ("prefill", "decode", "training")
 PREFILL, REPEATS_PREFILL, REPEATS_DECODE = 512, 5, 15
 BEYOND_CACHE_BYTES = 192e6
 MUST_REACH = {"prefill": 0.8, "decode": 0.95}  # of the parameter ratio, at r = 0.3 n; decode in fp32
@@ -52,6 +56,8 @@ def variants(m: int, n: int, r: int, dtype: torch.dtype) -> dict[str, nn.Module]
     by_row, by_column = (LowRankLinear(n, m, r, dtype=dtype) for _ in FACTORED)
     store_by_column(by_column.A)
     found |= dict(zip(FACTORED, (by_row, by_column), strict=True))
+    found["pivoted"] = pivoted = PivotedLinear(n, m, r, dtype=dtype)
+    pivoted.order.copy_(torch.randperm(m))
     found["merged"] = nn.Linear(n, m, bias=False, dtype=dtype)
     return found
 
@@ -72,8 +78,9 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
 def measure_layer(m: int, n: int, share: float, name: str) -> dict[str, Any]:
     """Speed-up over dense and reach of every variant of one layer at one rank."""
     dtype, r = DTYPES[name], round(share * n)
-    ratio = r * (m + n) / (m * n)
+    forms = {"dense": DENSE, "merged": DENSE, "pivoted": PIVOTED} | dict.fromkeys(FACTORED, "factored")
     layers = variants(m, n, r, dtype)
+    ratio = {kind: cost(m, n, r, forms[kind]) / (m * n) for kind in layers}
     count = max(1, math.ceil(BEYOND_CACHE_BYTES / (m * n * dtype.itemsize)))
     copies = {kind: cycle([deepcopy(layer) for _ in range(count)]) for kind, layer in layers.items()}
     prompt, token = torch.randn(PREFILL, n, dtype=dtype), torch.randn(1, n, dtype=dtype)
@@ -82,10 +89,17 @@ def measure_layer(m: int, n: int, share: float, name: str) -> dict[str, Any]:
         for layer in islice(copies[kind], count):
             layer(token)
 
-    speedups = {
-        "prefill": interleaved({kind: partial(layer, prompt) for kind, layer in layers.items()}, REPEATS_PREFILL),
-        "decode": interleaved({kind: partial(decode, kind) for kind in layers}, REPEATS_DECODE),
-    }
+    def train(layer: nn.Module) -> None:
+        layer(prompt).backward(torch.ones(PREFILL, m, dtype=dtype))
+
+    with torch.inference_mode():
+        speedups = {
+            "prefill": interleaved({kind: partial(layer, prompt) for kind, layer in layers.items()}, REPEATS_PREFILL),
+            "decode": interleaved({kind: partial(decode, kind) for kind in layers}, REPEATS_DECODE),
+        }
+    prompt.requires_grad_()
+    training = {kind: partial(train, layer) for kind, layer in layers.items()}
+    speedups["training"] = interleaved(training, REPEATS_PREFILL)
     return {
         "shape": [m, n],
         "dtype": name,
@@ -94,7 +108,7 @@ def measure_layer(m: int, n: int, share: float, name: str) -> dict[str, Any]:
         "parameter_ratio": ratio,
         "weight_bytes": {kind: bytes_of(layer) for kind, layer in layers.items()},
         "speedup": speedups,
-        "reach": {phase: {kind: x * ratio for kind, x in found.items()} for phase, found in speedups.items()},
+        "reach": {phase: {kind: x * ratio[kind] for kind, x in found.items()} for phase, found in speedups.items()},
     }
 
 
@@ -115,9 +129,9 @@ def break_even(rows: list[dict[str, Any]], phase: str, kind: str) -> float | Non
 def break_evens(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry per shape, dtype, phase and variant."""
     found = []
-    for shape, name, phase in product(SHAPES, DTYPES, ("prefill", "decode")):
+    for shape, name, phase in product(SHAPES, DTYPES, PHASES):
         same = [row for row in rows if row["shape"] == list(shape) and row["dtype"] == name]
-        at = {kind: break_even(same, phase, kind) for kind in FACTORED}
+        at = {kind: break_even(same, phase, kind) for kind in LOW_RANK}
         found.append({"shape": list(shape), "dtype": name, "phase": phase, "rank_over_n": at})
     return found
 
@@ -132,22 +146,26 @@ def load_models() -> tuple[dict[str, Any], dict[str, Any]]:
     """SmolLM2 dense and in every form of its compression; and how large they are."""
     with tempfile.TemporaryDirectory() as directory:
         small = Path(directory) / "small"
-        welore.compress(locate(embedded_model()), small, rank_reduction=RANK_REDUCTION)
-        places = {"dense": locate(embedded_model()), **dict.fromkeys((*FACTORED, "merged"), small)}
+        source = locate(embedded_model())
+        welore.compress(source, small, rank_reduction=RANK_REDUCTION)
+        pivoted = Path(directory) / "pivoted"
+        welore.compress(source, pivoted, rank_reduction=RANK_REDUCTION, storage="pivoted")
+        places = {"dense": source, **dict.fromkeys(FACTORED, small), "pivoted": pivoted, "merged": small}
         models = {name: AutoModelForCausalLM.from_pretrained(place) for name, place in places.items()}
     for module in models[FACTORED[1]].modules():
         if isinstance(module, LowRankLinear):
             store_by_column(module.A)
     about = {name: sizes(model) for name, model in models.items()}
     merge_model(models["merged"])
-    dense, factored = about["dense"]["parameters"], about["factored"]["parameters"]
+    forms, dense = ("factored", "pivoted"), about["dense"]["parameters"]
     return models, {
-        "targeted_parameter_ratio": about["factored"]["parameter_ratio"],
-        "model_parameter_ratio": factored / dense,
+        "targeted_parameter_ratio": {form: about[form]["parameter_ratio"] for form in forms},
+        "model_parameter_ratio": {form: about[form]["parameters"] / dense for form in forms},
         "weight_bytes": {name: bytes_of(model) for name, model in models.items()},
     }
 
 
+@torch.inference_mode()
 def generate(model: Any) -> tuple[float, float]:
     """Seconds of the prompt, and of greedy decoding after it."""
     started = time.perf_counter()
@@ -174,7 +192,6 @@ def measure_model(models: Mapping[str, Any], threads: int) -> dict[str, Any]:
     return found
 
 
-@torch.inference_mode()
 def main() -> None:
     """Measure, write docs/benchmarks/inference.json, print two lines."""
     torch.manual_seed(0)
@@ -182,8 +199,8 @@ def main() -> None:
     rows = [measure_layer(m, n, share, name) for name in DTYPES for m, n in SHAPES for share in RANKS]
     models, about = load_models()
     whole = [measure_model(models, threads) for threads in (1, 2)]
-    keys = [("prefill", "fp32"), ("decode", "fp32"), ("prefill", "bf16"), ("decode", "bf16")]
-    worst = {f"{p}, {d}": {kind: worst_reach(rows, p, kind, d) for kind in FACTORED} for p, d in keys}
+    keys = product(DTYPES, PHASES)
+    worst = {f"{p}, {d}": {kind: worst_reach(rows, p, kind, d) for kind in LOW_RANK} for d, p in keys}
     numbers = {"worst_reach_at_0.3": worst, "must_reach": MUST_REACH, "model": about | {"speed": whole}}
     numbers |= {"break_even": break_evens(rows), "layers": rows}
     settings: dict[str, Any] = {
@@ -195,7 +212,7 @@ def main() -> None:
     settings |= {"rank_reduction": RANK_REDUCTION}
     Record("inference", {"model": embedded_model().stem}, settings, numbers).save(HERE / "inference.json")
     told = "; ".join(
-        f"{key} {found[FACTORED[0]]:.2f}, with A by column {found[FACTORED[1]]:.2f}" for key, found in worst.items()
+        f"{key}: " + ", ".join(f"{kind} {x:.2f}" for kind, x in found.items()) for key, found in worst.items()
     )
     print(f"layer at r = 0.3 n, speed-up x parameter ratio, worst of {len(SHAPES)} shapes: {told}")
     speeds = "; ".join(
@@ -205,8 +222,8 @@ def main() -> None:
         for phase in ("prefill", "decode")
     )
     print(
-        f"SmolLM2, block parameters {about['targeted_parameter_ratio']:.2f} of dense, all parameters "
-        f"{about['model_parameter_ratio']:.2f}: {speeds}"
+        f"SmolLM2, block parameters of dense {about['targeted_parameter_ratio']}, all parameters "
+        f"{about['model_parameter_ratio']}: {speeds}"
     )
 
 

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from transformers import AutoModelForCausalLM
 import welore
 from conftest import FAMILIES, MIXTURES, build, logits
 from welore.errors import WeLoreError
-from welore.lowrank import LowRankLinear
+from welore.lowrank import LAYERS, LowRankLinear
+from welore.surgery import sizes
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -20,18 +22,28 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
-def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str) -> None:
+EVERY_FORM = ("llama", "qwen2", "gpt2", "opt", "phi3", "starcoder2", "mixtral")  # what the families differ in
+
+
+@pytest.mark.parametrize(
+    ("family", "storage"),
+    [*((f, "factored") for f in (*FAMILIES, *MIXTURES)), *((f, "pivoted") for f in EVERY_FORM), ("llama", "auto")],
+)
+def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str, storage: str) -> None:
     """compress -> from_pretrained -> save_pretrained -> from_pretrained is bit-equal; merge gives the same logits."""
-    record = welore.compress(saved(family), tmp_path / "small", rank_reduction=0.4)
+    source = saved(family)
+    how: dict[str, Any] = {"rank_reduction": 0.4, "storage": storage}
+    record = welore.compress(source, tmp_path / "small", **how)
     assert record.numbers["lrcs"] > 0
 
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
-    layers = [module for module in small.modules() if isinstance(module, LowRankLinear)]
-    assert len(layers) == record.numbers["lrcs"]
+    forms = welore.Plan.load(tmp_path / "small" / "plan.json").forms
+    assert {n: m.form for n, m in small.named_modules() if isinstance(m, tuple(LAYERS.values()))} == forms
+    assert len(forms) == record.numbers["lrcs"]
+    assert storage == "auto" or set(forms.values()) == {storage}
 
     in_memory = build(family)
-    welore.compress(in_memory, rank_reduction=0.4)
+    welore.compress(in_memory, **how)
     assert torch.equal(logits(in_memory, tokens), logits(small, tokens))
 
     small.save_pretrained(tmp_path / "again")
@@ -42,7 +54,7 @@ def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str) ->
     welore.merge(tmp_path / "small", tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    assert not any(isinstance(module, LowRankLinear) for module in dense.modules())
+    assert not any(isinstance(module, tuple(LAYERS.values())) for module in dense.modules())
     torch.testing.assert_close(logits(dense, tokens), logits(small, tokens), rtol=1e-3, atol=1e-3)
 
     welore.merge(small)
@@ -50,13 +62,17 @@ def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str) ->
     assert equal(weights_of(tmp_path / "merged-in-memory"), weights_of(tmp_path / "dense"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("dtype", "storage"),
+    [(t, "factored") for t in (torch.float32, torch.bfloat16, torch.float16)] + [(torch.bfloat16, "pivoted")],
+)
 def test_sharded_equals_unsharded_in_every_dtype(
-    saved, tmp_path: Path, tokens: torch.Tensor, dtype: torch.dtype
+    saved, tmp_path: Path, tokens: torch.Tensor, dtype: torch.dtype, storage: str
 ) -> None:
     whole = saved("qwen2", dtype)
-    welore.compress(whole, tmp_path / "one", rank_reduction=0.3)
-    welore.compress(whole, tmp_path / "many", rank_reduction=0.3, max_shard_size="12KB")
+    how: dict[str, Any] = {"rank_reduction": 0.3, "storage": storage}
+    welore.compress(whole, tmp_path / "one", **how)
+    welore.compress(whole, tmp_path / "many", **how, max_shard_size="12KB")
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
     assert equal(weights_of(tmp_path / "one"), weights_of(tmp_path / "many"))
     one, many = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("one", "many"))
@@ -75,10 +91,11 @@ def test_generation_with_the_cache_is_generation_without(saved, tmp_path: Path, 
     assert torch.equal(with_cache, without)
 
 
+@pytest.mark.parametrize("storage", ["factored", "pivoted"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_record_equals_a_recount_of_the_saved_tensors(saved, tmp_path: Path, family: str) -> None:
+def test_record_equals_a_recount_of_the_saved_tensors(saved, tmp_path: Path, family: str, storage: str) -> None:
     source = saved(family)
-    numbers = welore.compress(source, tmp_path / "small", rank_reduction=0.4).numbers
+    numbers = welore.compress(source, tmp_path / "small", rank_reduction=0.4, storage=storage).numbers
     small, dense = weights_of(tmp_path / "small"), weights_of(source)
     removed = full = stored = targeted = 0
     for name, W in dense.items():
@@ -86,17 +103,17 @@ def test_record_equals_a_recount_of_the_saved_tensors(saved, tmp_path: Path, fam
             continue
         full += min(W.shape)
         targeted += W.numel()
-        A, B = (small.get(name.replace("weight", f"{factor}.weight")) for factor in "AB")
-        if A is None or B is None:
+        left, right = (small.get(name.replace("weight", f"{x}.weight")) for x in ("AB", "CP")[storage == "pivoted"])
+        if left is None or right is None:
             stored += W.numel()
         else:
-            assert A.shape[1] == B.shape[0]
+            assert left.shape[1] == right.shape[0]
             assert small[name].shape == (0,)
-            removed += min(W.shape) - A.shape[1]
-            stored += A.numel() + B.numel()
+            removed += min(W.shape) - left.shape[1]
+            stored += left.numel() + right.numel()
     assert numbers["rank_reduction"] == removed / full
     assert numbers["parameter_ratio"] == stored / targeted
-    assert numbers["parameters"] == sum(t.numel() for t in small.values())
+    assert numbers["parameters"] == sum(t.numel() for t in small.values() if t.is_floating_point())
     assert numbers["bytes"] == sum(path.stat().st_size for path in (tmp_path / "small").glob("*.safetensors"))
 
 
@@ -108,6 +125,32 @@ def test_plan_and_record_lie_beside_the_weights(saved, tmp_path: Path) -> None:
     assert config["quantization_config"]["ranks"] == plan.ranks
     assert config["model_type"] == "llama"
     assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_storage_changes_the_numbers_that_are_stored_and_not_the_model(
+    saved, tmp_path: Path, tokens: torch.Tensor, family: str
+) -> None:
+    source, found, records = saved(family), {}, {}
+    for storage in ("factored", "pivoted"):
+        how: dict[str, Any] = {"rank_reduction": 0.4, "storage": storage}
+        records[storage] = welore.compress(source, tmp_path / storage, **how).numbers
+        welore.merge(tmp_path / storage, tmp_path / f"{storage}-dense")
+        found[storage] = weights_of(tmp_path / f"{storage}-dense")
+    assert records["pivoted"]["rank_reduction"] == records["factored"]["rank_reduction"]
+    assert records["pivoted"]["parameter_ratio"] < records["factored"]["parameter_ratio"]
+    assert records["pivoted"]["bytes"] < records["factored"]["bytes"]
+    torch.testing.assert_close(found["pivoted"], found["factored"], rtol=1e-5, atol=1e-5)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "pivoted")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "factored-dense")
+    torch.testing.assert_close(logits(small, tokens), logits(dense, tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_bytes_of_a_pivoted_model_count_its_orders(saved, tmp_path: Path) -> None:
+    source = saved("llama")
+    welore.compress(source, tmp_path / "small", rank_reduction=0.4, storage="pivoted")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert sizes(model)["bytes"] == sum(t.nbytes for t in weights_of(tmp_path / "small").values())
 
 
 def test_bias_keeps_its_dense_key_and_its_value(saved, tmp_path: Path) -> None:

@@ -12,13 +12,21 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArgum
 import welore
 from conftest import build, logits
 from welore.errors import WeLoreError
-from welore.lowrank import LowRankLinear
+from welore.forms import FORMS
+from welore.lowrank import LowRank
+from welore.pivot import product
 
 
 @pytest.fixture
-def small(saved, tmp_path: Path) -> Path:
-    welore.compress(saved("llama"), tmp_path / "small", rank_reduction=0.4)
+def small(request: pytest.FixtureRequest, saved, tmp_path: Path) -> Path:
+    """A compressed model, stored as A and B unless a test asks for another storage (`EVERY_STORAGE`)."""
+    source = saved("llama")
+    plan = welore.allocate(welore.analyze(source), rank_reduction=0.4, storage=getattr(request, "param", None))
+    welore.compress(source, tmp_path / "small", plan=plan)
     return tmp_path / "small"
+
+
+EVERY_STORAGE = pytest.mark.parametrize("small", ["factored", "pivoted"], indirect=True)
 
 
 def edit_weights(directory: Path, **changes: torch.Tensor | None) -> None:
@@ -31,6 +39,7 @@ def first_factored(directory: Path) -> str:
     return next(iter(welore.Plan.load(directory / "plan.json").ranks))
 
 
+@EVERY_STORAGE
 def test_without_the_package_loading_fails_instead_of_making_random_weights(small: Path) -> None:
     code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(small)!r}); print('LOADED')"
     run = subprocess.run(
@@ -53,22 +62,58 @@ def test_importing_the_package_is_enough_in_either_order(small: Path) -> None:
         assert int(run.stdout) == len(welore.Plan.load(small / "plan.json").ranks)
 
 
-@pytest.mark.parametrize("factor", ["A", "B"])
-def test_checkpoint_that_lost_a_factor_fails(small: Path, factor: str) -> None:
+@pytest.mark.parametrize(
+    ("small", "part"),
+    [(form, part) for form, parts in FORMS.items() for part in parts],
+    indirect=["small"],
+)
+def test_checkpoint_that_lost_a_factor_fails(small: Path, part: str) -> None:
     name = first_factored(small)
-    edit_weights(small, **{f"{name}.{factor}.weight": None})
-    with pytest.raises(WeLoreError, match=f"lost the factor {name}.{factor}.weight"):
+    edit_weights(small, **{f"{name}.{part}": None})
+    with pytest.raises(WeLoreError, match=f"lost the factor {name}.{part}"):
         AutoModelForCausalLM.from_pretrained(small)
     with pytest.raises(WeLoreError, match="lost the factor"):
         welore.merge(small, small.parent / "dense")
 
 
+@EVERY_STORAGE
 def test_checkpoint_with_a_wrong_rank_fails(small: Path) -> None:
     name = first_factored(small)
     config = json.loads((small / "config.json").read_text())
     config["quantization_config"]["ranks"][name] += 1
     (small / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeLoreError, match=f"config.json gives {name} rank"):
+        AutoModelForCausalLM.from_pretrained(small)
+
+
+@pytest.mark.parametrize("value", [0, 1000, -1])
+@pytest.mark.parametrize("small", ["pivoted"], indirect=True)
+def test_order_that_is_no_permutation_fails(small: Path, value: int) -> None:
+    name = f"{first_factored(small)}.order"
+    order = load_file(small / "model.safetensors")[name]
+    order[(order != value).nonzero()[0]] = value
+    edit_weights(small, **{name: order})
+    with pytest.raises(WeLoreError, match=f"{name} is no permutation"):
+        AutoModelForCausalLM.from_pretrained(small)
+
+
+@EVERY_STORAGE
+def test_config_says_more_than_format_1_only_where_there_is_more(small: Path) -> None:
+    about = json.loads((small / "config.json").read_text())["quantization_config"]
+    forms = welore.Plan.load(small / "plan.json").forms
+    if set(forms.values()) == {"factored"}:
+        assert set(about) == {"quant_method", "version", "ranks"}
+        assert about["version"] == 1
+    else:
+        assert about["version"] == 2
+        assert about["forms"] == forms
+
+
+def test_form_that_nobody_knows_fails(small: Path) -> None:
+    config = json.loads((small / "config.json").read_text())
+    config["quantization_config"]["forms"] = {first_factored(small): "pivot"}
+    (small / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeLoreError, match="unknown form 'pivot'; did you mean 'pivoted'"):
         AutoModelForCausalLM.from_pretrained(small)
 
 
@@ -96,6 +141,7 @@ def test_rank_of_a_layer_that_is_not_there_fails(small: Path) -> None:
         AutoModelForCausalLM.from_pretrained(small)
 
 
+@EVERY_STORAGE
 def test_loaded_model_is_an_ordinary_model(small: Path, tokens: torch.Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(small)
     assert not hasattr(model, "hf_quantizer")
@@ -103,15 +149,14 @@ def test_loaded_model_is_an_ordinary_model(small: Path, tokens: torch.Tensor) ->
     assert model.half().dtype == torch.float16
     assert model.float().dtype == torch.float32
     assert all(p.requires_grad for p in model.parameters())
-    layer = next(module for module in model.modules() if isinstance(module, LowRankLinear))
-    assert type(layer.A) is type(layer.B) is torch.nn.Linear
-    torch.testing.assert_close(
-        layer(torch.ones(2, layer.in_features)),
-        torch.ones(2, layer.in_features) @ (layer.A.weight @ layer.B.weight).T,
-    )
+    layer = next(module for module in model.modules() if isinstance(module, LowRank))
+    assert [type(child) for child in layer.children()] == [torch.nn.Linear] * 2
+    x = torch.ones(2, layer.in_features)
+    torch.testing.assert_close(layer(x), x @ product(layer.state_dict(), layer.form).T, rtol=1e-4, atol=1e-5)
     assert torch.isfinite(logits(model, tokens)).all()
 
 
+@EVERY_STORAGE
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}])
 def test_options_of_from_pretrained_work(small: Path, tokens: torch.Tensor, options: dict[str, object]) -> None:
     model = AutoModelForCausalLM.from_pretrained(small, **options)
@@ -121,6 +166,7 @@ def test_options_of_from_pretrained_work(small: Path, tokens: torch.Tensor, opti
     assert all(torch.equal(tensor, plain[name]) for name, tensor in model.state_dict().items())
 
 
+@EVERY_STORAGE
 def test_bare_model_has_the_same_hidden_states_and_saves(small: Path, tokens: torch.Tensor, tmp_path: Path) -> None:
     bare, whole = AutoModel.from_pretrained(small), AutoModelForCausalLM.from_pretrained(small)
     with torch.inference_mode():
@@ -149,17 +195,7 @@ def test_wish_without_a_target_is_one_sentence(saved) -> None:
         AutoModelForCausalLM.from_pretrained(saved("llama"), quantization_config=welore.WeLoreConfig())
 
 
-def test_low_rank_layer_has_the_gradients_of_its_product() -> None:
-    torch.manual_seed(0)
-    layer = LowRankLinear(5, 7, 3, bias=True, dtype=torch.float64)
-    x = torch.randn(4, 5, dtype=torch.float64)
-    layer(x).square().sum().backward()
-    A, B = (w.detach().requires_grad_() for w in (layer.A.weight, layer.B.weight))
-    (x @ (A @ B).T + layer.bias.detach()).square().sum().backward()
-    torch.testing.assert_close(layer.A.weight.grad, A.grad)
-    torch.testing.assert_close(layer.B.weight.grad, B.grad)
-
-
+@EVERY_STORAGE
 def test_trainer_trains_and_saves_a_compressed_model(small: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(small)
     rows = [{"input_ids": tokens[0], "labels": tokens[0]}] * 8
@@ -173,7 +209,9 @@ def test_trainer_trains_and_saves_a_compressed_model(small: Path, tmp_path: Path
     trainer.save_model(tmp_path / "trained")
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     changed = {name for name, t in trained.state_dict().items() if not torch.equal(t, before[name])}
-    assert f"{first_factored(small)}.A.weight" in changed
+    form = welore.Plan.load(small / "plan.json").forms[first_factored(small)]
+    assert {f"{first_factored(small)}.{part}" for part in FORMS[form] if part != "order"} <= changed
+    assert not any(name.endswith(".order") for name in changed)
     assert torch.equal(logits(trained, tokens), logits(model.eval(), tokens))
 
 

@@ -1,4 +1,5 @@
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,47 @@ def test_solution_is_the_closest_of_all_plans(
             plan = allocate(s, allow_growth=allow_growth, **how, **{target: wanted})
             achieved = plan.parameter_ratio if target == "params" else plan.rank_reduction
             assert abs(achieved - wanted) == pytest.approx(min(abs(x - wanted) for x in curve), abs=1e-12)
+
+
+def test_storage_changes_forms_and_costs_and_nothing_else(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"threshold": 0.5, "min_ratio": 0.5}
+    plan = allocate(spectra({"a": (7, 5), "b": (50, 60)}), **how)
+    assert set(plan.forms.values()) == {"factored"}
+    pivoted = allocate(spectra({"a": (7, 5), "b": (50, 60)}), **how, storage="pivoted")
+    assert pivoted.ranks == plan.ranks
+    assert set(pivoted.forms) == set(plan.forms)
+    assert set(pivoted.forms.values()) == {"pivoted"}
+    for old, new in zip(plan.allocations, pivoted.allocations, strict=True):
+        assert new.stored_parameters == old.stored_parameters - (old.kept**2 if old.factored else 0)
+    assert pivoted.parameter_ratio < plan.parameter_ratio
+    pivoted.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == pivoted
+
+
+def test_plan_from_before_there_were_forms_is_factored(tmp_path: Path) -> None:
+    plan = allocate(spectra(), threshold=0.5, min_ratio=0.3)
+    plan.save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    for entry in content["matrices"]:
+        del entry["form"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"form": "pivot"}, "unknown form"),
+        ({"form": "pivoted", "kept": 5}, "a has full rank 5; pivoted storage needs a lower one"),
+    ],
+)
+def test_plan_with_an_impossible_form_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    allocate(spectra(), threshold=0.5, min_ratio=0.3).save(tmp_path / "plan.json")
+    content = json.loads((tmp_path / "plan.json").read_text())
+    content["matrices"][0] |= {"factored": True} | changes
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    with pytest.raises(WeLoreError, match=message):
+        Plan.load(tmp_path / "plan.json")
 
 
 def test_threshold_gives_the_ranks_of_the_definition() -> None:

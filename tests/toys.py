@@ -22,12 +22,14 @@ def characters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="</s>")
 
 
-def checkpoint(out: Path, rank_reduction: float | None = 0.4, family: str = "llama", **changes: Any) -> Path:
+def checkpoint(
+    out: Path, rank_reduction: float | None = 0.4, family: str = "llama", storage: str = "factored", **changes: Any
+) -> Path:
     """Directory of a small model (compressed unless rank_reduction is None) and its tokenizer."""
     model = build(family, vocab_size=len(ALPHABET) + 2, max_position_embeddings=512, **changes)
     model.generation_config.eos_token_id = 1
     if rank_reduction is not None:
-        welore.compress(model, rank_reduction=rank_reduction, min_ratio=0.3)
+        welore.compress(model, rank_reduction=rank_reduction, min_ratio=0.3, storage=storage)
     model.save_pretrained(out)
     characters().save_pretrained(out)
     return out

@@ -166,7 +166,9 @@ def calibrate(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to read, rounded up to whole windows.")] = 16384,
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a window.  [default: 512, or what the model reads]")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws windows, what the model writes, and labels.")] = 0,
     temperature: Annotated[float, typer.Option(help="Of what the model writes.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="The model writes one of the k likeliest tokens; 0: any.")] = 0,

@@ -25,7 +25,7 @@ from welore.workspace import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS = 16384  # read by default
+TOKENS, LENGTH = 16384, 512  # read by default, in windows of
 
 
 def calibrate(
@@ -35,7 +35,7 @@ def calibrate(
     *,
     tokenizer: Any = None,
     tokens: int = TOKENS,
-    length: int = 512,
+    length: int | None = None,
     seed: int = 0,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -55,7 +55,8 @@ def calibrate(
 
     data: "self" (text that the model writes: no data at all), a text that corpus.read_text knows, or several of them
     with weights ("wikitext2:1,pydoc:2", or a mapping); see mixture.drawn for the part that is read. Or windows
-    (windows, length) of token ids of your own. tokens: read in all, in windows of `length`, drawn by `seed`.
+    (windows, length) of token ids of your own. tokens: read in all, in windows of `length` (by default 512, or
+    as many as the model reads), drawn by `seed`.
     temperature, top_k, top_p, first: of "self", see generation.generate_text. batch_size: windows in work at once.
     dtype: of the computation; the model writes in its own. whole: see sweep.gather. tokenizer: needed for a model in
     memory that reads or writes a text.
@@ -64,14 +65,14 @@ def calibrate(
     `OUT.work`: the same call after a kill goes on there. Raises WeLoreError before anything is written.
     """
     path = Path(out).resolve()
-    _check(path, tokens, length, batch_size)
+    _check(path, tokens, LENGTH if length is None else length, batch_size)
     torch_dtype = choose("dtype", dtype, DTYPES)
     with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
         targets, identity, state = weights.targets, weights.identity, weights.state
     mixture: dict[str, float] = {}
     sources: list[Source] = []
     if isinstance(data, Tensor):
-        sources, length, tokens = [given(data)], data.shape[-1], data.numel()
+        sources, length, tokens = [given(data)], int(data.shape[-1]), data.numel()
     else:
         mixture = parse_mixture(data)
     net: Any = model
@@ -80,7 +81,7 @@ def calibrate(
         where: dict[str, Any] = {"device": "cpu", "cache_dir": cache_dir, "revision": revision}
         ready = made_ready(model, tokenizer, dtype="auto", label=None, **where)
         net, tokenizer = ready.model, ready.tokenizer
-    _refuse_length(net, length)
+    length = _length(net, length)
     counts = apportion(mixture, -(-tokens // length)) if mixture else {}
     for name in (name for name in counts if name != SELF):
         sources.append(drawn(name, mixture[name], counts[name], tokenizer, length, seed=seed, cache_dir=cache_dir))
@@ -180,10 +181,11 @@ def _check(path: Path, tokens: int, length: int, batch_size: int) -> None:
         raise WeLoreError("calibrate works in one process: start it without torchrun or accelerate")
 
 
-def _refuse_length(model: "PreTrainedModel", length: int) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise WeLoreError(f"length is {length}: this model reads at most {limit} tokens at once, pass --length {limit}")
+def _length(model: "PreTrainedModel", wanted: int | None) -> int:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or LENGTH
+    if wanted is not None and wanted > limit:
+        raise WeLoreError(f"length is {wanted}: this model reads at most {limit} tokens at once, pass --length {limit}")
+    return min(LENGTH, limit) if wanted is None else wanted
 
 
 def _refuse_tokens(model: "PreTrainedModel", ids: Tensor) -> None:

@@ -10,7 +10,7 @@ from welore.analysis import analyze_weights, check_plan, opened_calibration
 from welore.calibration import Calibration
 from welore.errors import WeLoreError
 from welore.factors import factorise
-from welore.forms import DENSE, FACTORED, ORDER_BYTES, cost
+from welore.forms import DENSE, FACTORED, FORMS, ORDER_BYTES, cost
 from welore.lowrank import LAYERS, LowRank, PivotedLinear
 from welore.parallel import spread
 from welore.pivot import product, tensors
@@ -90,7 +90,8 @@ def merge_model(model: "PreTrainedModel") -> None:
     skeleton = dense_skeleton(model.config, type(model))
     for name, layer in [(n, module) for n, module in model.named_modules() if isinstance(module, LowRank)]:
         dense = skeleton.get_submodule(name)  # nn.Linear, or GPT-2's Conv1D, which stores W^T
-        W = product(layer.state_dict(), layer.form).to(layer.weight.dtype)
+        parts = layer.state_dict()
+        W = product(parts, layer.form).to(parts[FORMS[layer.form][0]].dtype)
         dense.weight = nn.Parameter(W if isinstance(dense, nn.Linear) else W.T.contiguous())
         dense.register_parameter("bias", layer.bias)
         dense.train(layer.training)
