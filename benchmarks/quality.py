@@ -1,0 +1,138 @@
+"""Perplexity of every method at equal parameters: one record per cell, which a killed run finds again.
+
+python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8 ...] [--seeds 0 1 2]
+                             [--wikitext FILE] [--calibrate-on FILE] [--work DIRECTORY]
+
+Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
+tokens of each. Calibrated rows read 16k tokens: half of the part of the reference that is not evaluated, half of
+--calibrate-on (FILE, or the training part of WikiText-2). Rows called "self" read what the model writes, no data.
+Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from welore.embedded import embedded_model
+from welore.locate import locate
+from welore.records import Record
+
+OUT = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality"
+LENGTH, WINDOWS, TOKENS = 512, 16, 16384
+RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: its name in print, the flags of `welore compress`, and what it is calibrated on."""
+
+    label: str
+    flags: str = ""
+    calibration: str | None = None  # "mix", "self" or None
+
+
+ROWS = {
+    "plain-uniform": Row("plain SVD, uniform", "--scaling none --strategy uniform --storage factored"),
+    "welore": Row("WeLore (`--paper`)", "--paper"),
+    "plain-waterfill": Row("plain SVD, water-filling", "--scaling none --strategy waterfill --storage factored"),
+    "asvd": Row("ASVD, uniform", "--scaling asvd --strategy uniform --storage factored", "mix"),
+    "svd-llm": Row("input-whitened, uniform", "--scaling input --strategy uniform --storage factored", "mix"),
+    "input-waterfill": Row("input-whitened, water-filling", "--scaling input --storage factored", "mix"),
+    "kfac-factored": Row("K-FAC, water-filling, factored", "--scaling kfac --storage factored", "mix"),
+    "ours": Row("ours, calibrated", "", "mix"),
+    "ours-self": Row("ours, data-free (`--params` alone)", "", "self"),
+}
+
+
+def main() -> None:
+    """Every cell that was asked for and is not there yet."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    arguments.add_argument("--params", nargs="*", type=float, default=list(RATIOS))
+    arguments.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    arguments.add_argument("--wikitext", default="wikitext2")
+    arguments.add_argument("--calibrate-on", default="wikitext2")
+    arguments.add_argument("--work", type=Path, default=None, help="where calibrations are kept between calls")
+    given = arguments.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(given.work or Path(scratch), given.wikitext, given.calibrate_on)
+        bench.cell("dense", Row("dense"), 1.0, 0)
+        for ratio in given.params:
+            for name in given.rows:
+                for seed in given.seeds if ROWS[name].calibration else [0]:
+                    bench.cell(name, ROWS[name], ratio, seed)
+
+
+class Bench:
+    """The model, the texts, and the calibrations that several rows share."""
+
+    def __init__(self, work: Path, wikitext: str, calibrate_on: str) -> None:
+        work.mkdir(parents=True, exist_ok=True)
+        self.work = work
+        self.model = locate(embedded_model())
+        self.texts = {"wikitext2": wikitext, "pydoc": "pydoc"}
+        self.sources = {"self": "self", "mix": f"{calibrate_on}:1,pydoc:1"}
+
+    def cell(self, name: str, row: Row, ratio: float, seed: int) -> None:
+        """Measure one cell, unless its record is there."""
+        path = OUT / f"{name}-{ratio:g}-{seed}.json"
+        if path.is_file():
+            return
+        settings: dict[str, Any] = {"params": ratio, "seed": seed, "flags": row.flags, "calibration": row.calibration}
+        numbers: dict[str, Any] = {}
+        with tempfile.TemporaryDirectory(dir=self.work) as scratch:
+            small = self.model
+            if name != "dense":
+                small = Path(scratch) / "small"
+                flags = row.flags.split()
+                if row.calibration:
+                    flags += ["--calibration", self.calibration(row.calibration, seed)]
+                made, cost = welore("compress", self.model, small, "--params", ratio, *flags)
+                keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
+                numbers = {key: made["numbers"][key] for key in keys} | cost
+                settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio")}
+            for text, source in self.texts.items():
+                how = ("--data", source, "--length", LENGTH, "--windows", WINDOWS, "--dtype", "float32")
+                found, _ = welore("evaluate", small, *how)
+                numbers[f"perplexity_{text}"] = found["numbers"]["perplexity"]
+                numbers.setdefault("bytes", found["numbers"]["bytes"])
+        inputs = {"row": name, "label": row.label, "model": "SmolLM2-135M-Instruct"}
+        Record("quality", inputs, settings | {"length": LENGTH, "windows": WINDOWS}, numbers).save(path)
+        print(
+            name, ratio, seed, f"{numbers['perplexity_wikitext2']:.4g} / {numbers['perplexity_pydoc']:.4g}", flush=True
+        )
+
+    def calibration(self, kind: str, seed: int) -> Path:
+        """The statistics for a seed, made once; what that took lies beside them."""
+        path = self.work / f"{kind}-{seed}.safetensors"
+        if not path.is_file():
+            how = ("--data", self.sources[kind], "--tokens", TOKENS, "--length", LENGTH, "--seed", seed)
+            _, cost = welore("calibrate", self.model, *how, "-o", path)
+            path.with_suffix(".json").write_text(json.dumps(cost))
+        return path
+
+
+def welore(*arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run a verb in a process of its own: its --json, and the seconds and the peak memory that it took."""
+    started = time.perf_counter()
+    command = [sys.executable, "-c", "from welore.cli import main; main()", *map(str, arguments), "--json"]
+    with tempfile.TemporaryFile() as out:
+        child = subprocess.Popen(command, stdout=out)
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        if child.returncode:
+            raise SystemExit(f"failed: {' '.join(map(str, arguments))}")
+        out.seek(0)
+        found = json.load(out)
+    return found, {"seconds": time.perf_counter() - started, "peak_memory_bytes": used.ru_maxrss * 1024}
+
+
+if __name__ == "__main__":
+    main()
