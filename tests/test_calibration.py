@@ -14,11 +14,12 @@ import welore
 import welore.loading
 from conftest import FAMILIES, MIXTURES, build
 from toys import checkpoint
-from welore import sweep
+from welore import collection, sweep
 from welore.calibration import Calibration
 from welore.errors import WeLoreError
 from welore.mixture import seed_of
 from welore.moments import Moments
+from welore.parallel import Team
 from welore.source import ModelWeights
 from welore.targets import find_targets
 from welore.workspace import Workspace
@@ -459,6 +460,12 @@ def test_a_model_whose_calls_another_library_has_taken_over_is_refused(tmp_path:
     attention.forward = attention.forward
     with pytest.raises(WeLoreError, match="model.layers.1.self_attn has been given a forward by another library"):
         gathered(model, tmp_path)
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collection, "team", lambda: Team(0, 2))
+    with pytest.raises(WeLoreError, match="calibrate works in one process: start it without torchrun"):
+        gathered(build("llama"), tmp_path)
 
 
 def test_a_compressed_model_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import welore
 from conftest import build
 from welore.cli import app, main
 
-VERBS = ("analyze", "allocate", "compress", "merge", "evaluate", "report", "demo")
+VERBS = ("analyze", "allocate", "calibrate", "compress", "merge", "evaluate", "report", "demo")
 TARGET = ("--rank-reduction", 0.4)
 
 
@@ -197,6 +197,24 @@ def test_one_command_makes_what_three_make_and_what_python_makes(
     assert welore.Plan.load(p).ranks
     for name in ("model.safetensors", "plan.json", "config.json"):
         assert (one / name).read_bytes() == (three / name).read_bytes() == (python / name).read_bytes(), name
+
+
+def test_calibrate_says_what_it_gathered_and_writes_what_python_writes(
+    command: Command, model: Path, text: Path, tmp_path: Path
+) -> None:
+    path, how = tmp_path / "c.safetensors", ("--tokens", 32, "--length", 8, "--seed", 3, "--exclude", "down_proj")
+    answer = done(command("calibrate", model, "--data", f"{text}:3", "--data", "self", "-o", path, *how))
+    assert answer == f"second moments of 12 matrices over 32 tokens -> {path}\n"
+    found = welore.Calibration.load(path)
+    assert [source["weight"] for source in found.record.inputs["sources"]] == [3.0, 1.0]
+    wanted: dict[str, Any] = {"tokens": 32, "length": 8, "seed": 3, "exclude": ["down_proj"]}
+    same = welore.calibrate(model, {str(text): 3, "self": 1}, tmp_path / "same.safetensors", **wanted)
+    for name in found.layout():
+        assert torch.equal(found.tensors[name], same.tensors[name])
+    facts = json.loads(done(command("calibrate", model, "-o", path, *how, "--json")))
+    assert facts["kind"] == "calibration"
+    assert [source["name"] for source in facts["inputs"]["sources"]] == ["self"]
+    assert facts["settings"]["generation"]["first"] == "vocabulary"
 
 
 def test_patterns_choose_the_targets(command: Command, model: Path, tmp_path: Path) -> None:
@@ -419,6 +437,11 @@ def test_existing_directory_needs_overwrite(
         ),
         ("allocate WEIGHTS --params 0.8 -o OUT", "model.safetensors holds no spectra"),
         ("allocate TEXT --params 0.8 -o OUT", "text.txt is not a readable safetensors file"),
+        ("calibrate MODEL --length 8 --data wikitext -o OUT", "unknown data set 'wikitext'; did you mean 'wikitext2'"),
+        ("calibrate MODEL --data TEXT:0 -o OUT", "text.txt is 0: it must be above 0"),
+        ("calibrate MODEL --length 100 -o OUT", "length is 100: this model reads at most 64 tokens at once"),
+        ("calibrate MODEL --length 8 --first chat -o OUT", "this tokenizer has no chat template"),
+        ("calibrate ./none -o OUT", "none is neither a model directory"),
         ("merge MODEL OUT", "is not a checkpoint compressed by welore"),
         ("evaluate MODEL --data wikitext -o OUT", "unknown data set 'wikitext'; did you mean 'wikitext2'"),
         ("evaluate MODEL --data none.txt -o OUT", "none.txt does not exist"),
@@ -459,7 +482,7 @@ def test_output_that_is_a_directory_is_refused_before_the_work(
 
     monkeypatch.setattr("welore.analysis.analyze", worked)
     monkeypatch.setattr("welore.perplexity.evaluate", worked)
-    for arguments in (("analyze", model), ("evaluate", model, "--data", text)):
+    for arguments in (("analyze", model), ("calibrate", model), ("evaluate", model, "--data", text)):
         answer = command(*arguments, "-o", tmp_path)
         assert answer.status == 2
         assert "is a directory" in re.sub(r"[\s│]+", " ", answer.err)

@@ -57,7 +57,7 @@ def gather(
     whole: bool = False,
     progress: Progress = silent,
 ) -> Sweep:
-    """Put the statistics of every targeted matrix into the workspace, see `kept` and `about`.
+    """Put the statistics of every targeted matrix into the workspace, each under the name that `kept` gives.
 
     ids: (windows, length). batch_size: windows in work at once. dtype: of the computation. whole: run the model in
     one piece, as happens anyway if its blocks cannot be run alone or a target lies outside them. The model may lie
@@ -76,7 +76,11 @@ def gather(
 
 
 def kept(name: str, kind: str) -> str:
-    """Name in the workspace of a statistic of a matrix; kind: inputs, magnitudes, outputs, about."""
+    """Name in the workspace of a statistic of a matrix; kind: inputs, magnitudes, outputs.
+
+    "about" holds `count`, the tokens that reached the matrix, and `kept_as`, the bytes of the name under which its
+    inputs are kept (none if it was never reached).
+    """
     return f"{name}.{kind}"
 
 

@@ -1,0 +1,157 @@
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from conftest import build
+from toys import ALPHABET, characters
+from welore.errors import WeLoreError
+from welore.generation import BEGINNINGS, generate_text
+
+END = 1  # of `characters`
+CHAT = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>' }}{% endfor %}"
+
+
+def writer(family: str = "llama", **changes: Any) -> PreTrainedModel:
+    model = build(family, vocab_size=len(ALPHABET) + 2, **changes)
+    model.generation_config.eos_token_id = END
+    return model
+
+
+def ends_at_once(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, made to end every text after one token."""
+
+    def only_the_end(module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, -30.0).index_fill_(-1, torch.tensor(END), 30.0)
+
+    model.get_output_embeddings().register_forward_hook(only_the_end)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "mixtral"])
+def test_the_likeliest_tokens_are_those_of_greedy_generation(family: str) -> None:
+    model = writer(family)
+    model.generation_config.eos_token_id = None
+    tokenizer = characters()
+    tokenizer.eos_token = None
+    found = generate_text(model, tokenizer, tokens=36, length=12, top_k=1)
+    assert found.shape == (3, 12)
+    with torch.inference_mode():
+        expected = model.generate(
+            found[:, :1], attention_mask=torch.ones(3, 1), do_sample=False, max_new_tokens=11, pad_token_id=0
+        )
+    assert torch.equal(found, expected)
+
+
+def test_a_token_is_drawn_with_the_probability_that_the_model_gives_it() -> None:
+    model, uniform = writer(), torch.rand((5, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    found = generate_text(model, characters(), tokens=20, length=4, seed=7, temperature=2.0)
+    with torch.inference_mode():
+        cumulated = (model(found).logits / 2).double().softmax(-1).cumsum(-1)
+    for row in range(5):
+        for position in range(1, 4):
+            if found[row, position - 1] != END:
+                below = int((cumulated[row, position - 1] <= uniform[row, position]).sum())
+                assert found[row, position] == below
+
+
+def test_the_seed_alone_decides_what_is_written() -> None:
+    model, tokenizer, how = writer(), characters(), {"tokens": 50, "length": 10}
+    first = generate_text(model, tokenizer, seed=3, **how)
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert torch.equal(first, generate_text(model, tokenizer, seed=3, **how))
+    assert torch.equal(first, generate_text(model, tokenizer, seed=3, batch_size=2, **how))
+    assert torch.equal(state, torch.get_rng_state())
+    assert not torch.equal(first, generate_text(model, tokenizer, seed=4, **how))
+    assert len(set(first[:, 0].tolist())) > 1
+
+
+def test_settings_of_the_checkpoint_do_not_change_the_text() -> None:
+    model, how = writer(), {"tokens": 30, "length": 10}
+    expected = generate_text(model, characters(), **how)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.top_k = 1
+    assert torch.equal(expected, generate_text(model, characters(), **how))
+
+
+def test_after_its_end_another_text_begins() -> None:
+    found = generate_text(ends_at_once(writer()), characters(), tokens=24, length=8)
+    assert (found[:, 1::2] == END).all()
+    assert (found[:, 0::2] != END).all()
+    assert len(found[:, 0::2].unique()) > 3
+
+
+def test_a_text_begins_as_asked() -> None:
+    tokenizer, numbers = characters(), torch.linspace(0, 0.999, 300).tolist()
+    ordinary = {tuple(BEGINNINGS["vocabulary"](tokenizer)(number)) for number in numbers}
+    assert ordinary == {(token,) for token in range(2, len(tokenizer))}
+    words = {tuple(BEGINNINGS["word"](tokenizer)(number)) for number in numbers}
+    assert {tokenizer.decode(list(ids)) for ids in words} == {c for c in ALPHABET if c.isalpha()}
+    assert BEGINNINGS["nothing"](tokenizer)(0.5) == [END]
+    tokenizer.chat_template = CHAT
+    assert tokenizer.decode(BEGINNINGS["chat"](tokenizer)(0.5)) == "[user]"
+
+
+def test_the_opening_token_of_a_tokenizer_comes_first() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = characters()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    for first in ("vocabulary", "word"):
+        opening, token = BEGINNINGS[first](tokenizer)(0.3)
+        assert opening == 0
+        assert token > 1
+    assert BEGINNINGS["nothing"](tokenizer)(0.3) == [0]
+
+
+def test_question_and_answer_of_a_chat_are_one_text() -> None:
+    tokenizer = characters()
+    tokenizer.chat_template = CHAT
+    found = generate_text(ends_at_once(writer()), tokenizer, tokens=16, length=16, first="chat")
+    assert tokenizer.decode(found[0]) == "[user]</s></s>[user]</s></s>"
+
+
+def test_tokens_are_rounded_up_to_whole_windows() -> None:
+    assert generate_text(writer(), characters(), tokens=21, length=10).shape == (3, 10)
+
+
+def test_a_model_that_writes_is_left_as_it_was() -> None:
+    model = writer().train()
+    generate_text(model, characters(), tokens=6, length=3)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"tokens": 0}, "tokens is 0: it must be at least 1"),
+        ({"length": 1}, "length is 1: it must be at least 2"),
+        ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        ({"temperature": 0.0}, "temperature is 0.0: it must be above 0"),
+        ({"temperature": float("nan")}, "temperature is nan: it must be above 0"),
+        ({"top_k": -3}, "top_k is -3: it must be at least 1, or 0 for all tokens"),
+        ({"top_p": 1.5}, "top_p is 1.5: it must be above 0 and at most 1"),
+        ({"first": "char"}, "unknown beginning 'char'; did you mean 'chat'"),
+        ({"first": "chat"}, "this tokenizer has no chat template"),
+    ],
+)
+def test_impossible_settings_are_refused(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeLoreError, match=message):
+        generate_text(writer(), characters(), **how)
+
+
+def test_a_model_that_computes_nan_is_refused() -> None:
+    model = writer()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(WeLoreError, match="the model computes NaN or Inf"):
+        generate_text(model, characters(), tokens=6, length=3)
+
+
+def test_a_tokenizer_without_first_and_end_token_is_refused() -> None:
+    tokenizer = characters()
+    tokenizer.eos_token = None
+    with pytest.raises(WeLoreError, match="neither a first nor an end token"):
+        BEGINNINGS["nothing"](tokenizer)
