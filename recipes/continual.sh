@@ -4,7 +4,8 @@
 #
 #   recipes/continual.sh [MODEL] [OUT]        several GPUs: BATCH=1 LAUNCH="torchrun --nproc_per_node 4 --no-python"
 #
-# One GPU with 80 GB; a step reads BATCH sequences in every process. What is stopped goes on when the same command is given again.
+# One GPU with 80 GB; a step reads BATCH sequences in every process. What is stopped goes on when the same command is
+# given again.
 set -euo pipefail
 model=${1:-meta-llama/Llama-2-7b-hf}
 out=${2:-runs/continual}

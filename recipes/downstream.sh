@@ -4,7 +4,8 @@
 #
 #   recipes/downstream.sh [MODEL] [OUT]       METHODS="full lora galore lrc" for the whole table
 #
-# Several GPUs: BATCH=2 LAUNCH="torchrun --nproc_per_node 4 --no-python". TASK_DATA: a directory with the original files, or "generated" (coin_flip, object_tracking); without it the hub.
+# Several GPUs: BATCH=2 LAUNCH="torchrun --nproc_per_node 4 --no-python". TASK_DATA: a directory with the original
+# files, or "generated" (coin_flip, object_tracking); without it the hub.
 set -euo pipefail
 model=${1:-meta-llama/Llama-2-7b-hf}
 out=${2:-runs/downstream}
