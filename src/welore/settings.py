@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ TRACKERS = {"none": None, "tensorboard": "tensorboard", "trackio": "trackio", "w
 # The paper's settings, section 4: of continual fine-tuning and of a task.
 CONTINUAL = {"steps": 10_000, "batch_size": 4, "length": 1024}
 DOWNSTREAM = {"steps": 1_000, "batch_size": 8, "length": 512}
+WARM_UP_SHARE = 20  # one step in twenty: 500 of 10,000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,20 @@ class Settings:
     whole_logits: bool
     eval_every: int
     eval_items: int
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+
+
+def settled(asked: Mapping[str, Any], device: str) -> Settings:
+    """The settings that were asked for, and the usual ones in place of None; on a GPU dtype "auto" is bfloat16."""
+    usual: dict[str, Any] = dict(CONTINUAL if asked["task"] is None else DOWNSTREAM)
+    found = usual | {name: value for name, value in asked.items() if value is not None or name not in usual}
+    if found["warmup"] is None:
+        found["warmup"] = found["steps"] // WARM_UP_SHARE
+    if found["dtype"] == "auto":
+        found["dtype"] = "bfloat16" if device.startswith("cuda") else "float32"
+    return Settings(**found | {"task_data": None if found["task_data"] is None else str(found["task_data"])})
 
 
 def check(settings: Settings, save_every: int, report_to: str) -> None:
