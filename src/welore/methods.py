@@ -76,7 +76,9 @@ def lrc(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int 
         module = model.get_submodule(name)
         for linear in (module.A, module.B) if isinstance(module, LowRankLinear) else (module,):
             _weight(linear).requires_grad_()
-    return Marked(model, "the factors A and B of the LRCs" + _norms(model, train_norms))
+    factored = isinstance(model.get_submodule(found.lrc[0]), LowRankLinear)
+    trains = "the factors A and B of the LRCs" if factored else "the dense matrices that the plan calls LRCs"
+    return Marked(model, trains + _norms(model, train_norms))
 
 
 def nlrc(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int | None) -> Marked:
