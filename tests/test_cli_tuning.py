@@ -173,6 +173,11 @@ def test_nothing_is_lost_when_a_run_that_was_to_be_replaced_cannot_begin(
         ("finetune MODEL OUT --data TEXT --lr nan", "lr is nan"),
         ("finetune MODEL OUT --data TEXT --dtype bf16", "unknown dtype 'bf16'"),
         ("finetune MODEL OUT --data TEXT --optimizer adam", "unknown optimizer 'adam'"),
+        ("finetune MODEL OUT --data TEXT --length 32 --optimizer lomo", "optimizer lomo cannot be used: You need to"),
+        (
+            "finetune MODEL OUT --data TEXT --length 32 --optimizer galore_adamw",
+            "cannot be used: .*optim_target_modules",
+        ),
         ("finetune MODEL OUT --data TEXT --report-to tensorbord", "did you mean 'tensorboard'"),
         ("finetune MODEL OUT --data TEXT --length 32 --plan none.json", "none.json does not exist"),
         ("finetune MODEL OUT --data TEXT --device cuda:77", "device 'cuda:77' is not there"),

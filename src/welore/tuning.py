@@ -12,7 +12,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from welore.batches import Batch, Material, Sequence_, blocks_of_text, collate, questions_of_task, shuffled
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, first_line
 from welore.files import refuse_source
 from welore.headloss import shrink_head
 from welore.loading import compression_of, load
@@ -143,6 +143,7 @@ def _prepared(
     marked = METHODS[settings.method](model, matrices(model, chosen), settings.train_norms, settings.rank)
     for name, value in marked.training.items():
         setattr(args, name, value)
+    _refuse_optimizer(marked.model, args)
     return Prepared(marked, tokenizer, material, known)
 
 
@@ -161,6 +162,16 @@ def _refuse_long(model: "PreTrainedModel", length: int) -> None:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise WeLoreError(f"length is {length}: this model reads at most {limit} tokens at once")
+
+
+def _refuse_optimizer(model: Any, args: TrainingArguments) -> None:
+    """Raise WeLoreError for an optimiser that needs a package that is not there, or settings that we do not give."""
+    try:
+        with known_warnings():
+            ClockedTrainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, ValueError) as error:
+        name = getattr(args.optim, "value", args.optim)
+        raise WeLoreError(f"optimizer {name} cannot be used: {first_line(error)}") from error
 
 
 def _material(
