@@ -320,7 +320,7 @@ def demo(
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """The whole pipeline on a real 135M model: analyze, allocate, compress, load back, evaluate, report."""
+    """The whole pipeline on a real 135M model: analyze, allocate, compress, load back, evaluate, fine-tune, report."""
     from welore.embedded import demo
 
     with _progress() as progress:
