@@ -23,6 +23,8 @@ CONTINUAL = {"steps": 10_000, "batch_size": 4, "length": 1024}
 DOWNSTREAM = {"steps": 1_000, "batch_size": 8, "length": 512}
 WARM_UP_SHARE = 20  # one step in twenty: 500 of 10,000
 
+SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # set by accelerate's launcher
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -98,6 +100,15 @@ def check(settings: Settings, save_every: int, report_to: str) -> None:
         raise WeLoreError(f"lr is {settings.lr}, max_grad_norm {settings.max_grad_norm}: they cannot be negative or 0")
     if not 0 <= settings.warmup < settings.steps:
         raise WeLoreError(f"warmup is {settings.warmup}: it must be less than the {settings.steps} steps of the run")
+
+
+def refuse_sharded(environment: Mapping[str, str]) -> None:
+    """Raise WeLoreError where every process would have a part of the model only: the result would be a part, too."""
+    for name, what in SHARDED.items():
+        if environment.get(name, "").lower() in ("1", "true"):
+            raise WeLoreError(
+                f"finetune does not save a model that {what} has cut in parts: use torchrun, which is DDP"
+            )
 
 
 def arguments(settings: Settings, out: Path, save_every: int, report_to: str, device: str) -> TrainingArguments:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from welore.plan import Plan
 from welore.progress import Progress, silent
 from welore.records import Record
 from welore.rundir import TUNED, begin, check_out, fingerprint, last_checkpoint, save_result
-from welore.settings import ADAMW, DTYPES, SETTINGS, Settings, arguments, check, settled
+from welore.settings import ADAMW, DTYPES, SETTINGS, Settings, arguments, check, refuse_sharded, settled
 from welore.surgery import sizes
 from welore.trainer import ClockedTrainer, StepCallback, peak_memory
 
@@ -83,6 +84,7 @@ def finetune(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = settled({name: given[name] for name in SETTINGS}, device)
     check(settings, save_every, report_to)
+    refuse_sharded(os.environ)
     out = Path(out)
     args = arguments(settings, out, save_every, report_to, device)
     leads = args.process_index == 0
