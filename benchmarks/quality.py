@@ -93,7 +93,7 @@ class Bench:
                 small = Path(scratch) / "small"
                 flags = row.flags.split()
                 if row.calibration:
-                    flags += ["--calibration", self.calibration(row.calibration, seed)]
+                    flags += ["--calibration", str(self.calibration(row.calibration, seed))]
                 made, cost = welore("compress", self.model, small, "--params", ratio, *flags)
                 keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
                 numbers = {key: made["numbers"][key] for key in keys} | cost

@@ -8,7 +8,7 @@
 # What is finished is kept when the command is given again.
 set -euo pipefail
 out=${1:-runs/compare}
-model=${MODEL:-$(python -c "from welore.demo import embedded_model; print(embedded_model())")}
+model=${MODEL:-$(python -c "from welore.embedded import embedded_model; print(embedded_model())")}
 steps=${STEPS:-400}
 mkdir -p "$out"
 

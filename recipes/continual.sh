@@ -2,9 +2,10 @@
 # Continual fine-tuning as in the paper (section 4): LLaMA-2-7B at ERR 50 %, C4, 10,000 steps of 4 x 1024 tokens,
 # AdamW 5e-5, cosine to a tenth, warm-up 500, evaluated every 500 steps; the factors only.
 #
-#   recipes/continual.sh [MODEL] [OUT]        several GPUs: LAUNCH="torchrun --nproc_per_node 4 --no-python"
+#   recipes/continual.sh [MODEL] [OUT]        several GPUs: BATCH=1 LAUNCH="torchrun --nproc_per_node 4 --no-python"
 #
-# One GPU with 80 GB. What is stopped goes on when the same command is given again.
+# One GPU with 80 GB; a step reads BATCH sequences in every process. What is stopped goes on when the same command is
+# given again.
 set -euo pipefail
 model=${1:-meta-llama/Llama-2-7b-hf}
 out=${2:-runs/continual}
@@ -16,7 +17,7 @@ for method in ${METHODS:-lrc}; do # METHODS="lrc nlrc full lora galore" for figu
     run="$out/$method"
     [ -f "$run/finetune.json" ] ||
         ${LAUNCH:-} welore finetune "$out/compressed" "$run" --method "$method" --data "${DATA:-c4}" \
-            --steps "${STEPS:-10000}" --batch-size 4 --length "${LENGTH:-1024}" --lr 5e-5 --eval-every 500 \
+            --steps "${STEPS:-10000}" --batch-size "${BATCH:-4}" --length "${LENGTH:-1024}" --lr 5e-5 --eval-every 500 \
             --save-every 500 --gradient-checkpointing --label "$method" $([ -f "$run/run.json" ] && echo --resume)
     welore evaluate "$run/model" --data "${DATA:-c4}" --length "${LENGTH:-2048}" --label "$method" \
         -o "$out/$method.ppl.json"

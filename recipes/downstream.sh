@@ -4,7 +4,8 @@
 #
 #   recipes/downstream.sh [MODEL] [OUT]       METHODS="full lora galore lrc" for the whole table
 #
-# TASK_DATA: a directory with the original files, or "generated" (coin_flip, object_tracking); without it the hub.
+# Several GPUs: BATCH=2 LAUNCH="torchrun --nproc_per_node 4 --no-python". TASK_DATA: a directory with the original
+# files, or "generated" (coin_flip, object_tracking); without it the hub.
 set -euo pipefail
 model=${1:-meta-llama/Llama-2-7b-hf}
 out=${2:-runs/downstream}
@@ -17,7 +18,7 @@ for method in ${METHODS:-lrc}; do
         run="$out/$task-$method"
         [ -f "$run/finetune.json" ] ||
             ${LAUNCH:-} welore finetune "$out/compressed" "$run" --method "$method" --task "$task" \
-                ${TASK_DATA:+--task-data "$TASK_DATA"} --steps "${STEPS:-1000}" --batch-size 8 \
+                ${TASK_DATA:+--task-data "$TASK_DATA"} --steps "${STEPS:-1000}" --batch-size "${BATCH:-8}" \
                 --length "${LENGTH:-512}" --lr 5e-5 --label "$method" $([ -f "$run/run.json" ] && echo --resume)
         welore score "$run/model" --task "$task" ${TASK_DATA:+--data "$TASK_DATA"} ${LIMIT:+--limit "$LIMIT"} \
             --label "$method" -o "$out/$task-$method.score.json"
@@ -28,7 +29,7 @@ python - "$out" <<'PYTHON'
 import sys
 from pathlib import Path
 from welore import Record
-from welore.tuning_figures import task_table
+from welore.comparisons import task_table
 
 headings, rows = task_table([Record.load(path) for path in sorted(Path(sys.argv[1]).glob("*.score.json"))])
 for row in (headings, ["---"] * len(headings), *rows):

@@ -6,7 +6,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads that spin make every other process of the machine wait
 
+import re
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import welore
+from welore.cli import main
 from welore.errors import WeLoreError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -133,3 +137,60 @@ def shared() -> Path:
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode():
         return model(ids).logits.float()
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command left: its exit status and what it wrote to the two streams."""
+
+    status: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Answer]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The `welore` command, run in this process."""
+
+    def run(*arguments: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["welore", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return Answer(int(caught.value.code or 0), *capsys.readouterr())
+
+    return run
+
+
+def everything(directory: Path) -> dict[Path, bytes]:
+    """Every file below a directory, hidden ones too, and its content."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def done(answer: Answer) -> str:
+    """The one line that a command prints when all is well."""
+    assert (answer.status, answer.err) == (0, "")
+    assert answer.out.count("\n") == 1
+    return answer.out
+
+
+@pytest.fixture
+def refused(command: Command, tmp_path: Path) -> Callable[..., str]:
+    """Runs a command that must be refused; its sentence. Not a file below tmp_path may appear, change or vanish."""
+
+    def run(*arguments: object) -> str:
+        before, directories = everything(tmp_path), set(tmp_path.rglob("*"))
+        answer = command(*arguments)
+        assert (answer.status, answer.out) == (2, "")
+        assert re.fullmatch(r"welore: .+\n", answer.err), answer.err
+        assert everything(tmp_path) == before
+        assert set(tmp_path.rglob("*")) == directories
+        return answer.err
+
+    return run

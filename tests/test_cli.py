@@ -5,7 +5,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +16,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import welore
-from conftest import build
+from conftest import Command, build, done
 from welore.cli import app, main
 
-VERBS = ("analyze", "allocate", "calibrate", "compress", "merge", "evaluate", "report", "demo")
+VERBS = (
+    "analyze",
+    "allocate",
+    "calibrate",
+    "compress",
+    "merge",
+    "evaluate",
+    "finetune",
+    "score",
+    "report",
+    "demo",
+)
 TARGET = ("--rank-reduction", 0.4)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command left: its exit status and what it wrote to the two streams."""
-
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Answer]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """The `welore` command, run in this process."""
-
-    def run(*arguments: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["welore", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return Answer(int(caught.value.code or 0), *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -61,18 +45,6 @@ def model(saved: Callable[..., Path], tokenizer: PreTrainedTokenizerFast) -> Pat
 def text(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text(" ".join(f"w{(7 * i + 3) % 96}" for i in range(40)))
     return tmp_path / "text.txt"
-
-
-def everything(directory: Path) -> dict[Path, bytes]:
-    """Every file below a directory, hidden ones too, and its content."""
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
-def done(answer: Answer) -> str:
-    """The one line that a command prints when all is well."""
-    assert (answer.status, answer.err) == (0, "")
-    assert answer.out.count("\n") == 1
-    return answer.out
 
 
 # --- help -----------------------------------------------------------------------------------------------------------
@@ -314,22 +286,6 @@ def spoil(directory: Path, name: str) -> None:
     tensors = load_file(directory / "model.safetensors")
     tensors[name].view(-1)[5] = torch.nan
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-
-
-@pytest.fixture
-def refused(command: Command, tmp_path: Path) -> Callable[..., str]:
-    """Runs a command that must be refused; its sentence. Not a file below tmp_path may appear, change or vanish."""
-
-    def run(*arguments: object) -> str:
-        before, directories = everything(tmp_path), set(tmp_path.rglob("*"))
-        answer = command(*arguments)
-        assert (answer.status, answer.out) == (2, "")
-        assert re.fullmatch(r"welore: .+\n", answer.err), answer.err
-        assert everything(tmp_path) == before
-        assert set(tmp_path.rglob("*")) == directories
-        return answer.err
-
-    return run
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])

@@ -198,8 +198,8 @@ def test_spectra_without_a_plan_are_drawn(tmp_path: Path) -> None:
 
 
 def test_a_record_of_unknown_kind_is_listed(run: Path, tmp_path: Path) -> None:
-    Record("accuracy", {}, {}, {}).save(run / "score.ppl.json")
-    assert "run/score.ppl.json: accuracy" in Page(report([run], tmp_path / "out")).text
+    Record("novelty", {}, {}, {}).save(run / "new.ppl.json")
+    assert "run/new.ppl.json: novelty" in Page(report([run], tmp_path / "out")).text
 
 
 def test_same_page_for_the_same_records(run: Path, tmp_path: Path) -> None:
@@ -222,6 +222,86 @@ def test_perplexity_that_is_not_finite_has_a_row(run: Path, tmp_path: Path) -> N
     page = Page(report([run], tmp_path / "out"))
     assert page.row("broken")[-2:] == ["not finite", "–"]
     assert "perplexity.png" not in made(tmp_path / "out")
+
+
+# --- fine-tuning and tasks ---------------------------------------------------------------------------------------
+
+
+def tuned(method: str, loss: float, err: float = 0.5, **settings: Any) -> Record:
+    inputs = {"model": "small", "label": None, "fingerprint": str(err), "data_sha256": "d", "split": "s"}
+    asked = {
+        **{"method": method, "data": "texts/prose.txt", "task": None, "steps": 2, "lr": 1e-3, "batch_size": 2},
+        **{"accumulation": 1, "processes": 1, "length": 64, "seed": 0, "dtype": "float32", "loss_on_prompt": False},
+        "eval_items": 4,
+    }
+    numbers = {
+        **{"trains": f"what {method} trains", "trainable_parameters": 1000, "total_parameters": 2000, "tokens": 256},
+        **{"tokens_per_second": 70.0, "peak_memory_bytes": 10**9, "resumed_at": 0, "bytes": 10**6},
+        **{"rank_reduction": err, "parameter_ratio": 1 - err / 2, "train_loss": [[1, 5.0], [2, loss]]},
+        "evaluation": [[0, 5.0, 148.4], [2, loss, float(np.exp(loss))]],
+    }
+    return Record("finetune", inputs | {"compression": None}, asked | settings, numbers)
+
+
+def test_fine_tuning_runs_are_drawn_and_listed_by_what_may_be_compared(tmp_path: Path) -> None:
+    runs = {
+        **{method: tuned(method, loss) for method, loss in (("full", 3.1), ("lrc", 3.2), ("nlrc", 3.3))},
+        "control": tuned("full", 2.5, err=0.0),
+        "longer": tuned("lrc", 2.9, steps=3),
+    }
+    for name, record in runs.items():
+        record.save(tmp_path / "in" / name / "finetune.json")
+    page = Page(report([tmp_path / "in"], tmp_path / "out"))
+    assert "prose.txt, 2 steps of 2 x 64 tokens, float32" in page.text
+    assert "prose.txt, 3 steps of 2 x 64 tokens, float32" in page.text
+    row = page.row("nlrc of small")
+    assert row[1:6] == ["what nlrc trains", "0.001", "1,000", "2,000", "70"]
+    assert row[7:] == ["5.0000", "3.3000", "27.11", "50.0 %", "75.0 %", "1.0 MB"]
+    assert made(tmp_path / "out") == [
+        "fine-tuning-1-figure-1.png",  # full and lrc on the compressed model
+        "fine-tuning-1-figure-5.png",  # lrc and nlrc
+        "fine-tuning-1.png",  # these and the control
+        "fine-tuning-2.png",
+        "report.html",
+    ]
+    assert page.text.count("As Figure 1 of the paper") == page.text.count("As Figure 5 of the paper") == 1
+
+
+def scored(label: str, task: str, value: float, unparsable: int = 0) -> Record:
+    numbers = {"accuracy": value, "ci95_low": value - 0.1, "ci95_high": value + 0.1, "n": 50, "majority_rate": 0.6}
+    return Record("accuracy", {"label": label, "model": "m"}, {"task": task}, numbers | {"unparsable": unparsable})
+
+
+def test_scores_make_the_table_of_methods_by_tasks(tmp_path: Path) -> None:
+    scored("lrc", "boolq", 0.7, 4).save(tmp_path / "in" / "a.score.json")
+    scored("full", "boolq", 0.8).save(tmp_path / "in" / "b.score.json")
+    scored("full", "svamp", 0.2).save(tmp_path / "in" / "c.score.json")
+    page = Page(report([tmp_path / "in"], tmp_path / "out"))
+    assert page.row("lrc") == ["lrc", "", "70.0 [60.0, 80.0] (4 unreadable)"]
+    assert page.row("full") == ["full", "20.0 [10.0, 30.0]", "80.0 [70.0, 90.0]"]
+    assert page.row("most frequent answer") == ["most frequent answer", "60.0", "60.0"]
+    assert page.row("n") == ["n", "50", "50"]
+
+
+def test_a_tuned_model_does_not_repeat_the_compression_it_came_from(run: Path, tmp_path: Path) -> None:
+    for name in ("plan.json", "compression.json"):
+        path = run / "a-run" / "model" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes((run / "ours" / name).read_bytes())
+    page = Page(report([run], tmp_path / "out"))
+    assert len([row for row in page.rows if "threshold 0.3" in row]) == 1
+    assert page.row("ours", of=1)[3] == "threshold 0.3"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("train_loss", [[1, "x"]]), ("evaluation", [[0, 5.0]]), ("trains", 3), ("tokens", None)]
+)
+def test_a_broken_record_of_fine_tuning_is_named(tmp_path: Path, name: str, value: Any) -> None:
+    record = tuned("lrc", 3.0)
+    record.numbers[name] = value
+    record.save(tmp_path / "in" / "finetune.json")
+    with pytest.raises(WeLoreError, match=f"{name} is"):
+        report([tmp_path / "in"], tmp_path / "out")
 
 
 # --- which dense model a result is compared with ---------------------------------------------------------------

@@ -2,11 +2,14 @@
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
 import welore
 import welore.cli
@@ -51,6 +54,15 @@ def test_commands_of_the_front_page_are_targets_of_make() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_commands_of_the_front_page_parse() -> None:
+    commands = re.findall(r"^welore (.*)", README, re.MULTILINE)
+    assert {command.split()[0] for command in commands} >= {"compress", "finetune", "evaluate", "score", "report"}
+    parser: Any = typer.main.get_command(welore.cli.app)
+    for command in commands:
+        verb, *words = shlex.split(command)
+        assert parser.commands[verb].make_context(verb, words).params, command
+
+
 def test_tables_are_made_from_the_records() -> None:
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
@@ -63,7 +75,7 @@ def test_records_name_no_place_of_the_machine_that_made_them() -> None:
         assert not re.search(r'"(/|~|[A-Z]:\\)', path.read_text(encoding="utf-8")), path
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/method.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/scaling.md"])
 def test_links_inside_the_repository_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):

@@ -8,7 +8,7 @@ import pytest
 
 from welore.errors import WeLoreError
 from welore.records import Record
-from welore.tuning_figures import FIGURE_1, FIGURE_5, fine_tuning, task_table
+from welore.tuning_figures import FIGURE_1, FIGURE_5, fine_tuning
 
 pytest.importorskip("matplotlib")
 
@@ -28,12 +28,7 @@ def run(method: str, label: str | None = None, steps: int = 400, **numbers: Any)
         "tokens": steps * 1024,
         "resumed_at": 0,
     }
-    return Record("finetune", {"label": label}, {"method": method, "steps": steps}, found | numbers)
-
-
-def accuracy(label: str | None, task: str, value: float, n: int = 100) -> Record:
-    numbers = {"accuracy": value, "ci95_low": value - 0.1, "ci95_high": value + 0.1, "n": n, "majority_rate": 0.5}
-    return Record("accuracy", {"label": label, "model": "m"}, {"task": task}, numbers)
+    return Record("finetune", {"label": label, "model": "m"}, {"method": method, "steps": steps}, found | numbers)
 
 
 ALL = [run(method) for method in ("galore", "lora", "nlrc", "lrc", "full")]
@@ -67,39 +62,38 @@ def test_labels_name_runs_of_the_same_method() -> None:
     assert [text.get_text() for text in figure.axes[3].get_xticklabels()] == ["compressed", r"dense \$1"]
 
 
+def test_further_runs_of_a_method_are_drawn_in_another_way() -> None:
+    figure = fine_tuning([run("lrc", "compressed"), run("lrc", "dense")])
+    figure.savefig(BytesIO(), format="png", dpi=40)
+    styles = [(line.get_linestyle(), line.get_markerfacecolor()) for line in figure.axes[1].lines]
+    assert len(set(styles)) == 2
+    assert len({line.get_color() for line in figure.axes[1].lines}) == 1
+
+
+@pytest.mark.parametrize("values", [(26.1, 21.3), (120.0, 31.0), (5e5, 20.0), (7.0, 7.0)])
+def test_a_perplexity_axis_of_any_range_has_several_plain_ticks(values: tuple[float, float]) -> None:
+    evaluation = [[10 * i, float(np.log(value)), value] for i, value in enumerate(values)]
+    figure = fine_tuning([run("lrc", evaluation=evaluation)])
+    figure.savefig(BytesIO(), format="png", dpi=40)
+    low, high = figure.axes[1].get_ylim()
+    ticks = figure.axes[1].get_yticks()
+    labels = [t.get_text() for t, at in zip(figure.axes[1].get_yticklabels(), ticks, strict=True) if low <= at <= high]
+    assert len(labels) >= 3
+    assert len(set(labels)) == len(labels)
+    assert not any("$" in label for label in labels)
+
+
 def test_runs_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(WeLoreError, match="differ in steps and tokens"):
         fine_tuning([run("lrc"), run("full", steps=300)])
     with pytest.raises(WeLoreError, match="no record of a fine-tuning run"):
-        fine_tuning([accuracy("a", "svamp", 0.5)])
+        fine_tuning([])
 
 
 def test_a_run_without_evaluation_is_drawn_without_it() -> None:
     figure = fine_tuning([run("lrc", evaluation=[])])
     figure.savefig(BytesIO(), format="png", dpi=40)
     assert not figure.axes[1].lines
-
-
-def test_table_has_a_row_per_label_and_says_what_guessing_scores() -> None:
-    headings, rows = task_table(
-        [accuracy("lrc", "svamp", 0.3), accuracy("lrc", "boolq", 0.8, 50), accuracy(None, "svamp", 0.2), *ALL]
-    )
-    assert headings == ["accuracy, %", "svamp", "boolq"]
-    assert rows == [
-        ["lrc", "30.0 [20.0, 40.0]", "80.0 [70.0, 90.0]"],
-        ["m", "20.0 [10.0, 30.0]", ""],
-        ["most frequent answer", "50.0", "50.0"],
-        ["n", "100", "50"],
-    ]
-
-
-def test_scores_that_cannot_be_compared_are_refused() -> None:
-    with pytest.raises(WeLoreError, match="'a' and svamp: keep one"):
-        task_table([accuracy("a", "svamp", 0.3), accuracy("a", "svamp", 0.4)])
-    with pytest.raises(WeLoreError, match="svamp was scored on different questions"):
-        task_table([accuracy("a", "svamp", 0.3), accuracy("b", "svamp", 0.4, 99)])
-    with pytest.raises(WeLoreError, match="no record of an accuracy"):
-        task_table(ALL)
 
 
 def test_figures_are_drawn_without_torch() -> None:

@@ -381,8 +381,11 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of any checkpoint -> record."""
+    from welore.files import refuse_unwritable
     from welore.perplexity import evaluate
 
+    if output is not None:
+        refuse_unwritable(output)
     with _progress() as progress:
         record = evaluate(
             model,
@@ -426,7 +429,7 @@ def demo(
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """The whole pipeline on a real 135M model: analyze, allocate, compress, load back, evaluate, report."""
+    """The whole pipeline on a real 135M model: analyze, allocate, compress, load back, evaluate, fine-tune, report."""
     from welore.embedded import demo
 
     with _progress() as progress:
@@ -530,7 +533,10 @@ def score(
 ) -> None:
     """Accuracy on a task's evaluation part -> record with every prompt, output and extracted answer."""
     from welore.accuracy import score
+    from welore.files import refuse_unwritable
 
+    if output is not None:
+        refuse_unwritable(output)
     if task is None:
         raise WeLoreError("name the task: --task commonsense_qa, svamp, boolq, coin_flip, object_tracking, strategy_qa")
     with _progress() as progress:
@@ -550,6 +556,8 @@ def score(
     if output is not None:
         record.save(output)
     n = record.numbers
+    if n["truncated"]:
+        _say(f"{n['truncated']} prompts were longer than the model's context and lost their beginning")
     line = (
         f"accuracy {n['accuracy']:.1%} on {task} (n = {n['n']}, 95 % interval {n['ci95_low']:.1%} to "
         f"{n['ci95_high']:.1%}; always the most frequent answer: {n['majority_rate']:.1%}; {n['unparsable']} without "

@@ -18,6 +18,7 @@ from welore.spectra import Spectra, gaussian_null, normalise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 INSTALL = "figures and reports need matplotlib and jinja2: pip install 'welore[report]'"
@@ -223,7 +224,7 @@ def perplexities(texts: Mapping[str, Sequence[Result]], *, title: str = "") -> "
         ax.set_title(plain(caption), fontsize=9, loc="left")
         _draw_perplexities(ax, group, style)
     panels[-1].set_xlabel("perplexity (log scale, lower is better)", fontsize=9)
-    _log_ticks(panels[-1])
+    log_ticks(panels[-1].xaxis)
     legend(fig, *fig.axes)
     return fig
 
@@ -395,10 +396,11 @@ def _draw_perplexities(ax: "Axes", group: Sequence[Result], style: Mapping[str, 
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _log_ticks(ax: "Axes") -> None:
+def log_ticks(axis: "Axis") -> None:
+    """Ticks in plain numbers on a logarithmic axis whose limits are known: a few, however wide or narrow it is."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator, NullLocator
 
-    low, high = ax.get_xlim()
+    low, high = axis.get_view_interval()
     locator: Locator = MaxNLocator(5, steps=[1, 2, 5, 10])
     if math.log10(high) - math.log10(low) > 1:  # not matplotlib's LogLocator, which overflows where models are broken
         first, last = math.floor(math.log10(low)), math.floor(math.log10(high))
@@ -406,10 +408,10 @@ def _log_ticks(ax: "Axes") -> None:
         decades = range(first, last + 1, 1 + (last - first) // 10)
         ticks = [factor * 10.0**decade for decade in decades for factor in factors]
         locator = FixedLocator([tick for tick in ticks if low <= tick <= high])
-    ax.xaxis.set_major_locator(locator)
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: perplexity_text(value)))
-    ax.tick_params(axis="x", labelsize=8)
+    axis.set_major_locator(locator)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: perplexity_text(value)))
+    axis.set_tick_params(labelsize=8)
 
 
 def legend(fig: "Figure", *axes: "Axes") -> None:

@@ -1,5 +1,6 @@
 """Output appears whole or not at all: everything is written under another name and then renamed."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def refuse_unwritable(path: str | Path) -> None:
+    """Raise unless the directory of `path` is there or can be made: asked before the work whose result goes there."""
+    parent = Path(path).absolute().parent
+    nearest = next(directory for directory in (parent, *parent.parents) if directory.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        reason = "may not be written to" if nearest.is_dir() else "is a file, not a directory"
+        raise WeLoreError(f"{path} cannot be written: {nearest} {reason}")
 
 
 def refuse_existing(path: str | Path, *, overwrite: bool, marker: str = "config.json") -> None:

@@ -76,7 +76,9 @@ def lrc(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int 
         module = model.get_submodule(name)
         for linear in module.children() if isinstance(module, LowRank) else (module,):
             _weight(linear).requires_grad_()
-    return Marked(model, "the factors of the LRCs" + _norms(model, train_norms))
+    low = isinstance(model.get_submodule(found.lrc[0]), LowRank)
+    trains = "the factors of the LRCs" if low else "the dense matrices that the plan calls LRCs"
+    return Marked(model, trains + _norms(model, train_norms))
 
 
 def nlrc(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int | None) -> Marked:

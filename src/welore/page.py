@@ -11,12 +11,14 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from welore import figures
+from welore.comparisons import Comparison, Table, comparisons, task_tables
 from welore.errors import WeLoreError
 from welore.figures import DENSE, INSTALL, KindSummary, Result
 from welore.files import whole_file
 from welore.plan import Plan
 from welore.records import Record
 from welore.spectra import Spectra
+from welore.tuning_figures import FIGURE_1, FIGURE_5, fine_tuning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,6 +30,8 @@ LOADERS: dict[str, Callable[[Path], Artefact]] = {
     "*.plan.json": Plan.load,
     "compression.json": Record.load,
     "*.ppl.json": Record.load,
+    "finetune.json": Record.load,
+    "*.score.json": Record.load,
 }
 SIZES = ("rank_reduction", "parameter_ratio", "bytes")
 # kind of record -> part -> what the page reads from it
@@ -42,7 +46,25 @@ NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
         "settings": ("data", "length", "dtype"),
         "numbers": (*SIZES, "perplexity", "windows"),
     },
+    "finetune": {
+        "inputs": ("model", "label", "fingerprint", "data_sha256", "split", "compression"),
+        "settings": (
+            *("method", "data", "task", "steps", "lr", "batch_size", "accumulation", "processes", "length", "seed"),
+            *("dtype", "loss_on_prompt", "eval_items"),
+        ),
+        "numbers": (
+            *(*SIZES, "trains", "trainable_parameters", "total_parameters", "tokens", "peak_memory_bytes"),
+            *("resumed_at", "train_loss", "evaluation"),
+        ),
+    },
+    "accuracy": {
+        "inputs": ("model", "label"),
+        "settings": ("task",),
+        "numbers": ("accuracy", "n", "ci95_low", "ci95_high", "majority_rate", "unparsable"),
+    },
 }
+CURVES = {"train_loss": 2, "evaluation": 3}  # numbers that are lists of [step, value, ...], and how many stand in each
+WORDS = ("trains",)  # and those that are text
 
 
 @dataclass(frozen=True)
@@ -76,12 +98,20 @@ class PlanSection:
     parameters: Picture
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """Fine-tuning runs that may be compared: their table, and figures with what is to be said of each."""
+
+    table: Table
+    pictures: list[tuple[Picture, str]]
+
+
 def report(directories: Sequence[str | Path], out: str | Path) -> Path:
     """Write `out/report.html` and its figures from every artefact under the directories; the page's path.
 
-    Reads spectra*.safetensors, plan.json, *.plan.json, compression.json and *.ppl.json, at any depth. Nothing is
-    written before everything is read and drawn, and the page is written last. Raises WeLoreError if there is
-    nothing to report, if an artefact is broken, or if the extra `report` is not installed.
+    Reads spectra*.safetensors, plan.json, *.plan.json, compression.json, *.ppl.json, finetune.json and *.score.json,
+    at any depth. Nothing is written before everything is read and drawn, and the page is written last. Raises
+    WeLoreError if there is nothing to report, if an artefact is broken, or if the extra `report` is not installed.
     """
     try:
         import jinja2
@@ -153,8 +183,18 @@ def _check(path: Path, record: Record) -> None:
         if not isinstance(content, dict) or not content.keys() >= set(needed):
             raise WeLoreError(f"{path}: its {part} must hold {', '.join(needed) or 'names'}: make it again")
         for name in needed if part == "numbers" else ():
-            if not isinstance(content[name], int | float) and (name, content[name]) != ("perplexity", None):
-                raise WeLoreError(f"{path}: its {name} is {content[name]!r}, not a number: make it again")
+            if not _fits(name, content[name]):
+                raise WeLoreError(f"{path}: its {name} is {content[name]!r:.60}, not a number: make it again")
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a value can be what the page draws or prints under that name."""
+    if name in CURVES:
+        return isinstance(value, list) and all(
+            isinstance(point, list) and len(point) == CURVES[name] and all(isinstance(v, int | float) for v in point)
+            for point in value
+        )
+    return isinstance(value, str if name in WORDS else int | float) or (name, value) == ("perplexity", None)
 
 
 # --- results ---------------------------------------------------------------------------------------------------
@@ -225,7 +265,7 @@ def _content(found: Mapping[Path, Artefact]) -> tuple[dict[str, Any], list[Pictu
     spectra = [a for a in found.values() if isinstance(a, Spectra)]
     plans = {path: a for path, a in found.items() if isinstance(a, Plan)}
     records = {path: a for path, a in found.items() if isinstance(a, Record)}
-    made = {path: r for path, r in records.items() if r.kind == "compression"}
+    made = _compressions(records)
     originals = {p.model.name for p in plans.values()} | {r.inputs["model"] for r in made.values()}
     texts = results((r for r in records.values() if r.kind == "perplexity"), originals)
 
@@ -240,8 +280,11 @@ def _content(found: Mapping[Path, Artefact]) -> tuple[dict[str, Any], list[Pictu
         (s, _picture(figures.normalised_spectra(s, title=last_name(s.model.name)), f"spectra-{i}"))
         for i, s in enumerate(alone.values(), 1)
     ]
+    tunings = [_tuning(comparison, i) for i, comparison in enumerate(comparisons(records.values()), 1)]
     content = {
         "texts": texts,
+        "tunings": tunings,
+        "tasks": task_tables(records.values()),
         "overview": overview,
         "rows": _plan_rows(plans, made, names),
         "sections": sections,
@@ -249,8 +292,18 @@ def _content(found: Mapping[Path, Artefact]) -> tuple[dict[str, Any], list[Pictu
         "others": [(f"{path.parent.name}/{path.name}", r.kind) for path, r in records.items() if r.kind not in NEEDED],
         "machines": list(dict.fromkeys(_where(r) for r in records.values())),
     }
+    of_tunings = [picture for tuning in tunings for picture, _ in tuning.pictures]
     of_plans = [picture for s in sections for picture in (s.spectra, s.reduction, s.parameters)]
-    return content, [p for p in (overview, *(p for _, p in alone_pictures), *of_plans) if p is not None]
+    return content, [p for p in (overview, *of_tunings, *(p for _, p in alone_pictures), *of_plans) if p is not None]
+
+
+def _compressions(records: Mapping[Path, Record]) -> dict[Path, Record]:
+    """The records of compressions, each once: a tuned model has a copy of that of the checkpoint it came from."""
+    found: dict[Path, Record] = {}
+    for path in sorted(records, key=lambda path: len(path.parts)):
+        if records[path].kind == "compression" and records[path] not in found.values():
+            found[path] = records[path]
+    return {path: r for path, r in records.items() if path in found}
 
 
 def _names(paths: Iterable[Path]) -> dict[Path, str]:
@@ -302,6 +355,41 @@ def _sections(plans: Mapping[Path, Plan], names: Mapping[Path, str], spectra: Se
         )
         sections.append(section)
     return sections
+
+
+def _tuning(comparison: Comparison, number: int) -> Tuning:
+    """The table of a comparison, and its figures: all runs, and those of the paper's figures where they are there."""
+    groups = {"": comparison.best}
+    for name, methods in {"figure-1": FIGURE_1, "figure-5": FIGURE_5}.items():
+        for i, runs in enumerate(_of_methods(comparison.best, methods)):
+            if len(runs) < len(comparison.best):
+                groups[f"-{name}" + (f"-{i + 1}" if i else "")] = runs
+    title = comparison.caption
+    pictures = [
+        (_picture(fine_tuning(runs, title=title), f"fine-tuning-{number}{name}"), _figure_of_the_paper(runs))
+        for name, runs in groups.items()
+    ]
+    return Tuning(comparison.table, pictures)
+
+
+def _of_methods(runs: Sequence[Record], methods: Sequence[str]) -> list[list[Record]]:
+    """The runs of these methods on each compressed model, where there are two methods to compare."""
+    beginnings = dict.fromkeys(r.inputs["fingerprint"] for r in runs if r.numbers["rank_reduction"] > 0)
+    groups = [
+        [r for r in runs if r.inputs["fingerprint"] == beginning and r.settings["method"] in methods]
+        for beginning in beginnings
+    ]
+    return [group for group in groups if len({r.settings["method"] for r in group}) > 1]
+
+
+def _figure_of_the_paper(runs: Sequence[Record]) -> str:
+    methods, beginnings = {r.settings["method"] for r in runs}, {r.inputs["fingerprint"] for r in runs}
+    if len(beginnings) == 1 and len(methods) == len(runs) > 1:
+        if methods <= set(FIGURE_1):
+            return "As Figure 1 of the paper."
+        if methods <= set(FIGURE_5):
+            return "As Figure 5 of the paper."
+    return ""
 
 
 def _asked(target: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ TRACKERS = {"none": None, "tensorboard": "tensorboard", "trackio": "trackio", "w
 # The paper's settings, section 4: of continual fine-tuning and of a task.
 CONTINUAL = {"steps": 10_000, "batch_size": 4, "length": 1024}
 DOWNSTREAM = {"steps": 1_000, "batch_size": 8, "length": 512}
+WARM_UP_SHARE = 20  # one step in twenty: 500 of 10,000
+
+SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # set by accelerate's launcher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,20 @@ class Settings:
     whole_logits: bool
     eval_every: int
     eval_items: int
+
+
+SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
+
+
+def settled(asked: Mapping[str, Any], device: str) -> Settings:
+    """The settings that were asked for, and the usual ones in place of None; on a GPU dtype "auto" is bfloat16."""
+    usual: dict[str, Any] = dict(CONTINUAL if asked["task"] is None else DOWNSTREAM)
+    found = usual | {name: value for name, value in asked.items() if value is not None or name not in usual}
+    if found["warmup"] is None:
+        found["warmup"] = found["steps"] // WARM_UP_SHARE
+    if found["dtype"] == "auto":
+        found["dtype"] = "bfloat16" if device.startswith("cuda") else "float32"
+    return Settings(**found | {"task_data": None if found["task_data"] is None else str(found["task_data"])})
 
 
 def check(settings: Settings, save_every: int, report_to: str) -> None:
@@ -82,6 +100,15 @@ def check(settings: Settings, save_every: int, report_to: str) -> None:
         raise WeLoreError(f"lr is {settings.lr}, max_grad_norm {settings.max_grad_norm}: they cannot be negative or 0")
     if not 0 <= settings.warmup < settings.steps:
         raise WeLoreError(f"warmup is {settings.warmup}: it must be less than the {settings.steps} steps of the run")
+
+
+def refuse_sharded(environment: Mapping[str, str]) -> None:
+    """Raise WeLoreError where every process would have a part of the model only: the result would be a part, too."""
+    for name, what in SHARDED.items():
+        if environment.get(name, "").lower() in ("1", "true"):
+            raise WeLoreError(
+                f"finetune does not save a model that {what} has cut in parts: use torchrun, which is DDP"
+            )
 
 
 def arguments(settings: Settings, out: Path, save_every: int, report_to: str, device: str) -> TrainingArguments:

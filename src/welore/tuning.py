@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from welore.batches import Batch, Material, Sequence_, blocks_of_text, collate, questions_of_task, shuffled
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, first_line
 from welore.files import refuse_source
 from welore.headloss import shrink_head
 from welore.loading import compression_of, load
@@ -23,14 +24,12 @@ from welore.plan import Plan
 from welore.progress import Progress, silent
 from welore.records import Record
 from welore.rundir import TUNED, begin, check_out, fingerprint, last_checkpoint, save_result
-from welore.settings import ADAMW, CONTINUAL, DOWNSTREAM, DTYPES, Settings, arguments, check
+from welore.settings import ADAMW, DTYPES, SETTINGS, Settings, arguments, check, refuse_sharded, settled
 from welore.surgery import sizes
 from welore.trainer import ClockedTrainer, StepCallback, peak_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-WARM_UP_SHARE = 20  # one step in twenty: 500 of 10,000
 
 
 def finetune(
@@ -81,82 +80,100 @@ def finetune(
     last complete checkpoint in `out`; the losses and weights are those of a run that never stopped.
     Raises WeLoreError for what cannot work, before anything is written.
     """
-    usual = CONTINUAL if task is None else DOWNSTREAM
-    steps = usual["steps"] if steps is None else steps
+    given = dict(locals())
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings = Settings(
-        method=method,
-        data=data,
-        task=task,
-        task_data=None if task_data is None else str(task_data),
-        steps=steps,
-        lr=lr,
-        warmup=steps // WARM_UP_SHARE if warmup is None else warmup,
-        batch_size=usual["batch_size"] if batch_size is None else batch_size,
-        accumulation=accumulation,
-        length=usual["length"] if length is None else length,
-        seed=seed,
-        dtype=("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype,
-        train_norms=train_norms,
-        loss_on_prompt=loss_on_prompt,
-        rank=rank,
-        optimizer=optimizer,
-        max_grad_norm=max_grad_norm,
-        gradient_checkpointing=gradient_checkpointing,
-        whole_logits=whole_logits,
-        eval_every=eval_every,
-        eval_items=eval_items,
-    )
+    settings = settled({name: given[name] for name in SETTINGS}, device)
     check(settings, save_every, report_to)
+    refuse_sharded(os.environ)
     out = Path(out)
     args = arguments(settings, out, save_every, report_to, device)
-    if args.process_index == 0:
+    leads = args.process_index == 0
+    if leads:
         check_out(out, resume=resume, overwrite=overwrite)
-
     directory = locate(model, cache_dir=cache_dir, revision=revision)
     refuse_source(out, directory)
-    loaded, tokenizer = load(directory, "auto", "cpu")
-    _refuse_long(loaded, settings.length)
-    material = _material(settings, tokenizer, args.world_size, cache_dir)
-    set_seed(seed)
+    prepared = _prepared(directory, settings, plan, args, cache_dir)
+    if leads:
+        begin(out, _identity(prepared, settings, args.world_size), resume=resume)
+    last = last_checkpoint(out) if resume else None
+
+    started = time.perf_counter()
+    trainer, numbers = _train(prepared, settings, args, last, progress)
+    tuned: Any = prepared.marked.model.merge_and_unload() if method == "lora" else prepared.marked.model
+    if leads:
+        save_result(out, tuned, prepared.tokenizer, directory, DTYPES[settings.dtype])
+    numbers |= {"seconds": time.perf_counter() - started, "resumed_at": _step_of(last)} | sizes(tuned)
     inputs = {
         "model": str(model),
-        "fingerprint": fingerprint(loaded),
+        "fingerprint": prepared.fingerprint,
         "label": label,
         "compression": compression_of(directory),
-        "data_sha256": material.sha256,
-        "split": material.split,
+        "data_sha256": prepared.material.sha256,
+        "split": prepared.material.split,
     }
-    chosen = Plan.load(plan) if isinstance(plan, str | Path) else plan
-    marked = METHODS[method](loaded, matrices(loaded, chosen), train_norms, rank)
-    for name, value in marked.training.items():
-        setattr(args, name, value)
-
-    trained = "\n".join(name for name, p in marked.model.named_parameters() if p.requires_grad)
-    compared = {name: inputs[name] for name in ("fingerprint", "data_sha256")} | {
-        "trained_sha256": hashlib.sha256(trained.encode()).hexdigest()  # a plan can change it
-    }
-    identity = dataclasses.asdict(settings) | compared | {"processes": args.world_size}
-    if args.process_index == 0:
-        begin(out, identity, resume=resume)
-    last = last_checkpoint(out) if resume else None
-    started = time.perf_counter()
-    trainer, numbers = _train(marked, material, settings, args, last, tokenizer, progress)
-    tuned: Any = marked.model.merge_and_unload() if method == "lora" else marked.model
-    if args.process_index == 0:
-        save_result(out, tuned, tokenizer, directory, DTYPES[settings.dtype])
-    numbers |= {"seconds": time.perf_counter() - started, "resumed_at": _step_of(last)} | sizes(tuned)
     record = Record("finetune", inputs, dataclasses.asdict(settings) | {"processes": args.world_size}, numbers)
-    if args.process_index == 0:
+    if leads:
         record.save(out / TUNED)
     trainer.accelerator.wait_for_everyone()
     return record
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """All that a run needs; fingerprint: of the model as it was read."""
+
+    marked: Marked
+    tokenizer: "PreTrainedTokenizerBase"
+    material: Material
+    fingerprint: str
+
+
+def _prepared(
+    directory: Path,
+    settings: Settings,
+    plan: Plan | str | Path | None,
+    args: TrainingArguments,
+    cache_dir: str | Path | None,
+) -> Prepared:
+    """Model and material in memory; the method has marked what it trains and told `args` its optimiser."""
+    chosen = Plan.load(plan) if isinstance(plan, str | Path) else plan
+    model, tokenizer = load(directory, "auto", "cpu")
+    _refuse_long(model, settings.length)
+    material = _material(settings, tokenizer, args.world_size, cache_dir)
+    set_seed(settings.seed)
+    known = fingerprint(model)
+    marked = METHODS[settings.method](model, matrices(model, chosen), settings.train_norms, settings.rank)
+    for name, value in marked.training.items():
+        setattr(args, name, value)
+    _refuse_optimizer(marked.model, args)
+    return Prepared(marked, tokenizer, material, known)
+
+
+def _identity(prepared: Prepared, settings: Settings, processes: int) -> dict[str, Any]:
+    """What a resumed run must have in common with the run that it goes on with."""
+    trained = "\n".join(name for name, p in prepared.marked.model.named_parameters() if p.requires_grad)
+    return dataclasses.asdict(settings) | {
+        "fingerprint": prepared.fingerprint,
+        "data_sha256": prepared.material.sha256,
+        "trained_sha256": hashlib.sha256(trained.encode()).hexdigest(),  # a plan can change it
+        "processes": processes,
+    }
 
 
 def _refuse_long(model: "PreTrainedModel", length: int) -> None:
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and length > limit:
         raise WeLoreError(f"length is {length}: this model reads at most {limit} tokens at once")
+
+
+def _refuse_optimizer(model: Any, args: TrainingArguments) -> None:
+    """Raise WeLoreError for an optimiser that needs a package that is not there, or settings that we do not give."""
+    try:
+        with known_warnings():
+            ClockedTrainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ImportError, ValueError) as error:
+        name = getattr(args.optim, "value", args.optim)
+        raise WeLoreError(f"optimizer {name} cannot be used: {first_line(error)}") from error
 
 
 def _material(
@@ -185,16 +202,10 @@ def _items_read(settings: Settings, processes: int) -> int:
 
 
 def _train(
-    marked: Marked,
-    material: Material,
-    settings: Settings,
-    args: TrainingArguments,
-    last: Path | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    progress: Progress,
+    prepared: Prepared, settings: Settings, args: TrainingArguments, last: Path | None, progress: Progress
 ) -> tuple[ClockedTrainer, dict[str, Any]]:
     """Run the Trainer; it, and what was measured."""
-    model = marked.model
+    model, material, tokenizer = prepared.marked.model, prepared.material, prepared.tokenizer
     _cast(model, DTYPES[settings.dtype])
     base = model.get_base_model() if settings.method == "lora" else model
     in_pieces = not settings.whole_logits and shrink_head(base)
@@ -215,7 +226,7 @@ def _train(
     with known_warnings(), torch.serialization.safe_globals(_saved_with_galore(settings.method)):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.config.use_cache = cache
-    return trainer, _numbers(marked, material, trainer) | {"logits_in_pieces": in_pieces}
+    return trainer, _numbers(prepared.marked, material, trainer) | {"logits_in_pieces": in_pieces}
 
 
 def _numbers(marked: Marked, material: Material, trainer: ClockedTrainer) -> dict[str, Any]:
