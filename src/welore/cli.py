@@ -177,6 +177,9 @@ def calibrate(
         "vocabulary"
     ),
     batch_size: Annotated[int, typer.Option(help="Windows in work at once.")] = 4,
+    measure: Annotated[
+        float, typer.Option(help="Share of the windows on which the loss of every cut is measured; 0: none.")
+    ] = 0.25,
     dtype: Annotated[str, typer.Option(help="Of the computation: float32, bfloat16, float16 or auto.")] = "float32",
     include: Include = None,
     exclude: Exclude = None,
@@ -187,7 +190,10 @@ def calibrate(
 ) -> None:
     """Second moments of inputs and output gradients of every targeted matrix -> calibration file."""
     from welore.collection import calibrate
+    from welore.parallel import team
 
+    if team().size > 1:
+        raise WeLoreError("calibrate works in one process: start it without torchrun or accelerate")
     with _progress() as progress:
         found = calibrate(
             model,
@@ -201,6 +207,7 @@ def calibrate(
             top_p=top_p,
             first=first,
             batch_size=batch_size,
+            measure=measure,
             dtype=dtype,
             include=include or (),
             exclude=exclude or (),
