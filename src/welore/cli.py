@@ -366,6 +366,9 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute twice, remember less; the same losses.")
     ] = False,
+    selective_checkpointing: Annotated[
+        bool, typer.Option("--selective-checkpointing", help="Remember wide matrix products only; the same losses.")
+    ] = False,
     whole_logits: Annotated[
         bool, typer.Option("--whole-logits", help="Compute the loss from all logits at once: more memory.")
     ] = False,
