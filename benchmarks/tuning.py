@@ -1,4 +1,4 @@
-"""Speed and memory of fine-tuning: LRC-only against full, SmolLM2 at ERR 50 %, batches of 4 x 256. A record, some lines.
+"""Speed and memory of fine-tuning: LRC-only against full, SmolLM2 at ERR 50 %, batches of 4 x 256: a record.
 
 Every measurement is a process of its own, because a peak of memory cannot be undone; configurations are interleaved,
 and what counts is the median over the rounds of the ratio within a round. One thread, and seconds are seconds of

@@ -79,9 +79,10 @@ def finetune(
     one step in twenty. batch_size is that of one process; a step reads batch_size x accumulation x processes.
     dtype: bfloat16 keeps what is frozen in bfloat16 and what is trained in float32, and computes in bfloat16;
     "auto" is that on a GPU, float32 elsewhere. The result is saved in `dtype`. whole_logits: do without headloss,
-    which computes the same loss in less memory. gradient_checkpointing: keep the inputs of the blocks only;
-    selective_checkpointing: keep the matrix products that cost most, see activations. The losses are the same. eval_every, save_every: steps; 0 for never. resume: go on after the
-    last complete checkpoint in `out`; the losses and weights are those of a run that never stopped.
+    which computes the same loss in less memory. gradient_checkpointing: of the activations keep the inputs of the
+    blocks only; selective_checkpointing: also the products that cost most (see activations). The losses are the same.
+    eval_every, save_every: steps; 0 for never. resume: go on after the last complete checkpoint in `out`; the losses
+    and weights are those of a run that never stopped.
     Raises WeLoreError for what cannot work, before anything is written.
     """
     usual = CONTINUAL if task is None else DOWNSTREAM
