@@ -61,7 +61,7 @@ def measured(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-c", CHILD, str(model), str(Path(directory) / "run"), json.dumps(settings)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     found["above_imports_bytes"] = found["peak_memory_bytes"] - found["imports_bytes"]
     return found
@@ -87,8 +87,25 @@ def flop_bound(found: dict[str, Any]) -> float:
     return float(6 * total / (4 * total + 2 * factors))
 
 
+def record_of(rounds: Sequence[dict[str, Any]], settings: dict[str, Any], plan: dict[str, Any]) -> Record:
+    """Everything measured so far, and its summary."""
+    lrc, bound = rounds[0]["lrc"], flop_bound(rounds[0]["lrc"])
+    numbers = {
+        "flop_bound": bound,
+        "lrc_of_the_bound": ratio(rounds, "lrc", BASE, "tokens_per_second") / bound,
+        "rank_reduction": plan["rank_reduction"],
+        "parameter_ratio": plan["parameter_ratio"],
+        "lrc_parameters": lrc["trainable_parameters"],
+        "total_parameters": lrc["total_parameters"],
+        "configurations": {name: summary(rounds, name) for name in CONFIGURATIONS},
+        "rounds": list(rounds),
+    }
+    about = {"rank_reduction": RANK_REDUCTION, "rounds": len(rounds), "threads": 1, "seconds": "processor time"}
+    return Record("tuning", {"model": embedded_model().stem}, settings | about, numbers)
+
+
 def main() -> None:
-    """Measure, write docs/benchmarks/tuning.json, print a line for each configuration."""
+    """Measure, write docs/benchmarks/tuning.json after every round, print a line for each configuration."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="two of them are not timed")
@@ -100,23 +117,12 @@ def main() -> None:
         plan = welore.compress(embedded_model(), small, rank_reduction=RANK_REDUCTION).numbers
         for number in range(asked.rounds):
             rounds.append({name: measured(small, settings | own) for name, own in CONFIGURATIONS.items()})
+            record = record_of(rounds, settings, plan)
+            record.save(HERE / "tuning.json")
             print(f"round {number + 1} of {asked.rounds}: load average {rounds[-1][BASE]['load']:.1f}", file=sys.stderr)
-    bound = flop_bound(rounds[0]["lrc"])
-    reached = ratio(rounds, "lrc", BASE, "tokens_per_second") / bound
-    numbers: dict[str, Any] = {
-        "flop_bound": bound,
-        "lrc_of_the_bound": reached,
-        "rank_reduction": plan["rank_reduction"],
-        "parameter_ratio": plan["parameter_ratio"],
-        "lrc_parameters": rounds[0]["lrc"]["trainable_parameters"],
-        "total_parameters": rounds[0]["lrc"]["total_parameters"],
-        "configurations": {name: summary(rounds, name) for name in CONFIGURATIONS},
-        "rounds": rounds,
-    }
-    settings |= {"rank_reduction": RANK_REDUCTION, "rounds": asked.rounds, "threads": 1, "seconds": "processor time"}
-    Record("tuning", {"model": embedded_model().stem}, settings, numbers).save(HERE / "tuning.json")
-    print(f"LRC-only over full, float32: {reached:.2f} of the flop bound {bound:.2f}")
-    for name, own in numbers["configurations"].items():
+    n = record.numbers
+    print(f"LRC-only over full, float32: {n['lrc_of_the_bound']:.2f} of the flop bound {n['flop_bound']:.2f}")
+    for name, own in n["configurations"].items():
         full, stock = own["to_full"], own["to_stock"]
         print(
             f"{name}: {own['tokens_per_second']:.0f} tokens/s, {own['peak_memory_bytes'] / 1e9:.2f} GB; to full: speed "

@@ -32,7 +32,7 @@ done
 for rate in ${LORA_RATES:-3e-3 1e-3 1e-2}; do
     run lora lora "$rate" "$out/compressed"
 done
-for rate in ${DENSE_RATES:-1e-4 3e-5 3e-4}; do # a model that needs no repair wants smaller steps
+for rate in ${DENSE_RATES:-${RATES:-1e-4 3e-5 3e-4}}; do # a model that needs no repair wants smaller steps
     for method in lrc full nlrc; do
         run "dense-$method" "$method" "$rate" "$model" --plan "$out/compressed/plan.json"
     done
