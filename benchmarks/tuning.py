@@ -40,15 +40,17 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "lrc, checkpointing": {"method": "lrc"} | EVERYTHING,
     "lrc, bfloat16": {"method": "lrc"} | BFLOAT16,
     "lrc, bfloat16, selective": {"method": "lrc"} | BFLOAT16 | SELECTIVE,
+    "lrc, bfloat16, checkpointing": {"method": "lrc"} | BFLOAT16 | EVERYTHING,
 }
 CHILD = """
 import json, os, sys, time
-import torch, transformers.models.llama.modeling_llama, welore.trainer, welore.tuning
-from pathlib import Path
+import torch, transformers.models.llama.modeling_llama, welore.activations, welore.trainer, welore.tuning
 
 resident = welore.trainer.forget_peak_memory(torch.device("cpu"))
 welore.trainer.ClockedTrainer.now = lambda self: time.process_time()
 model, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+if settings.get("gradient_checkpointing"):
+    welore.activations.return_large_blocks()  # as the command does
 numbers = welore.finetune(model, out, device="cpu", **settings).numbers
 kept = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters", "total_parameters", "train_loss",
         "seconds_forward", "seconds_backward", "seconds_optimizer")

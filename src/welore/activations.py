@@ -1,5 +1,7 @@
 """Which activations a training step keeps for its backward pass."""
 
+import ctypes
+import platform
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,17 @@ def keep_wide_products(model: "PreTrainedModel") -> None:
     # renamed between the oldest and the newest transformers that are supported
     enable = getattr(model, "activation_checkpointing_enable", None) or anything.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, keep)})
+
+
+def return_large_blocks() -> None:
+    """Make glibc give freed blocks of a megabyte or more back at once, for the whole process; no effect elsewhere.
+
+    Checkpointing frees most activations soon, but between those that stay glibc's heap keeps the room: SmolLM2 at
+    4 x 256 tokens, 0.5 of 2.0 GB. The price is time, as every new block is new memory to the system.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
 
 
 def _policy(width: int, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -388,8 +388,11 @@ def finetune(
     settings = dict(locals())
     as_json = settings.pop("as_json")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it regrets kernels nobody asked for
+    from welore.activations import return_large_blocks
     from welore.tuning import finetune
 
+    if gradient_checkpointing:
+        return_large_blocks()
     with _progress() as progress:
         record = finetune(**settings | {"device": _device(device)}, progress=progress)
     n = record.numbers
