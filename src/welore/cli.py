@@ -485,6 +485,9 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute twice, remember less; the same losses.")
     ] = False,
+    selective_checkpointing: Annotated[
+        bool, typer.Option("--selective-checkpointing", help="Remember wide matrix products only; the same losses.")
+    ] = False,
     whole_logits: Annotated[
         bool, typer.Option("--whole-logits", help="Compute the loss from all logits at once: more memory.")
     ] = False,
@@ -504,8 +507,11 @@ def finetune(
     settings = dict(locals())
     as_json = settings.pop("as_json")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it regrets kernels nobody asked for
+    from welore.activations import return_large_blocks
     from welore.tuning import finetune
 
+    if gradient_checkpointing:
+        return_large_blocks()
     with _progress() as progress:
         record = finetune(**settings | {"device": _device(device)}, progress=progress)
     n = record.numbers
