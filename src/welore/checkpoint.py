@@ -6,7 +6,7 @@ complete; a killed run continues where it was.
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from welore.analysis import analyze_weights, check_plan, opened_calibration, shared_workspace
+from welore.analysis import analyze_weights, check_plan, opened_calibration, shared_workspace, summary
 from welore.calibration import Calibration
 from welore.collection import TOKENS, calibrate
 from welore.directory import PLAN, RECORD, SHARD_SIZE, Step, copied, write_config, write_weights
@@ -75,9 +75,10 @@ def compress(
     scaling.SCALINGS; by default kfac for `params` alone, which is the best we have, and none for the paper's targets
     and for a named strategy. calibration: what a scaling rests on, made by `calibrate`; "self" makes one from `tokens`
     tokens that the model itself writes, so that no data is needed. paper: WeLore as published, which is strategy
-    welore, scaling none and storage factored. The directory
-    holds plan.json and the returned record (compression.json) beside the weights. A model in memory is changed
-    in place, and saved when `out` is given. Raises WeLoreError before anything is written.
+    welore, scaling none and storage factored.
+
+    The directory holds plan.json and the returned record (compression.json) beside the weights. A model in memory is
+    changed in place, and saved when `out` is given. Raises WeLoreError before anything is written.
 
     workers: matrices at once, default one per core. Finished matrices are kept in `OUT.work` until all are done:
     the same call after a kill continues there, to the same bytes, and the processes of torchrun or accelerate share
@@ -85,36 +86,32 @@ def compress(
     """
     if out is not None:
         refuse_existing(out, overwrite=overwrite)
-    asked = {"rank_reduction": rank_reduction, "params": params, "threshold": threshold}
+    target = {"rank_reduction": rank_reduction, "params": params, "threshold": threshold}
     settings: dict[str, Any] = {
-        **asked,
+        **target,
         "strategy": strategy,
         "storage": storage,
         "min_ratio": min_ratio,
         "allow_growth": allow_growth,
     }
-    if plan is not None:
-        if settings != allocate.__kwdefaults__ or scaling or paper or include or exclude:
-            raise WeLoreError("a plan has its own target, strategy, scaling, storage and patterns: leave those out")
-        include, exclude, scaling = plan.include, plan.exclude, plan.scaling
+    if plan is None:
+        settings, scaling = _method(settings, scaling, paper=paper)
+        check_settings(target, settings["strategy"], settings["storage"], min_ratio, scaling)
+    elif settings != allocate.__kwdefaults__ or scaling or paper or include or exclude:
+        raise WeLoreError("a plan has its own target, strategy, scaling, storage and patterns: leave those out")
     else:
-        if paper:
-            if strategy or scaling or storage:
-                raise WeLoreError("--paper is strategy welore, scaling none, storage factored: leave those three out")
-            settings |= {"strategy": "welore", "storage": FACTORED}
-        scaling = scaling or (KFAC if params is not None and not paper and strategy is None else NONE)
-        choose("scaling", scaling, SCALINGS)
-        check_settings(asked, settings["strategy"], settings["storage"], min_ratio, scaling)
+        include, exclude, scaling = plan.include, plan.exclude, plan.scaling
 
     started = time.perf_counter()
+    patterns: dict[str, Any] = {"include": include, "exclude": exclude}
     if isinstance(model, nn.Module):
-        where: dict[str, Any] = {"include": include, "exclude": exclude, "workers": workers, "progress": progress}
         if calibration == SELF and scaling != NONE:
             raise WeLoreError(
                 f"scaling {scaling} of a model in memory needs calibration=, made by `calibrate`; or scaling='none'"
             )
         known = None if calibration == SELF else calibration
-        plan = compress_model(model, plan=plan, scaling=scaling, calibration=known, **where, **settings)
+        how: dict[str, Any] = {"scaling": scaling, "calibration": known, "workers": workers, "progress": progress}
+        plan = compress_model(model, plan=plan, **how, **patterns, **settings)
         model.config.quantization_config = WeLoreConfig.of(plan)
         record = _record(plan, started, sizes(model))
         if out is not None:
@@ -128,38 +125,53 @@ def compress(
         raise WeLoreError("name the directory to write: compress(model, out, ...)")
     directory = locate(model, cache_dir=cache_dir, revision=revision)
     refuse_source(out, directory)
-    with (
-        Checkpoint(directory, str(model), include, exclude) as source,
-        shared_workspace(_beside(out), source, scaling, str(calibration), tokens, seed) as (workspace, crew),
-    ):
-        found = None
-        if calibration != SELF:
-            found = opened_calibration(calibration, source)
-        elif scaling != NONE and plan is None:
-            made = workspace.directory / "calibration.safetensors"
-            if crew.leads and not made.is_file():
-                where = {"include": include, "exclude": exclude, "device": device, "progress": progress}
-                calibrate(directory, SELF, made, tokens=tokens, seed=seed, **where)
-            crew.wait()
-            found = Calibration.load(made)
-        device = None if device == "cpu" else device  # where the tensors of a checkpoint come in anyway
-        how: dict[str, Any] = {"device": device, "workers": workers, "progress": progress}
-        if plan is None:
-            keep = device is None and _fits_on_disk(source.targets, Path(out))
-            kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep}
-            spectra = analyze_weights(source, scaling=scaling, calibration=found, **kept, **how)
-            plan = allocate(spectra, **settings)
-        else:
-            check_plan(plan, source, found)
-        quality = _factor(source, plan, found, workspace, crew, **how)
-        if crew.leads:
-            with whole_directory(out, overwrite=overwrite) as unfinished:
-                steps = _compressed(source, plan, workspace)
-                written = write_weights(unfinished, steps, max_shard_size, progress)
-                write_config(directory, unfinished, WeLoreConfig.of(plan).to_dict())
-                plan.save(unfinished / PLAN)
-                _record(plan, started, _sizes_on_disk(source, plan, written) | quality).save(unfinished / RECORD)
+    with Checkpoint(directory, str(model), include, exclude) as source:
+        found = None if calibration == SELF else opened_calibration(calibration, source)
+        rests_on = [tokens, seed] if found is None else summary(found)
+        with shared_workspace(_beside(out), source, scaling, rests_on) as (workspace, crew):
+            device = None if device == "cpu" else device  # where the tensors of a checkpoint come in anyway
+            how = {"device": device, "workers": workers, "progress": progress}
+            if plan is None:
+                if found is None and scaling != NONE:
+                    text = {"tokens": tokens, "seed": seed, "device": device, "progress": progress}
+                    found = _own_calibration(directory, workspace, crew, **text, **patterns)
+                keep = device is None and _fits_on_disk(source.targets, Path(out))
+                kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep}
+                spectra = analyze_weights(source, scaling=scaling, calibration=found, **kept, **how)
+                plan = allocate(spectra, **settings)
+            else:
+                check_plan(plan, source, found)
+            quality = _factor(source, plan, found, workspace, crew, **how)
+            if crew.leads:
+                with whole_directory(out, overwrite=overwrite) as unfinished:
+                    steps = _compressed(source, plan, workspace)
+                    written = write_weights(unfinished, steps, max_shard_size, progress)
+                    write_config(directory, unfinished, WeLoreConfig.of(plan).to_dict())
+                    plan.save(unfinished / PLAN)
+                    _record(plan, started, _sizes_on_disk(source, plan, written) | quality).save(unfinished / RECORD)
     return Record.load(Path(out) / RECORD)
+
+
+def _method(settings: Mapping[str, Any], scaling: str | None, *, paper: bool) -> tuple[dict[str, Any], str]:
+    """Settings of `allocate` and the scaling: what was asked for, and what goes with it."""
+    found = dict(settings)
+    if paper:
+        if found["strategy"] or scaling or found["storage"]:
+            raise WeLoreError("--paper is strategy welore, scaling none, storage factored: leave those three out")
+        found |= {"strategy": "welore", "storage": FACTORED}
+    best = found["params"] is not None and found["strategy"] is None
+    scaling = scaling or (KFAC if best else NONE)
+    choose("scaling", scaling, SCALINGS)
+    return found, scaling
+
+
+def _own_calibration(directory: Path, workspace: Workspace, crew: Team, **how: Any) -> Calibration:
+    """From text that the model writes, made by the process that leads, kept with the unfinished work."""
+    made = workspace.directory / "calibration.safetensors"
+    if crew.leads and not made.is_file():
+        calibrate(directory, SELF, made, **how)
+    crew.wait()
+    return Calibration.load(made)
 
 
 def _beside(out: str | Path) -> Path:
