@@ -205,13 +205,41 @@ def test_killed_process_continues(saved, tmp_path: Path) -> None:
     assert files_of(out) == files_of(tmp_path / "undisturbed")
 
 
-def test_two_processes_of_torchrun_write_the_same_bytes_as_one(saved, tmp_path: Path) -> None:
+@pytest.mark.parametrize("label", ["the model writes", "blocks, forward", "blocks, backward", "singular values"])
+def test_run_that_makes_its_own_calibration_continues_to_the_same_bytes(
+    saved, tokenizer, tmp_path: Path, label: str
+) -> None:
     source = saved("llama")
-    welore.compress(source, tmp_path / "undisturbed", rank_reduction=0.4)
+    tokenizer.save_pretrained(source)
+    ours: dict[str, Any] = {"params": 0.7, "tokens": 256, "workers": 1}
+    welore.compress(source, tmp_path / "undisturbed", **ours)
+
+    def stopping(items: Iterable[tuple[Any, float]], what: str, total: float) -> Iterator[Any]:
+        for number, (item, _) in enumerate(items):
+            if what == label and number == 1:
+                raise Killed
+            yield item
+
+    with pytest.raises(Killed):
+        welore.compress(source, tmp_path / "out", **ours, progress=stopping)
+    assert list((tmp_path / "out.work").glob("calibration*"))
+    welore.compress(source, tmp_path / "out", **ours)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+    assert not (tmp_path / "out.work").exists()
+
+
+@pytest.mark.parametrize("settings", [{"rank_reduction": 0.4}, {"params": 0.7, "tokens": 128}], ids=["paper", "ours"])
+def test_two_processes_of_torchrun_write_the_same_bytes_as_one(
+    saved, tokenizer, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    source = saved("llama")
+    tokenizer.save_pretrained(source)
+    welore.compress(source, tmp_path / "undisturbed", **settings)
     script = tmp_path / "main.py"
     script.write_text("import welore.cli\nwelore.cli.main()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
-    command += [str(script), "compress", str(source), str(tmp_path / "out"), "--rank-reduction", "0.4"]
+    command += [str(script), "compress", str(source), str(tmp_path / "out")]
+    command += [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     run = subprocess.run(
         command, check=False, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1")
     )
