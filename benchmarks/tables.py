@@ -1,7 +1,7 @@
 """The tables of README.md and docs/method.md from the records in docs/benchmarks; `--check` only compares.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `--demo DIR` first takes the records of a demo,
-`--methods DIR` those of recipes/compare_methods_cpu.sh, `--tasks DIR` those of recipes/downstream.sh.
+`--methods DIR` those of recipes/compare_methods_cpu.sh.
 """
 
 import argparse
@@ -11,12 +11,11 @@ from pathlib import Path, PurePath
 
 from welore.figures import megabytes, percent, perplexity_text
 from welore.records import Record
-from welore.tuning_figures import task_table
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "docs" / "benchmarks"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md")
-METHODS, ITEMS_SHOWN = HERE / "tuning", 3
+METHODS = HERE / "tuning"
 DEMO = ("dense", "welore", "uniform-same-err", "uniform-same-parameters")
 
 
@@ -112,23 +111,14 @@ def methods() -> str:
     return "\n".join(lines)
 
 
-def tasks() -> str:
-    """Accuracy of every method on the tasks, from recipes/downstream.sh."""
-    headings, rows = task_table([Record.load(path) for path in sorted(METHODS.glob("*.score.json"))])
-    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows))
-
-
 def take(source: Path, target: Path) -> None:
-    """Copy a record without the paths of this machine and with only a few of the questions of a task."""
+    """Copy a record without the path of its model, which means nothing on another machine."""
     record = Record.load(source)
     record.inputs["model"] = PurePath(record.inputs["model"]).name
-    if "items" in record.numbers:
-        record.numbers["items_left_out"] = max(0, len(record.numbers["items"]) - ITEMS_SHOWN)
-        del record.numbers["items"][ITEMS_SHOWN:]
     record.save(target)
 
 
-TABLES = {"demo": demo, "speed": speed, "memory": memory, "tuning": tuning, "methods": methods, "tasks": tasks}
+TABLES = {"demo": demo, "speed": speed, "memory": memory, "tuning": tuning, "methods": methods}
 
 
 def filled(text: str) -> str:
@@ -143,7 +133,6 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--demo", type=Path, help="directory that `make demo` wrote")
     parser.add_argument("--methods", type=Path, help="directory that recipes/compare_methods_cpu.sh wrote")
-    parser.add_argument("--tasks", type=Path, help="directory that recipes/downstream.sh wrote")
     arguments = parser.parse_args()
     if arguments.demo:
         for name in DEMO:
@@ -151,9 +140,6 @@ def main() -> None:
     if arguments.methods:
         for path in sorted(arguments.methods.glob("*/finetune.json")):
             take(path, METHODS / f"{path.parent.name}.finetune.json")
-    if arguments.tasks:
-        for path in sorted(arguments.tasks.glob("*.score.json")):
-            take(path, METHODS / path.name)
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if not arguments.check:
