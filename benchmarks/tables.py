@@ -1,7 +1,7 @@
 """The tables of README.md and docs/method.md from the records in docs/benchmarks; `--check` only compares.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `--demo DIR` first takes the records of a demo,
-`--methods DIR` those of recipes/compare_methods_cpu.sh, `--tasks DIR` those of recipes/downstream.sh.
+`--methods DIR` those of recipes/compare_methods_cpu.sh.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def tuning() -> str:
     """Speed and memory of fine-tuning, from benchmarks/tuning.py."""
     n = Record.load(HERE / "tuning.json").numbers
     lines = [
-        "| | tokens / s | speed | peak of the process | above the imports | above the imports, to the stock Trainer |",
+        "| | tokens / s | speed | peak of the process | above the imports | both, to `full, whole logits` |",
         "|---|---|---|---|---|---|",
     ]
     for name, own in n["configurations"].items():
@@ -88,7 +88,7 @@ def tuning() -> str:
             f"x {full['speed']:.2f}",
             f"{own['peak_memory_bytes'] / 1e9:.2f} GB, x {full['process']:.2f}",
             f"{own['above_imports_bytes'] / 1e9:.2f} GB, x {full['above_imports']:.2f}",
-            f"x {stock['above_imports']:.2f}",
+            f"x {stock['process']:.2f}, x {stock['above_imports']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -149,7 +149,7 @@ def quality() -> str:
 
 
 def take(source: Path, target: Path) -> None:
-    """Copy a record without the paths of this machine and with only a few of the questions of a task."""
+    """Copy a record without the path of its model, and with only a few of the questions of a task."""
     record = Record.load(source)
     record.inputs["model"] = PurePath(record.inputs["model"]).name
     if "items" in record.numbers:
@@ -181,7 +181,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--demo", type=Path, help="directory that `make demo` wrote")
     parser.add_argument("--methods", type=Path, help="directory that recipes/compare_methods_cpu.sh wrote")
-    parser.add_argument("--tasks", type=Path, help="directory that recipes/downstream.sh wrote")
+    parser.add_argument("--tasks", type=Path, help="directory with score records of the tasks")
     arguments = parser.parse_args()
     if arguments.demo:
         for name in DEMO:

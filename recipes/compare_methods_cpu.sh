@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The five methods on SmolLM2-135M at ERR 50 %, on a CPU: the same tokens for all, the learning rate tuned over three
+# The five methods on SmolLM2-135M at ERR 50 %, on a CPU: the same tokens for all, the learning rate tuned over a few
 # values per method, held-out loss as the measure. Two controls tell repair from fine-tuning: the same matrices of the
 # uncompressed model (dense-lrc, dense-nlrc), and the uncompressed model tuned as long (dense-full).
 #
-#   recipes/compare_methods_cpu.sh [OUT]      about 40 minutes on one core; STEPS=2 LENGTH=16 ITEMS=2 for a trial
+#   recipes/compare_methods_cpu.sh [OUT]      about an hour on an idle core; STEPS=2 LENGTH=16 ITEMS=2 for a trial
 #
 # What is finished is kept when the command is given again.
 set -euo pipefail
@@ -24,7 +24,7 @@ run() { # name, method, learning rate, checkpoint, further arguments
     rm -r "$out/$name-$rate/model" # the record is what is compared; 0.4 GB each
 }
 
-for rate in ${RATES:-1e-3 3e-4 3e-3}; do
+for rate in ${RATES:-3e-4 1e-3 1e-4 3e-3}; do
     for method in lrc full nlrc galore; do
         run "$method" "$method" "$rate" "$out/compressed"
     done
