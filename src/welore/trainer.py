@@ -91,7 +91,7 @@ class ClockedTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean negative log-likelihood over all tokens held out, and its exponential."""
         device = self.args.device
-        mine = self.evaluation[self.args.process_index :: self.args.world_size]
+        mine = share(self.evaluation, self.args.process_index, self.args.world_size)
         sums = torch.tensor(_loss_of(self.model, mine, device), dtype=torch.float64, device=device)
         total, tokens = self.accelerator.reduce(sums, "sum").tolist()
         mean = total / tokens
@@ -143,6 +143,17 @@ class StepCallback(TrainerCallback):
                 f"the training loss is {loss} at step {state.global_step}: try a smaller --lr, a longer --warmup or "
                 "--dtype float32; earlier checkpoints are kept"
             )
+
+
+def share(batches: Sequence[Batch], process: int, processes: int) -> list[Batch]:
+    """Every `processes`-th batch from number `process` on, as many for each process: the last may have no labels.
+
+    Where parameters are cut over the processes, every call of the model gathers them: all must call equally often.
+    """
+    mine = list(batches[process::processes])
+    if len(mine) * processes < len(batches):
+        mine.append(batches[0] | {"labels": torch.full_like(batches[0]["labels"], IGNORED)})
+    return mine
 
 
 @torch.no_grad()
