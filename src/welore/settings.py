@@ -111,6 +111,10 @@ def check_launch(environment: Mapping[str, str], method: str, device: str) -> No
         return
     if environment.get("FSDP_VERSION", "1") != "2":
         raise WeLoreError("finetune runs under FSDP 2 only: pass --fsdp_version 2 to accelerate launch")
+    if _is_on(environment, "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise WeLoreError(
+            "every process reads the checkpoint itself: pass --fsdp_cpu_ram_efficient_loading false to accelerate launch"
+        )
     if method not in IN_PARTS:
         raise WeLoreError(
             f"method {method} does not run under FSDP, only {', '.join(IN_PARTS)} do: use torchrun, which is DDP"
