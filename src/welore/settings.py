@@ -113,14 +113,16 @@ def check_launch(environment: Mapping[str, str], method: str, device: str) -> No
         raise WeLoreError("finetune runs under FSDP 2 only: pass --fsdp_version 2 to accelerate launch")
     if _is_on(environment, "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise WeLoreError(
-            "every process reads the checkpoint itself: pass --fsdp_cpu_ram_efficient_loading false to accelerate launch"
+            "every process reads the checkpoint itself: pass --fsdp_cpu_ram_efficient_loading false as well"
         )
     if method not in IN_PARTS:
         raise WeLoreError(
             f"method {method} does not run under FSDP, only {', '.join(IN_PARTS)} do: use torchrun, which is DDP"
         )
     if device == "cpu":
-        raise WeLoreError("accelerate has no FSDP on a CPU and would use DDP without a word: use torchrun, which is DDP")
+        raise WeLoreError(
+            "accelerate has no FSDP on a CPU and would use DDP without a word: use torchrun, which is DDP"
+        )
 
 
 def _is_on(environment: Mapping[str, str], name: str) -> bool:
