@@ -232,8 +232,8 @@ def test_two_processes_give_the_losses_of_one(model: Path, text: str, tmp_path: 
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += ["--no-python", str(Path(sys.executable).with_name("welore")), "finetune", str(model)]
     command += [str(tmp_path / "two"), *common, "--batch-size", "2", "--device", "cpu", "--eval-items", "5"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1  # one process speaks
     two = welore.Record.load(tmp_path / "two" / "finetune.json").numbers

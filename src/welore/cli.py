@@ -372,10 +372,18 @@ def merge(
 def evaluate(
     model: Model,
     data: Annotated[
-        str, typer.Option(help="wikitext2, c4, pydoc, or a local .txt, .jsonl or .parquet file.")
-    ] = "wikitext2",
-    length: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+        str | None,
+        typer.Option(help="wikitext2, c4, pydoc, or a local .txt, .jsonl or .parquet file.  [default: wikitext2]"),
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a window.  [default: 2048]")] = None,
     windows: Annotated[int | None, typer.Option(help="Only the first windows.  [default: the whole text]")] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="In place of a text: tasks of lm-eval, with commas between: boolq,piqa.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions of each of these tasks.")] = None,
+    tasks_dir: Annotated[
+        Path | None, typer.Option(help="Where these tasks are defined (.yaml), in place of lm-eval's own.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows read at once; does not change the result.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, float16 or bfloat16.")] = "auto",
     label: Annotated[str | None, typer.Option(help="A name for tables and figures.")] = None,
@@ -387,34 +395,54 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of any checkpoint -> record."""
+    """Perplexity of any checkpoint, or what it reaches on tasks of lm-eval -> record."""
     from welore.files import refuse_unwritable
+    from welore.harness import evaluate_tasks
     from welore.perplexity import evaluate
 
+    if lm_eval is None and (limit, tasks_dir) != (None, None):
+        raise WeLoreError("--limit and --tasks-dir go with --lm-eval; of a text, --windows are read")
+    if lm_eval is not None and data is not None:
+        raise WeLoreError("give --data or --lm-eval, not both: a text or tasks")
+    if lm_eval is not None and (length, windows) != (None, None):
+        raise WeLoreError("--length and --windows go with --data; of a task, --limit questions are read")
     if output is not None:
         refuse_unwritable(output)
+    common: dict[str, Any] = {
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "device": _device(device),
+        "label": label,
+        "cache_dir": cache_dir,
+        "revision": revision,
+    }
     with _progress() as progress:
-        record = evaluate(
-            model,
-            data,
-            length=length,
-            limit=windows,
-            batch_size=batch_size,
-            dtype=dtype,
-            device=_device(device),
-            label=label,
-            cache_dir=cache_dir,
-            revision=revision,
-            progress=progress,
-        )
+        if lm_eval is not None:
+            names = [name.strip() for name in lm_eval.split(",") if name.strip()]
+            quiet = not sys.stderr.isatty()
+            record = evaluate_tasks(model, names, tasks_dir=tasks_dir, limit=limit, quiet=quiet, **common)
+        else:
+            data, length = data or "wikitext2", 2048 if length is None else length
+            record = evaluate(model, data, length=length, limit=windows, progress=progress, **common)
     if output is not None:
         record.save(output)
+    line = _measured(record) if output is None else f"{_measured(record)} -> {output}"
+    _tell(_plain(record), as_json, line)
+
+
+def _measured(record: "Record") -> str:
+    """A line of a perplexity record; of a record of tasks a line for each."""
     n = record.numbers
-    line = (
-        f"perplexity {n['perplexity']:.4g} on {data} ({n['tokens']:,} tokens); ERR {n['rank_reduction']:.1%}, "
-        f"parameters {n['parameter_ratio']:.1%} of the targeted matrices, {n['bytes'] / 1e6:.1f} MB"
+    if record.kind == "lm_eval":
+        return "\n".join(
+            f"{name}: {', '.join(f'{m} {v:.4g}' for m, v in task['metrics'].items() if v is not None)} (n {task['n']})"
+            for name, task in n["tasks"].items()
+        )
+    return (
+        f"perplexity {n['perplexity']:.4g} on {record.settings['data']} ({n['tokens']:,} tokens); "
+        f"ERR {n['rank_reduction']:.1%}, parameters {n['parameter_ratio']:.1%} of the targeted matrices, "
+        f"{n['bytes'] / 1e6:.1f} MB"
     )
-    _tell(_plain(record), as_json, line if output is None else f"{line} -> {output}")
 
 
 @app.command(epilog="Example: `welore report runs/ -o report`")

@@ -12,7 +12,9 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from welore.directory import PLAN, RECORD
 from welore.errors import WeLoreError
@@ -66,13 +68,31 @@ def last_checkpoint(out: Path) -> Path | None:
     return None
 
 
+def gathered(model: "PreTrainedModel") -> dict[str, Tensor] | None:
+    """The tensors of a model that is cut over the processes, whole: in the first process, empty in the others.
+
+    All of them must call this. None for a model that is not cut.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # of tied tensors the first name
+    whole: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {name: tensor for name, tensor in whole.items() if name in once}
+
+
 def save_result(
-    out: Path, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", source: Path, dtype: torch.dtype
+    out: Path,
+    model: "PreTrainedModel",
+    state: dict[str, Tensor] | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    source: Path,
 ) -> None:
-    """Write the tuned model in `dtype`, whole or not at all; plan and compression record come along."""
-    model.to(dtype)  # type: ignore[arg-type]
+    """Write the tuned model, whole or not at all; plan and compression record come along.
+
+    state: its tensors, where the model itself has only a part of them (see gathered).
+    """
     with whole_directory(out / MODEL, overwrite=True) as unfinished:
-        model.save_pretrained(unfinished)
+        model.save_pretrained(unfinished, state_dict=state)
         tokenizer.save_pretrained(unfinished)
         for name in (PLAN, RECORD):
             if (source / name).is_file():

@@ -23,7 +23,8 @@ CONTINUAL = {"steps": 10_000, "batch_size": 4, "length": 1024}
 DOWNSTREAM = {"steps": 1_000, "batch_size": 8, "length": 512}
 WARM_UP_SHARE = 20  # one step in twenty: 500 of 10,000
 
-SHARDED = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}  # set by accelerate's launcher
+FSDP = "ACCELERATE_USE_FSDP"  # set by accelerate's launcher
+IN_PARTS = ("lrc", "nlrc", "full")  # methods whose parameters may be cut over the processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,13 +106,30 @@ def check(settings: Settings, save_every: int, report_to: str) -> None:
         raise WeLoreError(f"warmup is {settings.warmup}: it must be less than the {settings.steps} steps of the run")
 
 
-def refuse_sharded(environment: Mapping[str, str]) -> None:
-    """Raise WeLoreError where every process would have a part of the model only: the result would be a part, too."""
-    for name, what in SHARDED.items():
-        if environment.get(name, "").lower() in ("1", "true"):
-            raise WeLoreError(
-                f"finetune does not save a model that {what} has cut in parts: use torchrun, which is DDP"
-            )
+def check_launch(environment: Mapping[str, str], method: str, device: str) -> None:
+    """Raise WeLoreError for what accelerate's launcher asks (by its variables) and this package cannot do."""
+    if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
+        raise WeLoreError("finetune does not run under DeepSpeed: use accelerate launch --use_fsdp, or torchrun (DDP)")
+    if not _is_on(environment, FSDP):
+        return
+    if environment.get("FSDP_VERSION", "1") != "2":
+        raise WeLoreError("finetune runs under FSDP 2 only: pass --fsdp_version 2 to accelerate launch")
+    if _is_on(environment, "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise WeLoreError(
+            "every process reads the checkpoint itself: pass --fsdp_cpu_ram_efficient_loading false as well"
+        )
+    if method not in IN_PARTS:
+        raise WeLoreError(
+            f"method {method} does not run under FSDP, only {', '.join(IN_PARTS)} do: use torchrun, which is DDP"
+        )
+    if device == "cpu":
+        raise WeLoreError(
+            "accelerate has no FSDP on a CPU and would use DDP without a word: use torchrun, which is DDP"
+        )
+
+
+def _is_on(environment: Mapping[str, str], name: str) -> bool:
+    return environment.get(name, "").lower() in ("1", "true")
 
 
 def arguments(settings: Settings, out: Path, save_every: int, report_to: str, device: str) -> TrainingArguments:

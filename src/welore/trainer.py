@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
@@ -68,6 +69,9 @@ class ClockedTrainer(Trainer):
         self.clock = Clock()
         self.evaluation = evaluation
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled and self.args.bf16:  # accelerate would add up gradients, and give the loss, in bfloat16
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # type: ignore[arg-type]
@@ -91,7 +95,7 @@ class ClockedTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean negative log-likelihood over all tokens held out, and its exponential."""
         device = self.args.device
-        mine = self.evaluation[self.args.process_index :: self.args.world_size]
+        mine = share(self.evaluation, self.args.process_index, self.args.world_size)
         sums = torch.tensor(_loss_of(self.model, mine, device), dtype=torch.float64, device=device)
         total, tokens = self.accelerator.reduce(sums, "sum").tolist()
         mean = total / tokens
@@ -143,6 +147,17 @@ class StepCallback(TrainerCallback):
                 f"the training loss is {loss} at step {state.global_step}: try a smaller --lr, a longer --warmup or "
                 "--dtype float32; earlier checkpoints are kept"
             )
+
+
+def share(batches: Sequence[Batch], process: int, processes: int) -> list[Batch]:
+    """Every `processes`-th batch from number `process` on, as many for each process: the last may have no labels.
+
+    Where parameters are cut over the processes, every call of the model gathers them: all must call equally often.
+    """
+    mine = list(batches[process::processes])
+    if len(mine) * processes < len(batches):
+        mine.append(batches[0] | {"labels": torch.full_like(batches[0]["labels"], IGNORED)})
+    return mine
 
 
 @torch.no_grad()

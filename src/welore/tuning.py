@@ -24,8 +24,8 @@ from welore.methods import METHODS, Marked, known_warnings, matrices
 from welore.plan import Plan
 from welore.progress import Progress, silent
 from welore.records import Record
-from welore.rundir import TUNED, begin, check_out, fingerprint, last_checkpoint, save_result
-from welore.settings import ADAMW, DTYPES, SETTINGS, Settings, arguments, check, refuse_sharded, settled
+from welore.rundir import TUNED, begin, check_out, fingerprint, gathered, last_checkpoint, save_result
+from welore.settings import ADAMW, DTYPES, SETTINGS, Settings, arguments, check, check_launch, settled
 from welore.surgery import sizes
 from welore.trainer import ClockedTrainer, StepCallback, peak_memory
 
@@ -88,7 +88,7 @@ def finetune(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = settled({name: given[name] for name in SETTINGS}, device)
     check(settings, save_every, report_to)
-    refuse_sharded(os.environ)
+    check_launch(os.environ, method, device)
     out = Path(out)
     args = arguments(settings, out, save_every, report_to, device)
     leads = args.process_index == 0
@@ -104,8 +104,10 @@ def finetune(
     started = time.perf_counter()
     trainer, numbers = _train(prepared, settings, args, last, progress)
     tuned: Any = prepared.marked.model.merge_and_unload() if method == "lora" else prepared.marked.model
+    tuned.to(DTYPES[settings.dtype])
+    state = gathered(tuned)
     if leads:
-        save_result(out, tuned, prepared.tokenizer, directory, DTYPES[settings.dtype])
+        save_result(out, tuned, state, prepared.tokenizer, directory)
     numbers |= {"seconds": time.perf_counter() - started, "resumed_at": _step_of(last)} | sizes(tuned)
     inputs = {
         "model": str(model),

@@ -1,0 +1,115 @@
+"""Fine-tuning with parameters cut over two processes (FSDP2), on CPUs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import welore
+from toys import checkpoint, weights
+from welore.batches import IGNORED
+from welore.errors import WeLoreError
+from welore.settings import check_launch
+from welore.trainer import share
+from welore.tuning import finetune
+
+# accelerate uses FSDP on GPUs only. Told that these processes have some, it goes the same way on CPUs: its own code and
+# the Trainer's, from here on.
+COMMAND = """
+import json, sys
+from accelerate.utils import DistributedType
+from welore import tuning
+
+usual = tuning.arguments
+def arguments(*given):
+    found = usual(*given)
+    found.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return found
+tuning.arguments = arguments
+tuning.check_launch = lambda *given: None
+gathered = tuning.gathered
+def told(model):
+    state = gathered(model)
+    if state is not None:
+        print("cut over the processes")
+    return state
+tuning.gathered = told
+tuning.finetune(**json.loads(sys.argv[1]))
+"""
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+FAMILY = "qwen2"  # embeddings and head are one tensor
+
+
+def test_fsdp2_gives_losses_and_weights_of_one_process(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", family=FAMILY, storage="pivoted")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"The number after {n} is {n + 1}." for n in range(200)))
+    settings: dict[str, Any] = {"model": str(model), "data": str(text), "device": "cpu", "save_every": 0}
+    settings |= {"steps": 3, "length": 48, "lr": 5e-3, "warmup": 1, "eval_every": 3, "eval_items": 5}
+    one = finetune(out=tmp_path / "one", batch_size=4, **settings).numbers
+    settings |= {"out": str(tmp_path / "two"), "batch_size": 2}  # three batches are evaluated: one process has two
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
+    command += [sys.executable, "-c", COMMAND, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | FSDP2, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cut over the processes") == 2
+    two = welore.Record.load(tmp_path / "two" / "finetune.json").numbers
+    for name in ("trainable_parameters", "total_parameters", "tokens", "bytes", "rank_reduction", "parameter_ratio"):
+        assert two[name] == one[name], name
+    assert [loss for _, loss in two["train_loss"]] == pytest.approx([loss for _, loss in one["train_loss"]], rel=1e-5)
+    assert [e[1] for e in two["evaluation"]] == pytest.approx([e[1] for e in one["evaluation"]], rel=1e-6)
+    expected, found = weights(tmp_path / "one" / "model"), weights(tmp_path / "two" / "model")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    config = "model/config.json"
+    assert (tmp_path / "two" / config).read_text() == (tmp_path / "one" / config).read_text()
+
+
+@pytest.mark.parametrize(("batches", "processes"), [(3, 2), (4, 2), (1, 3), (7, 4)])
+def test_all_processes_evaluate_equally_often_and_every_label_once(batches: int, processes: int) -> None:
+    labels = torch.arange(batches * 6).reshape(batches, 2, 3)
+    found = [share([{"input_ids": each, "labels": each} for each in labels], p, processes) for p in range(processes)]
+    assert len({len(mine) for mine in found}) == 1
+    counted = [batch["labels"][batch["labels"] != IGNORED] for mine in found for batch in mine]
+    assert torch.equal(torch.cat(counted).sort().values, labels.flatten())
+
+
+@pytest.mark.parametrize(
+    ("environment", "method", "device", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "lrc", "cuda", "does not run under DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "lrc", "cuda", "under FSDP 2 only: pass --fsdp_version 2"),
+        ({"ACCELERATE_USE_FSDP": "1", "FSDP_VERSION": "2"}, "lora", "cuda", "only lrc, nlrc, full do"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "lrc", "cpu", "no FSDP on a CPU"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "lrc",
+            "cuda",
+            "--fsdp_cpu_ram_efficient_loading false",
+        ),
+    ],
+)
+def test_launches_that_cannot_work_are_refused(
+    environment: dict[str, str], method: str, device: str, message: str
+) -> None:
+    with pytest.raises(WeLoreError, match=message):
+        check_launch(environment, method, device)
+
+
+def test_usual_launches_are_not_refused() -> None:
+    check_launch({}, "lora", "cpu")
+    check_launch({"ACCELERATE_USE_FSDP": "false"}, "lora", "cpu")
+    check_launch({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "full", "cuda")
