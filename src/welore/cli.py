@@ -453,7 +453,10 @@ def finetune(
         str, typer.Option(help="What is trained: lrc (the factors), nlrc (the dense matrices), full, lora, galore.")
     ] = "lrc",
     data: Annotated[
-        str | None, typer.Option(help="A text: c4, wikitext2, pydoc, or a .txt, .jsonl or .parquet file.")
+        str | None,
+        typer.Option(
+            help="A text: c4, wikitext2, pydoc, a .txt, .jsonl or .parquet file; self: the teacher writes it."
+        ),
     ] = None,
     task: TaskName = None,
     task_data: Annotated[
@@ -484,6 +487,17 @@ def finetune(
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out data; 0: never.")] = 500,
     eval_items: Annotated[int, typer.Option(help="Held-out sequences to evaluate on.")] = 64,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: none.")] = 500,
+    distill: Annotated[
+        str | None,
+        typer.Option(help="A teacher to imitate: the dense model from which MODEL was made.", metavar="TEACHER"),
+    ] = None,
+    distill_weight: Annotated[
+        float | None, typer.Option(help="The teacher's share of the loss; the rest is the text's.  [default: 1]")
+    ] = None,
+    distill_temperature: Annotated[float | None, typer.Option(help="Of both models.  [default: 1]")] = None,
+    self_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that the teacher writes for --data self.  [default: all that are read]")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last checkpoint in OUT.")] = False,
     overwrite: Overwrite = False,
     report_to: Annotated[str, typer.Option(help="none, tensorboard, trackio or wandb.")] = "none",
