@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -518,7 +519,8 @@ def finetune(
     n = record.numbers
     if n.get("prompts_cut") and _leads():
         _say(f"{n['prompts_cut']} prompts were longer than {record.settings['length']} tokens and lost their beginning")
-    found = f"held-out perplexity {n['eval_perplexity']:.4g}, " if "eval_perplexity" in n else ""
+    beside = f" (teacher {math.exp(min(n['teacher_eval_loss'], 700.0)):.4g})" if "teacher_eval_loss" in n else ""
+    found = f"held-out perplexity {n['eval_perplexity']:.4g}{beside}, " if "eval_perplexity" in n else ""
     line = (
         f"{method}: {n['trainable_parameters']:,} of {n['total_parameters']:,} parameters trained, {found}"
         f"{n.get('tokens_per_second', 0):.0f} tokens/s, {n['peak_memory_bytes'] / 1e9:.2f} GB -> {out / 'model'}"
