@@ -24,7 +24,7 @@ demo: install
 
 # Records in docs/benchmarks, then the tables of README.md from those records.
 benchmarks: demo
-	for name in speed memory scale inference; do HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in speed memory scale inference tuning; do HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py --demo demo
 
 clean:

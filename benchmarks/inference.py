@@ -1,8 +1,8 @@
 """Is a low-rank layer as fast as its parameter count promises? A record and two lines.
 
-One linear layer, one thread: dense; factored, y = A (B x); factored with A stored column by column; pivoted, P and C at
-the same rank, so r^2 numbers less; merged, W = A B again (a control: it must cost what dense costs). Prefill is 512
-tokens at once, training the same with its gradients, decode one token. In decode every call takes the next of many
+One linear layer, one thread: dense; factored, y = A (B x); pivoted, P and C at the same rank, so r^2 numbers less;
+merged, W = A B again (a control: it must cost what dense costs). Prefill is 512 tokens at once, after decoding has laid
+A and C by column, training the same with its gradients, decode one token. In decode every call takes the next of many
 copies of the layer, as a model does: its weights come from memory, not from the cache. Then SmolLM2 as a whole.
 Variants are interleaved; what counts is the median ratio of neighbouring measurements, and its product with the
 parameter ratio ("reach"): 1 means that half the parameters take half the time.
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from welore.embedded import embedded_model
-from welore.forms import DENSE, PIVOTED, cost
+from welore.forms import DENSE, FACTORED, PIVOTED, cost
 from welore.locate import locate
 from welore.lowrank import LowRankLinear, PivotedLinear
 from welore.records import Record
@@ -35,8 +35,7 @@ HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 SHAPES = ((2048, 2048), (5504, 2048), (4096, 4096))
 RANKS = (0.1, 0.2, 0.3, 0.4, 0.5)  # r / n
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FACTORED = ("factored", "factored, A by column")
-LOW_RANK = (*FACTORED, "pivoted")
+LOW_RANK = ("factored", "pivoted")
 PHASES = ("prefill", "decode", "training")
 PREFILL, REPEATS_PREFILL, REPEATS_DECODE = 512, 5, 15
 BEYOND_CACHE_BYTES = 192e6
@@ -44,18 +43,10 @@ MUST_REACH = {"prefill": 0.8, "decode": 0.95}  # of the parameter ratio, at r = 
 RANK_REDUCTION, PROMPT, NEW_TOKENS, REPEATS_MODEL = 0.5, 256, 32, 3
 
 
-def store_by_column(layer: nn.Module) -> None:
-    """Lay the weight (m, r) of a Linear out column by column; its shape and values stay."""
-    assert isinstance(layer.weight, nn.Parameter)
-    layer.weight.data = layer.weight.data.t().contiguous().t()
-
-
 def variants(m: int, n: int, r: int, dtype: torch.dtype) -> dict[str, nn.Module]:
     """The same rank-r matrix in every form."""
     found: dict[str, nn.Module] = {"dense": nn.Linear(n, m, bias=False, dtype=dtype)}
-    by_row, by_column = (LowRankLinear(n, m, r, dtype=dtype) for _ in FACTORED)
-    store_by_column(by_column.A)
-    found |= dict(zip(FACTORED, (by_row, by_column), strict=True))
+    found["factored"] = LowRankLinear(n, m, r, dtype=dtype)
     found["pivoted"] = pivoted = PivotedLinear(n, m, r, dtype=dtype)
     pivoted.order.copy_(torch.randperm(m))
     found["merged"] = nn.Linear(n, m, bias=False, dtype=dtype)
@@ -78,11 +69,11 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
 def measure_layer(m: int, n: int, share: float, name: str) -> dict[str, Any]:
     """Speed-up over dense and reach of every variant of one layer at one rank."""
     dtype, r = DTYPES[name], round(share * n)
-    forms = {"dense": DENSE, "merged": DENSE, "pivoted": PIVOTED} | dict.fromkeys(FACTORED, "factored")
+    forms = {"dense": DENSE, "merged": DENSE, "pivoted": PIVOTED, "factored": FACTORED}
     layers = variants(m, n, r, dtype)
     ratio = {kind: cost(m, n, r, forms[kind]) / (m * n) for kind in layers}
     count = max(1, math.ceil(BEYOND_CACHE_BYTES / (m * n * dtype.itemsize)))
-    copies = {kind: cycle([deepcopy(layer) for _ in range(count)]) for kind, layer in layers.items()}
+    copies = {kind: cycle([deepcopy(layer).eval() for _ in range(count)]) for kind, layer in layers.items()}
     prompt, token = torch.randn(PREFILL, n, dtype=dtype), torch.randn(1, n, dtype=dtype)
 
     def decode(kind: str) -> None:
@@ -93,12 +84,14 @@ def measure_layer(m: int, n: int, share: float, name: str) -> dict[str, Any]:
         layer(prompt).backward(torch.ones(PREFILL, m, dtype=dtype))
 
     with torch.inference_mode():
+        for layer in layers.values():
+            layer.eval()(token)
         speedups = {
             "prefill": interleaved({kind: partial(layer, prompt) for kind, layer in layers.items()}, REPEATS_PREFILL),
             "decode": interleaved({kind: partial(decode, kind) for kind in layers}, REPEATS_DECODE),
         }
     prompt.requires_grad_()
-    training = {kind: partial(train, layer) for kind, layer in layers.items()}
+    training = {kind: partial(train, layer.train()) for kind, layer in layers.items()}
     speedups["training"] = interleaved(training, REPEATS_PREFILL)
     return {
         "shape": [m, n],
@@ -150,11 +143,8 @@ def load_models() -> tuple[dict[str, Any], dict[str, Any]]:
         welore.compress(source, small, rank_reduction=RANK_REDUCTION)
         pivoted = Path(directory) / "pivoted"
         welore.compress(source, pivoted, rank_reduction=RANK_REDUCTION, storage="pivoted")
-        places = {"dense": source, **dict.fromkeys(FACTORED, small), "pivoted": pivoted, "merged": small}
+        places = {"dense": source, "factored": small, "pivoted": pivoted, "merged": small}
         models = {name: AutoModelForCausalLM.from_pretrained(place) for name, place in places.items()}
-    for module in models[FACTORED[1]].modules():
-        if isinstance(module, LowRankLinear):
-            store_by_column(module.A)
     about = {name: sizes(model) for name, model in models.items()}
     merge_model(models["merged"])
     forms, dense = ("factored", "pivoted"), about["dense"]["parameters"]

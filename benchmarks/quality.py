@@ -1,11 +1,12 @@
 """Perplexity of every method at equal parameters: one record per cell, which a killed run finds again.
 
 python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8 ...] [--seeds 0 1 2]
-                             [--wikitext FILE] [--calibrate-on FILE] [--work DIRECTORY]
+                             [--wikitext FILE] [--calibrate-on FILE] [--wide FILE:1,FILE:1,...] [--work DIRECTORY]
 
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
 tokens of each. Calibrated rows read 16k tokens: half of the part of the reference that is not evaluated, half of
---calibrate-on (FILE, or the training part of WikiText-2). Rows called "self" read what the model writes, no data.
+--calibrate-on (FILE, or the training part of WikiText-2); the wide one as many tokens of each text of --wide, 32k in
+all. Rows called "self" read what the model writes, no data.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json.
 """
 
@@ -35,7 +36,7 @@ class Row:
 
     label: str
     flags: str = ""
-    calibration: str | None = None  # "mix", "self" or None
+    calibration: str | None = None  # "mix", "wide", "self" or None
 
 
 ROWS = {
@@ -47,6 +48,7 @@ ROWS = {
     "input-waterfill": Row("input-whitened, water-filling", "--scaling input --storage factored", "mix"),
     "kfac-factored": Row("K-FAC, water-filling, factored", "--scaling kfac --storage factored", "mix"),
     "ours": Row("ours, calibrated", "", "mix"),
+    "ours-wide": Row("ours, calibrated on more kinds of text", "", "wide"),
     "ours-self": Row("ours, data-free (`--params` alone)", "", "self"),
 }
 
@@ -59,10 +61,11 @@ def main() -> None:
     arguments.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     arguments.add_argument("--wikitext", default="wikitext2")
     arguments.add_argument("--calibrate-on", default="wikitext2")
+    arguments.add_argument("--wide", default="wikitext2:1,c4:1,pydoc:1")
     arguments.add_argument("--work", type=Path, default=None, help="where calibrations are kept between calls")
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(given.work or Path(scratch), given.wikitext, given.calibrate_on)
+        bench = Bench(given.work or Path(scratch), given.wikitext, given.calibrate_on, given.wide)
         bench.cell("dense", Row("dense"), 1.0, 0)
         for ratio in given.params:
             for name in given.rows:
@@ -73,12 +76,12 @@ def main() -> None:
 class Bench:
     """The model, the texts, and the calibrations that several rows share."""
 
-    def __init__(self, work: Path, wikitext: str, calibrate_on: str) -> None:
+    def __init__(self, work: Path, wikitext: str, calibrate_on: str, wide: str) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.work = work
         self.model = locate(embedded_model())
         self.texts = {"wikitext2": wikitext, "pydoc": "pydoc"}
-        self.sources = {"self": "self", "mix": f"{calibrate_on}:1,pydoc:1"}
+        self.sources = {"self": "self", "mix": f"{calibrate_on}:1,pydoc:1", "wide": wide}
 
     def cell(self, name: str, row: Row, ratio: float, seed: int) -> None:
         """Measure one cell, unless its record is there."""
@@ -113,7 +116,16 @@ class Bench:
         """The statistics for a seed, made once; what that took lies beside them."""
         path = self.work / f"{kind}-{seed}.safetensors"
         if not path.is_file():
-            how = ("--data", self.sources[kind], "--tokens", TOKENS, "--length", LENGTH, "--seed", seed)
+            how = (
+                "--data",
+                self.sources[kind],
+                "--tokens",
+                TOKENS * (2 if kind == "wide" else 1),
+                "--length",
+                LENGTH,
+                "--seed",
+                seed,
+            )
             _, cost = welore("calibrate", self.model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))
         return path

@@ -1,6 +1,7 @@
-"""The tables of README.md from the records in docs/benchmarks; `--check` only says whether they are up to date.
+"""The tables of README.md and docs/method.md from the records in docs/benchmarks; `--check` only compares.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `--demo DIR` first takes the records of a demo.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `--demo DIR` first takes the records of a demo,
+`--methods DIR` those of recipes/compare_methods_cpu.sh, `--tasks DIR` those of recipes/downstream.sh.
 """
 
 import argparse
@@ -8,11 +9,14 @@ import re
 import sys
 from pathlib import Path, PurePath
 
+from welore.comparisons import task_table
 from welore.figures import megabytes, percent, perplexity_text
 from welore.records import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "docs" / "benchmarks"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md")
+METHODS, ITEMS_SHOWN = HERE / "tuning", 3
 DEMO = ("dense", "welore", "uniform-same-err", "uniform-same-parameters")
 
 
@@ -69,7 +73,100 @@ def memory() -> str:
     return "\n".join(lines + [f"| {text} | {megabytes(one[key])} | {megabytes(two[key])} |" for text, key in rows])
 
 
-TABLES = {"demo": demo, "speed": speed, "memory": memory}
+def tuning() -> str:
+    """Speed and memory of fine-tuning, from benchmarks/tuning.py."""
+    n = Record.load(HERE / "tuning.json").numbers
+    lines = [
+        "| | tokens / s | speed | peak of the process | above the imports | above the imports, to the stock Trainer |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, own in n["configurations"].items():
+        full, stock = own["to_full"], own["to_stock"]
+        cells = [
+            name,
+            f"{own['tokens_per_second']:.0f}",
+            f"x {full['speed']:.2f}",
+            f"{own['peak_memory_bytes'] / 1e9:.2f} GB, x {full['process']:.2f}",
+            f"{own['above_imports_bytes'] / 1e9:.2f} GB, x {full['above_imports']:.2f}",
+            f"x {stock['above_imports']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def methods() -> str:
+    """Held-out loss of every method at its learning rates, from recipes/compare_methods_cpu.sh."""
+    runs: dict[str, list[Record]] = {}
+    for record in sorted(map(Record.load, METHODS.glob("*.finetune.json")), key=lambda r: r.settings["lr"]):
+        runs.setdefault(record.inputs["label"], []).append(record)
+    best = {label: min(r.numbers["eval_loss"] for r in found) for label, found in runs.items()}
+    lines = [
+        "| run | trained parameters | held-out loss before | after, at its best rate | at each learning rate |",
+        "|---|---|---|---|---|",
+    ]
+    for label in sorted(runs, key=lambda label: (label.startswith("dense"), best[label])):
+        n = runs[label][0].numbers
+        rates = ", ".join(f"{r.settings['lr']:.0e}: {r.numbers['eval_loss']:.3f}" for r in runs[label])
+        before = f"{n['evaluation'][0][1]:.3f}"
+        lines.append(f"| {label} | {n['trainable_parameters']:,} | {before} | {best[label]:.3f} | {rates} |")
+    return "\n".join(lines)
+
+
+def tasks() -> str:
+    """Accuracy of every method on the tasks, from recipes/downstream.sh."""
+    headings, rows = task_table([Record.load(path) for path in sorted(METHODS.glob("*.score.json"))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows))
+
+
+def quality() -> str:
+    """Perplexity of every method at equal parameters, from benchmarks/quality.py: mean over seeds, and their range."""
+    cells: dict[tuple[str, float], list[Record]] = {}
+    for record in map(Record.load, sorted((HERE / "quality").glob("*.json"))):
+        cells.setdefault((record.inputs["row"], record.settings["params"]), []).append(record)
+    ((dense,),) = (found for (row, _), found in cells.items() if row == "dense")
+    ratios = sorted({ratio for row, ratio in cells if row != "dense"}, reverse=True)
+
+    def cell(found: list[Record]) -> str:
+        texts = []
+        for text in ("perplexity_wikitext2", "perplexity_pydoc"):
+            ratios = [record.numbers[text] / dense.numbers[text] for record in found]
+            spread = f" ± {(max(ratios) - min(ratios)) / 2:.2g}" if len(ratios) > 1 else ""
+            texts.append(f"x {perplexity_text(sum(ratios) / len(ratios))}{spread}")
+        return " / ".join(texts)
+
+    head = ["parameters of the targeted matrices kept", *(percent(ratio) for ratio in ratios)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    order = {
+        row: max(f[0].numbers["perplexity_wikitext2"] for (name, _), f in cells.items() if name == row)
+        for row, _ in cells
+    }
+    for row in sorted(order, key=lambda row: -order[row]):
+        if row != "dense":
+            own = {ratio: cells.get((row, ratio), []) for ratio in ratios}
+            label = next(found[0].inputs["label"] for found in own.values() if found)
+            lines.append(f"| {label} | {' | '.join(cell(found) if found else '' for found in own.values())} |")
+    return "\n".join(lines)
+
+
+def take(source: Path, target: Path) -> None:
+    """Copy a record without the paths of this machine and with only a few of the questions of a task."""
+    record = Record.load(source)
+    record.inputs["model"] = PurePath(record.inputs["model"]).name
+    if "items" in record.numbers:
+        record.numbers["items_left_out"] = max(0, len(record.numbers["items"]) - ITEMS_SHOWN)
+        del record.numbers["items"][ITEMS_SHOWN:]
+    record.save(target)
+
+
+TABLES = {
+    "demo": demo,
+    "speed": speed,
+    "memory": memory,
+    "tuning": tuning,
+    "methods": methods,
+    "tasks": tasks,
+    "quality": quality,
+}
 
 
 def filled(text: str) -> str:
@@ -79,22 +176,28 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
-    """Rewrite README.md, or check it."""
+    """Rewrite the pages, or check them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--demo", type=Path, help="directory that `make demo` wrote")
+    parser.add_argument("--methods", type=Path, help="directory that recipes/compare_methods_cpu.sh wrote")
+    parser.add_argument("--tasks", type=Path, help="directory that recipes/downstream.sh wrote")
     arguments = parser.parse_args()
     if arguments.demo:
         for name in DEMO:
-            record = Record.load(arguments.demo / f"{name}.ppl.json")
-            # a path of this machine means nothing elsewhere
-            record.inputs["model"] = PurePath(record.inputs["model"]).name
-            record.save(HERE / "demo" / f"{name}.ppl.json")
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if arguments.check:
-        sys.exit(0 if filled(text) == text else "README.md differs from its records: run benchmarks/tables.py")
-    readme.write_text(filled(text), encoding="utf-8")
+            take(arguments.demo / f"{name}.ppl.json", HERE / "demo" / f"{name}.ppl.json")
+    if arguments.methods:
+        for path in sorted(arguments.methods.glob("*/finetune.json")):
+            take(path, METHODS / f"{path.parent.name}.finetune.json")
+    if arguments.tasks:
+        for path in sorted(arguments.tasks.glob("*.score.json")):
+            take(path, METHODS / path.name)
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if not arguments.check:
+            page.write_text(filled(text), encoding="utf-8")
+        elif filled(text) != text:
+            sys.exit(f"{page.name} differs from its records: run benchmarks/tables.py")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 # values per method, held-out loss as the measure. Two controls tell repair from fine-tuning: the same matrices of the
 # uncompressed model (dense-lrc, dense-nlrc), and the uncompressed model tuned as long (dense-full).
 #
-#   recipes/compare_methods_cpu.sh [OUT]      about a night on two cores; STEPS=2 LENGTH=16 ITEMS=2 for a trial
+#   recipes/compare_methods_cpu.sh [OUT]      about 40 minutes on one core; STEPS=2 LENGTH=16 ITEMS=2 for a trial
 #
 # What is finished is kept when the command is given again.
 set -euo pipefail
 out=${1:-runs/compare}
 model=${MODEL:-$(python -c "from welore.embedded import embedded_model; print(embedded_model())")}
-steps=${STEPS:-400}
+steps=${STEPS:-40}
 mkdir -p "$out"
 
 [ -f "$out/compressed/config.json" ] || welore compress "$model" "$out/compressed" --rank-reduction 0.5
@@ -19,20 +19,23 @@ run() { # name, method, learning rate, checkpoint, further arguments
     shift 4
     [ -f "$out/$name-$rate/finetune.json" ] && return
     welore finetune "$checkpoint" "$out/$name-$rate" --method "$method" --lr "$rate" --label "$name" --overwrite \
-        --data "${DATA:-pydoc}" --steps "$steps" --batch-size "${BATCH:-4}" --length "${LENGTH:-256}" \
-        --eval-every "$(((steps + 4) / 5))" --eval-items "${ITEMS:-40}" --save-every 0 "$@"
+        --data "${DATA:-pydoc}" --steps "$steps" --batch-size "${BATCH:-2}" --length "${LENGTH:-96}" \
+        --dtype "${DTYPE:-bfloat16}" --eval-every "$(((steps + 1) / 2))" --eval-items "${ITEMS:-16}" --save-every 0 "$@"
     rm -r "$out/$name-$rate/model" # the record is what is compared; 0.4 GB each
 }
 
-for rate in ${RATES:-1e-4 3e-4 1e-3}; do
-    for method in lrc nlrc full; do
+for rate in ${RATES:-1e-3 3e-4 3e-3}; do
+    for method in lrc full nlrc galore; do
         run "$method" "$method" "$rate" "$out/compressed"
+    done
+done
+for rate in ${LORA_RATES:-3e-3 1e-3 1e-2}; do
+    run lora lora "$rate" "$out/compressed"
+done
+for rate in ${DENSE_RATES:-${RATES:-1e-4 3e-5 3e-4}}; do # a model that needs no repair wants smaller steps
+    for method in lrc full nlrc; do
         run "dense-$method" "$method" "$rate" "$model" --plan "$out/compressed/plan.json"
     done
-    run galore galore "$rate" "$out/compressed"
-done
-for rate in ${LORA_RATES:-1e-3 3e-3 1e-2}; do
-    run lora lora "$rate" "$out/compressed"
 done
 
 python - "$out" <<'PYTHON'

@@ -14,12 +14,13 @@ import welore
 import welore.loading
 from conftest import FAMILIES, MIXTURES, build
 from toys import checkpoint
-from welore import collection, sweep
+from welore import sweep
 from welore.calibration import Calibration
 from welore.errors import WeLoreError
 from welore.mixture import seed_of
 from welore.moments import Moments
 from welore.parallel import Team
+from welore.scaling import metric
 from welore.source import ModelWeights
 from welore.targets import find_targets
 from welore.workspace import Workspace
@@ -61,6 +62,8 @@ def by_hand(model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Tensor]
             f"{target.name}.inputs": x.T @ x / ids.numel(),
             f"{target.name}.magnitudes": x.abs().sum(0) / ids.numel(),
             f"{target.name}.outputs": g.T @ g / ids.numel(),
+            f"{target.name}.x": x,
+            f"{target.name}.g": g,
         }
     return found
 
@@ -111,11 +114,44 @@ def test_blocks_one_at_a_time_give_what_the_whole_model_gives(family: str, tmp_p
 def test_sliding_windows_and_their_masks_belong_to_their_blocks(tmp_path: Path) -> None:
     ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(2))
     model = build("gemma3_text", sliding_window=8, layer_types=["sliding_attention", "full_attention"])
-    found, expected = gathered(model, tmp_path, ids), by_hand(model, ids, seed_of_labels())
+    found, expected = gathered(model, tmp_path, ids, measure=0), by_hand(model, ids, seed_of_labels())
     for name, value in statistics(found).items():
         torch.testing.assert_close(
             value.double(), expected[name], rtol=2e-3, atol=1e-5 * float(expected[name].abs().max())
         )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_losses_of_components_are_measured(family: str, tmp_path: Path) -> None:
+    model = build(family)
+    found = gathered(model, tmp_path, measure=1.0)
+    assert found.measured == IDS.numel()
+    seen = by_hand(model, IDS, seed_of(0, "measured"))
+    with welore.source.opened(model) as weights:
+        for target in weights.targets:
+            norm, losses = metric("kfac", found, target.name), found.losses(target.name)
+            assert norm is not None
+            assert losses is not None
+            L, R = (_root(weight) for weight in (norm.outputs, norm.inputs))
+            U, S, V = torch.linalg.svd(L @ weights.read(target).double() @ R, full_matrices=False)
+            g, x = seen[f"{target.name}.g"], seen[f"{target.name}.x"]
+            along = (g @ torch.linalg.inv(L) @ U) * S * (x @ torch.linalg.inv(R) @ V.T)
+            wanted = along.square().sum(0) / IDS.numel()
+            assert losses.shape == wanted.shape
+            torch.testing.assert_close(losses[:6].double(), wanted[:6], rtol=2e-2, atol=1e-3 * float(wanted.max()))
+
+
+def test_losses_are_left_out_when_nothing_is_to_be_measured(tmp_path: Path) -> None:
+    found = gathered(build("llama"), tmp_path, measure=0)
+    assert found.measured == 0
+    assert found.losses(next(iter(found.shapes))) is None
+    with pytest.raises(WeLoreError, match="measure is 2"):
+        gathered(build("llama"), tmp_path, measure=2)
+
+
+def _root(weight: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(weight)
+    return (vectors * values.sqrt()) @ vectors.T
 
 
 class Leaves(LlamaDecoderLayer):
@@ -138,7 +174,7 @@ class Finds(LlamaDecoderLayer):
 def test_a_decoder_whose_blocks_share_more_than_hidden_states_runs_whole(tmp_path: Path) -> None:
     model = build("llama")
     model.model.layers[0].__class__, model.model.layers[1].__class__ = Leaves, Finds
-    found = gathered(model, tmp_path)
+    found = gathered(model, tmp_path, measure=0)
     assert found.record.numbers["road"] == "whole"
     expected = by_hand(model, IDS, seed_of_labels())
     for name, value in statistics(found).items():
@@ -172,7 +208,7 @@ def test_a_model_in_memory_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_bfloat16_weights_are_computed_with_in_float32(tmp_path: Path) -> None:
     half = build("llama", torch.bfloat16)
-    found, expected = gathered(half, tmp_path), by_hand(half.float(), IDS, seed_of_labels())
+    found, expected = gathered(half, tmp_path, measure=0), by_hand(half.float(), IDS, seed_of_labels())
     assert found.record.settings["dtype"] == "float32"
     for name, value in statistics(found).items():
         torch.testing.assert_close(
@@ -224,11 +260,11 @@ def test_matrices_that_share_only_sometimes_are_told_apart(order: tuple[bool, ..
         moments.end_batch()
     together = torch.cat([x for x, apart in zip(xs, order, strict=True) if not apart])
     for name, rows in (("left", xs.reshape(-1, 7)), ("right", together)):
-        found = dict(moments.statistics(name, 12))
+        found = {kind: group.get(kind) for kind, group in moments.statistics(name, 12)}
         torch.testing.assert_close(found["inputs"], rows.T @ rows / 12)
         torch.testing.assert_close(found["magnitudes"], rows.abs().sum(0) / 12)
         assert moments.counts[name] == len(rows)
-    assert not dict(moments.statistics("never", 12))
+    assert [kind for kind, _ in moments.statistics("never", 12)] == ["about"]
     assert moments.counts["never"] == 0
 
 
@@ -238,7 +274,7 @@ def test_wide_products_are_made_in_pieces_of_the_upper_triangle() -> None:
     y = layer(x)
     y.backward(g := torch.randn_like(y))
     moments.end_batch()
-    found = dict(moments.statistics("layer", 19))
+    found = {kind: group.get(kind) for kind, group in moments.statistics("layer", 19)}
     torch.testing.assert_close(found["inputs"], x.T @ x / 19)
     torch.testing.assert_close(found["outputs"], g.T @ g / 19)
 
@@ -462,10 +498,12 @@ def test_a_model_whose_calls_another_library_has_taken_over_is_refused(tmp_path:
         gathered(model, tmp_path)
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collection, "team", lambda: Team(0, 2))
-    with pytest.raises(WeLoreError, match="calibrate works in one process: start it without torchrun"):
-        gathered(build("llama"), tmp_path)
+def test_several_processes_are_refused(
+    refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("welore.parallel.team", lambda: Team(0, 2))
+    sentence = refused("calibrate", tmp_path, "-o", tmp_path / "c.safetensors")
+    assert "calibrate works in one process: start it without torchrun" in sentence
 
 
 def test_a_compressed_model_is_refused(tmp_path: Path) -> None:

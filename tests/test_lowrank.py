@@ -1,7 +1,9 @@
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from welore.errors import WeLoreError
@@ -105,3 +107,23 @@ def test_product_of_the_state_is_the_matrix_of_the_layer(form: str) -> None:
 def test_pivoted_layer_with_nothing_to_combine_is_refused(rank: int) -> None:
     with pytest.raises(WeLoreError, match=f"rank is {rank}: a pivoted layer with 7 outputs has ranks from 1 to 6"):
         PivotedLinear(9, 7, rank)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decoding_lays_weights_by_column_and_nobody_notices(form: str, tmp_path: Path) -> None:
+    made = layer(form, (5, 7, 3), torch.float32).eval()
+    tall = made.C if isinstance(made, PivotedLinear) else made.A
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    x = torch.randn(1, 1, 5)
+    with torch.inference_mode():
+        many, one = made(x.repeat(1, 2, 1)), made(x)
+        assert tall.weight.stride(0) == 1
+        torch.testing.assert_close(made(x), one)
+    torch.testing.assert_close(one[0, 0], many[0, 1])
+    state = made.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    save_file(state, tmp_path / "layer.safetensors")  # refuses what is not contiguous
+    assert made.train() is made
+    assert tall.weight.is_contiguous()
+    made(x).sum().backward()
+    assert tall.weight.is_contiguous(), "one token with gradients is no decoding"

@@ -162,13 +162,18 @@ def test_padding_is_not_counted_as_tokens_read(model: Path, tmp_path: Path) -> N
 
 
 def test_gradient_checkpointing_and_accumulation_give_the_same_losses(model: Path, text: str, tmp_path: Path) -> None:
-    ways: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}, {"batch_size": 1, "accumulation": 2}]
+    ways: list[dict[str, Any]] = [
+        {},
+        {"gradient_checkpointing": True},
+        {"selective_checkpointing": True},
+        {"batch_size": 1, "accumulation": 2},
+    ]
     losses = [
         [loss for _, loss in finetune(model, tmp_path / str(i), data=text, **SHORT | way).numbers["train_loss"]]
         for i, way in enumerate(ways)
     ]
-    assert losses[1] == losses[0]
-    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == losses[1] == losses[0]
+    assert losses[3] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_learning_rate_warms_up_and_ends_at_a_tenth(model: Path, text: str, tmp_path: Path) -> None:
@@ -422,6 +427,7 @@ def test_another_teacher_is_another_run(model: Path, dense: Path, text: str, tmp
         ({"loss_on_prompt": True}, "go with --task"),
         ({"method": "full", "train_norms": True}, "--train-norms goes with lrc and nlrc"),
         ({"rank": 4}, "--rank goes with lora and galore"),
+        ({"gradient_checkpointing": True, "selective_checkpointing": True}, "not both"),
         ({"steps": 0}, "steps is 0"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"warmup": 4}, "warmup is 4: it must be less than the 4 steps"),

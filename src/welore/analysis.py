@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from welore.calibration import Calibration
@@ -15,7 +17,7 @@ from welore.factors import reduce, singular_values
 from welore.parallel import ALONE, Team, spread, team
 from welore.plan import Plan
 from welore.progress import Progress, silent
-from welore.scaling import metric, outliers
+from welore.scaling import KFAC, metric, outliers
 from welore.source import Weights, check_finite, opened
 from welore.spectra import NONE, Spectra
 from welore.targets import Target
@@ -146,9 +148,18 @@ def analyze_weights(
         exclude=weights.exclude,
         scaling=scaling,
         calibration=summary(calibration),
+        losses=_losses(scaling, calibration, list(every)),
         outliers={name: float(values["outliers"]) for name, values in every.items()} if calibration else {},
         unreached=tuple(name for name in every if not calibration.counts.get(name)) if calibration else (),
     )
+
+
+def _losses(scaling: str, calibration: Calibration | None, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    """The losses that the calibration measured, which are those of the directions of K-FAC."""
+    if calibration is None or scaling != KFAC:
+        return {}
+    found = {name: calibration.losses(name) for name in names}
+    return {name: losses.double().numpy() for name, losses in found.items() if losses is not None}
 
 
 def summary(calibration: Calibration | None) -> dict[str, Any]:

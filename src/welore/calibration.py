@@ -4,7 +4,8 @@ y = W x, W (m, n). Inputs A = E[x x^T] (n, n), magnitudes E[|x_j|] (n,), output 
 is the gradient at y of the sum over positions of the cross-entropy, with labels sampled from the model. All means
 are over all tokens that were read, so that a matrix which few of them reach (an expert) weighs little.
 
-A file holds 4 (n^2 + n) bytes for every different input and 4 m^2 for every matrix; it is read one tensor at a time.
+A file holds 4 (n^2 + n) bytes for every different input and 4 (m^2 + k) for every matrix; it is read one tensor at a
+time.
 """
 
 import dataclasses
@@ -31,7 +32,9 @@ class Calibration:
 
     shapes: name -> (m, n). counts: name -> tokens that reached the matrix. shared: name -> the matrix under whose
     name the inputs are kept (itself, or the first that reads the same tensor); without an entry it was not reached.
-    tensors: "NAME.inputs", "NAME.magnitudes" and "NAME.outputs", float32; of a loaded calibration a view of its file.
+    measured: tokens on which the losses of all components were measured, 0 if they were not.
+    tensors: "NAME.inputs", "NAME.magnitudes", "NAME.outputs" and "NAME.losses", float32; of a loaded calibration a view
+    of its file.
     include, exclude: the patterns that chose the targets.
     """
 
@@ -43,6 +46,7 @@ class Calibration:
     record: Record
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    measured: int = 0
 
     def inputs(self, name: str) -> Tensor | None:
         """A (n, n), symmetric; zeros if no token reached the matrix, None if it is not in this calibration."""
@@ -59,6 +63,13 @@ class Calibration:
         m = self.shapes[name][0] if name in self.shapes else 0
         return self._statistic(name, name if name in self.shared else None, "outputs", (m, m))
 
+    def losses(self, name: str) -> Tensor | None:
+        """What cutting each component of the matrix costs, (k,), in the order of the values scaled by K-FAC, measured.
+
+        E[(g^T a b^T x)^2] with W = sum of a b^T; None where nothing was measured.
+        """
+        return self.tensors[f"{name}.losses"] if self.measured and self.counts.get(name) else None
+
     def _statistic(self, name: str, kept: str | None, kind: str, shape: tuple[int, ...]) -> Tensor | None:
         if name not in self.shapes:
             return None
@@ -72,6 +83,8 @@ class Calibration:
             found[f"{name}.outputs"] = (torch.float32, (m, m))
             found[f"{kept}.inputs"] = (torch.float32, (n, n))
             found[f"{kept}.magnitudes"] = (torch.float32, (n,))
+            if self.measured:
+                found[f"{name}.losses"] = (torch.float32, (min(m, n),))
         return found
 
     def save(self, path: str | Path) -> None:
@@ -85,6 +98,7 @@ class Calibration:
             "shared": json.dumps(dict(self.shared)),
             "include": json.dumps(self.include),
             "exclude": json.dumps(self.exclude),
+            "measured": json.dumps(self.measured),
             "record": json.dumps(dataclasses.asdict(self.record), allow_nan=False),
         }
         layout = self.layout()
@@ -112,6 +126,7 @@ class Calibration:
                 record=Record(**json.loads(about["record"])),
                 include=tuple(json.loads(about["include"])),
                 exclude=tuple(json.loads(about["exclude"])),
+                measured=json.loads(about.get("measured", "0")),
             )
             expected = found.layout()
         except (KeyError, TypeError, json.JSONDecodeError) as error:

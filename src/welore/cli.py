@@ -178,6 +178,9 @@ def calibrate(
         "vocabulary"
     ),
     batch_size: Annotated[int, typer.Option(help="Windows in work at once.")] = 4,
+    measure: Annotated[
+        float, typer.Option(help="Share of the windows on which the loss of every cut is measured; 0: none.")
+    ] = 0.25,
     dtype: Annotated[str, typer.Option(help="Of the computation: float32, bfloat16, float16 or auto.")] = "float32",
     include: Include = None,
     exclude: Exclude = None,
@@ -188,7 +191,10 @@ def calibrate(
 ) -> None:
     """Second moments of inputs and output gradients of every targeted matrix -> calibration file."""
     from welore.collection import calibrate
+    from welore.parallel import team
 
+    if team().size > 1:
+        raise WeLoreError("calibrate works in one process: start it without torchrun or accelerate")
     with _progress() as progress:
         found = calibrate(
             model,
@@ -202,6 +208,7 @@ def calibrate(
             top_p=top_p,
             first=first,
             batch_size=batch_size,
+            measure=measure,
             dtype=dtype,
             include=include or (),
             exclude=exclude or (),
@@ -482,6 +489,9 @@ def finetune(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute twice, remember less; the same losses.")
     ] = False,
+    selective_checkpointing: Annotated[
+        bool, typer.Option("--selective-checkpointing", help="Remember wide matrix products only; the same losses.")
+    ] = False,
     whole_logits: Annotated[
         bool, typer.Option("--whole-logits", help="Compute the loss from all logits at once: more memory.")
     ] = False,
@@ -512,8 +522,11 @@ def finetune(
     settings = dict(locals())
     as_json = settings.pop("as_json")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it regrets kernels nobody asked for
+    from welore.activations import return_large_blocks
     from welore.tuning import finetune
 
+    if gradient_checkpointing:
+        return_large_blocks()
     with _progress() as progress:
         record = finetune(**settings | {"device": _device(device)}, progress=progress)
     n = record.numbers

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,15 @@ from torch import Tensor, nn
 
 from welore.calibration import Calibration
 from welore.errors import WeLoreError, choose
+from welore.factors import factorise
 from welore.generation import generate_text
 from welore.loading import DTYPES, made_ready
 from welore.mixture import SELF, Mixture, Source, apportion, digest, drawn, given, parse_mixture, seed_of
-from welore.parallel import team
+from welore.moments import Losses
 from welore.progress import Progress, silent
 from welore.records import Record
-from welore.source import opened
+from welore.scaling import KFAC, metric
+from welore.source import Weights, opened
 from welore.sweep import gather, kept, placed
 from welore.targets import Target
 from welore.workspace import Workspace
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS, LENGTH = 16384, 512  # read by default, in windows of
+MEASURE = 0.25  # share of them on which losses are measured
 
 
 def calibrate(
@@ -44,6 +48,7 @@ def calibrate(
     batch_size: int = 4,
     dtype: str = "float32",
     whole: bool = False,
+    measure: float = MEASURE,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str | None = None,
@@ -58,14 +63,17 @@ def calibrate(
     (windows, length) of token ids of your own. tokens: read in all, in windows of `length` (by default 512, or
     as many as the model reads), drawn by `seed`.
     temperature, top_k, top_p, first: of "self", see generation.generate_text. batch_size: windows in work at once.
-    dtype: of the computation; the model writes in its own. whole: see sweep.gather. tokenizer: needed for a model in
-    memory that reads or writes a text.
+    dtype: of the computation; the model writes in its own. whole: see sweep.gather. measure: share of the windows on
+    which, when the statistics are there, the loss of cutting every component is measured; 0 leaves that out.
+    tokenizer: needed for a model in memory that reads or writes a text.
 
     One decoder block is in memory at a time (but a model that writes is whole). Finished steps are kept in
     `OUT.work`: the same call after a kill goes on there. Raises WeLoreError before anything is written.
     """
     path = Path(out).resolve()
     _check(path, tokens, LENGTH if length is None else length, batch_size)
+    if not 0 <= measure <= 1:
+        raise WeLoreError(f"measure is {measure:g}: it is a share of the windows, 0 to 1")
     torch_dtype = choose("dtype", dtype, DTYPES)
     with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
         targets, identity, state = weights.targets, weights.identity, weights.state
@@ -96,6 +104,7 @@ def calibrate(
         "generation": writing if SELF in counts else None,
         "batch_size": batch_size,
         "dtype": str(torch_dtype).removeprefix("torch."),
+        "measure": measure,
         "device": str(place),
         "include": list(include),
         "exclude": list(exclude),
@@ -117,18 +126,14 @@ def calibrate(
         generated = time.perf_counter() - started
         ids = torch.cat([source.windows for source in sources])
         _refuse_tokens(net, ids)
-        sweep = gather(
-            net,
-            targets,
-            ids,
-            workspace,
-            seed=seed_of(seed, "labels"),
-            batch_size=batch_size,
-            dtype=torch_dtype,
-            device=place,
-            whole=whole,
-            progress=progress,
-        )
+        how: dict[str, Any] = {
+            "batch_size": batch_size,
+            "dtype": torch_dtype,
+            "device": place,
+            "whole": whole,
+            "progress": progress,
+        }
+        sweep = gather(net, targets, ids, workspace, seed=seed_of(seed, "labels"), **how)
         fields = _finished(targets, workspace)
         record = Record(
             "calibration",
@@ -151,7 +156,17 @@ def calibrate(
             },
         )
         chosen: dict[str, Any] = {"include": tuple(include), "exclude": tuple(exclude)}
-        Calibration(identity, record=record, **fields, **chosen).save(path)
+        found = Calibration(identity, record=record, **fields, **chosen)
+        if measure:
+            some = ids[:: max(1, round(1 / measure))]
+            losses = Workspace(workspace.directory / "measured", workspace.key)
+            losses.open()
+            with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
+                collect = partial(Losses, split=partial(_components, weights, found))
+                gather(net, targets, some, losses, seed=seed_of(seed, "measured"), collect=collect, **how)
+            fields["tensors"] = _Finished(workspace, losses)
+            found = Calibration(identity, record=record, **fields, **chosen, measured=some.numel())
+        found.save(path)
     except WeLoreError:
         workspace.remove()
         raise
@@ -171,14 +186,22 @@ def _written(model: Any, tokenizer: Any, workspace: Workspace, device: torch.dev
 # --- what is refused, and what is written down ----------------------------------------------------------------------
 
 
+def _components(weights: Weights, found: Calibration, name: str) -> tuple[Tensor, Tensor] | None:
+    """A (m, k) and B (k, n) with W = A B: all components of a matrix, in the order in which K-FAC cuts them."""
+    norm = metric(KFAC, found, name)
+    if norm is None:
+        return None
+    W = weights.read(next(target for target in weights.targets if target.name == name))
+    factors = factorise(W.cpu(), min(W.shape), metric=norm)
+    return factors.A, factors.B
+
+
 def _check(path: Path, tokens: int, length: int, batch_size: int) -> None:
     if path.is_dir():
         raise WeLoreError(f"{path} is a directory: name a file to write")
     for name, value, least in (("tokens", tokens, 1), ("length", length, 2), ("batch_size", batch_size, 1)):
         if value < least:
             raise WeLoreError(f"{name} is {value}: it must be at least {least}")
-    if team().size > 1:
-        raise WeLoreError("calibrate works in one process: start it without torchrun or accelerate")
 
 
 def _length(model: "PreTrainedModel", wanted: int | None) -> int:
@@ -209,17 +232,18 @@ def _finished(targets: Sequence[Target], workspace: Workspace) -> dict[str, Any]
 
 
 class _Finished(Mapping[str, Tensor]):
-    """The statistics in a workspace, each read when it is asked for."""
+    """The statistics in workspaces, each read when it is asked for; all of them lie in the directory of the first."""
 
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
+    def __init__(self, *workspaces: Workspace) -> None:
+        self.workspaces = workspaces
 
     def group(self, name: str) -> dict[str, Tensor]:
-        found = self.workspace.fetch(name)
-        if found is None:
-            self.workspace.remove()
-            raise OSError(f"{name} in {self.workspace.directory} was damaged: run the same command again")
-        return found
+        for workspace in self.workspaces:
+            found = workspace.fetch(name)
+            if found is not None:
+                return found
+        self.workspaces[0].remove()
+        raise OSError(f"{name} in {self.workspaces[0].directory} was damaged: run the same command again")
 
     def __getitem__(self, name: str) -> Tensor:
         return self.group(name)[name.rpartition(".")[2]]

@@ -1,12 +1,14 @@
 """The low-rank layers: nn.Modules and nothing else."""
 
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError
 from welore.forms import FACTORED, PIVOTED
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class LowRankLinear(nn.Module):
@@ -36,14 +38,20 @@ class LowRankLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.A = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+        self.A.register_state_dict_post_hook(_by_row)
         self.B = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n) -> (..., m)."""
+        _lay_by_column(self.A, x)
         y = self.A(self.B(x))
         return y if self.bias is None else y + self.bias
+
+    def train(self, mode: bool = True) -> "LowRankLinear":
+        """As of any module; what decoding has laid by column is laid by row again to be trained."""
+        return _train(super().train(mode), self.A)
 
     def extra_repr(self) -> str:
         """Shapes, as nn.Linear prints them."""
@@ -81,21 +89,52 @@ class PivotedLinear(nn.Module):
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.P = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
         self.C = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        self.C.register_state_dict_post_hook(_by_row)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("order", torch.arange(out_features, device=device, dtype=torch.int32))
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n) -> (..., m)."""
+        _lay_by_column(self.C, x)
         z = self.P(x)
         y = torch.cat((z, self.C(z)), -1)
         # gather with a stretched index: on a CPU several times as fast, both ways, as index_select or y[..., order].
         y = y.gather(-1, self.order.long().expand(y.shape))
         return y if self.bias is None else y + self.bias
 
+    def train(self, mode: bool = True) -> "PivotedLinear":
+        """As of any module; what decoding has laid by column is laid by row again to be trained."""
+        return _train(super().train(mode), self.C)
+
     def extra_repr(self) -> str:
         """Shapes, as nn.Linear prints them."""
         return _shapes(self)
+
+
+def _lay_by_column(tall: nn.Linear, x: Tensor) -> None:
+    """Before the first token is decoded on a CPU in float32: the numbers of `tall` (m, r) column after column.
+
+    One token reads every weight once. Rows of r numbers are too short to be read at full speed, columns of m are not:
+    a layer at r = 0.3 n gains a third. The tensor keeps its shape and values; it is no longer contiguous, so what
+    state_dict gives is a contiguous copy (`_by_row`), and `train` lays it by row again.
+    """
+    weight = tall.weight
+    if x.shape[-1] != x.numel() or x.device.type != "cpu" or weight.dtype != torch.float32 or weight.stride(0) == 1:
+        return
+    if tall.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    weight.data = weight.data.T.contiguous().T
+
+
+def _by_row(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
+    state[prefix + "weight"] = state[prefix + "weight"].contiguous()
+
+
+def _train(layer: Layer, tall: nn.Linear) -> Layer:
+    if layer.training and not tall.weight.is_contiguous():
+        tall.weight.data = tall.weight.data.contiguous()
+    return layer
 
 
 LowRank = LowRankLinear | PivotedLinear

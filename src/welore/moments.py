@@ -4,7 +4,7 @@ torch only. Products of one batch are made in float32 (whatever the model comput
 float64, so 8 bytes for every number of the statistics while they are gathered.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,9 @@ from welore.errors import WeLoreError
 
 PIECES = 4  # of a product x^T x, of which only the upper triangle of pieces is made
 SMALL = 256  # columns up to which it is made in one piece
+
+
+Split = Callable[[str], tuple[Tensor, Tensor] | None]
 
 
 class Moments:
@@ -66,18 +69,68 @@ class Moments:
                     _sum(self._magnitudes, name, rows, square=False).add_(rows.float().abs().sum(0))
         self._batch.clear()
 
-    def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, Tensor]]:
-        """("inputs", A), ("magnitudes", E|x|), if kept under this name, and ("outputs", G): float32, on the CPU.
+    def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Kinds and tensors, float32, on the CPU: "inputs" A and "magnitudes" E|x|, if kept here, and "outputs" G.
 
-        Means over `tokens` tokens. What was given is forgotten here. Nothing is given of a layer that was never
-        reached; G is zero where the loss does not depend on the layer. WeLoreError if the model computes NaN or Inf.
+        Means over `tokens` tokens. What was given is forgotten here. Of a layer that was never reached nothing is
+        given but "about" (see sweep.kept); G is zero where the loss does not depend on the layer. WeLoreError if the
+        model computes NaN or Inf.
         """
-        if name not in self.kept_as:
-            return
-        if self.kept_as[name] == name:
-            yield "inputs", _mean(self._inputs.pop(name), tokens, f"the inputs of {name}")
-            yield "magnitudes", _mean(self._magnitudes.pop(name), tokens, f"the inputs of {name}")
-        yield "outputs", _mean(self._outputs.pop(name), tokens, f"the output gradients of {name}")
+        if name in self.kept_as:
+            if self.kept_as[name] == name:
+                yield "inputs", {"inputs": _mean(self._inputs.pop(name), tokens, f"the inputs of {name}")}
+                yield "magnitudes", {"magnitudes": _mean(self._magnitudes.pop(name), tokens, f"the inputs of {name}")}
+            yield "outputs", {"outputs": _mean(self._outputs.pop(name), tokens, f"the output gradients of {name}")}
+        leader = torch.tensor(list(self.kept_as.get(name, "").encode()), dtype=torch.uint8)
+        yield "about", {"count": torch.tensor(self.counts[name]), "kept_as": leader}
+
+
+class Losses:
+    """What cutting each component of a matrix costs, measured: E[(g^T a b^T x)^2] of W = sum of a b^T.
+
+    modules: name -> linear layer. split: name -> A (m, k) and B (k, n), whose columns and rows are the components;
+    None leaves a layer out. Used like Moments. EKFAC, arXiv 1806.03884: second moments along the directions of K-FAC,
+    without its assumption that inputs and gradients are independent.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], split: Split) -> None:
+        self._sums: dict[str, Tensor] = {}
+        for name, module in modules.items():
+            parts = split(name)
+            if parts is not None:
+                self._sums[name] = torch.zeros(parts[1].shape[0], dtype=torch.float64)
+                module.register_forward_hook(partial(self._enters, name, parts), with_kwargs=True)
+
+    def _enters(
+        self,
+        name: str,
+        parts: tuple[Tensor, Tensor],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        y: Tensor,
+    ) -> None:
+        x = (args[0] if args else next(iter(kwargs.values()))).detach().float()
+        A, B = (part.to(x.device) for part in parts)
+        enters = x.reshape(-1, x.shape[-1]) @ B.T
+
+        def leaves(g: Tensor) -> None:
+            along = g.float().reshape(-1, g.shape[-1]) @ A * enters
+            self._sums[name] += along.square().sum(0, dtype=torch.float64).cpu()
+
+        if y.requires_grad:
+            y.register_hook(leaves)
+
+    def end_batch(self) -> None:
+        """Nothing is left to be added."""
+
+    def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """ "losses" (k,), float32: means over `tokens` tokens."""
+        if name in self._sums:
+            yield "losses", {"losses": _mean(self._sums.pop(name), tokens, f"the losses of {name}")}
+
+
+Collector = Moments | Losses
 
 
 def _sum(sums: dict[str, Tensor], name: str, x: Tensor, *, square: bool) -> Tensor:

@@ -50,6 +50,7 @@ class Settings:
     optimizer: str
     max_grad_norm: float
     gradient_checkpointing: bool
+    selective_checkpointing: bool
     whole_logits: bool
     eval_every: int
     eval_items: int
@@ -98,6 +99,8 @@ def check(settings: Settings, save_every: int, report_to: str) -> None:
         raise WeLoreError(f"--rank goes with {' and '.join(WITH_RANK)}; {settings.method} has no rank")
     if settings.method == "galore" and settings.optimizer != ADAMW:
         raise WeLoreError("method galore is an optimizer itself: leave --optimizer out")
+    if settings.selective_checkpointing and settings.gradient_checkpointing:
+        raise WeLoreError("give --gradient-checkpointing or --selective-checkpointing, not both: which is to be kept?")
     _check_distillation(settings)
     positive = {name: getattr(settings, name) for name in ("steps", "batch_size", "accumulation", "eval_items")}
     for name, value in (positive | {"rank": 1 if settings.rank is None else settings.rank}).items():

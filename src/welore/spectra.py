@@ -21,6 +21,7 @@ from welore.files import whole_file
 
 Values = NDArray[np.float64]
 FORMAT = "welore.spectra/1"
+LOSSES = ".losses"  # after a name in the file
 NONE, ASVD = "none", "asvd"
 PLAIN = (NONE, ASVD)  # scalings whose values are not losses in a unit that all matrices share
 
@@ -50,6 +51,8 @@ class Spectra:
     scaling: of what matrices these are the values (scaling.SCALINGS); the weights themselves under "none".
     calibration: what the scaling rests on: inputs and settings of the calibration's record, empty without one.
     outliers: name -> share of the weights whose |W_ij| rms(x_j) exceeds five times the mean of the matrix; calibrated.
+    losses: name -> what cutting each value costs, (k,), where it was measured (scaling "kfac"); the squares of the
+    values only predict it.
     unreached: names of the matrices that no token of the calibration reached: nothing is known of what a cut costs.
     """
 
@@ -61,6 +64,7 @@ class Spectra:
     scaling: str = NONE
     calibration: Mapping[str, Any] = field(default_factory=dict)
     outliers: Mapping[str, float] = field(default_factory=dict)
+    losses: Mapping[str, Values] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
 
     def normalised(self) -> dict[str, Values]:
@@ -82,7 +86,10 @@ class Spectra:
             "unreached": json.dumps(self.unreached),
         }
         with whole_file(path) as partial:
-            save_file({name: np.ascontiguousarray(v) for name, v in self.values.items()}, partial, about)
+            arrays = {name: np.ascontiguousarray(v) for name, v in self.values.items()}
+            save_file(
+                arrays | {name + LOSSES: np.ascontiguousarray(v) for name, v in self.losses.items()}, partial, about
+            )
 
     @classmethod
     def load(cls, path: str | Path) -> "Spectra":
@@ -96,6 +103,7 @@ class Spectra:
                     raise WeLoreError(f"{path} holds no spectra: make them with `welore analyze MODEL -o FILE`")
                 shapes = {name: (s[0], s[1]) for name, s in json.loads(about["shapes"]).items()}
                 values = {name: file.get_tensor(name) for name in shapes}
+                losses = {n: file.get_tensor(n + LOSSES) for n in shapes if n + LOSSES in file.keys()}  # noqa: SIM118
             identity = Identity(about["model"], about["fingerprint"])
             include, exclude = (tuple(json.loads(about[name])) for name in ("include", "exclude"))
             calibrated = {name: json.loads(about.get(name, "{}")) for name in ("calibration", "outliers")}
@@ -105,7 +113,9 @@ class Spectra:
         except (KeyError, json.JSONDecodeError) as error:
             raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
         scaling = about.get("scaling", NONE)
-        return cls(identity, values, shapes, include, exclude, scaling, **calibrated, unreached=unreached)
+        return cls(
+            identity, values, shapes, include, exclude, scaling, **calibrated, losses=losses, unreached=unreached
+        )
 
 
 def block_of(name: str) -> str:

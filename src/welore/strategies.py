@@ -70,17 +70,17 @@ def energy(spectra: Spectra, storage: str) -> Scores:
 def waterfill(spectra: Spectra, storage: str) -> Scores:
     """What a stored number is worth: loss avoided per number, so that one price for all minimises the sum of losses.
 
-    The loss of a matrix at rank r is the sum of the squares that are cut; of plain spectra, as a share of the squared
-    norm. Against the numbers stored it falls along a curve; what is optimal at any price are the corners of its lower
-    convex hull, which ends at the dense matrix (no loss). The score is the slope of the hull, so that all values
-    between two corners share one score and go together.
+    The loss of a matrix at rank r is the sum of the losses of what is cut: measured ones where there are any, else the
+    squares of the values; of plain spectra, as a share of the squared norm. Against the numbers stored it falls along a
+    curve; what is optimal at any price are the corners of its lower convex hull, which ends at the dense matrix (no
+    loss). The score is the slope of the hull, so that all values between two corners share one score and go together.
     """
     found = []
-    for (m, n), sigma in zip(spectra.shapes.values(), spectra.values.values(), strict=True):
-        loss = sigma**2
+    for name, sigma in spectra.values.items():
+        loss = spectra.losses.get(name, sigma**2)
         if spectra.scaling in PLAIN:
             loss = loss / (float(loss.sum()) or 1.0)
-        found.append(_slopes(_tails(loss), stored(np.arange(1, len(loss) + 1), (m, n), storage)))
+        found.append(_slopes(_tails(loss), stored(np.arange(1, len(loss) + 1), spectra.shapes[name], storage)))
     return found
 
 

@@ -12,7 +12,7 @@ blocks see more of each other than hidden states and arguments show it in a shor
 import copy
 import inspect
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from welore.errors import WeLoreError
-from welore.moments import Moments
+from welore.moments import Collector, Moments
 from welore.progress import Progress, counted, silent
 from welore.targets import Target, decoder_blocks
 from welore.workspace import Workspace
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 TRIAL = 16  # tokens on which blocks alone are compared with the whole model
 TOLERANCE = 1e-5  # of their logits, relative to the largest
 LOGITS = 1 << 23  # numbers of the logits in memory at once
+
+Collect = Callable[[Mapping[str, nn.Module]], Collector]
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ def gather(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     whole: bool = False,
+    collect: Collect = Moments,
     progress: Progress = silent,
 ) -> Sweep:
     """Put the statistics of every targeted matrix into the workspace, each under the name that `kept` gives.
 
     ids: (windows, length). batch_size: windows in work at once. dtype: of the computation. whole: run the model in
-    one piece, as happens anyway if its blocks cannot be run alone or a target lies outside them. The model may lie
+    one piece, as happens anyway if its blocks cannot be run alone or a target lies outside them. collect: what gathers
+    them, made for the layers of a block. The model may lie
     in a mapped file: of a checkpoint on disk only the block in work is in memory.
     """
     place = torch.device(device) if device is not None else model.device
@@ -71,12 +75,12 @@ def gather(
     whole = whole or not all(target.name.startswith(inside) for target in targets)
     parts = None if whole else parts_of(model, ids[:1, :TRIAL])
     if parts is None:
-        return _whole(placed(model, place, dtype), targets, text, workspace, progress)
-    return _Blocks(Parts(model, place, dtype, parts.form), targets, text, workspace).gather(progress)
+        return _whole(placed(model, place, dtype), targets, text, workspace, collect, progress)
+    return _Blocks(Parts(model, place, dtype, parts.form), targets, text, workspace, collect).gather(progress)
 
 
 def kept(name: str, kind: str) -> str:
-    """Name in the workspace of a statistic of a matrix; kind: inputs, magnitudes, outputs.
+    """Name in the workspace of a statistic of a matrix; kind: inputs, magnitudes, outputs, losses.
 
     "about" holds `count`, the tokens that reached the matrix, and `kept_as`, the bytes of the name under which its
     inputs are kept (none if it was never reached).
@@ -254,8 +258,10 @@ def _pieces(length: int, vocabulary: int) -> list[slice]:
 class _Blocks:
     """One block at a time. Everything that was computed is in the workspace, or is computed when it is asked for."""
 
-    def __init__(self, parts: Parts, targets: Sequence[Target], text: _Text, workspace: Workspace) -> None:
-        self.parts, self.text, self.workspace = parts, text, workspace
+    def __init__(
+        self, parts: Parts, targets: Sequence[Target], text: _Text, workspace: Workspace, collect: Collect
+    ) -> None:
+        self.parts, self.text, self.workspace, self.collect = parts, text, workspace, collect
         self.targets: list[dict[str, str]] = [{} for _ in range(len(parts))]
         for target in targets:
             index, _, rest = target.name.removeprefix(parts.name + ".").partition(".")
@@ -327,23 +333,30 @@ class _Blocks:
 
     def _block(self, index: int, hidden: Tensor, above: Tensor) -> Tensor:
         block, device = self.parts.block(index), self.parts.device
-        moments = Moments({name: block.get_submodule(rest) for name, rest in self.targets[index].items()})
+        collector = self.collect({name: block.get_submodule(rest) for name, rest in self.targets[index].items()})
         gradients = []
         for batch in self.text.batches:
             leaf = hidden[batch].to(device).requires_grad_()
             result = self.parts.through(index, block, self.text.ids[batch], leaf)
             torch.autograd.backward(result, above[batch].to(device))
-            moments.end_batch()
+            collector.end_batch()
             assert leaf.grad is not None
             gradients.append(leaf.grad.cpu())
-        _store(moments, list(self.targets[index]), self.text.ids.numel(), self.workspace)
+        _store(collector, list(self.targets[index]), self.text.ids.numel(), self.workspace)
         return torch.cat(gradients)
 
 
-def _whole(model: Any, targets: Sequence[Target], text: _Text, workspace: Workspace, progress: Progress) -> Sweep:
+def _whole(
+    model: Any,
+    targets: Sequence[Target],
+    text: _Text,
+    workspace: Workspace,
+    collect: Collect,
+    progress: Progress,
+) -> Sweep:
     """The whole model at once, forward and backward, all statistics in memory: what the other road must equal."""
     names = [target.name for target in targets]
-    moments = Moments({name: model.get_submodule(name) for name in names})
+    collector = collect({name: model.get_submodule(name) for name in names})
     model.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.requires_grad_())
     forward = backward = total = 0.0
     for batch in counted(progress, text.batches, "windows"):
@@ -353,16 +366,13 @@ def _whole(model: Any, targets: Sequence[Target], text: _Text, workspace: Worksp
         total += sum(loss for _, loss in found)
         reached = time.perf_counter()
         torch.autograd.backward(logits, torch.stack([gradient for gradient, _ in found]))
-        moments.end_batch()
+        collector.end_batch()
         forward, backward = forward + reached - started, backward + time.perf_counter() - reached
-    _store(moments, names, text.ids.numel(), workspace)
+    _store(collector, names, text.ids.numel(), workspace)
     return Sweep("whole", forward, backward, total / text.ids.numel())
 
 
-def _store(moments: Moments, names: Sequence[str], tokens: int, workspace: Workspace) -> None:
+def _store(collector: Collector, names: Sequence[str], tokens: int, workspace: Workspace) -> None:
     for name in names:
-        for kind, statistic in moments.statistics(name, tokens):
-            workspace.store(kept(name, kind), {kind: statistic})
-        leader = moments.kept_as.get(name, "").encode()
-        about = {"count": torch.tensor(moments.counts[name]), "kept_as": torch.tensor(list(leader), dtype=torch.uint8)}
-        workspace.store(kept(name, "about"), about)
+        for kind, group in collector.statistics(name, tokens):
+            workspace.store(kept(name, kind), group)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
+from welore.activations import keep_wide_products
 from welore.batches import (
     Batch,
     Material,
@@ -78,6 +79,7 @@ def finetune(
     optimizer: str = ADAMW,
     max_grad_norm: float = 1.0,
     gradient_checkpointing: bool = False,
+    selective_checkpointing: bool = False,
     whole_logits: bool = False,
     eval_every: int = 500,
     eval_items: int = 64,
@@ -103,8 +105,10 @@ def finetune(
     one step in twenty. batch_size is that of one process; a step reads batch_size x accumulation x processes.
     dtype: bfloat16 keeps what is frozen in bfloat16 and what is trained in float32, and computes in bfloat16;
     "auto" is that on a GPU, float32 elsewhere. The result is saved in `dtype`. whole_logits: do without headloss,
-    which computes the same loss in less memory. eval_every, save_every: steps; 0 for never. resume: go on after the
-    last complete checkpoint in `out`; the losses and weights are those of a run that never stopped.
+    which computes the same loss in less memory. gradient_checkpointing: of the activations keep the inputs of the
+    blocks only; selective_checkpointing: also the products that cost most (see activations). The losses are the same.
+    eval_every, save_every: steps; 0 for never. resume: go on after the last complete checkpoint in `out`; the losses
+    and weights are those of a run that never stopped.
     distill: a teacher, as a rule the dense model that this one was made from. The loss is then KL(teacher || model)
     over the vocabulary at every predicted token, at distill_temperature (1); distill_weight (1) below 1 leaves the
     rest to the text's cross-entropy. With data "self" the teacher writes the text: all that the steps read and a
@@ -192,6 +196,8 @@ def _prepared(
     set_seed(settings.seed)
     known = fingerprint(model)
     marked = METHODS[settings.method](model, matrices(model, chosen), settings.train_norms, settings.rank)
+    if settings.selective_checkpointing:
+        keep_wide_products(model)
     for name, value in marked.training.items():
         setattr(args, name, value)
     _refuse_optimizer(marked.model, args)
