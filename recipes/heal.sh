@@ -4,7 +4,7 @@
 #
 #   recipes/heal.sh [MODEL] [OUT]      PARAMS=0.8 STEPS=200 by default; the embedded 135M model if none is named
 #
-# DATA=TEXT heals on a text instead. A million tokens: STEPS=1000 BATCH=4. What is stopped goes on when the same
+# DATA=TEXT heals on a text instead. A million tokens: STEPS=976. What is stopped goes on when the same
 # command is given again.
 set -euo pipefail
 model=${1:-$(python -c "from welore.embedded import embedded_model; print(embedded_model())")}
