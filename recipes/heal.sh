@@ -16,7 +16,7 @@ mkdir -p "$out"
 
 run="$out/healed"
 [ -f "$run/finetune.json" ] ||
-    welore finetune "$out/small" "$run" --method lrc --distill "$model" --data "${DATA:-self}" --lr "${LR:-3e-4}" \
+    welore finetune "$out/small" "$run" --method lrc --distill "$model" --data "${DATA:-self}" --lr "${LR:-5e-5}" \
         --steps "${STEPS:-200}" --batch-size "${BATCH:-4}" --length "${LENGTH:-256}" --eval-every 50 --save-every 50 \
         --label healed $([ -f "$run/run.json" ] && echo --resume)
 
