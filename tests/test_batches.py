@@ -43,6 +43,19 @@ def test_blocks_are_full_and_the_first_tenth_is_held_out(text: str) -> None:
     assert "the first 5 of 56 blocks are held out" in found.split
 
 
+def test_written_windows_lose_their_first_tenth_and_enough_are_written() -> None:
+    windows = torch.arange(60, dtype=torch.int32).view(20, 3)
+    found = batches.blocks_of_windows(windows, "own text", eval_items=1)
+    assert torch.equal(found.evaluation[0]["input_ids"], torch.tensor([0, 1, 2]))
+    assert torch.equal(torch.stack([block["labels"] for block in found.train]), windows[2:].long())
+    assert (found.counts["train_blocks"], found.counts["held_out_blocks"], len(found.evaluation)) == (18, 2, 1)
+    assert found.split == "own text: the first 2 of 20 blocks are held out"
+    for wanted in range(1, 200):
+        written = batches.blocks_to_write(wanted)
+        left = [n - max(1, n // 10) for n in (written - 1, written)]
+        assert left[0] < wanted <= left[1] or (written == wanted + 1 and left[1] >= wanted)
+
+
 def test_named_data_sets_train_on_their_training_part(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 

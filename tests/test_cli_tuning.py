@@ -1,6 +1,7 @@
 """`welore finetune` and `welore score`: what they print and write, and what they refuse."""
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,15 @@ def test_finetune_prints_one_line_and_writes_a_model_that_can_be_scored(
     assert f"accuracy {score['accuracy']:.1%} on coin_flip (n = 4, 95 % interval" in line
     assert f"{score['unparsable']} without an answer" in line
     assert f"ERR {score['rank_reduction']:.1%}" in line
+
+
+def test_a_distilled_run_says_what_its_teacher_reaches(
+    command: Command, model: Path, dense: Path, text: Path, tmp_path: Path
+) -> None:
+    line = done(command("finetune", model, tmp_path / "run", "--data", text, "--distill", dense, *QUICK))
+    n = welore.Record.load(tmp_path / "run" / "finetune.json").numbers
+    reached = math.exp(n["teacher_eval_loss"])
+    assert f"held-out perplexity {n['eval_perplexity']:.4g} (teacher {reached:.4g}), " in line
 
 
 def test_json_is_the_record(command: Command, model: Path, text: Path, tmp_path: Path) -> None:
@@ -193,6 +203,12 @@ def test_nothing_is_lost_when_a_run_that_was_to_be_replaced_cannot_begin(
         ("finetune MODEL OUT --length 32 --data pydok", "did you mean 'pydoc'"),
         ("finetune MODEL OUT --data TEXT --task-data TEXT", "go with --task"),
         ("finetune MODEL OUT --task svamp --task-data generated", "svamp cannot be generated"),
+        ("finetune MODEL OUT --data self", "name the teacher, --distill TEACHER"),
+        ("finetune MODEL OUT --data TEXT --distill-weight 0.5", "go with --distill TEACHER"),
+        ("finetune MODEL OUT --data TEXT --distill MODEL --length 32", "is its own teacher"),
+        ("finetune MODEL OUT --data TEXT --distill ./none --length 32", "none is neither a model directory"),
+        ("finetune MODEL OUT --data TEXT --distill MODEL --distill-temperature 0", "distill_temperature is 0"),
+        ("finetune MODEL OUT --data TEXT --distill MODEL --self-tokens 9", "goes with --data self"),
         ("finetune ./none OUT --data TEXT", "none is neither a model directory"),
         ("finetune MODEL TEXT/out --length 32 --data TEXT", "cannot be made a directory"),
         ("score MODEL", "name the task: --task commonsense_qa"),

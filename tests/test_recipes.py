@@ -175,6 +175,24 @@ def test_downstream_recipe_tunes_scores_and_prints_the_table(model: Path, tmp_pa
     assert "| lrc |" in output
 
 
+def test_healing_recipe_needs_no_data_and_compares_the_three_models(model: Path, text: str, tmp_path: Path) -> None:
+    knobs = TOY | {"BATCH": "1", "PARAMS": "0.7", "TOKENS": "256", "TEXT": text, "WINDOW": "64", "WINDOWS": "2"}
+    out = tmp_path / "out"
+    (status, output), _ = run("heal.sh", model, out, answer=obeyed, place=tmp_path / "first", **knobs)
+    assert status == 0, output
+    record = Record.load(out / "healed" / "finetune.json")
+    assert (record.settings["method"], record.settings["data"]) == ("lrc", "self")
+    assert record.settings["distill"] == str(model)
+    scores = {name: Record.load(out / f"{name}.ppl.json").numbers for name in ("dense", "small", "healed")}
+    assert scores["dense"]["parameter_ratio"] == 1
+    assert scores["small"]["parameter_ratio"] == scores["healed"]["parameter_ratio"] < 0.75
+    assert all(numbers["tokens"] == scores["dense"]["tokens"] for numbers in scores.values())
+
+    again, commands = run("heal.sh", model, out, answer=noted, place=tmp_path / "again", **knobs)
+    assert again[0] == 0, again[1]
+    assert [command[0] for command in commands] == ["evaluate"] * 3  # what is finished is kept
+
+
 def tuned(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     return [parsed(command) for command in commands if command[0] == "finetune"]
 
@@ -202,7 +220,9 @@ def test_downstream_recipe_has_the_settings_of_the_paper(tmp_path: Path) -> None
         assert settings.items() >= (DOWNSTREAM | PAPER | {"data": None, "loss_on_prompt": False}).items()
 
 
-@pytest.mark.parametrize(("recipe", "directory"), [("continual.sh", "lrc"), ("downstream.sh", "svamp-lrc")])
+@pytest.mark.parametrize(
+    ("recipe", "directory"), [("continual.sh", "lrc"), ("downstream.sh", "svamp-lrc"), ("heal.sh", "healed")]
+)
 def test_a_stopped_recipe_goes_on_with_its_run(recipe: str, directory: str, tmp_path: Path) -> None:
     begun = tmp_path / "out" / directory
     begun.mkdir(parents=True)

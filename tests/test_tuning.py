@@ -1,4 +1,6 @@
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,6 +52,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("texts") / "text.txt"
     path.write_text(" ".join(f"The number after {n} is {n + 1}." for n in range(400)))
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def teacher(dense: Path, text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dense model after it has learned something: what a compressed one may be far from."""
+    out = tmp_path_factory.mktemp("models") / "taught"
+    finetune(dense, out, "full", data=text, **SHORT | {"steps": 24, "eval_every": 0})
+    return out / "model"
 
 
 def changed(before: Path, after: Path) -> set[str]:
@@ -168,8 +178,6 @@ def test_gradient_checkpointing_and_accumulation_give_the_same_losses(model: Pat
 
 def test_learning_rate_warms_up_and_ends_at_a_tenth(model: Path, text: str, tmp_path: Path) -> None:
     finetune(model, tmp_path / "run", data=text, **SHORT | {"steps": 8, "warmup": 2, "save_every": 8})
-    import json
-
     state = json.loads((tmp_path / "run/checkpoints/checkpoint-8/trainer_state.json").read_text())
     rates = [entry["learning_rate"] / 5e-3 for entry in state["log_history"] if "learning_rate" in entry]
     assert rates[:3] == pytest.approx([0, 0.5, 1])
@@ -183,7 +191,7 @@ from pathlib import Path
 from welore.tuning import finetune
 from welore.trainer import StepCallback
 
-model, text, out, method = sys.argv[1:]
+model, text, out, method, *teacher = sys.argv[1:]
 ended = StepCallback.on_step_end
 def end(self, args, state, control, **kwargs):
     ended(self, args, state, control, **kwargs)
@@ -191,7 +199,8 @@ def end(self, args, state, control, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 StepCallback.on_step_end = end
 finetune(model, out, method, data=text, steps=7, batch_size=2, length=48, lr=5e-3, warmup=1, eval_every=2,
-         eval_items=4, save_every=2, device="cpu", rank=2 if method in ("lora", "galore") else None)
+         eval_items=4, save_every=2, device="cpu", rank=2 if method in ("lora", "galore") else None,
+         distill=teacher[0] if teacher else None)
 """
 
 
@@ -208,6 +217,27 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(
     settings = SHORT | {"steps": 7, "save_every": 2, "rank": 2 if method in ("lora", "galore") else None}
     resumed = finetune(model, tmp_path / "killed", method, data=text, resume=True, **settings).numbers
     whole = finetune(model, tmp_path / "whole", method, data=text, **settings).numbers
+    assert resumed["resumed_at"] == 4
+    assert resumed["train_loss"] == whole["train_loss"]
+    assert resumed["evaluation"] == whole["evaluation"]
+    assert not changed(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
+
+
+@pytest.mark.parametrize("own_text", [False, True])
+def test_a_killed_run_with_a_teacher_resumes_to_the_same_losses_and_weights(
+    model: Path, teacher: Path, text: str, tmp_path: Path, own_text: bool
+) -> None:
+    data = "self" if own_text else text
+    command = [sys.executable, "-c", COMMAND, str(model), data, str(tmp_path / "killed"), "lrc", str(teacher)]
+    killed = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    kept = tmp_path / "killed" / "written.safetensors"
+    assert kept.exists() == own_text
+    before = kept.stat().st_mtime_ns if own_text else None
+    settings = SHORT | {"steps": 7, "save_every": 2, "distill": teacher, "data": data}
+    resumed = finetune(model, tmp_path / "killed", resume=True, **settings).numbers
+    assert before == (kept.stat().st_mtime_ns if own_text else None)  # read, not written again
+    whole = finetune(model, tmp_path / "whole", **settings).numbers
     assert resumed["resumed_at"] == 4
     assert resumed["train_loss"] == whole["train_loss"]
     assert resumed["evaluation"] == whole["evaluation"]
@@ -243,11 +273,145 @@ def test_two_processes_give_the_losses_of_one(model: Path, text: str, tmp_path: 
     assert [e[1] for e in two["evaluation"]] == pytest.approx([e[1] for e in one["evaluation"]], rel=1e-6)
 
 
+def test_two_processes_distil_as_one_does(model: Path, teacher: Path, tmp_path: Path) -> None:
+    common = ["--data", "self", "--distill", str(teacher), "--steps", "4", "--length", "48", "--lr", "5e-3"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    command += ["--no-python", str(Path(sys.executable).with_name("welore")), "finetune", str(model)]
+    command += [str(tmp_path / "two"), *common, "--warmup", "1", "--eval-every", "2", "--eval-items", "4"]
+    command += ["--batch-size", "2", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
+    assert done.returncode == 0, done.stderr
+    two = welore.Record.load(tmp_path / "two" / "finetune.json")
+    settings = SHORT | {"batch_size": 4}
+    one = finetune(model, tmp_path / "one", data="self", distill=teacher, **settings)
+    assert two.inputs["data_sha256"] == one.inputs["data_sha256"]
+    for losses in ("train_loss", "evaluation"):
+        values = [[entry[1] for entry in run.numbers[losses]] for run in (two, one)]
+        assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert two.numbers["teacher_eval_loss"] == pytest.approx(one.numbers["teacher_eval_loss"], rel=1e-6)
+
+
 def test_a_plan_makes_the_control_on_the_dense_model(dense: Path, text: str, tmp_path: Path) -> None:
     spectra = welore.analyze(dense)
     plan = welore.allocate(spectra, rank_reduction=0.4, min_ratio=0.3)
     finetune(dense, tmp_path / "run", data=text, plan=plan, **SHORT)
     assert changed(dense, tmp_path / "run" / "model") == {f"{name}.weight" for name in plan.ranks}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_distilled_model_comes_closer_to_its_teacher_by_the_factors_alone(
+    stored: Path, teacher: Path, text: str, tmp_path: Path, dtype: str
+) -> None:
+    record = finetune(stored, tmp_path / "run", data=text, distill=teacher, **SHORT | {"steps": 12, "dtype": dtype})
+    n = record.numbers
+    losses = [loss for _, loss in n["train_loss"]]
+    assert losses[-1] < 0.9 * losses[0]
+    if dtype == "float32":
+        assert changed(stored, tmp_path / "run" / "model") == {w for w in weights(stored) if w.endswith(FACTORS)}
+    assert n["logits_in_pieces"]
+    assert n["trains"] == "the factors of the LRCs"
+    assert record.settings["distill"] == str(teacher)
+    assert (record.settings["distill_weight"], record.settings["distill_temperature"]) == (1.0, 1.0)
+
+
+def test_record_says_what_the_teacher_costs_and_what_it_reaches(
+    model: Path, dense: Path, text: str, tmp_path: Path
+) -> None:
+    record = finetune(model, tmp_path / "run", data=text, distill=dense, **SHORT)
+    n, held = record.numbers, welore.evaluate(dense, text, length=48, limit=4).numbers["nll"]
+    assert n["teacher_eval_loss"] == pytest.approx(held, rel=1e-5)
+    assert record.inputs["teacher_fingerprint"] != record.inputs["fingerprint"]
+    teachers, factored = weights(dense), {name for name in weights(model) if name.endswith(".weight")}
+    apart = [t for name, t in teachers.items() if name in factored and not weights(model)[name].numel()]
+    assert apart
+    assert n["teacher_bytes"] == 4 * sum(t.numel() for t in apart)  # the rest is the model's own
+    assert n["teacher_parameters"] == sum(t.numel() for t in teachers.values())
+    parts = [n[f"seconds_{part}"] for part in ("teacher", "forward", "backward", "optimizer")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) == pytest.approx(n["seconds_per_step"])
+
+
+@pytest.mark.parametrize("method", ["nlrc", "full", "lora"])
+def test_every_method_can_be_distilled(model: Path, teacher: Path, text: str, tmp_path: Path, method: str) -> None:
+    settings = SHORT | {"steps": 8, "rank": 2 if method == "lora" else None}
+    losses = finetune(model, tmp_path / "run", method, data=text, distill=teacher, **settings).numbers["train_loss"]
+    assert losses[-1][1] < losses[0][1]
+
+
+def test_distilling_has_the_same_losses_however_the_step_is_computed(
+    model: Path, teacher: Path, text: str, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"distill_weight": 0.6, "distill_temperature": 1.5, "distill": teacher, "data": text}
+    ways: list[dict[str, Any]] = [{}, {"gradient_checkpointing": True}, {"batch_size": 1, "accumulation": 2}]
+    losses = [
+        [loss for _, loss in finetune(model, tmp_path / str(i), **SHORT | how | way).numbers["train_loss"]]
+        for i, way in enumerate([*ways, {"whole_logits": True}])
+    ]
+    assert losses[1] == losses[0]
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[3] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_questions_are_distilled_on_their_answers(model: Path, teacher: Path, tmp_path: Path) -> None:
+    settings = SHORT | {"length": 200, "steps": 8}
+    record = finetune(model, tmp_path / "run", task="coin_flip", task_data="generated", distill=teacher, **settings)
+    assert record.numbers["train_loss"][-1][1] < record.numbers["train_loss"][0][1]
+
+
+def test_the_teacher_writes_what_the_steps_read_and_a_tenth_more(model: Path, dense: Path, tmp_path: Path) -> None:
+    from welore.rundir import written
+
+    record = finetune(model, tmp_path / "run", data="self", distill=dense, **SHORT)
+    windows = written(tmp_path / "run")
+    assert windows is not None
+    assert windows.shape == (9, 48)  # 4 steps of 2, and one held out
+    assert record.inputs["split"] == "the teacher's own text: the first 1 of 9 blocks are held out"
+    assert record.numbers["train_blocks"] == 8
+
+    settings = SHORT | {"self_tokens": 100, "seed": 1}
+    record = finetune(model, tmp_path / "less", data="self", distill=dense, **settings)
+    less = written(tmp_path / "less")
+    assert less is not None
+    assert less.shape == (3, 48)
+    assert record.numbers["tokens"] == 4 * 2 * 48  # read again and again
+    assert not torch.equal(less[0], windows[0])
+
+
+def test_impossible_teachers_are_refused_before_anything_is_written(
+    model: Path, dense: Path, text: str, tmp_path: Path
+) -> None:
+    short = shutil.copytree(dense, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32}))
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"distill": model}, "is its own teacher and has nothing to learn"),
+        ({"distill": short}, "length is 48: this model reads at most 32 tokens"),
+        ({"distill": tmp_path / "none"}, "none is neither a model directory"),
+        ({"distill": dense, "distill_weight": 0.0}, "distill_weight is 0.0"),
+        ({"distill": dense, "distill_weight": 1.5}, "distill_weight is 1.5"),
+        ({"distill": dense, "distill_temperature": 0.0}, "distill_temperature is 0.0"),
+        ({"distill_weight": 0.5}, "go with --distill TEACHER"),
+        ({"distill_temperature": 2.0}, "go with --distill TEACHER"),
+        ({"data": "self"}, "name the teacher, --distill TEACHER"),
+        ({"distill": dense, "self_tokens": 100}, "--self-tokens goes with --data self"),
+        ({"distill": dense, "data": "self", "self_tokens": 48}, "two blocks of 48 tokens are needed"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(WeLoreError, match=message):
+            finetune(model, tmp_path / "run", **SHORT | {"data": text} | settings)
+        assert not (tmp_path / "run").exists()
+    finetune(model, tmp_path / "run", data=text, distill=model, distill_weight=0.5, **SHORT)
+
+
+def test_another_teacher_is_another_run(model: Path, dense: Path, text: str, tmp_path: Path) -> None:
+    finetune(model, tmp_path / "run", data=text, distill=dense, **SHORT)
+    (tmp_path / "run" / "finetune.json").unlink()
+    again = {"data": text, "resume": True} | SHORT
+    with pytest.raises(WeLoreError, match="holds another run: its distill is .* now it is None"):
+        finetune(model, tmp_path / "run", **again)
+    with pytest.raises(WeLoreError, match="its distill_temperature is 1.0, now it is 2.0"):
+        finetune(model, tmp_path / "run", distill=dense, distill_temperature=2.0, **again)
 
 
 @pytest.mark.parametrize(

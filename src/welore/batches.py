@@ -65,9 +65,7 @@ def blocks_of_text(
     else:
         texts = [read_text(data, cache_dir=cache_dir)]
         found, unused = _packed(tokenizer, texts, length)
-        border = max(1, len(found) // HELD_OUT)
-        held, train = found[:border], found[border:]
-        split = f"the first {border} of {len(found)} blocks are held out"
+        held, train, split = _first_tenth(found)
     if not train or not held:
         raise WeLoreError(
             f"{data} gives {len(train) + len(held)} blocks of {length} tokens, training and evaluation need one each: "
@@ -75,6 +73,25 @@ def blocks_of_text(
         )
     counts = {"train_blocks": len(train), "held_out_blocks": len(held), "tokens_unused": unused}
     return Material(_labelled(train), _labelled(held[:eval_items]), split, counts, _digest(texts))
+
+
+def blocks_of_windows(windows: Tensor, name: str, *, eval_items: int) -> Material:
+    """Windows (count, length) of token ids that a model has written, as material; the first tenth is held out."""
+    held, train, split = _first_tenth(list(windows.long()))
+    counts = {"train_blocks": len(train), "held_out_blocks": len(held), "tokens_unused": 0}
+    sha256 = hashlib.sha256(windows.long().numpy().tobytes()).hexdigest()
+    return Material(_labelled(train), _labelled(held[:eval_items]), f"{name}: {split}", counts, sha256)
+
+
+def blocks_to_write(train_blocks: int) -> int:
+    """How many blocks leave `train_blocks` or more when the first tenth is held out."""
+    return train_blocks + max(1, -(-train_blocks // (HELD_OUT - 1)))
+
+
+def _first_tenth(blocks: list[Tensor]) -> tuple[list[Tensor], list[Tensor], str]:
+    """Blocks held out, blocks to train on, and how they were told apart."""
+    border = max(1, len(blocks) // HELD_OUT)
+    return blocks[:border], blocks[border:], f"the first {border} of {len(blocks)} blocks are held out"
 
 
 def _wikitext2(tokens: int, cache_dir: str | Path | None) -> tuple[list[str], list[str], str]:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -488,7 +489,10 @@ def finetune(
         str, typer.Option(help="What is trained: lrc (the factors), nlrc (the dense matrices), full, lora, galore.")
     ] = "lrc",
     data: Annotated[
-        str | None, typer.Option(help="A text: c4, wikitext2, pydoc, or a .txt, .jsonl or .parquet file.")
+        str | None,
+        typer.Option(
+            help="A text: c4, wikitext2, pydoc, a .txt, .jsonl or .parquet file; self: the teacher writes it."
+        ),
     ] = None,
     task: TaskName = None,
     task_data: Annotated[
@@ -522,6 +526,17 @@ def finetune(
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out data; 0: never.")] = 500,
     eval_items: Annotated[int, typer.Option(help="Held-out sequences to evaluate on.")] = 64,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: none.")] = 500,
+    distill: Annotated[
+        str | None,
+        typer.Option(help="A teacher to imitate: the dense model from which MODEL was made.", metavar="TEACHER"),
+    ] = None,
+    distill_weight: Annotated[
+        float | None, typer.Option(help="The teacher's share of the loss; the rest is the text's.  [default: 1]")
+    ] = None,
+    distill_temperature: Annotated[float | None, typer.Option(help="Of both models.  [default: 1]")] = None,
+    self_tokens: Annotated[
+        int | None, typer.Option(help="Tokens that the teacher writes for --data self.  [default: all that are read]")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last checkpoint in OUT.")] = False,
     overwrite: Overwrite = False,
     report_to: Annotated[str, typer.Option(help="none, tensorboard, trackio or wandb.")] = "none",
@@ -545,7 +560,8 @@ def finetune(
     n = record.numbers
     if n.get("prompts_cut") and _leads():
         _say(f"{n['prompts_cut']} prompts were longer than {record.settings['length']} tokens and lost their beginning")
-    found = f"held-out perplexity {n['eval_perplexity']:.4g}, " if "eval_perplexity" in n else ""
+    beside = f" (teacher {math.exp(min(n['teacher_eval_loss'], 700.0)):.4g})" if "teacher_eval_loss" in n else ""
+    found = f"held-out perplexity {n['eval_perplexity']:.4g}{beside}, " if "eval_perplexity" in n else ""
     line = (
         f"{method}: {n['trainable_parameters']:,} of {n['total_parameters']:,} parameters trained, {found}"
         f"{n.get('tokens_per_second', 0):.0f} tokens/s, {n['peak_memory_bytes'] / 1e9:.2f} GB -> {out / 'model'}"

@@ -111,7 +111,10 @@ def run_name(record: Record) -> str:
         return str(record.inputs["label"])
     path = PurePath(record.inputs["model"].replace("\\", "/"))
     name = path.parent.name if path.name == "model" and path.parent.name else path.name  # RUN/model is RUN's result
-    return f"{record.settings['method']} of {name}" if record.kind == "finetune" else name or record.inputs["model"]
+    if record.kind != "finetune":
+        return name or record.inputs["model"]
+    distilled = ", distilled" if record.settings.get("distill") else ""
+    return f"{record.settings['method']} of {name}{distilled}"
 
 
 def _sequences(run: Record) -> int:

@@ -1,6 +1,7 @@
 """The directory of a fine-tuning run: what it is, what has been saved on the way, what came out.
 
 OUT/run.json          what the run is; a resumed run must be the same
+OUT/written.safetensors   what the teacher wrote, where that is what the run trains on
 OUT/checkpoints/      written on the way; `resume` goes on from the last complete one
 OUT/model/            the result, loads with from_pretrained
 OUT/finetune.json     the record; written last, so that it stands for a finished run
@@ -12,19 +13,22 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from welore.directory import PLAN, RECORD
 from welore.errors import WeLoreError
-from welore.files import refuse_existing, whole_directory
+from welore.files import refuse_existing, whole_directory, whole_file
 from welore.records import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RUN, TUNED, CHECKPOINTS, MODEL = "run.json", "finetune.json", "checkpoints", "model"
+WRITTEN = "written.safetensors"
 STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 
 
@@ -56,6 +60,18 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
             )
 
 
+def keep_written(out: Path, windows: Tensor) -> None:
+    """Keep token ids (windows, length) that the teacher wrote, so that a resumed run reads the same."""
+    if not (out / WRITTEN).is_file():
+        with whole_file(out / WRITTEN) as partial:
+            save_file({"windows": windows.to(torch.int32)}, partial)
+
+
+def written(out: Path) -> Tensor | None:
+    """What the teacher wrote for the run in `out`, None if it is not there."""
+    return load_file(out / WRITTEN)["windows"].long() if (out / WRITTEN).is_file() else None
+
+
 def last_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint that is complete; what a killed run left incomplete is passed over."""
     found = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
@@ -76,7 +92,9 @@ def gathered(model: "PreTrainedModel") -> dict[str, Tensor] | None:
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
     once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # of tied tensors the first name
-    whole: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
     return {name: tensor for name, tensor in whole.items() if name in once}
 
 

@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from welore.errors import WeLoreError, choose
 from welore.methods import METHODS, WITH_NORMS, WITH_RANK
+from welore.mixture import SELF
 from welore.rundir import CHECKPOINTS
 from welore.tasks import TASKS
 
@@ -22,6 +23,7 @@ TRACKERS = {"none": None, "tensorboard": "tensorboard", "trackio": "trackio", "w
 CONTINUAL = {"steps": 10_000, "batch_size": 4, "length": 1024}
 DOWNSTREAM = {"steps": 1_000, "batch_size": 8, "length": 512}
 WARM_UP_SHARE = 20  # one step in twenty: 500 of 10,000
+DISTILLED = {"distill_weight": 1.0, "distill_temperature": 1.0}  # the teacher alone, at its own temperature
 
 FSDP = "ACCELERATE_USE_FSDP"  # set by accelerate's launcher
 IN_PARTS = ("lrc", "nlrc", "full")  # methods whose parameters may be cut over the processes
@@ -53,6 +55,10 @@ class Settings:
     whole_logits: bool
     eval_every: int
     eval_items: int
+    distill: str | None
+    distill_weight: float | None
+    distill_temperature: float | None
+    self_tokens: int | None
 
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(Settings))
@@ -66,7 +72,10 @@ def settled(asked: Mapping[str, Any], device: str) -> Settings:
         found["warmup"] = found["steps"] // WARM_UP_SHARE
     if found["dtype"] == "auto":
         found["dtype"] = "bfloat16" if device.startswith("cuda") else "float32"
-    return Settings(**found | {"task_data": None if found["task_data"] is None else str(found["task_data"])})
+    if found["distill"] is not None:
+        found |= {name: value for name, value in DISTILLED.items() if found[name] is None}
+    names = {name: None if found[name] is None else str(found[name]) for name in ("task_data", "distill")}
+    return Settings(**found | names)
 
 
 def check(settings: Settings, save_every: int, report_to: str) -> None:
@@ -93,6 +102,7 @@ def check(settings: Settings, save_every: int, report_to: str) -> None:
         raise WeLoreError("method galore is an optimizer itself: leave --optimizer out")
     if settings.selective_checkpointing and settings.gradient_checkpointing:
         raise WeLoreError("give --gradient-checkpointing or --selective-checkpointing, not both: which is to be kept?")
+    _check_distillation(settings)
     positive = {name: getattr(settings, name) for name in ("steps", "batch_size", "accumulation", "eval_items")}
     for name, value in (positive | {"rank": 1 if settings.rank is None else settings.rank}).items():
         if value < 1:
@@ -106,7 +116,7 @@ def check(settings: Settings, save_every: int, report_to: str) -> None:
         raise WeLoreError(f"warmup is {settings.warmup}: it must be less than the {settings.steps} steps of the run")
 
 
-def check_launch(environment: Mapping[str, str], method: str, device: str) -> None:
+def check_launch(environment: Mapping[str, str], method: str, device: str, distill: str | Path | None = None) -> None:
     """Raise WeLoreError for what accelerate's launcher asks (by its variables) and this package cannot do."""
     if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
         raise WeLoreError("finetune does not run under DeepSpeed: use accelerate launch --use_fsdp, or torchrun (DDP)")
@@ -118,6 +128,8 @@ def check_launch(environment: Mapping[str, str], method: str, device: str) -> No
         raise WeLoreError(
             "every process reads the checkpoint itself: pass --fsdp_cpu_ram_efficient_loading false as well"
         )
+    if distill is not None:
+        raise WeLoreError("--distill does not run under FSDP: use torchrun, which is DDP")
     if method not in IN_PARTS:
         raise WeLoreError(
             f"method {method} does not run under FSDP, only {', '.join(IN_PARTS)} do: use torchrun, which is DDP"
@@ -130,6 +142,28 @@ def check_launch(environment: Mapping[str, str], method: str, device: str) -> No
 
 def _is_on(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "").lower() in ("1", "true")
+
+
+def _check_distillation(settings: Settings) -> None:
+    weight, temperature, tokens = settings.distill_weight, settings.distill_temperature, settings.self_tokens
+    if settings.distill is None:
+        if weight is not None or temperature is not None:
+            raise WeLoreError("--distill-weight and --distill-temperature go with --distill TEACHER")
+        if settings.data == SELF:
+            raise WeLoreError(f"--data {SELF} is text that the teacher writes: name the teacher, --distill TEACHER")
+    else:
+        assert weight is not None
+        assert temperature is not None
+        if not 0 < weight <= 1:
+            raise WeLoreError(f"distill_weight is {weight}: it is the teacher's share of the loss, above 0, at most 1")
+        if not 0 < temperature < float("inf"):
+            raise WeLoreError(f"distill_temperature is {temperature}: it must be above 0 (1 is the teacher's own)")
+    if tokens is not None and settings.data != SELF:
+        raise WeLoreError(f"--self-tokens goes with --data {SELF}, text that the teacher writes")
+    if tokens is not None and tokens <= settings.length:
+        raise WeLoreError(
+            f"self_tokens is {tokens}: two blocks of {settings.length} tokens are needed, one of them to evaluate on"
+        )
 
 
 def arguments(settings: Settings, out: Path, save_every: int, report_to: str, device: str) -> TrainingArguments:

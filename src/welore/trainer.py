@@ -4,7 +4,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Clock:
     step: list[float] = field(default_factory=list)
     forward: list[float] = field(default_factory=list)
     compute: list[float] = field(default_factory=list)  # forward and backward
+    teacher: list[float] = field(default_factory=list)  # its forward pass, where a model is distilled
     tokens: list[int] = field(default_factory=list)
     memory_before_bytes: int = 0  # in use before the first step: the model, and on a CPU the program
 
@@ -47,27 +48,31 @@ class Clock:
         steps = len(self.step) - skip
         if not steps:
             return {"timed_steps": 0}
-        wall, forward, compute = (sum(values[skip:]) for values in (self.step, self.forward, self.compute))
+        books = (self.step, self.forward, self.compute, self.teacher)
+        wall, forward, compute, teacher = (sum(values[skip:]) for values in books)
         return {
             "timed_steps": steps,
             "tokens_per_second": sum(self.tokens[skip:]) * tokens_elsewhere / wall,
             "seconds_per_step": wall / steps,
             "seconds_forward": forward / steps,
-            "seconds_backward": (compute - forward) / steps,
+            "seconds_backward": (compute - forward - teacher) / steps,
             "seconds_optimizer": (wall - compute) / steps,
-        }
+        } | ({"seconds_teacher": teacher / steps} if teacher else {})
 
 
 class ClockedTrainer(Trainer):
     """A Trainer that takes its items in the given order, and evaluates exactly.
 
     evaluation: batches on the CPU. Their loss is summed over all tokens in float64 and divided once, so that it
-    depends neither on the batches nor on the number of processes.
+    depends neither on the batches nor on the number of processes. show: what a teacher does with a batch before the
+    model reads it.
     """
 
-    def __init__(self, *args: Any, evaluation: Sequence[Batch], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, evaluation: Sequence[Batch], show: Callable[[Batch], None] | None = None, **kwargs: Any
+    ) -> None:
         self.clock = Clock()
-        self.evaluation = evaluation
+        self.evaluation, self.show = evaluation, show
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled and self.args.bf16:  # accelerate would add up gradients, and give the loss, in bfloat16
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -86,25 +91,33 @@ class ClockedTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, timed."""
+        """The Trainer's, timed; the teacher reads first."""
         started = self.now()
+        if self.show is not None:
+            self.show(inputs)
+            self.clock.teacher[-1] += self.now() - started
+            started = self.now()
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.clock.forward[-1] += self.now() - started
         return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean negative log-likelihood over all tokens held out, and its exponential."""
-        device = self.args.device
-        mine = share(self.evaluation, self.args.process_index, self.args.world_size)
-        sums = torch.tensor(_loss_of(self.model, mine, device), dtype=torch.float64, device=device)
-        total, tokens = self.accelerator.reduce(sums, "sum").tolist()
-        mean = total / tokens
+        mean = self.held_out_loss(self.model)
         if not math.isfinite(mean):
             raise WeLoreError("the model computes NaN or Inf on the held-out part: try a smaller --lr, or float32")
         metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def held_out_loss(self, model: Any) -> float:
+        """Mean negative log-likelihood of a model over all tokens held out."""
+        device = self.args.device
+        mine = share(self.evaluation, self.args.process_index, self.args.world_size)
+        sums = torch.tensor(_loss_of(model, mine, device), dtype=torch.float64, device=device)
+        total, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        return float(total / tokens)
 
     def now(self) -> float:
         """Seconds, when everything asked of the GPU so far is done."""
@@ -129,7 +142,7 @@ class StepCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A new line in the clock's books."""
         clock = self.trainer.clock
-        for values in (clock.forward, clock.compute, clock.tokens):
+        for values in (clock.forward, clock.compute, clock.teacher, clock.tokens):
             values.append(0)
         clock.step.append(self.trainer.now())
 

@@ -10,10 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 from welore.activations import keep_wide_products
-from welore.batches import Batch, Material, Sequence_, blocks_of_text, collate, questions_of_task, shuffled
+from welore.batches import (
+    Batch,
+    Material,
+    Sequence_,
+    blocks_of_text,
+    blocks_of_windows,
+    blocks_to_write,
+    collate,
+    questions_of_task,
+    shuffled,
+)
+from welore.distillation import Distillation
 from welore.errors import WeLoreError, first_line
 from welore.files import refuse_source
 from welore.headloss import shrink_head
@@ -21,12 +33,24 @@ from welore.loading import compression_of, load
 from welore.locate import locate
 from welore.lowrank import LowRank, PivotedLinear
 from welore.methods import METHODS, Marked, known_warnings, matrices
+from welore.mixture import SELF, seed_of
 from welore.plan import Plan
 from welore.progress import Progress, silent
 from welore.records import Record
-from welore.rundir import TUNED, begin, check_out, fingerprint, gathered, last_checkpoint, save_result
+from welore.rundir import (
+    TUNED,
+    begin,
+    check_out,
+    fingerprint,
+    gathered,
+    keep_written,
+    last_checkpoint,
+    save_result,
+    written,
+)
 from welore.settings import ADAMW, DTYPES, SETTINGS, Settings, arguments, check, check_launch, settled
 from welore.surgery import sizes
+from welore.teacher import load_teacher, share_frozen, write_text
 from welore.trainer import ClockedTrainer, StepCallback, peak_memory
 
 if TYPE_CHECKING:
@@ -61,6 +85,10 @@ def finetune(
     eval_every: int = 500,
     eval_items: int = 64,
     save_every: int = 500,
+    distill: str | Path | None = None,
+    distill_weight: float | None = None,
+    distill_temperature: float | None = None,
+    self_tokens: int | None = None,
     resume: bool = False,
     overwrite: bool = False,
     report_to: str = "none",
@@ -82,13 +110,17 @@ def finetune(
     blocks only; selective_checkpointing: also the products that cost most (see activations). The losses are the same.
     eval_every, save_every: steps; 0 for never. resume: go on after the last complete checkpoint in `out`; the losses
     and weights are those of a run that never stopped.
+    distill: a teacher, as a rule the dense model that this one was made from. The loss is then KL(teacher || model)
+    over the vocabulary at every predicted token, at distill_temperature (1); distill_weight (1) below 1 leaves the
+    rest to the text's cross-entropy. With data "self" the teacher writes the text: all that the steps read and a
+    tenth held out, or self_tokens, read as often as needed. Evaluation is the text's cross-entropy in any case.
     Raises WeLoreError for what cannot work, before anything is written.
     """
     given = dict(locals())
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = settled({name: given[name] for name in SETTINGS}, device)
     check(settings, save_every, report_to)
-    check_launch(os.environ, method, device)
+    check_launch(os.environ, method, device, distill)
     out = Path(out)
     args = arguments(settings, out, save_every, report_to, device)
     leads = args.process_index == 0
@@ -96,9 +128,12 @@ def finetune(
         check_out(out, resume=resume, overwrite=overwrite)
     directory = locate(model, cache_dir=cache_dir, revision=revision)
     refuse_source(out, directory)
-    prepared = _prepared(directory, settings, plan, args, cache_dir)
+    kept = written(out) if resume else None
+    prepared = _prepared(directory, settings, plan, args, kept, cache_dir, progress if leads else silent)
     if leads:
         begin(out, _identity(prepared, settings, args.world_size), resume=resume)
+        if prepared.written is not None:
+            keep_written(out, prepared.written)
     last = last_checkpoint(out) if resume else None
 
     started = time.perf_counter()
@@ -114,6 +149,7 @@ def finetune(
         "fingerprint": prepared.fingerprint,
         "label": label,
         "compression": compression_of(directory),
+        "teacher_fingerprint": prepared.teachers_fingerprint,
         "data_sha256": prepared.material.sha256,
         "split": prepared.material.split,
     }
@@ -126,12 +162,15 @@ def finetune(
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """All that a run needs; fingerprint: of the model as it was read."""
+    """All that a run needs; fingerprint: of the model as it was read. written: what the teacher wrote."""
 
     marked: Marked
     tokenizer: "PreTrainedTokenizerBase"
     material: Material
     fingerprint: str
+    teacher: "PreTrainedModel | None" = None
+    teachers_fingerprint: str | None = None
+    written: Tensor | None = None
 
 
 def _prepared(
@@ -139,13 +178,24 @@ def _prepared(
     settings: Settings,
     plan: Plan | str | Path | None,
     args: TrainingArguments,
+    kept: Tensor | None,
     cache_dir: str | Path | None,
+    progress: Progress,
 ) -> Prepared:
-    """Model and material in memory; the method has marked what it trains and told `args` its optimiser."""
+    """Model, teacher and material in memory; the method has marked what it trains and told `args` its optimiser.
+
+    kept: what the teacher wrote for this run before it was stopped.
+    """
     chosen = Plan.load(plan) if isinstance(plan, str | Path) else plan
     model, tokenizer = load(directory, "auto", "cpu")
     _refuse_long(model, settings.length)
-    material = _material(settings, tokenizer, args.world_size, cache_dir)
+    teacher, teachers_fingerprint = None, None
+    if settings.distill is not None:
+        alone = settings.distill_weight == 1
+        teacher = load_teacher(settings.distill, model, tokenizer, directory, alone=alone, cache_dir=cache_dir)
+        _refuse_long(teacher, settings.length)
+        teachers_fingerprint = fingerprint(teacher)
+    text = None if settings.data == SELF else _material(settings, tokenizer, args.world_size, cache_dir)
     set_seed(settings.seed)
     known = fingerprint(model)
     marked = METHODS[settings.method](model, matrices(model, chosen), settings.train_norms, settings.rank)
@@ -154,7 +204,17 @@ def _prepared(
     for name, value in marked.training.items():
         setattr(args, name, value)
     _refuse_optimizer(marked.model, args)
-    return Prepared(marked, tokenizer, material, known)
+    if teacher is not None:
+        _cast(teacher, DTYPES[settings.dtype])
+    if text is not None:
+        return Prepared(marked, tokenizer, text, known, teacher, teachers_fingerprint)
+    if kept is None:
+        blocks = blocks_to_write(_items_read(settings, args.world_size))
+        tokens = blocks * settings.length if settings.self_tokens is None else settings.self_tokens
+        size: dict[str, Any] = {"tokens": tokens, "length": settings.length, "seed": seed_of(settings.seed, SELF)}
+        kept = write_text(teacher, tokenizer, args.device, progress=progress, **size)
+    material = blocks_of_windows(kept, "the teacher's own text", eval_items=settings.eval_items)
+    return Prepared(marked, tokenizer, material, known, teacher, teachers_fingerprint, kept)
 
 
 def _identity(prepared: Prepared, settings: Settings, processes: int) -> dict[str, Any]:
@@ -163,6 +223,7 @@ def _identity(prepared: Prepared, settings: Settings, processes: int) -> dict[st
     return dataclasses.asdict(settings) | {
         "fingerprint": prepared.fingerprint,
         "data_sha256": prepared.material.sha256,
+        "teacher_fingerprint": prepared.teachers_fingerprint,
         "trained_sha256": hashlib.sha256(trained.encode()).hexdigest(),  # a plan can change it
         "processes": processes,
     }
@@ -216,7 +277,8 @@ def _train(
     model, material, tokenizer = prepared.marked.model, prepared.material, prepared.tokenizer
     _cast(model, DTYPES[settings.dtype])
     base = model.get_base_model() if settings.method == "lora" else model
-    in_pieces = not settings.whole_logits and shrink_head(base)
+    distillation = None if prepared.teacher is None else _distillation(base, prepared.teacher, settings, args.device)
+    in_pieces = distillation.in_pieces if distillation else not settings.whole_logits and shrink_head(base)
     cache, model.config.use_cache = model.config.use_cache, False
     args.eval_on_start = bool(settings.eval_every) and last is None
     steps = StepCallback(settings.steps, progress if args.process_index == 0 else silent)
@@ -229,12 +291,45 @@ def _train(
         data_collator=partial(collate, pad=pad),
         callbacks=[steps],
         evaluation=_batches(material.evaluation, settings.batch_size, pad),
+        show=distillation.show if distillation else None,
     )
     trainer.remove_callback(PrinterCallback)
     with known_warnings(), torch.serialization.safe_globals(_saved_with_galore(settings.method)):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.config.use_cache = cache
-    return trainer, _numbers(prepared.marked, material, trainer) | {"logits_in_pieces": in_pieces}
+    numbers = _numbers(prepared.marked, material, trainer) | {"logits_in_pieces": in_pieces}
+    if prepared.teacher is not None:
+        numbers |= _numbers_of_teacher(prepared.teacher, base, settings.eval_every, trainer)
+    return trainer, numbers
+
+
+def _distillation(
+    student: "PreTrainedModel", teacher: "PreTrainedModel", settings: Settings, device: torch.device
+) -> Distillation:
+    assert settings.distill_weight is not None
+    assert settings.distill_temperature is not None
+    share_frozen(student, teacher)
+    for model in (teacher, student):  # what they share moves once
+        nn.Module.to(model, device)
+    return Distillation(
+        student,
+        teacher,
+        weight=settings.distill_weight,
+        temperature=settings.distill_temperature,
+        in_pieces=not settings.whole_logits,
+    )
+
+
+def _numbers_of_teacher(
+    teacher: "PreTrainedModel", student: "PreTrainedModel", eval_every: int, trainer: ClockedTrainer
+) -> dict[str, Any]:
+    """What it costs (bytes that nobody else holds), and its loss on what is held out."""
+    students = {id(p) for p in student.parameters()}
+    own = [p for p in teacher.parameters() if id(p) not in students]
+    return {
+        "teacher_parameters": sum(p.numel() for p in teacher.parameters()),
+        "teacher_bytes": sum(p.numel() * p.element_size() for p in own),
+    } | ({"teacher_eval_loss": trainer.held_out_loss(teacher)} if eval_every else {})
 
 
 def _numbers(marked: Marked, material: Material, trainer: ClockedTrainer) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+import welore
+from conftest import build
+from toys import characters, checkpoint
+from welore.errors import WeLoreError
+from welore.loading import load
+from welore.progress import silent
+from welore.teacher import load_teacher, refuse_other_vocabulary, share_frozen, write_text
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: the head is tied to the embeddings
+def test_what_is_frozen_and_equal_is_held_once(family: str, tokens: torch.Tensor) -> None:
+    teacher = build(family).requires_grad_(False)
+    student = build(family)
+    welore.compress(student, rank_reduction=0.4, min_ratio=0.3)
+    student.requires_grad_(False)
+    student.model.norm.requires_grad_(True)
+    with torch.no_grad():
+        student.model.layers[0].input_layernorm.weight[0] += 1
+    expected = teacher(tokens).logits
+    share_frozen(student, teacher)
+    own = {id(p) for p in student.parameters()}
+    apart = {name for name, p in teacher.named_parameters() if id(p) not in own}
+    factored = {f"{name}.weight" for name, m in student.named_modules() if hasattr(m, "rank")}
+    assert factored
+    assert apart == factored | {"model.norm.weight", "model.layers.0.input_layernorm.weight"}
+    assert teacher.get_input_embeddings().weight is student.get_input_embeddings().weight
+    assert teacher.get_output_embeddings().weight is student.get_output_embeddings().weight
+    assert torch.equal(teacher(tokens).logits, expected)
+
+
+def test_another_dtype_is_not_shared() -> None:
+    student, teacher = build("llama").requires_grad_(False), build("llama", torch.bfloat16)
+    student.lm_head.weight.data = student.lm_head.weight.data.bfloat16()
+    share_frozen(student, teacher)
+    assert teacher.lm_head.weight is student.lm_head.weight
+    assert teacher.model.norm.weight is not student.model.norm.weight
+
+
+def test_another_vocabulary_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(WeLoreError, match="another vocabulary"):  # other words
+        refuse_other_vocabulary(build("llama"), tokenizer, build("llama"), characters())
+    with pytest.raises(WeLoreError, match=r"another vocabulary \(96 tokens, 104 outputs; the model has 96 and 96\)"):
+        refuse_other_vocabulary(build("llama"), tokenizer, build("llama", vocab_size=104), tokenizer)
+    refuse_other_vocabulary(build("llama"), tokenizer, build("gpt2"), tokenizer)  # another architecture may teach
+
+
+def test_a_teacher_is_loaded_frozen_and_a_model_may_not_be_its_own(tmp_path: Path) -> None:
+    dense, small = checkpoint(tmp_path / "dense", None), checkpoint(tmp_path / "small")
+    student, tokenizer = load(small, "auto", "cpu")
+    teacher = load_teacher(str(dense), student, tokenizer, small, alone=True)
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    with pytest.raises(WeLoreError, match="is its own teacher"):
+        load_teacher(str(small), student, tokenizer, small, alone=True)
+    load_teacher(str(small), student, tokenizer, small, alone=False)  # beside the text: a bound on what may change
+
+
+def test_the_teacher_writes_whole_windows_from_a_seed() -> None:
+    model = build("llama", vocab_size=97)
+    size = {"tokens": 70, "length": 16, "progress": silent}
+    first, second, other = (write_text(model, characters(), torch.device("cpu"), seed=s, **size) for s in (3, 3, 4))
+    assert first.shape == (5, 16)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
