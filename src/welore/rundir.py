@@ -92,9 +92,8 @@ def gathered(model: "PreTrainedModel") -> dict[str, Tensor] | None:
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
     once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # of tied tensors the first name
-    whole: dict[str, Any] = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole: dict[str, Any] = get_model_state_dict(model, options=options)
     return {name: tensor for name, tensor in whole.items() if name in once}
 
 
