@@ -108,7 +108,8 @@ def test_blocks_one_at_a_time_give_what_the_whole_model_gives(family: str, tmp_p
     whole = statistics(gathered(model, tmp_path, whole=True))
     assert blocks.keys() == whole.keys()
     for name, value in blocks.items():
-        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-6 * float(whole[name].abs().max()))
+        share = 1e-3 if name.endswith(".losses") else 1e-6  # the last directions turn with the rounding of the moments
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=share * float(whole[name].abs().max()))
 
 
 def test_sliding_windows_and_their_masks_belong_to_their_blocks(tmp_path: Path) -> None:

@@ -123,6 +123,8 @@ def test_decoding_lays_weights_by_column_and_nobody_notices(form: str, tmp_path:
     state = made.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
     save_file(state, tmp_path / "layer.safetensors")  # refuses what is not contiguous
+    made(torch.randn(2, 5)).sum().backward()
+    made.zero_grad()
     assert made.train() is made
     assert tall.weight.is_contiguous()
     made(x).sum().backward()

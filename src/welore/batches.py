@@ -85,7 +85,7 @@ def blocks_of_windows(windows: Tensor, name: str, *, eval_items: int) -> Materia
 
 def blocks_to_write(train_blocks: int) -> int:
     """How many blocks leave `train_blocks` or more when the first tenth is held out."""
-    return train_blocks + max(1, -(-train_blocks // (HELD_OUT - 1)))
+    return train_blocks + max(1, (train_blocks - 1) // (HELD_OUT - 1))
 
 
 def _first_tenth(blocks: list[Tensor]) -> tuple[list[Tensor], list[Tensor], str]:

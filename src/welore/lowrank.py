@@ -124,7 +124,8 @@ def _lay_by_column(tall: nn.Linear, x: Tensor) -> None:
         return
     if tall.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
-    weight.data = weight.data.T.contiguous().T
+    with torch.inference_mode(False):  # the weight may be trained later, which a tensor made in that mode may not
+        weight.data = weight.data.T.contiguous().T
 
 
 def _by_row(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
