@@ -116,7 +116,7 @@ class Bench:
         """The statistics for a seed, made once; what that took lies beside them."""
         path = self.work / f"{kind}-{seed}.safetensors"
         if not path.is_file():
-            how = (
+            how: tuple[Any, ...] = (
                 "--data",
                 self.sources[kind],
                 "--tokens",
@@ -126,6 +126,8 @@ class Bench:
                 "--seed",
                 seed,
             )
+            if kind == "self":
+                how = (*how, "--measure", 0)  # as compress does it
             _, cost = welore("calibrate", self.model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))
         return path
