@@ -1,7 +1,7 @@
 """The tables of README.md and docs/method.md from the records in docs/benchmarks; `--check` only compares.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `--demo DIR` first takes the records of a demo,
-`--methods DIR` those of recipes/compare_methods_cpu.sh.
+`--methods DIR` those of recipes/compare_methods_cpu.sh, `--tasks DIR` those of `welore score`.
 """
 
 import argparse

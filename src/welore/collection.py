@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,8 +165,7 @@ def calibrate(
             with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
                 collect = partial(Losses, split=partial(_components, weights, found))
                 gather(net, targets, some, losses, seed=seed_of(seed, "measured"), collect=collect, **how)
-            fields["tensors"] = _Finished(workspace, losses)
-            found = Calibration(identity, record=record, **fields, **chosen, measured=some.numel())
+            found = replace(found, tensors=_Finished(workspace, losses), measured=some.numel())
         found.save(path)
     except WeLoreError:
         workspace.remove()
@@ -183,9 +183,6 @@ def _written(model: Any, tokenizer: Any, workspace: Workspace, device: torch.dev
     return found["windows"]
 
 
-# --- what is refused, and what is written down ----------------------------------------------------------------------
-
-
 def _components(weights: Weights, found: Calibration, name: str) -> tuple[Tensor, Tensor] | None:
     """A (m, k) and B (k, n) with W = A B: all components of a matrix, in the order in which K-FAC cuts them."""
     norm = metric(KFAC, found, name)
@@ -194,6 +191,9 @@ def _components(weights: Weights, found: Calibration, name: str) -> tuple[Tensor
     W = weights.read(next(target for target in weights.targets if target.name == name))
     factors = factorise(W.cpu(), min(W.shape), metric=norm)
     return factors.A, factors.B
+
+
+# --- what is refused, and what is written down ----------------------------------------------------------------------
 
 
 def _check(path: Path, tokens: int, length: int, batch_size: int) -> None:

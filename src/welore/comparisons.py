@@ -11,10 +11,10 @@ from typing import Any
 from welore.errors import WeLoreError
 from welore.figures import megabytes, percent, perplexity_text
 from welore.records import Record
+from welore.tasks import TASKS
 
 # the order of methods in tables and figures
 METHOD_ORDER = ("full", "lrc", "nlrc", "lora", "galore")
-TASK_ORDER = ("commonsense_qa", "svamp", "boolq", "coin_flip", "object_tracking", "strategy_qa")
 UNKNOWN = "–"
 
 
@@ -76,7 +76,7 @@ def task_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     scores = [r for r in records if r.kind == "accuracy"]
     if not scores:
         raise WeLoreError("there is no record of an accuracy: make one with `welore score`")
-    tasks = [task for task in TASK_ORDER if any(r.settings["task"] == task for r in scores)]
+    tasks = [task for task in TASKS if any(r.settings["task"] == task for r in scores)]
     cells: dict[str, dict[str, Record]] = {}
     for r in scores:
         row, task = cells.setdefault(run_name(r), {}), r.settings["task"]
@@ -131,7 +131,9 @@ def _caption(run: Record) -> str:
 
 def _place(run: Record) -> tuple[Any, ...]:
     dense = run.numbers["rank_reduction"] == 0
-    return METHOD_ORDER.index(run.settings["method"]), dense, run_name(run), run.settings["lr"]
+    method = run.settings["method"]
+    known = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
+    return known, method, dense, run_name(run), run.settings["lr"]
 
 
 def _final_loss(run: Record) -> float:

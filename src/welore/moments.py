@@ -16,7 +16,6 @@ from welore.errors import WeLoreError
 PIECES = 4  # of a product x^T x, of which only the upper triangle of pieces is made
 SMALL = 256  # columns up to which it is made in one piece
 
-
 Split = Callable[[str], tuple[Tensor, Tensor] | None]
 
 
@@ -40,10 +39,10 @@ class Moments:
             module.register_forward_hook(partial(self._enters, name), with_kwargs=True)
 
     def _enters(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = _entering(args, kwargs)
         if not x.numel():
             return
-        self._batch.setdefault(name, []).append(x.detach())
+        self._batch.setdefault(name, []).append(x)
         total = _sum(self._outputs, name, y, square=True)
         if y.requires_grad:
             y.register_hook(lambda g: _add_gram(total, g.reshape(-1, g.shape[-1])))
@@ -110,7 +109,7 @@ class Losses:
         kwargs: dict[str, Any],
         y: Tensor,
     ) -> None:
-        x = (args[0] if args else next(iter(kwargs.values()))).detach().float()
+        x = _entering(args, kwargs).float()
         A, B = (part.to(x.device) for part in parts)
         enters = x.reshape(-1, x.shape[-1]) @ B.T
 
@@ -131,6 +130,12 @@ class Losses:
 
 
 Collector = Moments | Losses
+
+
+def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer was called with."""
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return x.detach()
 
 
 def _sum(sums: dict[str, Tensor], name: str, x: Tensor, *, square: bool) -> Tensor:
