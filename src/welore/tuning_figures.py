@@ -3,6 +3,7 @@
 Needs the extra `report`. Reads records only: neither torch nor a model.
 """
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -117,8 +118,9 @@ def _draw_bars(ax: "Axes", drawn: Sequence[Drawn], values: Sequence[float], what
         ax.bar(i, value, 0.6, color="white" if d.nth else d.colour, edgecolor=d.colour, hatch="///" if d.nth else None)
         text = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
         ax.annotate(text, (i, value), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-    ax.set_xticks(range(len(drawn)), labels=[d.name for d in drawn])
-    if sum(len(d.name) for d in drawn) > 40:
+    long = sum(len(d.name) for d in drawn) > 40
+    ax.set_xticks(range(len(drawn)), labels=[textwrap.fill(d.name, 14) if long else d.name for d in drawn])
+    if long and len(drawn) > 4:
         ax.tick_params(axis="x", rotation=90)
     ax.set_xlim(-0.6, max(len(drawn), 4) - 0.4)  # a single bar is no wall
     ax.set_ylabel(what)
