@@ -4,8 +4,9 @@
 #
 #   recipes/downstream.sh [MODEL] [OUT]       METHODS="full lora galore lrc" for the whole table
 #
-# Several GPUs: BATCH=2 LAUNCH="torchrun --nproc_per_node 4 --no-python". TASK_DATA: a directory with the original
-# files, or "generated" (coin_flip, object_tracking); without it the hub.
+# A learning rate for each method: METHODS=lora LR=3e-3, and so on, into the same OUT. Several GPUs: BATCH=2
+# LAUNCH="torchrun --nproc_per_node 4 --no-python". TASK_DATA: a directory with the original files, or "generated"
+# (coin_flip, object_tracking); without it the hub.
 set -euo pipefail
 model=${1:-meta-llama/Llama-2-7b-hf}
 out=${2:-runs/downstream}
@@ -19,7 +20,8 @@ for method in ${METHODS:-lrc}; do
         [ -f "$run/finetune.json" ] ||
             ${LAUNCH:-} welore finetune "$out/compressed" "$run" --method "$method" --task "$task" \
                 ${TASK_DATA:+--task-data "$TASK_DATA"} --steps "${STEPS:-1000}" --batch-size "${BATCH:-8}" \
-                --length "${LENGTH:-512}" --lr 5e-5 --label "$method" $([ -f "$run/run.json" ] && echo --resume)
+                --length "${LENGTH:-512}" --lr "${LR:-5e-5}" --dtype "${DTYPE:-auto}" --label "$method" \
+                $([ -f "$run/run.json" ] && echo --resume)
         welore score "$run/model" --task "$task" ${TASK_DATA:+--data "$TASK_DATA"} ${LIMIT:+--limit "$LIMIT"} \
             --label "$method" -o "$out/$task-$method.score.json"
     done

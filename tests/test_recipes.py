@@ -113,6 +113,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_every_recipe_is_run_here() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
     for recipe in (ROOT / "recipes").iterdir():
+        if "exec bash" in recipe.read_text():  # settings for another recipe
+            assert f'"{recipe.name}"' in source, recipe
+            continue
         assert re.search(rf'run\(\s*"{recipe.name}"[^)]*answer=obeyed', source), recipe
 
 
@@ -191,6 +194,39 @@ def test_healing_recipe_needs_no_data_and_compares_the_three_models(model: Path,
     again, commands = run("heal.sh", model, out, answer=noted, place=tmp_path / "again", **knobs)
     assert again[0] == 0, again[1]
     assert [command[0] for command in commands] == ["evaluate"] * 3  # what is finished is kept
+
+
+def test_study_recipe_pretrains_cuts_both_ways_and_fine_tunes_with_controls(text: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    knobs = {"DATA": text, "SIZE": "32/2/4/56", "VOCABULARY": "300", "STEPS": "8", "PROBES": "4", "PROBE_ITEMS": "2"}
+    knobs |= {"EVAL_ITEMS": "4", "BATCH": "4", "LENGTH": "16", "WINDOWS": "4", "TUNING_STEPS": "2"}
+    out = tmp_path / "out"
+    (status, output), _ = run("emergence_cpu.sh", out, answer=obeyed, place=tmp_path / "first", **knobs)
+    assert status == 0, output
+    place = out / "seed-0"
+    cut = {n: Record.load(place / f"{n}-0.5.ppl.json").numbers for n in ("welore", "uniform")}
+    assert cut["uniform"]["parameter_ratio"] == pytest.approx(cut["welore"]["parameter_ratio"], abs=0.04)
+    dense = Record.load(place / "dense.ppl.json").numbers
+    assert dense["parameter_ratio"] == 1
+    names = {f"{m}-{err}" for m in ("full", "lrc", "nlrc") for err in ("0.3", "0.5")}
+    names |= {f"dense-{m}" for m in ("full", "lrc", "nlrc")}
+    assert {path.parent.name for path in place.glob("*/finetune.json")} == names
+    assert (out / "report" / "study-settling.png").is_file()
+
+    again, commands = run("emergence_cpu.sh", out, answer=noted, place=tmp_path / "again", **knobs)
+    assert again[0] == 0, again[1]
+    assert [command[0] for command in commands] == ["report"]  # what is finished is kept
+
+
+def test_study_recipe_at_the_papers_size(tmp_path: Path) -> None:
+    def noted_or_refused(command: Sequence[str]) -> Answer:
+        return noted(command) if command[0] == "pretrain" else (3, "")
+
+    (status, _), commands = run("emergence_gpu.sh", tmp_path / "out", answer=noted_or_refused, place=tmp_path / "bin")
+    assert status == 3  # the recipe stops where a command fails
+    settings = parsed(commands[0])
+    wanted = {"size": "130m", "data": "c4", "steps": 25_000, "vocabulary": 32_000, "weight_decay": 0.0, "probes": 30}
+    assert settings.items() >= wanted.items()
 
 
 def tuned(commands: Sequence[Sequence[str]]) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -40,3 +41,31 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def trace(directory: Path, checkpoints: int = 6, layers: int = 3, seed: int = 0) -> Path:
+    """A trace as `pretrain` writes it, of random numbers; q, k, gate and o grow lower in rank with time."""
+    from welore.study.trace import COMPARED, OTHER, SAME, Writer, key
+
+    draws = np.random.default_rng(seed)
+    shapes = {"q": (12, 12), "k": (12, 12), "v": (12, 12), "o": (12, 12)}
+    kinds = {f"self_attn.{kind}_proj": shape for kind, shape in shapes.items()}
+    kinds |= {"mlp.gate_proj": (20, 12), "mlp.up_proj": (20, 12), "mlp.down_proj": (12, 20)}
+    named = {f"model.layers.{i}.{kind}": shape for i in range(layers) for kind, shape in kinds.items()}
+    writer = Writer(directory, {"name": f"toy, seed {seed}", "fingerprint": "0" * 8}, named)
+    for at in range(checkpoints):
+        arrays: dict[str, Any] = {}
+        for name, (m, n) in named.items():
+            values = np.sort(draws.random(min(m, n)))[::-1]
+            arrays[key(name, "gradient")], arrays[key(name, "gradient_energy")] = values, (values**2).sum()
+            low = name.rpartition(".")[2] in ("q_proj", "k_proj", "gate_proj", "o_proj")
+            decay = np.exp(-np.arange(min(m, n)) * (at if low else 0.1 * draws.random()) / 4)
+            arrays[key(name, "weight")], arrays[key(name, "change")] = values * decay, values * at
+            for field in COMPARED:
+                arrays[key(name, field, OTHER)] = 0.2 + 0.6 * draws.random(at + 1)
+                arrays[key(name, field, SAME)] = np.append(0.3 + 0.6 * draws.random(at), 1.0)
+        loss = 5.0 - at / checkpoints
+        rate = 1e-3 * (1 - abs(at - 1) / checkpoints)
+        line = {"step": 10 * at, "tokens": 640 * at, "learning_rate": rate, "held_out_loss": loss}
+        writer.append(line, arrays)
+    return directory

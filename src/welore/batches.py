@@ -75,6 +75,16 @@ def blocks_of_text(
     return Material(_labelled(train), _labelled(held[:eval_items]), split, counts, _digest(texts))
 
 
+def training_texts(data: str, tokens: int, cache_dir: str | Path | None = None) -> list[str]:
+    """What `blocks_of_text` trains on, as text: the training part of a named data set, all but the first tenth of any
+    other.
+    """
+    if data in PARTS:
+        return PARTS[data](tokens, cache_dir)[0]
+    text = read_text(data, cache_dir=cache_dir)
+    return [text[len(text) // HELD_OUT :]]
+
+
 def blocks_of_windows(windows: Tensor, name: str, *, eval_items: int) -> Material:
     """Windows (count, length) of token ids that a model has written, as material; the first tenth is held out."""
     held, train, split = _first_tenth(list(windows.long()))

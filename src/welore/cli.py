@@ -513,6 +513,7 @@ def finetune(
     loss_on_prompt: Annotated[bool, typer.Option("--loss-on-prompt", help="Learn the questions, too.")] = False,
     rank: Annotated[int | None, typer.Option(help="Of lora and galore.  [default: 8; 128]")] = None,
     optimizer: Annotated[str, typer.Option(help="Any optimiser of transformers' Trainer.")] = "adamw_torch_fused",
+    weight_decay: Annotated[float, typer.Option(help="AdamW's; at 0 it is Adam.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm; 0: not at all.")] = 1.0,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute twice, remember less; the same losses.")
@@ -565,6 +566,67 @@ def finetune(
     line = (
         f"{method}: {n['trainable_parameters']:,} of {n['total_parameters']:,} parameters trained, {found}"
         f"{n.get('tokens_per_second', 0):.0f} tokens/s, {n['peak_memory_bytes'] / 1e9:.2f} GB -> {out / 'model'}"
+    )
+    _tell(_plain(record), as_json, line)
+
+
+@app.command(epilog="Example: `welore pretrain study --size 2m --vocabulary 4096 --data wikitext2 --steps 1500`")
+def pretrain(
+    out: Out,
+    data: Annotated[
+        str | None, typer.Option(help="A text: c4, wikitext2, pydoc, or a .txt, .jsonl or .parquet file.")
+    ] = None,
+    size: Annotated[
+        str,
+        typer.Option(help="2m, 9m, 20m, 60m, 130m, 350m, 1b, 7b, or HIDDEN/LAYERS/HEADS/INTERMEDIATE."),
+    ] = "9m",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 25_000,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of a hub model or directory.  [default: a BPE made from the text]")
+    ] = None,
+    vocabulary: Annotated[int, typer.Option(help="Tokens of that BPE.")] = 32_000,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; a cosine brings it down to a tenth.")] = 1e-3,
+    warmup: Annotated[int | None, typer.Option(help="Steps up to the peak.  [default: one in twenty]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a process.")] = 32,
+    accumulation: Annotated[int, typer.Option(help="Batches added up to one step.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (weights stay float32); auto: bfloat16 on a GPU.")] = (
+        "auto"
+    ),
+    optimizer: Annotated[str, typer.Option(help="Any optimiser of transformers' Trainer.")] = "adamw_torch_fused",
+    weight_decay: Annotated[float, typer.Option(help="AdamW's; at 0 it is Adam, the paper's.")] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm; 0: not at all.")] = 1.0,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute twice, remember less; the same losses.")
+    ] = False,
+    probes: Annotated[int, typer.Option(help="Checkpoints of the trace, the first and the last step among them.")] = 30,
+    probe_items: Annotated[int, typer.Option(help="Held-out sequences in each of the two fixed batches.")] = 32,
+    eval_items: Annotated[int, typer.Option(help="Held-out sequences for the loss, those two among them.")] = 128,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints to resume from; 0: none.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last checkpoint in OUT.")] = False,
+    overwrite: Overwrite = False,
+    report_to: Annotated[str, typer.Option(help="none, tensorboard, trackio or wandb.")] = "none",
+    label: Annotated[str | None, typer.Option(help="A name for tables and figures.")] = None,
+    cache_dir: CacheDir = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pre-train a small Llama and record how its weights and gradients become low rank -> trace, record, model."""
+    settings = dict(locals())
+    as_json = settings.pop("as_json")
+    if data is None:
+        raise WeLoreError("name the text to learn from: --data c4, wikitext2, pydoc or a file")
+    from welore.study.emergence import pretrain
+
+    with _progress() as progress:
+        record = pretrain(**settings | {"device": _device(device)}, progress=progress)
+    n = record.numbers
+    share = f", {n['probe_share']:.0%} of the time for the trace" if n["probe_share"] is not None else ""
+    line = (
+        f"{n['parameters']:,} parameters, {n['tokens']:,} tokens, held-out loss {n['held_out_loss'][0][1]:.3f} -> "
+        f"{n['held_out_loss'][-1][1]:.3f}{share}; at ERR {n['rank_reduction']:.1%}, parameters "
+        f"{n['parameter_ratio']:.1%}, {n['lrcs']} of {len(n['matrices'])} matrices are LRCs -> {out}"
     )
     _tell(_plain(record), as_json, line)
 

@@ -163,7 +163,7 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     if any(k.null is not None for k in kinds):
         _draw_null(ax, len(layers), [k.null for k in kinds])
         ticks[len(layers) + 1.5] = "Gaussian\nnull"
-    _hatch(ax, [cells[a.name] for a in plan.allocations if not a.factored])
+    hatch(ax, [cells[a.name] for a in plan.allocations if not a.factored])
     ax.set_xticks(list(ticks), labels=list(ticks.values()), fontsize=7)
     ax.set_yticks(np.arange(len(kinds)) + 0.5, labels=[plain(k.kind) for k in kinds], fontsize=8)
     ax.invert_yaxis()
@@ -348,7 +348,8 @@ def _draw_null(ax: "Axes", layers: int, shares: Sequence[float | None]) -> None:
         ax.text(layers + 1.5, i + 0.5, f"{100 * value:.0f} %", ha="center", va="center", fontsize=7, color=colour)
 
 
-def _hatch(ax: "Axes", cells: Sequence[tuple[int, int]]) -> None:
+def hatch(ax: "Axes", cells: Iterable[tuple[int, int]]) -> None:
+    """Hatch the unit cells (row, column) of a heat map."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 

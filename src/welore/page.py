@@ -18,12 +18,15 @@ from welore.files import whole_file
 from welore.plan import Plan
 from welore.records import Record
 from welore.spectra import Spectra
+from welore.study.claims import claims_table, load_pretraining
+from welore.study.figures import FIGURES, settling
+from welore.study.trace import LINES, Trace
 from welore.tuning_figures import FIGURE_1, FIGURE_5, fine_tuning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Artefact = Spectra | Plan | Record
+Artefact = Spectra | Plan | Record | Trace
 LOADERS: dict[str, Callable[[Path], Artefact]] = {
     "spectra*.safetensors": Spectra.load,
     "plan.json": Plan.load,
@@ -32,6 +35,9 @@ LOADERS: dict[str, Callable[[Path], Artefact]] = {
     "*.ppl.json": Record.load,
     "finetune.json": Record.load,
     "*.score.json": Record.load,
+    "pretrain.json": load_pretraining,
+    "*.pretrain.json": load_pretraining,
+    LINES: Trace.load,
 }
 SIZES = ("rank_reduction", "parameter_ratio", "bytes")
 # kind of record -> part -> what the page reads from it
@@ -62,6 +68,7 @@ NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
         "settings": ("task",),
         "numbers": ("accuracy", "n", "ci95_low", "ci95_high", "majority_rate", "unparsable"),
     },
+    "pretrain": {"inputs": ("label",), "settings": ("seed",)},
 }
 CURVES = {"train_loss": 2, "evaluation": 3}  # numbers that are lists of [step, value, ...], and how many stand in each
 WORDS = ("trains",)  # and those that are text
@@ -99,6 +106,21 @@ class PlanSection:
 
 
 @dataclass(frozen=True)
+class Study:
+    """Pre-trainings: what they say of the paper's claims, all of them in one figure, and the figures of each trace."""
+
+    claims: Table | None
+    settling: Picture | None
+    traces: dict[str, list[tuple[Picture, str]]]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All of them."""
+        of_traces = [picture for pictures in self.traces.values() for picture, _ in pictures]
+        return of_traces if self.settling is None else [self.settling, *of_traces]
+
+
+@dataclass(frozen=True)
 class Tuning:
     """Fine-tuning runs that may be compared: their table, and figures with what is to be said of each."""
 
@@ -109,9 +131,10 @@ class Tuning:
 def report(directories: Sequence[str | Path], out: str | Path) -> Path:
     """Write `out/report.html` and its figures from every artefact under the directories; the page's path.
 
-    Reads spectra*.safetensors, plan.json, *.plan.json, compression.json, *.ppl.json, finetune.json and *.score.json,
-    at any depth. Nothing is written before everything is read and drawn, and the page is written last. Raises
-    WeLoreError if there is nothing to report, if an artefact is broken, or if the extra `report` is not installed.
+    Reads spectra*.safetensors, plan.json, *.plan.json, compression.json, *.ppl.json, finetune.json, *.score.json,
+    pretrain.json, *.pretrain.json and the traces of pre-trainings, at any depth. Nothing is written before everything
+    is read and drawn, and the page is written last. Raises WeLoreError if there is nothing to report, if an artefact
+    is broken, or if the extra `report` is not installed.
     """
     try:
         import jinja2
@@ -165,7 +188,9 @@ def _read(path: Path, load: Callable[[Path], Artefact]) -> Artefact:
         artefact = load(path)
         if isinstance(artefact, Record):
             _check(path, artefact)
-        elif not (artefact.allocations if isinstance(artefact, Plan) else artefact.values):
+        elif isinstance(artefact, Plan | Spectra) and not (
+            artefact.allocations if isinstance(artefact, Plan) else artefact.values
+        ):
             raise WeLoreError(f"{path} holds no matrix: make it again")
     except WeLoreError:
         raise
@@ -281,8 +306,10 @@ def _content(found: Mapping[Path, Artefact]) -> tuple[dict[str, Any], list[Pictu
         for i, s in enumerate(alone.values(), 1)
     ]
     tunings = [_tuning(comparison, i) for i, comparison in enumerate(comparisons(records.values()), 1)]
+    study = _study([a for a in found.values() if isinstance(a, Trace)], list(records.values()))
     content = {
         "texts": texts,
+        "study": study,
         "tunings": tunings,
         "tasks": task_tables(records.values()),
         "overview": overview,
@@ -294,7 +321,23 @@ def _content(found: Mapping[Path, Artefact]) -> tuple[dict[str, Any], list[Pictu
     }
     of_tunings = [picture for tuning in tunings for picture, _ in tuning.pictures]
     of_plans = [picture for s in sections for picture in (s.spectra, s.reduction, s.parameters)]
-    return content, [p for p in (overview, *of_tunings, *(p for _, p in alone_pictures), *of_plans) if p is not None]
+    others = (*of_tunings, *(p for _, p in alone_pictures), *of_plans, *study.pictures)
+    return content, [p for p in (overview, *others) if p is not None]
+
+
+def _study(traces: Sequence[Trace], records: Sequence[Record]) -> Study:
+    """Everything about pre-trainings; empty where there is none."""
+    runs = [record for record in records if record.kind == "pretrain"]
+    drawn: dict[str, list[tuple[Picture, str]]] = {}
+    for number, trace in enumerate(traces, 1):
+        name = str(trace.about["name"])
+        drawn[name if name not in drawn else f"{name} ({number})"] = [
+            (_picture(draw(trace, title=name), f"study-{number}-{figure}"), caption)
+            for figure, (draw, caption) in FIGURES.items()
+        ]
+    if not runs:
+        return Study(None, None, drawn)
+    return Study(claims_table(runs), _picture(settling(runs), "study-settling"), drawn)
 
 
 def _compressions(records: Mapping[Path, Record]) -> dict[Path, Record]:

@@ -49,6 +49,7 @@ class Settings:
     loss_on_prompt: bool
     rank: int | None
     optimizer: str
+    weight_decay: float
     max_grad_norm: float
     gradient_checkpointing: bool
     selective_checkpointing: bool
@@ -110,8 +111,11 @@ def check(settings: Settings, save_every: int, report_to: str) -> None:
     for name, value in {"eval_every": settings.eval_every, "save_every": save_every}.items():
         if value < 0:
             raise WeLoreError(f"{name} is {value}: it is a number of steps, or 0 for never")
-    if not settings.lr > 0 or settings.max_grad_norm < 0:
-        raise WeLoreError(f"lr is {settings.lr}, max_grad_norm {settings.max_grad_norm}: they cannot be negative or 0")
+    if not settings.lr > 0 or settings.max_grad_norm < 0 or settings.weight_decay < 0:
+        raise WeLoreError(
+            f"lr is {settings.lr}, max_grad_norm {settings.max_grad_norm}, weight_decay {settings.weight_decay}: none "
+            "of them can be negative, nor lr 0"
+        )
     if not 0 <= settings.warmup < settings.steps:
         raise WeLoreError(f"warmup is {settings.warmup}: it must be less than the {settings.steps} steps of the run")
 
@@ -184,7 +188,7 @@ def arguments(settings: Settings, out: Path, save_every: int, report_to: str, de
         seed=settings.seed,
         bf16=settings.dtype == "bfloat16",
         optim=settings.optimizer,
-        weight_decay=0.0,
+        weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         logging_steps=1,
         logging_nan_inf_filter=False,

@@ -4,14 +4,14 @@ import dataclasses
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from welore.activations import keep_wide_products
 from welore.batches import (
@@ -56,6 +56,9 @@ from welore.trainer import ClockedTrainer, StepCallback, peak_memory
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# a Trainer, and the step after which it goes on (None: it begins) -> one more callback of it
+Watch = Callable[[ClockedTrainer, int | None], TrainerCallback]
+
 
 def finetune(
     model: str | Path,
@@ -78,6 +81,7 @@ def finetune(
     loss_on_prompt: bool = False,
     rank: int | None = None,
     optimizer: str = ADAMW,
+    weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     gradient_checkpointing: bool = False,
     selective_checkpointing: bool = False,
@@ -96,6 +100,7 @@ def finetune(
     label: str | None = None,
     cache_dir: str | Path | None = None,
     revision: str | None = None,
+    watch: Watch | None = None,
     progress: Progress = silent,
 ) -> Record:
     """Fine-tune MODEL by one of METHODS and write the run to `out`; the record (also OUT/finetune.json).
@@ -114,6 +119,7 @@ def finetune(
     over the vocabulary at every predicted token, at distill_temperature (1); distill_weight (1) below 1 leaves the
     rest to the text's cross-entropy. With data "self" the teacher writes the text: all that the steps read and a
     tenth held out, or self_tokens, read as often as needed. Evaluation is the text's cross-entropy in any case.
+    watch: makes one more callback of the Trainer; welore.study records its trace by one.
     Raises WeLoreError for what cannot work, before anything is written.
     """
     given = dict(locals())
@@ -137,7 +143,7 @@ def finetune(
     last = last_checkpoint(out) if resume else None
 
     started = time.perf_counter()
-    trainer, numbers = _train(prepared, settings, args, last, progress)
+    trainer, numbers = _train(prepared, settings, args, last, watch, progress)
     tuned: Any = prepared.marked.model.merge_and_unload() if method == "lora" else prepared.marked.model
     tuned.to(DTYPES[settings.dtype])
     state = gathered(tuned)
@@ -271,7 +277,12 @@ def _items_read(settings: Settings, processes: int) -> int:
 
 
 def _train(
-    prepared: Prepared, settings: Settings, args: TrainingArguments, last: Path | None, progress: Progress
+    prepared: Prepared,
+    settings: Settings,
+    args: TrainingArguments,
+    last: Path | None,
+    watch: Watch | None,
+    progress: Progress,
 ) -> tuple[ClockedTrainer, dict[str, Any]]:
     """Run the Trainer; it, and what was measured."""
     model, material, tokenizer = prepared.marked.model, prepared.material, prepared.tokenizer
@@ -294,6 +305,8 @@ def _train(
         show=distillation.show if distillation else None,
     )
     trainer.remove_callback(PrinterCallback)
+    if watch is not None:
+        trainer.add_callback(watch(trainer, None if last is None else _step_of(last)))
     with known_warnings(), torch.serialization.safe_globals(_saved_with_galore(settings.method)):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     model.config.use_cache = cache

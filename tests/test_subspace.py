@@ -1,0 +1,42 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from welore.study.subspace import cosine, leading, overlap
+
+
+def basis(k: int, r: int, seed: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(k, r, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (6, 6), (9, 1)])
+def test_leading_directions_are_those_of_the_shorter_side(shape: tuple[int, int]) -> None:
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    values, found = leading(G, 3)
+    U, S, V = torch.linalg.svd(G.double(), full_matrices=False)
+    side = U if shape[0] <= shape[1] else V.T
+    assert torch.allclose(values, S, atol=1e-6)
+    assert found.shape == (min(shape), min(3, *shape))
+    assert torch.allclose((found * side[:, :3]).sum(0).abs(), torch.ones(found.shape[1]).double(), atol=1e-6)
+
+
+def test_overlap_is_one_for_the_same_space_and_zero_for_an_orthogonal_one() -> None:
+    Q = basis(8, 8, 0)
+    turned = Q[:, :3] @ basis(3, 3, 1)
+    assert overlap(Q[:, :3], turned) == pytest.approx(1, abs=1e-5)
+    assert overlap(Q[:, :3], Q[:, 3:6]) == pytest.approx(0, abs=1e-6)
+    assert overlap(Q[:, :4], torch.cat([Q[:, :1], Q[:, 5:8]], 1)) == pytest.approx(1 / 4, abs=1e-5)
+
+
+def test_overlap_of_random_subspaces_is_their_share_of_the_space() -> None:
+    found = [overlap(basis(64, 16, i), basis(64, 16, i + 1000)) for i in range(40)]
+    assert np.mean(found) == pytest.approx(16 / 64, abs=0.01)
+
+
+def test_cosine_is_that_of_the_flattened_matrices_and_zero_beside_nothing() -> None:
+    G, H = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    assert cosine(G, H) == pytest.approx(1 / math.sqrt(2))
+    assert cosine(G, -G) == pytest.approx(-1)
+    assert cosine(G, torch.zeros(2, 2)) == 0
