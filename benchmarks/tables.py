@@ -1,21 +1,26 @@
 """The tables of README.md and docs/method.md from the records in docs/benchmarks; `--check` only compares.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `--demo DIR` first takes the records of a demo,
-`--methods DIR` those of recipes/compare_methods_cpu.sh, `--tasks DIR` those of `welore score`.
+`--methods DIR` those of recipes/compare_methods_cpu.sh, `--tasks DIR` those of `welore score`, `--study DIR` records
+and figures of recipes/emergence_cpu.sh.
 """
 
 import argparse
 import re
+import shutil
 import sys
 from pathlib import Path, PurePath
 
-from welore.comparisons import task_table
+from welore.comparisons import Table, task_table
 from welore.figures import megabytes, percent, perplexity_text
 from welore.records import Record
+from welore.study.claims import claims_table
+from welore.study.closing import Closed, closed, cuts_table, tunings_table, verdicts
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "docs" / "benchmarks"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md")
+STUDY = ROOT / "docs" / "study"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md", STUDY / "README.md")
 METHODS, ITEMS_SHOWN = HERE / "tuning", 3
 DEMO = ("dense", "welore", "uniform-same-err", "uniform-same-parameters")
 
@@ -114,8 +119,22 @@ def methods() -> str:
 
 def tasks() -> str:
     """Accuracy of every method on the tasks, from recipes/downstream.sh."""
-    headings, rows = task_table([Record.load(path) for path in sorted(METHODS.glob("*.score.json"))])
-    return "\n".join(f"| {' | '.join(row)} |" for row in (headings, ["---"] * len(headings), *rows))
+    return marked_down(Table("", *task_table([Record.load(path) for path in sorted(METHODS.glob("*.score.json"))])))
+
+
+def marked_down(table: Table) -> str:
+    """A table of the report in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (table.headings, ["---"] * len(table.headings), *table.rows))
+
+
+def study_records() -> dict[Path, Record]:
+    """Everything kept of the pre-trainings, by path."""
+    return {path: Record.load(path) for path in sorted(STUDY.rglob("*.json"))}
+
+
+def study_closed() -> list[Closed]:
+    """What was made of the pre-trained models."""
+    return closed(study_records())
 
 
 def quality() -> str:
@@ -158,6 +177,17 @@ def take(source: Path, target: Path) -> None:
     record.save(target)
 
 
+def take_study(source: Path) -> None:
+    """Records (not weights) of every seed, with their places, and the figures of the report."""
+    for place in sorted(source.glob("seed-*")):
+        shutil.rmtree(STUDY / place.name, ignore_errors=True)
+        for path in (place / "pretrain" / "pretrain.json", *place.glob("*.ppl.json"), *place.glob("*/finetune.json")):
+            take(path, STUDY / path.relative_to(source))
+    for path in (source / "report").glob("study-*.png"):
+        (STUDY / "figures").mkdir(exist_ok=True)
+        shutil.copyfile(path, STUDY / "figures" / path.name)
+
+
 TABLES = {
     "demo": demo,
     "speed": speed,
@@ -166,6 +196,10 @@ TABLES = {
     "methods": methods,
     "tasks": tasks,
     "quality": quality,
+    "study": lambda: marked_down(claims_table(list(study_records().values()))),
+    "study_closing": lambda: marked_down(verdicts(study_closed())),
+    "study_cuts": lambda: marked_down(cuts_table(study_closed())),
+    "study_tunings": lambda: marked_down(tunings_table(study_closed())),
 }
 
 
@@ -182,6 +216,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, help="directory that `make demo` wrote")
     parser.add_argument("--methods", type=Path, help="directory that recipes/compare_methods_cpu.sh wrote")
     parser.add_argument("--tasks", type=Path, help="directory with score records of the tasks")
+    parser.add_argument("--study", type=Path, help="directory that recipes/emergence_cpu.sh wrote")
     arguments = parser.parse_args()
     if arguments.demo:
         for name in DEMO:
@@ -192,6 +227,8 @@ def main() -> None:
     if arguments.tasks:
         for path in sorted(arguments.tasks.glob("*.score.json")):
             take(path, METHODS / path.name)
+    if arguments.study:
+        take_study(arguments.study)
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         if not arguments.check:

@@ -22,7 +22,7 @@ tuned() { # name, method, checkpoint, further arguments
     shift 3
     [ -f "$place/$name/finetune.json" ] ||
         welore finetune "$checkpoint" "$place/$name" --method "$method" --data "$data" --length "$length" \
-            --batch-size "${BATCH:-16}" --steps "${TUNING_STEPS:-60}" --lr "${TUNING_LR:-1e-3}" --seed "$seed" \
+            --batch-size "${BATCH:-16}" --steps "${TUNING_STEPS:-60}" --lr "${TUNING_LR:-3e-4}" --seed "$seed" \
             --eval-every "${TUNING_STEPS:-60}" --eval-items 64 --save-every 0 --label "$name" --overwrite "$@"
 }
 
@@ -50,8 +50,8 @@ for seed in ${SEEDS:-0}; do
             --probes "${PROBES:-30}" --probe-items "${PROBE_ITEMS:-32}" --eval-items "${EVAL_ITEMS:-64}" \
             $([ -f "$run/run.json" ] && echo --resume)
     evaluated "$model" dense
-    branch 0.3 &
-    branch 0.5
+    OMP_NUM_THREADS=1 branch 0.3 & # one core each
+    OMP_NUM_THREADS=1 branch 0.5
     wait $!
     for method in full lrc nlrc; do
         tuned "dense-$method" "$method" "$model" --plan "$place/welore-0.5/plan.json"

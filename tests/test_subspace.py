@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from welore.study.subspace import cosine, leading, overlap
+from welore.study.subspace import cosines, leading, overlaps
 
 
 def basis(k: int, r: int, seed: int) -> torch.Tensor:
@@ -22,6 +22,10 @@ def test_leading_directions_are_those_of_the_shorter_side(shape: tuple[int, int]
     assert torch.allclose((found * side[:, :3]).sum(0).abs(), torch.ones(found.shape[1]).double(), atol=1e-6)
 
 
+def overlap(U: torch.Tensor, V: torch.Tensor) -> float:
+    return float(overlaps(U[None], V[None]))
+
+
 def test_overlap_is_one_for_the_same_space_and_zero_for_an_orthogonal_one() -> None:
     Q = basis(8, 8, 0)
     turned = Q[:, :3] @ basis(3, 3, 1)
@@ -30,13 +34,20 @@ def test_overlap_is_one_for_the_same_space_and_zero_for_an_orthogonal_one() -> N
     assert overlap(Q[:, :4], torch.cat([Q[:, :1], Q[:, 5:8]], 1)) == pytest.approx(1 / 4, abs=1e-5)
 
 
+def test_overlaps_of_several_are_those_of_every_pair() -> None:
+    U, V = (torch.stack([basis(9, 4, seed) for seed in seeds]) for seeds in ((1, 2, 3), (4, 5)))
+    found = overlaps(U, V)
+    assert found.shape == (3, 2)
+    wanted = [[float((u.T @ v).square().sum() / 4) for v in V] for u in U]
+    assert np.allclose(found, wanted, atol=1e-6)
+
+
 def test_overlap_of_random_subspaces_is_their_share_of_the_space() -> None:
     found = [overlap(basis(64, 16, i), basis(64, 16, i + 1000)) for i in range(40)]
     assert np.mean(found) == pytest.approx(16 / 64, abs=0.01)
 
 
-def test_cosine_is_that_of_the_flattened_matrices_and_zero_beside_nothing() -> None:
-    G, H = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])
-    assert cosine(G, H) == pytest.approx(1 / math.sqrt(2))
-    assert cosine(G, -G) == pytest.approx(-1)
-    assert cosine(G, torch.zeros(2, 2)) == 0
+def test_cosines_of_rows_and_zero_beside_nothing() -> None:
+    G = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    H = torch.tensor([[1.0, 1.0, 0.0], [-2.0, 0.0, 0.0]], dtype=torch.bfloat16)
+    assert torch.allclose(cosines(G, H), torch.tensor([[1 / math.sqrt(2), -1.0], [0.0, 0.0]]))

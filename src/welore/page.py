@@ -19,6 +19,7 @@ from welore.plan import Plan
 from welore.records import Record
 from welore.spectra import Spectra
 from welore.study.claims import claims_table, load_pretraining
+from welore.study.closing import closed, verdicts
 from welore.study.figures import FIGURES, settling
 from welore.study.trace import LINES, Trace
 from welore.tuning_figures import FIGURE_1, FIGURE_5, fine_tuning
@@ -107,9 +108,13 @@ class PlanSection:
 
 @dataclass(frozen=True)
 class Study:
-    """Pre-trainings: what they say of the paper's claims, all of them in one figure, and the figures of each trace."""
+    """Pre-trainings: what they say of the paper's claims, all of them in one figure, and the figures of each trace.
+
+    closing: what cutting and fine-tuning their results says.
+    """
 
     claims: Table | None
+    closing: Table | None
     settling: Picture | None
     traces: dict[str, list[tuple[Picture, str]]]
 
@@ -306,7 +311,7 @@ def _content(found: Mapping[Path, Artefact]) -> tuple[dict[str, Any], list[Pictu
         for i, s in enumerate(alone.values(), 1)
     ]
     tunings = [_tuning(comparison, i) for i, comparison in enumerate(comparisons(records.values()), 1)]
-    study = _study([a for a in found.values() if isinstance(a, Trace)], list(records.values()))
+    study = _study([a for a in found.values() if isinstance(a, Trace)], records)
     content = {
         "texts": texts,
         "study": study,
@@ -325,9 +330,9 @@ def _content(found: Mapping[Path, Artefact]) -> tuple[dict[str, Any], list[Pictu
     return content, [p for p in (overview, *others) if p is not None]
 
 
-def _study(traces: Sequence[Trace], records: Sequence[Record]) -> Study:
+def _study(traces: Sequence[Trace], records: Mapping[Path, Record]) -> Study:
     """Everything about pre-trainings; empty where there is none."""
-    runs = [record for record in records if record.kind == "pretrain"]
+    runs = [record for record in records.values() if record.kind == "pretrain"]
     drawn: dict[str, list[tuple[Picture, str]]] = {}
     for number, trace in enumerate(traces, 1):
         name = str(trace.about["name"])
@@ -336,8 +341,11 @@ def _study(traces: Sequence[Trace], records: Sequence[Record]) -> Study:
             for figure, (draw, caption) in FIGURES.items()
         ]
     if not runs:
-        return Study(None, None, drawn)
-    return Study(claims_table(runs), _picture(settling(runs), "study-settling"), drawn)
+        return Study(None, None, None, drawn)
+    closings = closed(records)
+    return Study(
+        claims_table(runs), verdicts(closings) if closings else None, _picture(settling(runs), "study-settling"), drawn
+    )
 
 
 def _compressions(records: Mapping[Path, Record]) -> dict[Path, Record]:

@@ -21,13 +21,12 @@ from welore.batches import Sequence_, collate
 from welore.errors import WeLoreError
 from welore.factors import singular_values
 from welore.files import whole_file
-from welore.study.subspace import cosine, leading, overlap
+from welore.study.subspace import cosines, leading, overlaps
 from welore.study.trace import COSINE, OTHER, OVERLAPS, RANKS, SAME, VALUES, Writer, key
 from welore.targets import Target
 
-BATCHES = ("a", "b")  # the two whose gradients are compared
-GRADIENT, BASIS = "gradient", "basis"
-Kept = dict[str, Tensor]  # "NAME:gradient:a": (m, n), "NAME:basis:a": (k, 16), both batches
+GRADIENTS, BASES = "gradients", "bases"
+Kept = dict[str, Tensor]  # of both batches, "NAME:gradients": (2, m n), bfloat16; "NAME:bases": (2, k, 16)
 
 
 class Probe(TrainerCallback):
@@ -114,13 +113,12 @@ class Probe(TrainerCallback):
         with safe_open(self.start, "pt") as start:
             for target, *both in zip(self.targets, *gradients, strict=True):
                 name, weight = target.name, model.get_submodule(target.name).weight
-                for batch, gradient in zip(BATCHES, both, strict=True):
-                    values, basis = leading(gradient, max(RANKS))
-                    kept[key(name, GRADIENT, batch)] = gradient.to("cpu", torch.bfloat16)
-                    kept[key(name, BASIS, batch)] = basis.to("cpu", torch.float32)
-                    if batch == BATCHES[0]:
-                        found[key(name, "gradient")] = values[:VALUES].cpu().numpy()
-                        found[key(name, "gradient_energy")] = values.square().sum().cpu().numpy()
+                led = [leading(gradient, max(RANKS)) for gradient in both]
+                values = led[0][0]
+                found[key(name, "gradient")] = values[:VALUES].cpu().numpy()
+                found[key(name, "gradient_energy")] = values.square().sum().cpu().numpy()
+                kept[key(name, GRADIENTS)] = torch.stack([g.flatten() for g in both]).to("cpu", torch.bfloat16)
+                kept[key(name, BASES)] = torch.stack([basis for _, basis in led]).to("cpu", torch.float32)
                 change = weight.float() - start.get_tensor(f"{name}.weight").to(weight.device)
                 found[key(name, "weight")] = singular_values(weight)
                 found[key(name, "change")] = singular_values(change)
@@ -142,22 +140,14 @@ class Probe(TrainerCallback):
 
 
 def _likeness(name: str, before: Kept, now: Kept) -> list[tuple[str, str, float]]:
-    """Every comparison of one matrix's gradients at two checkpoints: field, kind, value.
-
-    Of two batches there are two ways round, then and now: their mean.
-    """
-    a, b = BATCHES
-    pairs = {SAME: [(a, a)], OTHER: [(a, b), (b, a)]}
-    found = []
-    for kind, ways in pairs.items():
-        gradients, bases = ([(before[key(name, part, x)], now[key(name, part, y)]) for x, y in ways] for part in _PARTS)
-        found.append((COSINE, kind, float(np.mean([cosine(G.float(), H.float()) for G, H in gradients]))))
-        for rank, field in OVERLAPS.items():
-            found.append((field, kind, float(np.mean([overlap(U[:, :rank], V[:, :rank]) for U, V in bases]))))
-    return found
-
-
-_PARTS = (GRADIENT, BASIS)
+    """Every comparison of one matrix's gradients at two checkpoints: field, kind, value."""
+    U, V = (kept[key(name, BASES)] for kept in (before, now))
+    found = {COSINE: cosines(*(kept[key(name, GRADIENTS)] for kept in (before, now)))}
+    for rank, field in OVERLAPS.items():
+        found[field] = overlaps(U[..., :rank], V[..., :rank])
+    both = [(field, SAME, float(table[0, 0])) for field, table in found.items()]
+    # of two batches there are two ways round, then and now
+    return both + [(field, OTHER, float(table[0, 1] + table[1, 0]) / 2) for field, table in found.items()]
 
 
 def _work_file(step: int) -> str:

@@ -1,10 +1,12 @@
-"""6 - How alike two gradients are: cosine, overlap of leading subspaces, effective and stable rank. Tensors only.
+"""6 - How alike gradients are: cosines, and overlaps of their leading subspaces. Tensors only.
 
 Shapes: G (m, n), its shorter side k = min(m, n); U (k, r), orthonormal columns.
 """
 
 import torch
 from torch import Tensor
+
+TINY = 1e-30  # no norm is smaller
 
 
 def leading(G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -16,15 +18,18 @@ def leading(G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)[:, :rank].contiguous()
 
 
-def cosine(G: Tensor, H: Tensor) -> float:
-    """<G, H> / (norm(G) norm(H)); 0 where one of them is zero."""
-    norms = float(torch.linalg.vector_norm(G)) * float(torch.linalg.vector_norm(H))
-    return float((G * H).sum()) / norms if norms else 0.0
+def cosines(G: Tensor, H: Tensor) -> Tensor:
+    """Cosines (i, j) of the rows of G (i, n) with those of H (j, n), in float32; 0 where a row is zero."""
+    rows = [X.float() / torch.linalg.vector_norm(X.float(), dim=1, keepdim=True).clamp(min=TINY) for X in (G, H)]
+    return rows[0] @ rows[1].T
 
 
-def overlap(U: Tensor, V: Tensor) -> float:
-    """Share of one subspace inside another, 0 (orthogonal) to 1 (equal).
+def overlaps(U: Tensor, V: Tensor) -> Tensor:
+    """Share of one subspace inside another, 0 (orthogonal) to 1 (equal): (i, j) for U (i, k, r) and V (j, k, r).
 
-    U, V: (k, r), orthonormal columns. norm(U^T V)^2 / r, WeLore section 3; r / k for independent random subspaces.
+    Orthonormal columns. norm(U^T V)^2 / r, WeLore section 3; r / k for independent random subspaces.
     """
-    return float((U.T @ V).square().sum()) / U.shape[1]
+    i, k, r = U.shape
+    j = len(V)
+    products = U.permute(0, 2, 1).reshape(i * r, k) @ V.permute(1, 0, 2).reshape(k, j * r)
+    return products.square().reshape(i, r, j, r).sum((1, 3)) / r
