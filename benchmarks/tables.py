@@ -78,6 +78,24 @@ def memory() -> str:
     return "\n".join(lines + [f"| {text} | {megabytes(one[key])} | {megabytes(two[key])} |" for text, key in rows])
 
 
+def inference() -> str:
+    """Speed of SmolLM2 at ERR 50 % over the dense model, and what single layers reach, from benchmarks/inference.py."""
+    n = Record.load(HERE / "inference.json").numbers
+    forms = ("factored", "pivoted", "merged")
+    lines = ["| | factored | pivoted | merged |", "|---|---|---|---|"]
+    ratio = n["model"]["model_parameter_ratio"]
+    lines.append(f"| parameters of the model, to dense | {' | '.join(f'{ratio.get(f, 1.0):.2f}' for f in forms)} |")
+    for speed in n["model"]["speed"]:
+        for phase in ("prefill", "decode"):
+            threads = f"{speed['threads']} thread{'s' if speed['threads'] > 1 else ''}"
+            cells = " | ".join(f"x {speed[phase][form]['speedup']:.2f}" for form in forms)
+            lines.append(f"| tokens/s of {phase}, {threads}, to dense | {cells} |")
+    for name, found in n["worst_reach_at_0.3"].items():
+        cells = " | ".join(f"{found[form]:.2f}" for form in forms[:2])
+        lines.append(f"| one layer at r = 0.3 n, {name}: speed-up x parameter ratio, worst of three shapes | {cells} | |")
+    return "\n".join(lines)
+
+
 def tuning() -> str:
     """Speed and memory of fine-tuning, from benchmarks/tuning.py."""
     n = Record.load(HERE / "tuning.json").numbers
@@ -168,9 +186,11 @@ def quality() -> str:
 
 
 def take(source: Path, target: Path) -> None:
-    """Copy a record without the path of its model, and with only a few of the questions of a task."""
+    """Copy a record without the paths of its model and text, and with only a few of the questions of a task."""
     record = Record.load(source)
     record.inputs["model"] = PurePath(record.inputs["model"]).name
+    if record.settings.get("data"):
+        record.settings["data"] = PurePath(record.settings["data"]).name
     if "items" in record.numbers:
         record.numbers["items_left_out"] = max(0, len(record.numbers["items"]) - ITEMS_SHOWN)
         del record.numbers["items"][ITEMS_SHOWN:]
@@ -192,6 +212,7 @@ TABLES = {
     "demo": demo,
     "speed": speed,
     "memory": memory,
+    "inference": inference,
     "tuning": tuning,
     "methods": methods,
     "tasks": tasks,

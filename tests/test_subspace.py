@@ -1,10 +1,8 @@
-import math
-
 import numpy as np
 import pytest
 import torch
 
-from welore.study.subspace import cosines, leading, overlaps
+from welore.study.subspace import leading, overlaps, unit_rows
 
 
 def basis(k: int, r: int, seed: int) -> torch.Tensor:
@@ -47,7 +45,6 @@ def test_overlap_of_random_subspaces_is_their_share_of_the_space() -> None:
     assert np.mean(found) == pytest.approx(16 / 64, abs=0.01)
 
 
-def test_cosines_of_rows_and_zero_beside_nothing() -> None:
-    G = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
-    H = torch.tensor([[1.0, 1.0, 0.0], [-2.0, 0.0, 0.0]], dtype=torch.bfloat16)
-    assert torch.allclose(cosines(G, H), torch.tensor([[1 / math.sqrt(2), -1.0], [0.0, 0.0]]))
+def test_rows_have_length_one_and_zero_stays_zero() -> None:
+    found = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    assert torch.allclose(found, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))

@@ -28,10 +28,15 @@ from welore.targets import find_targets
 from welore.tuning import finetune
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 START, TRAINING, TRACE, PRETRAINED = "start", "training", "trace", "pretrain.json"
 METHOD, VOCABULARY = "full", 32_000
+# settings that are the training's alone
+SHARED = (
+    *("data", "steps", "lr", "warmup", "batch_size", "accumulation", "length", "seed", "dtype", "optimizer"),
+    *("weight_decay", "max_grad_norm", "gradient_checkpointing", "eval_items"),
+)
 LEAST = 4  # checkpoints, to speak of a course
 WEIGHTS = "model.safetensors"
 
@@ -77,43 +82,18 @@ def pretrain(
     resume: go on after the last checkpoint; the trace is the one of a run that never stopped, byte for byte.
     Raises WeLoreError for what cannot work.
     """
+    given = dict(locals())
     out, wanted = Path(out), size_of(size)
-    if probes < LEAST or probes > steps:
-        raise WeLoreError(f"probes is {probes}: give at least {LEAST}, and no more than the {steps} steps of the run")
-    if probe_items < 1 or length < 2 or 2 * probe_items > eval_items:
-        raise WeLoreError(
-            f"probe_items is {probe_items}, eval_items {eval_items}: the two batches of the probe, a sequence or more "
-            "each, are part of the held-out sequences"
-        )
-    if os.environ.get(FSDP, "").lower() in ("1", "true"):
-        raise WeLoreError("pretrain reads whole gradients, which FSDP cuts: use torchrun, which is DDP")
-    asked = {
-        "size": about(wanted),
-        "tokenizer": tokenizer,
-        "vocabulary": vocabulary if tokenizer is None else None,
-        "data": data,
-        "seed": seed,
-        "probes": probes,
-        "probe_items": probe_items,
-    }
-    training: dict[str, Any] = {"data": data, "steps": steps, "lr": lr, "warmup": warmup, "batch_size": batch_size}
-    training |= {"accumulation": accumulation, "length": length, "seed": seed, "dtype": dtype, "optimizer": optimizer}
-    training |= {"weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "eval_items": eval_items}
-    training |= {"gradient_checkpointing": gradient_checkpointing, "eval_every": steps}
+    training = {name: given[name] for name in SHARED} | {"eval_every": steps}
+    asked = {name: given[name] for name in ("tokenizer", "data", "seed", "probes", "probe_items")}
+    asked |= {"size": about(wanted), "vocabulary": vocabulary if tokenizer is None else None}
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check(settled(dict.fromkeys(SETTINGS) | {"method": METHOD} | training, where), save_every, report_to)
+    _check(steps, probes, probe_items, eval_items)
     processes = _processes(where)
     if processes.is_main_process:
-        check_out(out, resume=resume, overwrite=overwrite)
-        if (out / PRETRAINED).is_file() and resume:
-            raise WeLoreError(f"the run in {out} is finished (see {PRETRAINED}): there is nothing to resume")
-        start = None
-        if not (resume and (out / START / WEIGHTS).is_file()):
-            tokens = steps * batch_size * accumulation * length * processes.num_processes
-            start = _fresh(wanted, data, tokenizer, vocabulary, tokens, length, seed, cache_dir)
-        begin(out, asked, resume=resume)
-        if start is not None:
-            save_fresh(*start, out / START)
+        tokens = steps * batch_size * accumulation * length * processes.num_processes
+        _begin(out, asked, wanted, tokens, length, resume=resume, overwrite=overwrite, cache_dir=cache_dir)
     processes.wait_for_everyone()
 
     found: list[Probe] = []
@@ -150,6 +130,18 @@ def pretrain(
     return record
 
 
+def _check(steps: int, probes: int, probe_items: int, eval_items: int) -> None:
+    if probes < LEAST or probes > steps:
+        raise WeLoreError(f"probes is {probes}: give at least {LEAST}, and no more than the {steps} steps of the run")
+    if probe_items < 1 or 2 * probe_items > eval_items:
+        raise WeLoreError(
+            f"probe_items is {probe_items}, eval_items {eval_items}: the two batches of the probe, a sequence or more "
+            "each, are part of the held-out sequences"
+        )
+    if os.environ.get(FSDP, "").lower() in ("1", "true"):
+        raise WeLoreError("pretrain reads whole gradients, which FSDP cuts: use torchrun, which is DDP")
+
+
 def _processes(device: str) -> Any:
     """All processes of this run, as accelerate knows them; the Trainer will ask for the same."""
     if importlib.util.find_spec("accelerate") is None:
@@ -159,23 +151,35 @@ def _processes(device: str) -> Any:
     return PartialState(cpu=device == "cpu")
 
 
-def _fresh(
+def _begin(
+    out: Path,
+    asked: dict[str, Any],
     size: Size,
-    data: str,
-    name: str | None,
-    count: int,
     tokens: int,
     length: int,
-    seed: int,
+    *,
+    resume: bool,
+    overwrite: bool,
     cache_dir: str | Path | None,
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model that has learned nothing, and its tokenizer: the one called `name`, or one made from the text."""
-    found: PreTrainedTokenizerBase
-    if name is None:
-        found = vocabulary(training_texts(data, tokens, cache_dir), count)
+) -> None:
+    """Make the directory and the model that has learned nothing, or check that a resumed run is the same.
+
+    tokens: how many will be read. Nothing is deleted before the new model is made.
+    """
+    check_out(out, resume=resume, overwrite=overwrite)
+    if resume and (out / PRETRAINED).is_file():
+        raise WeLoreError(f"the run in {out} is finished (see {PRETRAINED}): there is nothing to resume")
+    if resume and (out / START / WEIGHTS).is_file():
+        begin(out, asked, resume=True)
+        return
+    tokenizer: PreTrainedTokenizerBase
+    if asked["tokenizer"] is None:
+        tokenizer = vocabulary(training_texts(asked["data"], tokens, cache_dir), asked["vocabulary"])
     else:
-        found = known_tokenizer(name, cache_dir)
-    return fresh_model(size, found, length, seed), found
+        tokenizer = known_tokenizer(asked["tokenizer"], cache_dir)
+    model = fresh_model(size, tokenizer, length, asked["seed"])
+    begin(out, asked, resume=resume)
+    save_fresh(model, tokenizer, out / START)
 
 
 def _probe(

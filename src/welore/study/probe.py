@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -21,12 +21,15 @@ from welore.batches import Sequence_, collate
 from welore.errors import WeLoreError
 from welore.factors import singular_values
 from welore.files import whole_file
-from welore.study.subspace import cosines, leading, overlaps
+from welore.parallel import spread
+from welore.progress import silent
+from welore.study.subspace import leading, overlaps, unit_rows
 from welore.study.trace import COSINE, OTHER, OVERLAPS, RANKS, SAME, VALUES, Writer, key
 from welore.targets import Target
 
 GRADIENTS, BASES = "gradients", "bases"
-Kept = dict[str, Tensor]  # of both batches, "NAME:gradients": (2, m n), bfloat16; "NAME:bases": (2, k, 16)
+Kept = dict[str, Tensor]  # of both batches, "NAME:gradients": (2, m n), length 1, bfloat16; "NAME:bases": (2, k, 16)
+Arrays = dict[str, NDArray[Any]]  # by trace.key
 
 
 class Probe(TrainerCallback):
@@ -102,52 +105,64 @@ class Probe(TrainerCallback):
         model.train(training)
         return sums
 
-    @torch.no_grad()
-    def _found(
-        self, writer: Writer, step: int, model: Any, gradients: Sequence[Sequence[Tensor]]
-    ) -> dict[str, NDArray[Any]]:
-        """The arrays of a checkpoint, by trace.key; what later checkpoints need is put into the work directory."""
-        found: dict[str, NDArray[Any]] = {}
-        kept: Kept = {}
+    def _found(self, writer: Writer, step: int, model: Any, gradients: Sequence[Sequence[Tensor]]) -> Arrays:
+        """The arrays of a checkpoint; what later checkpoints need is put into the work directory."""
         earlier = [writer.work / _work_file(before) for before in writer.steps]
-        with safe_open(self.start, "pt") as start:
-            for target, *both in zip(self.targets, *gradients, strict=True):
-                name, weight = target.name, model.get_submodule(target.name).weight
-                led = [leading(gradient, max(RANKS)) for gradient in both]
-                values = led[0][0]
-                found[key(name, "gradient")] = values[:VALUES].cpu().numpy()
-                found[key(name, "gradient_energy")] = values.square().sum().cpu().numpy()
-                kept[key(name, GRADIENTS)] = torch.stack([g.flatten() for g in both]).to("cpu", torch.bfloat16)
-                kept[key(name, BASES)] = torch.stack([basis for _, basis in led]).to("cpu", torch.float32)
-                change = weight.float() - start.get_tensor(f"{name}.weight").to(weight.device)
-                found[key(name, "weight")] = singular_values(weight)
-                found[key(name, "change")] = singular_values(change)
-        self._compare(earlier, kept, found)
+
+        def one(of: tuple[Target, Sequence[Tensor]]) -> tuple[Arrays, Kept]:
+            target, both = of
+            weight = model.get_submodule(target.name).weight.detach()
+            with safe_open(self.start, "pt") as start:
+                change = weight.float() - start.get_tensor(f"{target.name}.weight").to(weight.device)
+            found, kept = _of_gradients(target.name, both)
+            found[key(target.name, "weight")] = singular_values(weight)
+            found[key(target.name, "change")] = singular_values(change)
+            return found | _compared(target.name, earlier, kept), kept
+
+        work = [(target, both) for target, *both in zip(self.targets, *gradients, strict=True)]
+        on_gpu = gradients[0][0].is_cuda
+        costs = [target.cost for target in self.targets]
+        parts = spread(one, work, costs, workers=1 if on_gpu else None, progress=silent, label="probe")
         with whole_file(writer.work / _work_file(step)) as partial:
-            save_file(kept, partial)
+            save_file({name: tensor for _, kept in parts for name, tensor in kept.items()}, partial)
         self.work_bytes = sum(path.stat().st_size for path in writer.work.iterdir())
-        return found
-
-    def _compare(self, earlier: Sequence[Path], kept: Kept, found: dict[str, NDArray[Any]]) -> None:
-        """Add the rows of trace.COMPARED to `found`: one earlier checkpoint in memory at a time, then this one."""
-        rows: dict[str, list[float]] = {}
-        for path in [*earlier, None]:
-            before = kept if path is None else load_file(path)
-            for target in self.targets:
-                for field, kind, value in _likeness(target.name, before, kept):
-                    rows.setdefault(key(target.name, field, kind), []).append(value)
-        found |= {name: np.array(values) for name, values in rows.items()}
+        return {name: values for found, _ in parts for name, values in found.items()}
 
 
-def _likeness(name: str, before: Kept, now: Kept) -> list[tuple[str, str, float]]:
-    """Every comparison of one matrix's gradients at two checkpoints: field, kind, value."""
-    U, V = (kept[key(name, BASES)] for kept in (before, now))
-    found = {COSINE: cosines(*(kept[key(name, GRADIENTS)] for kept in (before, now)))}
-    for rank, field in OVERLAPS.items():
-        found[field] = overlaps(U[..., :rank], V[..., :rank])
-    both = [(field, SAME, float(table[0, 0])) for field, table in found.items()]
-    # of two batches there are two ways round, then and now
-    return both + [(field, OTHER, float(table[0, 1] + table[1, 0]) / 2) for field, table in found.items()]
+def _of_gradients(name: str, both: Sequence[Tensor]) -> tuple[Arrays, Kept]:
+    """What is recorded of one matrix's gradients (of the first batch), and what is kept of both."""
+    led = [leading(gradient, max(RANKS)) for gradient in both]
+    values = led[0][0]
+    found = {
+        key(name, "gradient"): values[:VALUES].cpu().numpy(),
+        key(name, "gradient_energy"): values.square().sum().cpu().numpy(),
+    }
+    directions = unit_rows(torch.stack([gradient.flatten() for gradient in both]))
+    kept = {
+        key(name, GRADIENTS): directions.to("cpu", torch.bfloat16),
+        key(name, BASES): torch.stack([basis for _, basis in led]).to("cpu", torch.float32),
+    }
+    return found, kept
+
+
+def _compared(name: str, earlier: Sequence[Path], kept: Kept) -> Arrays:
+    """The rows of trace.COMPARED of one matrix: with every earlier checkpoint in turn, then with itself."""
+    rows: dict[str, list[float]] = {}
+    now = unit_rows(kept[key(name, GRADIENTS)].float())  # the length again, after rounding
+    for path in [*earlier, None]:
+        U, V = kept[key(name, BASES)], kept[key(name, BASES)]
+        before = now
+        if path is not None:
+            with safe_open(path, "pt") as file:
+                before, U = (file.get_tensor(key(name, part)) for part in (GRADIENTS, BASES))
+            before = unit_rows(before.float())
+        tables = {COSINE: before @ now.T}
+        tables |= {field: overlaps(U[..., :rank], V[..., :rank]) for rank, field in OVERLAPS.items()}
+        for field, table in tables.items():
+            rows.setdefault(key(name, field, SAME), []).append(float(table[0, 0]))
+            # of two batches there are two ways round, then and now
+            rows.setdefault(key(name, field, OTHER), []).append(float(table[0, 1] + table[1, 0]) / 2)
+    return {field: np.array(values) for field, values in rows.items()}
 
 
 def _work_file(step: int) -> str:

@@ -1,4 +1,4 @@
-"""6 - How alike gradients are: cosines, and overlaps of their leading subspaces. Tensors only.
+"""6 - How alike gradients are: their directions, and their leading subspaces. Tensors only.
 
 Shapes: G (m, n), its shorter side k = min(m, n); U (k, r), orthonormal columns.
 """
@@ -18,10 +18,9 @@ def leading(G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)[:, :rank].contiguous()
 
 
-def cosines(G: Tensor, H: Tensor) -> Tensor:
-    """Cosines (i, j) of the rows of G (i, n) with those of H (j, n), in float32; 0 where a row is zero."""
-    rows = [X.float() / torch.linalg.vector_norm(X.float(), dim=1, keepdim=True).clamp(min=TINY) for X in (G, H)]
-    return rows[0] @ rows[1].T
+def unit_rows(G: Tensor) -> Tensor:
+    """G (i, n) with its rows at length 1; a zero row stays zero."""
+    return G / torch.linalg.vector_norm(G, dim=1, keepdim=True).clamp(min=TINY)
 
 
 def overlaps(U: Tensor, V: Tensor) -> Tensor:
