@@ -198,14 +198,14 @@ def take(source: Path, target: Path) -> None:
 
 
 def take_study(source: Path) -> None:
-    """Records (not weights) of every seed, with their places, and the figures of the report."""
+    """Records (not weights) of every seed, with their places, and the report's figures of the first."""
     for place in sorted(source.glob("seed-*")):
         shutil.rmtree(STUDY / place.name, ignore_errors=True)
         for path in (place / "pretrain" / "pretrain.json", *place.glob("*.ppl.json"), *place.glob("*/finetune.json")):
             take(path, STUDY / path.relative_to(source))
-    for path in (source / "report").glob("study-*.png"):
-        (STUDY / "figures").mkdir(exist_ok=True)
-        shutil.copyfile(path, STUDY / "figures" / path.name)
+    (STUDY / "figures").mkdir(exist_ok=True)
+    for path in (source / "report" / "study-settling.png", *(source / "report").glob("study-1-*.png")):
+        shutil.copyfile(path, STUDY / "figures" / path.name.replace("-1-", "-"))
 
 
 TABLES = {
