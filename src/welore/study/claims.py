@@ -125,6 +125,7 @@ def _row(name: str, trace: Trace, plan: Plan) -> dict[str, Any]:
         "settles_at": settling(matrix, trace.steps),
         "settles_at_same_batch": _last_below(corrected(matrix, matrix.same, SUBSPACE)[:, -1], trace.steps),
         "effective_rank": effective_rank(matrix.weight[-1]),
+        "stable_rank_of_weight": _stable(matrix.weight[-1]),
         "effective_rank_of_change": effective_rank(matrix.change[-1]),
         "stable_rank_of_change": _stable(matrix.change[-1]),
     }
