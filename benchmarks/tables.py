@@ -185,10 +185,14 @@ def quality() -> str:
     return "\n".join(lines)
 
 
-def take(source: Path, target: Path) -> None:
-    """Copy a record without the paths of its model and text, and with only a few of the questions of a task."""
+def take(source: Path, target: Path, root: Path | None = None) -> None:
+    """Copy a record without the paths of its model and text, and with only a few of the questions of a task.
+
+    root: what the model's name is relative to; without one it is the last part of its path.
+    """
     record = Record.load(source)
-    record.inputs["model"] = PurePath(record.inputs["model"]).name
+    model = PurePath(record.inputs["model"])
+    record.inputs["model"] = model.relative_to(root).as_posix() if root else model.name
     if record.settings.get("data"):
         record.settings["data"] = PurePath(record.settings["data"]).name
     if "items" in record.numbers:
@@ -202,7 +206,7 @@ def take_study(source: Path) -> None:
     for place in sorted(source.glob("seed-*")):
         shutil.rmtree(STUDY / place.name, ignore_errors=True)
         for path in (place / "pretrain" / "pretrain.json", *place.glob("*.ppl.json"), *place.glob("*/finetune.json")):
-            take(path, STUDY / path.relative_to(source))
+            take(path, STUDY / path.relative_to(source), source)
     (STUDY / "figures").mkdir(exist_ok=True)
     for path in (source / "report" / "study-settling.png", *(source / "report").glob("study-1-*.png")):
         shutil.copyfile(path, STUDY / "figures" / path.name.replace("-1-", "-"))

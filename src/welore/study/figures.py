@@ -1,7 +1,8 @@
 """7 - The figures of the study: one function each, from a trace (and, for several seeds, from records).
 
 Needs the extra `report`. Where an axis is training time its cells are checkpoints, all equally wide: they lie dense in
-the beginning, where most happens, and the labels tell their steps.
+the beginning, where most happens, and the labels tell their steps. Heat maps are pixels in SVG, too: as thousands of
+cells they would make a page of many megabytes.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +51,7 @@ def gradient_cosines(trace: Trace, *, title: str = "") -> "Figure":
     fig, panels = _panels(shown, title, 3.1)
     low = min(0.0, *(float(table.min()) for table in tables))
     for ax, table in zip(panels, tables, strict=True):
-        mesh = ax.pcolormesh(table, cmap="viridis", vmin=low, vmax=1)
+        mesh = ax.pcolormesh(table, cmap="viridis", vmin=low, vmax=1, rasterized=True)
         ax.set_aspect("equal")
         _step_ticks(ax.xaxis, trace)
         _step_ticks(ax.yaxis, trace)
@@ -95,7 +96,7 @@ def partition(trace: Trace, *, title: str = "") -> "Figure":
     lrc = np.array([[_by_name(plan)[name].factored for plan in trace.plans] for name in names])
     fig = new_figure(8.0, max(3.0, 1.6 + 0.13 * len(names)), title)
     ax = fig.subplots()
-    mesh = ax.pcolormesh(ratio, cmap="YlGnBu", vmin=0, vmax=1)
+    mesh = ax.pcolormesh(ratio, cmap="YlGnBu", vmin=0, vmax=1, rasterized=True)
     figures.hatch(ax, zip(*np.nonzero(~lrc), strict=True))
     kinds = [place[name].kind for name in names]
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
@@ -281,7 +282,7 @@ def _courses(trace: Trace, shown: Sequence[str], tables: Sequence[Array], what: 
     lowest = max(smallest, largest * 1e-4)
     norm = LogNorm(lowest, largest)
     for ax, table in zip(panels, tables, strict=True):
-        mesh = ax.pcolormesh(np.maximum(table, lowest), cmap="viridis", norm=norm)
+        mesh = ax.pcolormesh(np.maximum(table, lowest), cmap="viridis", norm=norm, rasterized=True)
         _step_ticks(ax.yaxis, trace)
     panels[0].set_ylabel("step", fontsize=8)
     panels[0].invert_yaxis()
