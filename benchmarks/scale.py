@@ -25,6 +25,7 @@ from matplotlib.lines import Line2D
 from threadpoolctl import threadpool_limits
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from floor import operations, speeds
 from footprint import measured
 from welore.factors import factorise, reduce
 from welore.records import Record, write_json
@@ -160,7 +161,7 @@ class Cost:
 
 def growth() -> list[Cost]:
     """The costs of all shapes, small to large."""
-    speed = speed_of_products()
+    speed = speeds()
     costs: list[Cost] = []
     for model, shapes in SHAPES.items():
         for kind, shape in shapes.items():
@@ -169,7 +170,7 @@ def growth() -> list[Cost]:
     return costs
 
 
-def cost_of(model: str, kind: str, shape: tuple[int, int], smaller: Cost | None, speed: float) -> Cost:
+def cost_of(model: str, kind: str, shape: tuple[int, int], smaller: Cost | None, speed: tuple[float, float]) -> Cost:
     """The fastest of interleaved runs; smaller: the same kind of matrix of the next smaller model."""
     W = heavy_tailed(*shape, tail=0.9, seed=1)
     rank = round(KEPT * min(shape))
@@ -187,24 +188,13 @@ def cost_of(model: str, kind: str, shape: tuple[int, int], smaller: Cost | None,
         values.append(time.perf_counter() - started)
         factors.append(seconds_of(partial(factorise, W, rank, None, reduction)))
     two = min(svd) if patient else scaled
-    return Cost(model, kind, shape, min(values), min(factors), two, not patient, flops(shape, rank) / speed)
+    floor = sum(count / fast for count, fast in zip(operations(shape, rank), speed, strict=True))
+    return Cost(model, kind, shape, min(values), min(factors), two, not patient, floor)
 
 
 def svd_work(shape: tuple[int, int]) -> float:
     """What the time of a dense SVD is proportional to."""
     return float(min(shape) ** 2 * max(shape))
-
-
-def flops(shape: tuple[int, int], rank: int) -> float:
-    """Of ours: half a Gram product (symmetric), its reduction; the vectors, the back transform, the projection."""
-    k, long = min(shape), max(shape)
-    return k * k * long + 4 / 3 * k**3 + 4 / 3 * k**3 + 2 * k * k * rank + 2 * k * long * rank
-
-
-def speed_of_products(k: int = 1024) -> float:
-    """Operations per second of a float64 matrix product with one thread."""
-    X = torch.randn(k, k, dtype=torch.float64)
-    return 2 * k**3 / min(seconds_of(lambda: X @ X) for _ in range(7))
 
 
 def seconds_of(function: Callable[[], Any]) -> float:

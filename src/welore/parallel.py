@@ -123,11 +123,11 @@ def spread(
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise WeLoreError(f"workers is {workers}: it must be at least 1")
-    trim = _heap()
+    trim, growth = _heap(), GROWTH * max(1, workers - 1)  # what the others hold has grown, too, and is not free
 
     def work(item: Item) -> Result:
         result = function(item)
-        trim(GROWTH)
+        trim(growth)
         return result
 
     # OpenMP and MKL count threads per calling thread: every worker has to say it for itself.
