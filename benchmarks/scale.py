@@ -9,11 +9,8 @@ marked so.
 """
 
 import argparse
-import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +25,8 @@ from matplotlib.lines import Line2D
 from threadpoolctl import threadpool_limits
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from floor import operations, speeds
+from footprint import measured
 from welore.factors import factorise, reduce
 from welore.records import Record, write_json
 from welore.source import INDEX
@@ -46,50 +45,6 @@ SHAPES = {
     "7B": {"square": (4096, 4096), "MLP": (11008, 4096)},
 }
 TAILS = {"q_proj": 0.9, "k_proj": 0.9, "o_proj": 0.5, "up_proj": 0.5, "down_proj": 0.5}
-CHILD = """
-import json, sys, threading, time
-import torch, transformers, welore, welore.checkpoint
-from transformers import AutoModelForCausalLM
-
-def status(field):
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
-
-# What every use loads lazily belongs to the imports: the model's class, the linear algebra libraries.
-welore.factors.factorise(torch.randn(64, 64), 8)
-welore.factors.singular_values(torch.randn(64, 64))
-welore.source.Checkpoint(sys.argv[1]).skeleton
-welore.parallel.return_freed_memory()  # as the command does
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # reset the peak to the present
-baseline, resident = status("RssAnon"), status("VmRSS")
-peaks, label_now, running, steps = {}, "start", True, {}
-
-def watch():
-    while running:
-        peaks[label_now] = max(peaks.get(label_now, 0), status("RssAnon") - baseline)
-        time.sleep(0.002)
-
-def timed(items, label, total):
-    global label_now
-    label_now = label
-    before = time.perf_counter()
-    for item, cost in items:  # with one worker, from one finished matrix to the next
-        now = time.perf_counter()
-        steps.setdefault(label, []).append((cost, now - before))
-        before = now
-        yield item
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-record = welore.compress(sys.argv[1], sys.argv[2], rank_reduction=float(sys.argv[3]), workers=1, progress=timed)
-running = False
-watcher.join()
-print(json.dumps({
-    "anonymous_peak_bytes": peaks, "resident_baseline_bytes": resident,
-    "resident_peak_bytes": status("VmHWM") - resident, "steps": steps, "numbers": record.numbers,
-}))
-"""
 
 
 def heavy_tailed(m: int, n: int, tail: float, seed: int) -> torch.Tensor:
@@ -141,8 +96,7 @@ def compress_checkpoint(layers: int) -> dict[str, Any]:
         dense.mkdir()
         make_checkpoint(dense, layers)
         dense_bytes = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
-        command = [sys.executable, "-c", CHILD, str(dense), str(Path(temporary) / "small"), str(RANK_REDUCTION)]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        found = measured(dense, RANK_REDUCTION, workers=1)
     numbers, steps = found["numbers"], found["steps"]
     seconds: dict[str, dict[str, float]] = {}
     for m, n in SHAPES["7B"].values():
@@ -153,8 +107,8 @@ def compress_checkpoint(layers: int) -> dict[str, Any]:
     in_steps = sum(s for taken in steps.values() for _, s in taken)
     return {
         "layers": layers,
-        "anonymous_peak_bytes": max(found["anonymous_peak_bytes"].values()),
-        "anonymous_peak_bytes_by_stage": found["anonymous_peak_bytes"],
+        "anonymous_peak_bytes": found["anonymous_peak_bytes"],
+        "anonymous_peak_bytes_by_stage": found["anonymous_peak_bytes_by_stage"],
         "resident_baseline_bytes": found["resident_baseline_bytes"],
         "resident_peak_bytes": found["resident_peak_bytes"],
         "resident_peak_over_largest_matrix": found["resident_peak_bytes"] / LARGEST_BYTES,
@@ -207,7 +161,7 @@ class Cost:
 
 def growth() -> list[Cost]:
     """The costs of all shapes, small to large."""
-    speed = speed_of_products()
+    speed = speeds()
     costs: list[Cost] = []
     for model, shapes in SHAPES.items():
         for kind, shape in shapes.items():
@@ -216,7 +170,7 @@ def growth() -> list[Cost]:
     return costs
 
 
-def cost_of(model: str, kind: str, shape: tuple[int, int], smaller: Cost | None, speed: float) -> Cost:
+def cost_of(model: str, kind: str, shape: tuple[int, int], smaller: Cost | None, speed: tuple[float, float]) -> Cost:
     """The fastest of interleaved runs; smaller: the same kind of matrix of the next smaller model."""
     W = heavy_tailed(*shape, tail=0.9, seed=1)
     rank = round(KEPT * min(shape))
@@ -234,24 +188,13 @@ def cost_of(model: str, kind: str, shape: tuple[int, int], smaller: Cost | None,
         values.append(time.perf_counter() - started)
         factors.append(seconds_of(partial(factorise, W, rank, None, reduction)))
     two = min(svd) if patient else scaled
-    return Cost(model, kind, shape, min(values), min(factors), two, not patient, flops(shape, rank) / speed)
+    floor = sum(count / fast for count, fast in zip(operations(shape, rank), speed, strict=True))
+    return Cost(model, kind, shape, min(values), min(factors), two, not patient, floor)
 
 
 def svd_work(shape: tuple[int, int]) -> float:
     """What the time of a dense SVD is proportional to."""
     return float(min(shape) ** 2 * max(shape))
-
-
-def flops(shape: tuple[int, int], rank: int) -> float:
-    """Of ours: half a Gram product (symmetric), its reduction; the vectors, the back transform, the projection."""
-    k, long = min(shape), max(shape)
-    return k * k * long + 4 / 3 * k**3 + 4 / 3 * k**3 + 2 * k * k * rank + 2 * k * long * rank
-
-
-def speed_of_products(k: int = 1024) -> float:
-    """Operations per second of a float64 matrix product with one thread."""
-    X = torch.randn(k, k, dtype=torch.float64)
-    return 2 * k**3 / min(seconds_of(lambda: X @ X) for _ in range(7))
 
 
 def seconds_of(function: Callable[[], Any]) -> float:

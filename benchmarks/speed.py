@@ -3,10 +3,16 @@
 For every matrix, one after the other: two torch.svd (float32; the reference computes each decomposition twice: once
 for the thresholds, once for the factors), torch.linalg.svdvals, and ours. Ratios, not seconds: the machine is shared.
 The floor is the time that the floating point operations of ours would take at the speed of a matrix product.
+
+Before that, `compress` with one worker and with two, in turns: the time of analysis and factors, and of the whole,
+which also opens the model and writes the result. Processor time beside it tells whether the machine was idle: with
+two workers it is then close to twice the time.
 """
 
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +20,20 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
+from floor import operations, speeds
+from welore.checkpoint import compress
 from welore.embedded import embedded_model
 from welore.factors import Reduction, factorise, reduce
 from welore.locate import locate
+from welore.parallel import return_freed_memory
 from welore.plan import Plan, allocate
 from welore.records import Record
 from welore.source import opened
 from welore.spectra import Spectra, normalise
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-RANK_REDUCTION = 0.5
+RANK_REDUCTION, ROUNDS = 0.5, 5
+MATRICES, WHOLE, PROCESSOR = "analysis and factors", "whole", "processor, analysis and factors"
 
 
 def timed(totals: dict[str, float], name: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -40,31 +50,46 @@ def kept_on_disk(W: torch.Tensor) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
     return reduction.values(), reduction.tensors()
 
 
-def flops(plan: Plan) -> float:
-    """Of ours: half a Gram product (symmetric), 4/3 k^3 for the reduction; for the LRCs the vectors, the back
-    transform and the projection."""
-    total = 0.0
-    for a in plan.allocations:
-        k, long, r = a.full_rank, max(a.shape), a.kept
-        total += k * k * long + 4 / 3 * k**3
-        if a.factored:
-            total += 4 / 3 * k**3 + 2 * k * k * r + 2 * a.dense_parameters * r
-    return total
+def floor_seconds(plan: Plan) -> float:
+    """What ours takes at least."""
+    costs = [operations(a.shape, a.kept if a.factored else None) for a in plan.allocations]
+    return sum(sum(of_type) / speed for of_type, speed in zip(zip(*costs, strict=True), speeds(), strict=True))
 
 
-def speed_of_products(k: int = 576) -> float:
-    """Operations per second of a float64 matrix product with one thread."""
-    X = torch.randn(k, k, dtype=torch.float64)
-    seconds = []
-    for _ in range(9):
-        started = time.perf_counter()
-        X @ X
-        seconds.append(time.perf_counter() - started)
-    return 2 * k**3 / min(seconds)
+def compressed(model: Path, workers: int) -> dict[str, float]:
+    """Seconds of one `compress`: of the matrices, the processor's for them, and of all of it."""
+    seconds = {MATRICES: 0.0, PROCESSOR: 0.0}
+
+    def progress(items: Iterable[tuple[Any, float]], label: str, total: float) -> Iterator[Any]:
+        started, processor = time.perf_counter(), time.process_time()
+        for item, _ in items:
+            yield item
+        if label != "writing":
+            seconds[MATRICES] += time.perf_counter() - started
+            seconds[PROCESSOR] += time.process_time() - processor
+
+    how: dict[str, Any] = {"rank_reduction": RANK_REDUCTION, "workers": workers, "progress": progress}
+    with tempfile.TemporaryDirectory() as directory:
+        timed(seconds, WHOLE, lambda: compress(model, Path(directory) / "small", **how))
+    return seconds
+
+
+def two_workers(model: Path) -> dict[str, Any]:
+    """How many times as fast two workers are as one: medians of the ratios of neighbouring runs."""
+    return_freed_memory()  # as the command does
+    compressed(model, 1)  # loads what is loaded once
+    rounds = [(compressed(model, 1), compressed(model, 2)) for _ in range(ROUNDS)]
+    ratios = {name: [one[name] / two[name] for one, two in rounds] for name in (MATRICES, WHOLE)}
+    return {
+        "two_workers_over_one": statistics.median(ratios[MATRICES]),
+        "two_workers_over_one_whole_command": statistics.median(ratios[WHOLE]),
+        "rounds_of_workers": [{"one": one, "two": two} for one, two in rounds],
+    }
 
 
 def main() -> None:
     """Measure, check every rank against float64, write docs/benchmarks/speed.json, print one line."""
+    workers = two_workers(locate(embedded_model()))  # first, with the memory of a process that has just begun
     torch.set_num_threads(1)
     seconds: dict[str, float] = {}
     values, references, kept = {}, {}, {}
@@ -86,7 +111,7 @@ def main() -> None:
                 reduction = Reduction.from_tensors(kept.pop(target.name))
                 found = timed(seconds, "ours", factorise, W, a.kept, a.relative_error, reduction)
                 excess = max(excess, abs(found.excess))
-        floor = flops(plan) / speed_of_products()
+        floor = floor_seconds(plan)
     same = sum(int((normalise(references[a.name]) >= plan.threshold).sum()) == a.kept for a in plan.allocations)
     numbers = {
         "matrices": len(plan.allocations),
@@ -98,12 +123,14 @@ def main() -> None:
         "ours_over_floor": seconds["ours"] / floor,
         "seconds": seconds | {"floor": floor},
     }
-    settings = {"threads": 1, "rank_reduction": RANK_REDUCTION}
+    numbers |= workers
+    settings = {"threads": 1, "rank_reduction": RANK_REDUCTION, "rounds_of_workers": ROUNDS}
     Record("speed", {"model": embedded_model().stem}, settings, numbers).save(HERE / "speed.json")
     print(
         f"analysis + factors, one thread: {numbers['two_torch_svd_over_ours']:.1f}x faster than two torch.svd, "
         f"{numbers['svdvals_over_ours']:.1f}x svdvals alone, {numbers['ours_over_floor']:.1f}x the flop floor; "
-        f"{same} of {len(plan.allocations)} ranks equal float64"
+        f"{same} of {len(plan.allocations)} ranks equal float64; two workers {numbers['two_workers_over_one']:.2f}x "
+        f"as fast as one (the whole command {numbers['two_workers_over_one_whole_command']:.2f}x)"
     )
 
 

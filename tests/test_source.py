@@ -104,7 +104,7 @@ def break_weight(directory: Path, value: float) -> None:
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_matrix_with_nan_or_inf_is_named(saved, value: float) -> None:
     directory = saved("llama")
     break_weight(directory, value)

@@ -208,13 +208,14 @@ def _factor(
         found = workspace.fetch(_kept(a))
         if found is None:
             kept = workspace.fetch(f"{a.name}.reduction") if device is None else None
-            W = source.read(targets[a.name])
             reduction = None if kept is None else Reduction.from_tensors(kept)
             norm = metric(plan.scaling, calibration, a.name)
-            factors = factorise(W.to(device) if device else W, a.kept, a.relative_error, reduction, norm)
+            # W without a name here: factorise makes its own copy and lets this one go.
+            factors = factorise(source.read(targets[a.name]).to(device), a.kept, a.relative_error, reduction, norm)
             parts = tensors(factors.A, factors.B, a.form).items()
+            dtype = source.dtype(targets[a.name])
             found = {
-                **{part: (t.to(W.dtype) if t.is_floating_point() else t).cpu().contiguous() for part, t in parts},
+                **{part: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous() for part, t in parts},
                 "excess": torch.tensor(factors.excess, dtype=torch.float64),
                 "repaired": torch.tensor(factors.repaired),
             }

@@ -24,7 +24,7 @@ from welore import lapack
 from welore.errors import WeLoreError
 
 EXCESS = 1e-6  # share of ||W||^2 by which the factors may miss the optimum before float64 repeats them
-BLOCK = 1 << 20  # numbers of W that are held in float64 at once
+BLOCK = 384  # rows of W, or columns, that are held in float64 at once
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ def reduce(W: Tensor, metric: Metric | None = None) -> Reduction:
         return Reduction(*lapack.tridiagonalise(gram), gram)
     gram = np.zeros((min(m, n), min(m, n)), order="F")
     rows = W.T if m <= n else W
-    for block in rows.split(max(1, BLOCK // min(m, n))):
-        # A fresh copy, always laid out alike: the same W gives the same bits wherever it came from.
-        double = block.to("cpu", torch.float64, copy=True, memory_format=torch.contiguous_format)
-        lapack.add_gram(gram, double.numpy())
+    # A fresh copy, always laid out alike: the same W gives the same bits wherever it came from.
+    copy = torch.empty(BLOCK, min(m, n), dtype=torch.float64)
+    for block in rows.split(BLOCK):
+        lapack.add_gram(gram, copy[: len(block)].copy_(block).numpy())
     diagonal, off_diagonal, tau = lapack.tridiagonalise(gram)
     return Reduction(diagonal, off_diagonal, tau, gram)
 
@@ -210,7 +210,7 @@ def residual(W: Tensor, A: Tensor, B: Tensor) -> float:
     From r x r products, in the precision of the factors, summed in float64. W = 0: 0.
     """
     # In blocks, for torch makes the whole W float64 to sum it.
-    blocks = W.split(max(1, BLOCK // W.shape[1]))
+    blocks = W.split(BLOCK)
     norm = sum(float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2 for rows in blocks)
     return 1 - float(((A.T @ A) * (B @ B.T)).sum(dtype=torch.float64)) / norm if norm else 0.0
 

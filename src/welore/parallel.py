@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from welore.progress import Progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+GROWTH = 12 << 20  # bytes by which a process that works through matrices may grow before it gives back what is free
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,45 @@ def default_workers() -> int:
 
 
 def return_freed_memory() -> None:
-    """Make glibc give large freed blocks back at once, and keep one heap for all threads; no effect elsewhere.
+    """Make glibc keep one heap for all threads and give very large freed blocks back at once; no effect elsewhere.
 
-    For a process that works through matrices: otherwise every thread's heap keeps the largest ones it has seen
-    (SmolLM2, one worker: 104 MB instead of 58). Not for one that runs a model, which wants its blocks again.
+    For a process that works through matrices: otherwise every thread's heap keeps the largest ones it has seen, and
+    the more so the larger the blocks that the imports have freed. What the one heap keeps all the same, `spread` gives
+    back. Not for a process that runs a model, which wants its blocks again.
     """
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, arena_max = -1, -8  # M_TRIM_THRESHOLD, M_ARENA_MAX of malloc.h
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_TRIM_THRESHOLD and so on, of malloc.h
         libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, 4 << 20)
+        libc.mallopt(trim_threshold, 16 << 20)
+        libc.mallopt(mmap_threshold, 4 << 20)
         libc.mallopt(arena_max, 1)
+
+
+def _heap() -> Callable[[int], None]:
+    """A function that gives all free memory back to the system if the process has grown by so many bytes since.
+
+    By glibc on Linux; elsewhere it does nothing. Free memory is not given back at every matrix, for what the system
+    hands out again it has to clear first, which takes a third of the time of the work on small matrices; but now and
+    then it must be, for small things that stay split the room of large ones that have gone.
+    """
+    statm = Path("/proc/self/statm")
+    if platform.libc_ver()[0] != "glibc" or not statm.exists():
+        return lambda growth: None
+    libc, page = ctypes.CDLL(None), os.sysconf("SC_PAGE_SIZE")
+
+    def anonymous() -> int:
+        _, resident, shared, *_ = statm.read_text().split()
+        return (int(resident) - int(shared)) * page
+
+    floor = anonymous()
+
+    def trim(growth: int) -> None:
+        nonlocal floor
+        if anonymous() > floor + growth:
+            libc.malloc_trim(0)
+            floor = anonymous()
+
+    return trim
 
 
 def spread(
@@ -91,9 +123,16 @@ def spread(
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise WeLoreError(f"workers is {workers}: it must be at least 1")
+    trim, growth = _heap(), GROWTH * max(1, workers - 1)  # what the others hold has grown, too, and is not free
+
+    def work(item: Item) -> Result:
+        result = function(item)
+        trim(growth)
+        return result
+
     # OpenMP and MKL count threads per calling thread: every worker has to say it for itself.
     with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = [pool.submit(function, item) for item in items]
+        futures = [pool.submit(work, item) for item in items]
         cost_of = dict(zip(futures, costs, strict=True))
         done: Iterator[object] = as_completed(futures)
         try:
@@ -102,6 +141,7 @@ def spread(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    trim(0)
     return [future.result() for future in futures]
 
 

@@ -1,6 +1,7 @@
 """Where matrices come from, one at a time: a checkpoint directory on disk, or a model in memory."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -168,16 +169,23 @@ class Checkpoint:
 
     def read(self, target: Target) -> Tensor:
         """W (m, n) in its own dtype; WeLoreError if it holds NaN or Inf."""
-        key = self.key(target.name + ".weight")
-        assert key is not None
+        key = self._key(target)
         W = self.tensor(key)
         check_finite(key, W)
         return W.T if target.transposed else W
 
+    def dtype(self, target: Target) -> torch.dtype:
+        """The dtype in which a matrix is stored."""
+        return self.entry(self._key(target)).dtype
+
     def _beginning(self, target: Target) -> Tensor:
+        key = self._key(target)
+        return next(self._readers[key].chunks(key))
+
+    def _key(self, target: Target) -> str:
         key = self.key(target.name + ".weight")
         assert key is not None
-        return next(self._readers[key].chunks(key))
+        return key
 
     def _check_index(self) -> None:
         index = self.directory / INDEX
@@ -216,7 +224,9 @@ def weight_files(directory: Path) -> list[Path]:
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raise WeLoreError if a float tensor holds NaN or Inf."""
-    if tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
+    if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or not tensor.numel():
+        return
+    if not all(map(math.isfinite, map(float, torch.aminmax(tensor)))):  # NaN is both; no copy as isfinite makes
         raise WeLoreError(f"{name} holds NaN or Inf: the checkpoint is damaged, nothing was written")
 
 

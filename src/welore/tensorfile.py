@@ -60,27 +60,25 @@ class TensorReader:
     def read(self, name: str) -> Tensor:
         """A fresh copy of the tensor."""
         entry = self.entries[name]
-        if entry.start == entry.stop:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        return torch.frombuffer(self._bytes(entry.start, entry.stop), dtype=entry.dtype).reshape(entry.shape)
+        return self._numbers(entry.dtype, entry.start, entry.stop).reshape(entry.shape)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor as flat pieces of at most 4 MiB, in order."""
         entry = self.entries[name]
         for start in range(entry.start, entry.stop, CHUNK):
-            yield torch.frombuffer(self._bytes(start, min(start + CHUNK, entry.stop)), dtype=entry.dtype)
+            yield self._numbers(entry.dtype, start, min(start + CHUNK, entry.stop))
 
-    def _bytes(self, start: int, stop: int) -> bytearray:
-        buffer = bytearray(stop - start)
-        view, done = memoryview(buffer), 0
+    def _numbers(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+        buffer = torch.empty(stop - start, dtype=torch.uint8)  # a bytearray would be filled with zeros first
+        view, done = buffer.numpy().data, 0
         with self._lock:  # the position in the file is shared by all threads
             self._file.seek(start)
-            while done < len(buffer):
+            while done < len(view):
                 count = self._file.readinto(view[done:])
                 if not count:
                     raise WeLoreError(f"{self.path} ends before its last tensor: it is cut off, fetch it again")
                 done += count
-        return buffer
+        return buffer.view(dtype)
 
     def close(self) -> None:
         """Close the file."""
