@@ -79,7 +79,8 @@ def return_freed_memory() -> None:
         libc.mallopt(arena_max, 1)
 
 
-def _heap() -> Callable[[int], None]:
+@contextmanager
+def _heap() -> Iterator[Callable[[int], None]]:
     """A function that gives all free memory back to the system if the process has grown by so many bytes since.
 
     By glibc on Linux; elsewhere it does nothing. Free memory is not given back at every matrix, for what the system
@@ -88,22 +89,24 @@ def _heap() -> Callable[[int], None]:
     """
     statm = Path("/proc/self/statm")
     if platform.libc_ver()[0] != "glibc" or not statm.exists():
-        return lambda growth: None
+        yield lambda growth: None
+        return
     libc, page = ctypes.CDLL(None), os.sysconf("SC_PAGE_SIZE")
+    with statm.open("rb", buffering=0) as file:  # once: to open it takes longer than to read it
 
-    def anonymous() -> int:
-        _, resident, shared, *_ = statm.read_text().split()
-        return (int(resident) - int(shared)) * page
+        def anonymous() -> int:
+            _, resident, shared, *_ = os.pread(file.fileno(), 200, 0).split()
+            return (int(resident) - int(shared)) * page
 
-    floor = anonymous()
+        floor = anonymous()
 
-    def trim(growth: int) -> None:
-        nonlocal floor
-        if anonymous() > floor + growth:
-            libc.malloc_trim(0)
-            floor = anonymous()
+        def trim(growth: int) -> None:
+            nonlocal floor
+            if anonymous() > floor + growth:
+                libc.malloc_trim(0)
+                floor = anonymous()
 
-    return trim
+        yield trim
 
 
 def spread(
@@ -123,15 +126,16 @@ def spread(
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise WeLoreError(f"workers is {workers}: it must be at least 1")
-    trim, growth = _heap(), GROWTH * max(1, workers - 1)  # what the others hold has grown, too, and is not free
-
-    def work(item: Item) -> Result:
-        result = function(item)
-        trim(growth)
-        return result
-
+    growth = GROWTH * max(1, workers - 1)  # what the others hold has grown, too, and is not free
     # OpenMP and MKL count threads per calling thread: every worker has to say it for itself.
-    with _one_thread_each(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+    with _heap() as trim, _one_thread_each(), pool:
+
+        def work(item: Item) -> Result:
+            result = function(item)
+            trim(growth)
+            return result
+
         futures = [pool.submit(work, item) for item in items]
         cost_of = dict(zip(futures, costs, strict=True))
         done: Iterator[object] = as_completed(futures)
@@ -141,7 +145,7 @@ def spread(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    trim(0)
+        trim(0)
     return [future.result() for future in futures]
 
 

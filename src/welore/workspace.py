@@ -1,6 +1,7 @@
 """What is finished of an unfinished run: one file per matrix. A run that was killed continues from them.
 
-A file carries the digest of its content in its name, so that torn or damaged ones are found and made again.
+A file begins with the digest of its content (tensors, as safetensors writes them), so that torn or damaged ones are
+found and made again; its name is known beforehand, so that nobody has to look through a directory of thousands.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from welore.files import whole_file
 from welore.records import read_json, write_json
 
 ABOUT = "about.json"
+DIGEST = hashlib.sha256().digest_size
 
 
 class Workspace:
@@ -47,30 +49,29 @@ class Workspace:
     def store(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a group of tensors, whole or not at all."""
         content = save(dict(tensors))
-        with whole_file(self.directory / f"{name}.{_digest(content)}.safetensors") as partial:
-            partial.write_bytes(content)
+        with whole_file(self._file(name)) as partial, partial.open("wb") as file:
+            file.write(hashlib.sha256(content).digest())
+            file.write(content)
 
     def fetch(self, name: str) -> dict[str, Tensor] | None:
         """A group of tensors; None if it is missing or damaged."""
-        for path in self._files(name):
-            content = path.read_bytes()
-            if path.suffixes[-2] == f".{_digest(content)}":
-                return load(content)
-            path.unlink()
+        path = self._file(name)
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            digest, content = file.read(DIGEST), file.read()
+        if digest == hashlib.sha256(content).digest():
+            return load(content)
+        path.unlink()
         return None
 
     def holds(self, name: str) -> bool:
         """Whether there is such a group, perhaps a damaged one."""
-        return bool(self._files(name))
+        return self._file(name).is_file()
 
     def drop(self, name: str) -> None:
         """Delete a group that is no longer needed."""
-        for path in self._files(name):
-            path.unlink(missing_ok=True)
+        self._file(name).unlink(missing_ok=True)
 
-    def _files(self, name: str) -> list[Path]:
-        return list(self.directory.glob(f"{name}.????????????????.safetensors"))
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    def _file(self, name: str) -> Path:
+        return self.directory / f"{name}.kept"
