@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 KIND_STYLES = dict(zip(KINDS, (*STYLES, ("#E69F00", "X")), strict=True))
 TICKS = 6
+BELOW: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "fontsize": 8, "frameon": False}
 SMALLEST = 1e-12  # beside the largest value of a heat map; below it is nothing but rounding
 
 
@@ -113,7 +114,7 @@ def partition(trace: Trace, *, title: str = "") -> "Figure":
 
     fig.legend(
         handles=[Patch(facecolor="white", edgecolor=figures.HATCH, hatch="/////", label="N-LRC, the others are LRCs")],
-        **_BELOW,
+        **BELOW,
     )
     return fig
 
@@ -152,7 +153,7 @@ def settled(trace: Trace, *, title: str = "") -> "Figure":
         ax.set_ylabel("overlap with the end", fontsize=8)
     handles = [_line_of(BLACK, "two batches, over the noise ceiling", width=2), _line_of(BLACK, "one batch", width=0.8)]
     handles.append(_line_of(BLACK, "noise ceiling: two batches at one step", style=":"))
-    fig.legend(handles=handles, **_BELOW)
+    fig.legend(handles=handles, **BELOW)
     return fig
 
 
@@ -233,8 +234,6 @@ def settling(records: Sequence[Record], *, title: str = "") -> "Figure":
 
 
 # --- pieces ------------------------------------------------------------------------------------------------------
-
-_BELOW: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "fontsize": 8, "frameon": False}
 
 
 def _shown(trace: Trace) -> list[str]:
