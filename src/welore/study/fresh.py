@@ -11,7 +11,6 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from welore.errors import WeLoreError, choose
 from welore.files import whole_directory
-from welore.locate import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,10 +77,8 @@ def vocabulary(texts: Iterable[str], count: int) -> PreTrainedTokenizerFast:
 
 def known_tokenizer(name: str, cache_dir: str | Path | None) -> "PreTrainedTokenizerBase":
     """The tokenizer of a hub model or a local directory."""
-    try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name if Path(name).is_dir() else locate(name, cache_dir=cache_dir)
-        )
+    try:  # its files alone: what else the model has is not wanted
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
     except (OSError, ValueError, KeyError) as error:
         raise WeLoreError(f"{name} has no tokenizer that can be read") from error
     return found
