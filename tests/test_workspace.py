@@ -184,7 +184,7 @@ def test_corrupt_partial_work_is_made_again(saved, tmp_path: Path) -> None:
 
     with pytest.raises(Killed):
         welore.compress(source, tmp_path / "out", rank_reduction=0.4, progress=stopping)
-    kept = sorted((tmp_path / "out.work").glob("*.kept"))
+    kept = sorted((tmp_path / "out.work").glob("*.safetensors"))
     assert any(".factored-" in path.name for path in kept)
     for path in kept:
         content = bytearray(path.read_bytes())

@@ -126,7 +126,7 @@ def spread(
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise WeLoreError(f"workers is {workers}: it must be at least 1")
-    growth = GROWTH * max(1, workers - 1)  # what the others hold has grown, too, and is not free
+    growth = GROWTH * (workers + 2) // 3  # what the others hold has grown, too, and is not free
     # OpenMP and MKL count threads per calling thread: every worker has to say it for itself.
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     with _heap() as trim, _one_thread_each(), pool:

@@ -1,23 +1,26 @@
 """What is finished of an unfinished run: one file per matrix. A run that was killed continues from them.
 
-A file begins with the digest of its content (tensors, as safetensors writes them), so that torn or damaged ones are
-found and made again; its name is known beforehand, so that nobody has to look through a directory of thousands.
+A file (safetensors) carries the digest of its tensors, so that torn or damaged ones are found and made again; its name
+is known beforehand, so that nobody has to look through a directory of thousands. Numbers go from memory to disk and
+back as they are, without the interpreter's lock: other threads work on.
 """
 
+import contextlib
 import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import load, save
+import torch
 from torch import Tensor
 
 from welore.errors import WeLoreError
 from welore.files import whole_file
 from welore.records import read_json, write_json
+from welore.tensorfile import TensorReader, TensorWriter
 
 ABOUT = "about.json"
-DIGEST = hashlib.sha256().digest_size
+DIGEST = "digest"  # its name in a file's metadata
 
 
 class Workspace:
@@ -48,20 +51,21 @@ class Workspace:
 
     def store(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a group of tensors, whole or not at all."""
-        content = save(dict(tensors))
-        with whole_file(self._file(name)) as partial, partial.open("wb") as file:
-            file.write(hashlib.sha256(content).digest())
-            file.write(content)
+        kinds = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
+        about = {DIGEST: _digest(tensors)}
+        with whole_file(self._file(name)) as partial, TensorWriter(partial, kinds, about) as writer:
+            for part, tensor in tensors.items():
+                writer.write(part, [tensor.reshape(-1)])
 
     def fetch(self, name: str) -> dict[str, Tensor] | None:
         """A group of tensors; None if it is missing or damaged."""
         path = self._file(name)
         if not path.is_file():
             return None
-        with path.open("rb") as file:
-            digest, content = file.read(DIGEST), file.read()
-        if digest == hashlib.sha256(content).digest():
-            return load(content)
+        with contextlib.suppress(WeLoreError), TensorReader(path) as reader:
+            found = {part: reader.read(part) for part in reader.entries}
+            if reader.metadata.get(DIGEST) == _digest(found):
+                return found
         path.unlink()
         return None
 
@@ -74,4 +78,13 @@ class Workspace:
         self._file(name).unlink(missing_ok=True)
 
     def _file(self, name: str) -> Path:
-        return self.directory / f"{name}.kept"
+        return self.directory / f"{name}.safetensors"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and numbers."""
+    found = hashlib.sha256()
+    for part, tensor in sorted(tensors.items()):
+        found.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
