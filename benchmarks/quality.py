@@ -6,7 +6,7 @@ python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
 tokens of each. Calibrated rows read 16k tokens: half of the part of the reference that is not evaluated, half of
 --calibrate-on (FILE, or the training part of WikiText-2); the wide one as many tokens of each text of --wide, 32k in
-all. Rows called "self" read what the model writes, no data.
+all. Rows called "self" read what the model writes, 32k as by default, no data.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json.
 """
 
@@ -26,7 +26,8 @@ from welore.locate import locate
 from welore.records import Record
 
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality"
-LENGTH, WINDOWS, TOKENS = 512, 16, 16384
+LENGTH, WINDOWS = 512, 16
+TOKENS = {"mix": 16384, "wide": 32768, "self": 32768}
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
@@ -89,6 +90,7 @@ class Bench:
         if path.is_file():
             return
         settings: dict[str, Any] = {"params": ratio, "seed": seed, "flags": row.flags, "calibration": row.calibration}
+        settings |= {"tokens": TOKENS[row.calibration]} if row.calibration else {}
         numbers: dict[str, Any] = {}
         with tempfile.TemporaryDirectory(dir=self.work) as scratch:
             small = self.model
@@ -120,7 +122,7 @@ class Bench:
                 "--data",
                 self.sources[kind],
                 "--tokens",
-                TOKENS * (2 if kind == "wide" else 1),
+                TOKENS[kind],
                 "--length",
                 LENGTH,
                 "--seed",

@@ -166,7 +166,7 @@ def calibrate(
             help="self (the model writes), or texts with weights: wikitext2:1,pydoc:1,my.txt:2.  [default: self]"
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to read, rounded up to whole windows.")] = 16384,
+    tokens: Annotated[int, typer.Option(help="Tokens to read, rounded up to whole windows.")] = 32768,
     length: Annotated[
         int | None, typer.Option(help="Tokens of a window.  [default: 512, or what the model reads]")
     ] = None,
@@ -276,7 +276,7 @@ def compress(
     calibration: Annotated[
         str, typer.Option(help="File made by `welore calibrate`; self: text that the model writes, no data.")
     ] = "self",
-    tokens: Annotated[int, typer.Option(help="Of that text.")] = 16384,
+    tokens: Annotated[int, typer.Option(help="Of that text.")] = 32768,
     seed: Annotated[int, typer.Option(help="Of that text.")] = 0,
     include: Include = None,
     exclude: Exclude = None,
