@@ -122,13 +122,13 @@ def check(settings: Settings, save_every: int, report_to: str) -> None:
 
 def check_launch(environment: Mapping[str, str], method: str, device: str, distill: str | Path | None = None) -> None:
     """Raise WeLoreError for what accelerate's launcher asks (by its variables) and this package cannot do."""
-    if _is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
+    if is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
         raise WeLoreError("finetune does not run under DeepSpeed: use accelerate launch --use_fsdp, or torchrun (DDP)")
-    if not _is_on(environment, FSDP):
+    if not is_on(environment, FSDP):
         return
     if environment.get("FSDP_VERSION", "1") != "2":
         raise WeLoreError("finetune runs under FSDP 2 only: pass --fsdp_version 2 to accelerate launch")
-    if _is_on(environment, "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+    if is_on(environment, "FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise WeLoreError(
             "every process reads the checkpoint itself: pass --fsdp_cpu_ram_efficient_loading false as well"
         )
@@ -144,7 +144,8 @@ def check_launch(environment: Mapping[str, str], method: str, device: str, disti
         )
 
 
-def _is_on(environment: Mapping[str, str], name: str) -> bool:
+def is_on(environment: Mapping[str, str], name: str) -> bool:
+    """Whether a variable of accelerate's launcher says yes."""
     return environment.get(name, "").lower() in ("1", "true")
 
 

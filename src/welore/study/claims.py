@@ -15,8 +15,8 @@ from scipy.stats import rankdata
 
 from welore.comparisons import Table
 from welore.errors import WeLoreError
-from welore.figures import places
-from welore.plan import Plan
+from welore.figures import Place, places
+from welore.plan import Allocation
 from welore.records import Record
 from welore.study.trace import COSINE, OVERLAPS, Array, Matrix, Trace
 
@@ -86,30 +86,31 @@ CLAIMS = {
 
 def measured(trace: Trace) -> dict[str, Any]:
     """Numbers of a record: the threshold, every matrix, and a value with its interval for each of CLAIMS."""
-    plan = trace.plans[-1]
-    rows = [_row(name, trace, plan) for name in trace.matrices]
+    plan, place = trace.plans[-1], places(trace.matrices)
+    rows = [_row(allocation, place[allocation.name], trace) for allocation in plan.allocations]
+    claims = _claims(rows)
+    assert claims.keys() == CLAIMS.keys()
     return {
         "threshold": plan.threshold,
         "rank_reduction": plan.rank_reduction,
         "parameter_ratio": plan.parameter_ratio,
         "lrcs": len(plan.ranks),
         "matrices": rows,
-        "claims": {name: _claims(rows)[name] for name in CLAIMS},
+        "claims": claims,
     }
 
 
 # --- one matrix ------------------------------------------------------------------------------------------------
 
 
-def _row(name: str, trace: Trace, plan: Plan) -> dict[str, Any]:
+def _row(allocation: Allocation, place: Place, trace: Trace) -> dict[str, Any]:
     """One matrix in numbers; steps are shares of the run, 0 to 1."""
-    matrix, place = trace.matrices[name], places(trace.matrices)[name]
-    allocation = next(a for a in plan.allocations if a.name == name)
+    matrix = trace.matrices[allocation.name]
     warm = after_warm_up(trace)
     late = trace.steps >= trace.steps[-1] / 2
     null = noise_stable_rank(*matrix.shape)
     return {
-        "name": name,
+        "name": allocation.name,
         "kind": place.kind,
         "layer": place.layer,
         "reduction_ratio": allocation.reduction_ratio,

@@ -19,7 +19,7 @@ from welore.errors import WeLoreError
 from welore.progress import Progress, silent
 from welore.records import Record
 from welore.rundir import MODEL, RUN, TUNED, begin, check_out, fingerprint
-from welore.settings import ADAMW, FSDP, SETTINGS, check, settled
+from welore.settings import ADAMW, FSDP, SETTINGS, check, is_on, settled
 from welore.study.claims import measured
 from welore.study.fresh import Size, about, fresh_model, known_tokenizer, save_fresh, size_of, vocabulary
 from welore.study.probe import Probe, probed_steps
@@ -138,7 +138,7 @@ def _check(steps: int, probes: int, probe_items: int, eval_items: int) -> None:
             f"probe_items is {probe_items}, eval_items {eval_items}: the two batches of the probe, a sequence or more "
             "each, are part of the held-out sequences"
         )
-    if os.environ.get(FSDP, "").lower() in ("1", "true"):
+    if is_on(os.environ, FSDP):
         raise WeLoreError("pretrain reads whole gradients, which FSDP cuts: use torchrun, which is DDP")
 
 
