@@ -4,15 +4,19 @@ python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8
                              [--wikitext FILE] [--calibrate-on FILE] [--wide FILE:1,FILE:1,...] [--work DIRECTORY]
 
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
-tokens of each. Calibrated rows read 16k tokens: half of the part of the reference that is not evaluated, half of
+tokens of each. Calibrated rows read 32k tokens: half of the part of the reference that is not evaluated, half of
 --calibrate-on (FILE, or the training part of WikiText-2); the wide one as many tokens of each text of --wide, 32k in
-all. Rows called "self" read what the model writes, 32k as by default, no data.
+all. Rows called "self" read what the model writes, 64k as by default, no data. The healed row goes on from there:
+its factors are trained on 256k other tokens of the model's own, each about once, with the dense model as the teacher;
+the control is the dense model, all of it trained on the same blocks in the same order, the text itself its labels.
+Learning rates were chosen on other texts.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,17 +31,26 @@ from welore.records import Record
 
 OUT = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality"
 LENGTH, WINDOWS = 512, 16
-TOKENS = {"mix": 16384, "wide": 32768, "self": 32768}
+TOKENS = {"mix": 32768, "wide": 32768, "self": 65536}
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
+HEALING = (
+    f"--steps 256 --batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
+)
+WRITTEN = 262144  # tokens for it, a tenth of them held out
+RATES = {1.0: 1e-5, 0.9: 1e-5, 0.8: 2e-5, 0.7: 5e-5, 0.6: 5e-5, 0.5: 5e-5}  # the more is cut, the larger
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: its name in print, the flags of `welore compress`, and what it is calibrated on."""
+    """One line of the table: its name in print, the flags of `welore compress`, and what it is calibrated on.
+
+    tuned: flags of `welore finetune` for what comes after.
+    """
 
     label: str
     flags: str = ""
     calibration: str | None = None  # "mix", "wide", "self" or None
+    tuned: str = ""
 
 
 ROWS = {
@@ -51,7 +64,9 @@ ROWS = {
     "ours": Row("ours, calibrated", "", "mix"),
     "ours-wide": Row("ours, calibrated on more kinds of text", "", "wide"),
     "ours-self": Row("ours, data-free (`--params` alone)", "", "self"),
+    "ours-healed": Row("ours, data-free and healed on 256k tokens of its own", "", "self", "--method lrc --distill"),
 }
+CONTROL = Row("dense, tuned as long on the same text", tuned="--method full")
 
 
 def main() -> None:
@@ -72,6 +87,8 @@ def main() -> None:
             for name in given.rows:
                 for seed in given.seeds if ROWS[name].calibration else [0]:
                     bench.cell(name, ROWS[name], ratio, seed)
+        for seed in given.seeds if "ours-healed" in given.rows else []:
+            bench.cell("dense-tuned", CONTROL, 1.0, seed)
 
 
 class Bench:
@@ -94,7 +111,7 @@ class Bench:
         numbers: dict[str, Any] = {}
         with tempfile.TemporaryDirectory(dir=self.work) as scratch:
             small = self.model
-            if name != "dense":
+            if ratio < 1:
                 small = Path(scratch) / "small"
                 flags = row.flags.split()
                 if row.calibration:
@@ -103,6 +120,10 @@ class Bench:
                 keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
                 numbers = {key: made["numbers"][key] for key in keys} | cost
                 settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio")}
+            if row.tuned:
+                small, cost = self.tuned(row, small, f"{name}-{ratio:g}-{seed}", ratio, seed)
+                numbers |= {f"tuning_{key}": value for key, value in cost.items()}
+                settings |= {"tuned": f"{row.tuned} {HEALING}", "lr": RATES[ratio]}
             for text, source in self.texts.items():
                 how = ("--data", source, "--length", LENGTH, "--windows", WINDOWS, "--dtype", "float32")
                 found, _ = welore("evaluate", small, *how)
@@ -113,6 +134,18 @@ class Bench:
         print(
             name, ratio, seed, f"{numbers['perplexity_wikitext2']:.4g} / {numbers['perplexity_pydoc']:.4g}", flush=True
         )
+
+    def tuned(self, row: Row, model: Path, name: str, ratio: float, seed: int) -> tuple[Path, dict[str, Any]]:
+        """A model fine-tuned on text that the dense one wrote, once for every seed; and what that took."""
+        text, run = self.work / f"written-{seed}.safetensors", self.work / name
+        flags = [*row.tuned.split(), *([self.model] if "--distill" in row.tuned else []), *HEALING.split()]
+        flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", WRITTEN]
+        flags += ["--lr", RATES[ratio], "--seed", seed, "--save-every", 0, "--overwrite"]
+        found, cost = welore("finetune", model, run, *flags)
+        if not text.is_file():
+            shutil.copyfile(run / "written.safetensors", text)
+        keys = ("tokens", "trainable_parameters", "tokens_per_second", "train_loss", "evaluation")
+        return run / "model", {key: found["numbers"][key] for key in keys} | cost
 
     def calibration(self, kind: str, seed: int) -> Path:
         """The statistics for a seed, made once; what that took lies beside them."""

@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 SETTINGS = {"data": "pydoc", "batch_size": 4, "length": 256, "eval_every": 0, "save_every": 0, "lr": 1e-4}
 RANK_REDUCTION, BASE, STOCK = 0.5, "full", "full, whole logits"
 SELECTIVE, EVERYTHING = {"selective_checkpointing": True}, {"gradient_checkpointing": True}
-BFLOAT16 = {"dtype": "bfloat16"}
+BFLOAT16, EAGER = {"dtype": "bfloat16"}, {"attention": "eager"}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     BASE: {"method": "full"},
     STOCK: {"method": "full", "whole_logits": True},
@@ -41,6 +41,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "lrc, bfloat16": {"method": "lrc"} | BFLOAT16,
     "lrc, bfloat16, selective": {"method": "lrc"} | BFLOAT16 | SELECTIVE,
     "lrc, bfloat16, checkpointing": {"method": "lrc"} | BFLOAT16 | EVERYTHING,
+    "lrc, bfloat16, eager": {"method": "lrc"} | BFLOAT16 | EAGER,
+    "lrc, bfloat16, eager, selective": {"method": "lrc"} | BFLOAT16 | EAGER | SELECTIVE,
 }
 CHILD = """
 import json, os, sys, time
@@ -51,6 +53,8 @@ welore.trainer.ClockedTrainer.now = lambda self: time.process_time()
 model, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 if settings.get("gradient_checkpointing"):
     welore.activations.return_large_blocks()  # as the command does
+if settings.get("gradient_checkpointing") or settings.get("selective_checkpointing"):
+    welore.activations.keep_few_kernels()
 numbers = welore.finetune(model, out, device="cpu", **settings).numbers
 kept = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters", "total_parameters", "train_loss",
         "seconds_forward", "seconds_backward", "seconds_optimizer")

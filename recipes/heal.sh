@@ -12,11 +12,11 @@ out=${2:-runs/heal}
 mkdir -p "$out"
 
 [ -f "$out/small/config.json" ] ||
-    welore compress "$model" "$out/small" --params "${PARAMS:-0.8}" --tokens "${TOKENS:-32768}"
+    welore compress "$model" "$out/small" --params "${PARAMS:-0.8}" --tokens "${TOKENS:-65536}"
 
 run="$out/healed"
 [ -f "$run/finetune.json" ] ||
-    welore finetune "$out/small" "$run" --method lrc --distill "$model" --data "${DATA:-self}" --lr "${LR:-5e-5}" \
+    welore finetune "$out/small" "$run" --method lrc --distill "$model" --data "${DATA:-self}" --lr "${LR:-2e-5}" \
         --steps "${STEPS:-200}" --batch-size "${BATCH:-4}" --length "${LENGTH:-256}" --eval-every 50 --save-every 50 \
         --label healed $([ -f "$run/run.json" ] && echo --resume)
 

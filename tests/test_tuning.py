@@ -378,6 +378,44 @@ def test_the_teacher_writes_what_the_steps_read_and_a_tenth_more(model: Path, de
     assert not torch.equal(less[0], windows[0])
 
 
+def test_what_a_teacher_wrote_is_read_by_another_run(model: Path, dense: Path, text: str, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    first = finetune(model, tmp_path / "first", data="self", distill=dense, **SHORT)
+    written = tmp_path / "first/written.safetensors"
+    second = finetune(model, tmp_path / "second", data=str(written), distill=dense, **SHORT)
+    assert second.numbers["train_loss"] == first.numbers["train_loss"]
+    assert second.inputs["data_sha256"] == first.inputs["data_sha256"]
+    finetune(model, tmp_path / "alone", data=str(written), **SHORT)  # as any other text
+
+    other = tmp_path / "other.safetensors"
+    save_file({"windows": torch.full((4, 48), 10**6)}, other)
+    cases = [
+        ({"data": str(written), "length": 32}, "has windows of 48 tokens: give --length 48"),
+        ({"data": str(other)}, "has token 1000000, this model knows .*: another model wrote it"),
+        ({"data": str(dense / "model.safetensors")}, "is no written.safetensors of an earlier run"),
+        ({"data": "nowhere.safetensors"}, "is no written.safetensors of an earlier run"),
+    ]
+    for settings, message in cases:
+        with pytest.raises(WeLoreError, match=message):
+            finetune(model, tmp_path / "run", **SHORT | settings)
+        assert not (tmp_path / "run").exists()
+
+
+def test_attention_can_be_computed_in_another_way(model: Path, text: str, tmp_path: Path) -> None:
+    usual, eager = (
+        finetune(model, tmp_path / str(way), data=text, attention=way, **SHORT).numbers for way in (None, "eager")
+    )
+    assert [loss for _, loss in eager["train_loss"]] == pytest.approx(
+        [loss for _, loss in usual["train_loss"]], rel=1e-4
+    )
+    configs = [json.loads((tmp_path / way / "model/config.json").read_text()) for way in ("None", "eager")]
+    assert configs[0] == configs[1]  # a matter of the run, not of the model
+    with pytest.raises(WeLoreError, match="cannot be loaded: .*eagle"):
+        finetune(model, tmp_path / "run", data=text, attention="eagle", **SHORT)
+    assert not (tmp_path / "run").exists()
+
+
 def test_impossible_teachers_are_refused_before_anything_is_written(
     model: Path, dense: Path, text: str, tmp_path: Path
 ) -> None:

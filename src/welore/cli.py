@@ -166,7 +166,7 @@ def calibrate(
             help="self (the model writes), or texts with weights: wikitext2:1,pydoc:1,my.txt:2.  [default: self]"
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to read, rounded up to whole windows.")] = 32768,
+    tokens: Annotated[int, typer.Option(help="Tokens to read, rounded up to whole windows.")] = 65536,
     length: Annotated[
         int | None, typer.Option(help="Tokens of a window.  [default: 512, or what the model reads]")
     ] = None,
@@ -276,7 +276,7 @@ def compress(
     calibration: Annotated[
         str, typer.Option(help="File made by `welore calibrate`; self: text that the model writes, no data.")
     ] = "self",
-    tokens: Annotated[int, typer.Option(help="Of that text.")] = 32768,
+    tokens: Annotated[int, typer.Option(help="Of that text.")] = 65536,
     seed: Annotated[int, typer.Option(help="Of that text.")] = 0,
     include: Include = None,
     exclude: Exclude = None,
@@ -491,7 +491,8 @@ def finetune(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A text: c4, wikitext2, pydoc, a .txt, .jsonl or .parquet file; self: the teacher writes it."
+            help="A text: c4, wikitext2, pydoc, a .txt, .jsonl or .parquet file; self: the teacher writes it; "
+            "written.safetensors of such a run: the same again."
         ),
     ] = None,
     task: TaskName = None,
@@ -509,6 +510,9 @@ def finetune(
     dtype: Annotated[
         str, typer.Option(help="float32 or bfloat16 (what is trained stays float32); auto: bfloat16 on a GPU.")
     ] = "auto",
+    attention: Annotated[
+        str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...  [default: what transformers chooses]")
+    ] = None,
     train_norms: Annotated[bool, typer.Option("--train-norms", help="Train the norms, too (lrc, nlrc).")] = False,
     loss_on_prompt: Annotated[bool, typer.Option("--loss-on-prompt", help="Learn the questions, too.")] = False,
     rank: Annotated[int | None, typer.Option(help="Of lora and galore.  [default: 8; 128]")] = None,
@@ -551,11 +555,13 @@ def finetune(
     settings = dict(locals())
     as_json = settings.pop("as_json")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it regrets kernels nobody asked for
-    from welore.activations import return_large_blocks
+    from welore.activations import keep_few_kernels, return_large_blocks
     from welore.tuning import finetune
 
     if gradient_checkpointing:
         return_large_blocks()
+    if gradient_checkpointing or selective_checkpointing:
+        keep_few_kernels()
     with _progress() as progress:
         record = finetune(**settings | {"device": _device(device)}, progress=progress)
     n = record.numbers

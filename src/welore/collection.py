@@ -29,7 +29,7 @@ from welore.workspace import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS, LENGTH = 32768, 512  # read by default, in windows of
+TOKENS, LENGTH = 65536, 512  # read by default, in windows of
 MEASURE = 0.25  # share of them on which losses are measured
 
 

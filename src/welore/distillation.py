@@ -96,25 +96,26 @@ class _Divergence(torch.autograd.Function):
     ) -> Tensor:
         kind = hidden.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        head = [None if t is None else t.detach().to(low or t.dtype) for t in (weight, bias)]
         ctx.trained = ctx.needs_input_grad[1:3]
-        trained = [t.requires_grad_() for t, asked in zip(head, ctx.trained, strict=True) if asked and t is not None]
-        sums = [torch.zeros_like(t, dtype=torch.float32) for t in trained]
+        weight, bias = (None if t is None else t.detach().to(low or t.dtype) for t in (weight, bias))
+        pairs = zip((weight, bias), ctx.trained, strict=True)
+        sums = [torch.zeros_like(t, dtype=torch.float32) for t, asked in pairs if asked and t is not None]
         slopes = torch.empty_like(hidden)
         total = torch.zeros((), device=hidden.device)
         with torch.autocast(kind, enabled=False):
             for start in range(0, len(hidden), PIECE):
                 rows = slice(start, start + PIECE)
                 expected = _logits(taught[rows], teachers_weight, teachers_bias).float()
-                with torch.enable_grad():
-                    part = hidden[rows].detach().to(low or hidden.dtype).requires_grad_()
-                    scores = _logits(part, head[0], head[1]).float()
-                    loss = divergence(scores, expected, wanted[rows], share, temperature)
-                slope, *others = torch.autograd.grad(loss, [part, *trained])
-                slopes[rows] = slope
-                for whole, other in zip(sums, others, strict=True):
-                    whole += other
-                total += loss.detach()
+                part = hidden[rows].detach().to(low or hidden.dtype)
+                scores = _logits(part, weight, bias).float()
+                loss, slope = divergence(scores, expected, wanted[rows], share, temperature)
+                slope = slope.to(part.dtype)
+                slopes[rows] = slope if weight is None else slope @ weight
+                if ctx.trained[0]:
+                    sums[0] += slope.T @ part
+                if ctx.trained[1]:
+                    sums[-1] += slope.sum(0)
+                total += loss
         ctx.save_for_backward(slopes, *sums)
         return total
 
@@ -127,16 +128,25 @@ class _Divergence(torch.autograd.Function):
         return slopes * slope.to(slopes.dtype), *head, None, None, None, None, None, None
 
 
-def divergence(scores: Tensor, expected: Tensor, wanted: Tensor, weight: float, temperature: float) -> Tensor:
-    """Sum over positions of weight T^2 KL(teacher || student) + (1 - weight) cross-entropy.
+def divergence(
+    scores: Tensor, expected: Tensor, wanted: Tensor, weight: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Sum over positions of weight T^2 KL(teacher || student) + (1 - weight) cross-entropy; its gradient by `scores`.
 
-    scores, expected: (positions, vocabulary), logits of student and teacher, float32; wanted: (positions,).
+    scores, expected: (positions, vocabulary), logits of student and teacher, float32; wanted: (positions,). The
+    gradient is weight T (q - p) + (1 - weight) (q_1 - what came): written down, it takes a third of the passes over
+    the vocabulary that autograd makes.
     """
     p, q = (functional.log_softmax(logits / temperature, -1) for logits in (expected, scores))
-    loss = weight * temperature**2 * functional.kl_div(q, p, reduction="sum", log_target=True)
+    probability = p.exp()
+    loss = weight * temperature**2 * torch.dot(probability.flatten(), p.sub_(q).flatten())
+    slope = q.exp_().sub_(probability).mul_(weight * temperature)
     if weight < 1:
-        loss = loss + (1 - weight) * functional.cross_entropy(scores, wanted, reduction="sum")
-    return loss
+        q = functional.log_softmax(scores, -1)
+        loss = loss + (1 - weight) * functional.nll_loss(q, wanted, reduction="sum")
+        q.exp_()[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+        slope.add_(q, alpha=1 - weight)
+    return loss, slope
 
 
 def _logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -26,7 +26,7 @@ def generate_text(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    tokens: int = 32768,
+    tokens: int = 65536,
     length: int = 512,
     temperature: float = 1.0,
     top_k: int = 0,

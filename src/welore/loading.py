@@ -63,8 +63,13 @@ def compression_of(directory: Path) -> dict[str, Any] | None:
     return Record.load(directory / RECORD).settings if (directory / RECORD).is_file() else None
 
 
-def load(directory: Path, dtype: Any, device: str | None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Model and tokenizer of a directory; WeLoreError rather than a tensor of random numbers. device None: a GPU."""
+def load(
+    directory: Path, dtype: Any, device: str | None, attention: str | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Model and tokenizer of a directory; WeLoreError rather than a tensor of random numbers. device None: a GPU.
+
+    attention: one of transformers' implementations (sdpa, eager, flash_attention_2); None leaves the choice to it.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     weight_files(directory)
@@ -78,9 +83,13 @@ def load(directory: Path, dtype: Any, device: str | None) -> "tuple[PreTrainedMo
         raise WeLoreError(no_tokenizer)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            directory,
+            dtype=dtype,
+            attn_implementation=attention,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, ImportError, OSError, SafetensorError) as error:
         raise WeLoreError(f"{directory} cannot be loaded: {first_line(error)}") from error
     model, about = loaded
     random = sorted({*about["missing_keys"], *(key for key, *_ in about["mismatched_keys"])})

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from welore.directory import PLAN, RECORD
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, first_line
 from welore.files import refuse_existing, whole_directory, whole_file
 from welore.records import read_json, write_json
 
@@ -70,6 +71,21 @@ def keep_written(out: Path, windows: Tensor) -> None:
 def written(out: Path) -> Tensor | None:
     """What the teacher wrote for the run in `out`, None if it is not there."""
     return load_file(out / WRITTEN)["windows"].long() if (out / WRITTEN).is_file() else None
+
+
+def read_windows(path: str, length: int, vocabulary: int) -> Tensor:
+    """Token ids (windows, length) of a file WRITTEN; WeLoreError for anything else, or tokens of another model."""
+    try:
+        windows = load_file(path)["windows"].long()
+    except (OSError, KeyError, SafetensorError) as error:
+        raise WeLoreError(f"{path} is no {WRITTEN} of an earlier run: {first_line(error)}") from error
+    if windows.dim() != 2 or windows.shape[1] != length:
+        raise WeLoreError(f"{path} has windows of {windows.shape[-1]} tokens: give --length {windows.shape[-1]}")
+    if not 0 <= int(windows.min()) <= int(windows.max()) < vocabulary:
+        raise WeLoreError(
+            f"{path} has token {int(windows.max())}, this model knows {vocabulary}: another model wrote it"
+        )
+    return windows
 
 
 def last_checkpoint(out: Path) -> Path | None:

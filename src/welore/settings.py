@@ -45,6 +45,7 @@ class Settings:
     length: int
     seed: int
     dtype: str
+    attention: str | None
     train_norms: bool
     loss_on_prompt: bool
     rank: int | None

@@ -23,6 +23,7 @@ def load_teacher(
     directory: Path,
     *,
     alone: bool,
+    attention: str | None = None,
     cache_dir: str | Path | None = None,
 ) -> "PreTrainedModel":
     """The model `name`, frozen, on the CPU in its own dtype; student and tokenizer: of the model in `directory`.
@@ -35,7 +36,7 @@ def load_teacher(
             "the model is its own teacher and has nothing to learn from itself: name the dense model that it was made "
             "from, or give --distill-weight below 1"
         )
-    teacher, teachers = load(found, "auto", "cpu")
+    teacher, teachers = load(found, "auto", "cpu", attention)
     refuse_other_vocabulary(student, tokenizer, teacher, teachers)
     teacher.requires_grad_(False)
     return teacher.eval()

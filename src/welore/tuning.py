@@ -39,12 +39,14 @@ from welore.progress import Progress, silent
 from welore.records import Record
 from welore.rundir import (
     TUNED,
+    WRITTEN,
     begin,
     check_out,
     fingerprint,
     gathered,
     keep_written,
     last_checkpoint,
+    read_windows,
     save_result,
     written,
 )
@@ -77,6 +79,7 @@ def finetune(
     length: int | None = None,
     seed: int = 0,
     dtype: str = "auto",
+    attention: str | None = None,
     train_norms: bool = False,
     loss_on_prompt: bool = False,
     rank: int | None = None,
@@ -110,15 +113,18 @@ def finetune(
     10,000 steps of 4 x 1024 tokens, a task 1,000 of 8 x 512; AdamW, cosine to a tenth of `lr` after a warm-up of
     one step in twenty. batch_size is that of one process; a step reads batch_size x accumulation x processes.
     dtype: bfloat16 keeps what is frozen in bfloat16 and what is trained in float32, and computes in bfloat16;
-    "auto" is that on a GPU, float32 elsewhere. The result is saved in `dtype`. whole_logits: do without headloss,
-    which computes the same loss in less memory. gradient_checkpointing: of the activations keep the inputs of the
-    blocks only; selective_checkpointing: also the products that cost most (see activations). The losses are the same.
+    "auto" is that on a GPU, float32 elsewhere. The result is saved in `dtype`. attention: one of transformers'
+    implementations instead of its choice; "eager" is the faster on a CPU in bfloat16 (method.md). whole_logits: do
+    without headloss, which computes the same loss in less memory. gradient_checkpointing: of the activations keep the
+    inputs of the blocks only; selective_checkpointing: also the products that cost most (see activations). The losses
+    are the same.
     eval_every, save_every: steps; 0 for never. resume: go on after the last complete checkpoint in `out`; the losses
     and weights are those of a run that never stopped.
     distill: a teacher, as a rule the dense model that this one was made from. The loss is then KL(teacher || model)
     over the vocabulary at every predicted token, at distill_temperature (1); distill_weight (1) below 1 leaves the
     rest to the text's cross-entropy. With data "self" the teacher writes the text: all that the steps read and a
-    tenth held out, or self_tokens, read as often as needed. Evaluation is the text's cross-entropy in any case.
+    tenth held out, or self_tokens, read as often as needed; it stays in OUT/written.safetensors, and another run reads
+    the same if that file is its `data`. Evaluation is the text's cross-entropy in any case.
     watch: makes one more callback of the Trainer; welore.study records its trace by one.
     Raises WeLoreError for what cannot work, before anything is written.
     """
@@ -193,12 +199,13 @@ def _prepared(
     kept: what the teacher wrote for this run before it was stopped.
     """
     chosen = Plan.load(plan) if isinstance(plan, str | Path) else plan
-    model, tokenizer = load(directory, "auto", "cpu")
+    model, tokenizer = load(directory, "auto", "cpu", settings.attention)
     _refuse_long(model, settings.length)
     teacher, teachers_fingerprint = None, None
     if settings.distill is not None:
         alone = settings.distill_weight == 1
-        teacher = load_teacher(settings.distill, model, tokenizer, directory, alone=alone, cache_dir=cache_dir)
+        how: dict[str, Any] = {"alone": alone, "attention": settings.attention, "cache_dir": cache_dir}
+        teacher = load_teacher(settings.distill, model, tokenizer, directory, **how)
         _refuse_long(teacher, settings.length)
         teachers_fingerprint = fingerprint(teacher)
     text = None if settings.data == SELF else _material(settings, tokenizer, args.world_size, cache_dir)
@@ -266,6 +273,9 @@ def _material(
             cache_dir=cache_dir,
         )
     assert settings.data is not None
+    if settings.data.endswith(Path(WRITTEN).suffix):
+        windows = read_windows(settings.data, settings.length, len(tokenizer))
+        return blocks_of_windows(windows, "text that a model wrote", eval_items=settings.eval_items)
     tokens = _items_read(settings, processes) * settings.length
     return blocks_of_text(
         settings.data, tokenizer, settings.length, tokens=tokens, eval_items=settings.eval_items, cache_dir=cache_dir
