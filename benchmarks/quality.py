@@ -4,12 +4,12 @@ python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8
                              [--wikitext FILE] [--calibrate-on FILE] [--wide FILE:1,FILE:1,...] [--work DIRECTORY]
 
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
-tokens of each. Calibrated rows read 32k tokens: half of the part of the reference that is not evaluated, half of
---calibrate-on (FILE, or the training part of WikiText-2); the wide one as many tokens of each text of --wide, 32k in
-all. Rows called "self" read what the model writes, 64k as by default, no data. The healed row goes on from there:
-its factors are trained on 256k other tokens of the model's own, each about once, with the dense model as the teacher;
-the control is the dense model, all of it trained on the same blocks in the same order, the text itself its labels.
-Learning rates were chosen on other texts.
+tokens of each. Calibrated rows read 32k tokens in bfloat16 and measure losses on all of them: half of the part of the
+reference that is not evaluated, half of --calibrate-on (FILE, or the training part of WikiText-2); the wide one as many
+tokens of each text of --wide, 32k in all. Rows called "self" read what the model writes, 64k as by default, no data.
+The healed row goes on from there: its factors are trained on 256k other tokens of the model's own, each about once,
+with the dense model as the teacher; the control is the dense model, all of it trained on the same blocks in the same
+order, the text itself its labels. Learning rates were chosen on other texts.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json.
 """
 
@@ -37,7 +37,7 @@ HEALING = (
     f"--steps 256 --batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
 )
 WRITTEN = 262144  # tokens for it, a tenth of them held out
-RATES = {1.0: 1e-5, 0.9: 1e-5, 0.8: 2e-5, 0.7: 5e-5, 0.6: 5e-5, 0.5: 5e-5}  # the more is cut, the larger
+RATES = {1.0: 1e-5, 0.9: 1.5e-5, 0.8: 3e-5, 0.7: 4e-5, 0.6: 6e-5, 0.5: 6e-5}  # the more is cut, the larger
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ class Bench:
                 "--seed",
                 seed,
             )
-            if kind == "self":
-                how = (*how, "--measure", 0)  # as compress does it
+            # Of its own text as compress does it; of another one all losses are measured.
+            how = (*how, "--measure", 0) if kind == "self" else (*how, "--measure", 1, "--dtype", "bfloat16")
             _, cost = welore("calibrate", self.model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))
         return path
