@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
-from welore.activations import keep_wide_products
 from welore.batches import (
     Batch,
     Material,
@@ -25,19 +24,21 @@ from welore.batches import (
     questions_of_task,
     shuffled,
 )
-from welore.distillation import Distillation
+from welore.calibration.mixture import SELF, seed_of
 from welore.errors import WeLoreError, first_line
 from welore.files import refuse_source
-from welore.headloss import shrink_head
 from welore.loading import compression_of, load
 from welore.locate import locate
 from welore.lowrank import LowRank, PivotedLinear
-from welore.methods import METHODS, Marked, known_warnings, matrices
-from welore.mixture import SELF, seed_of
 from welore.plan import Plan
 from welore.progress import Progress, silent
 from welore.records import Record
-from welore.rundir import (
+from welore.surgery import sizes
+from welore.tuning.activations import keep_wide_products
+from welore.tuning.distillation import Distillation
+from welore.tuning.headloss import shrink_head
+from welore.tuning.methods import METHODS, Marked, known_warnings, matrices
+from welore.tuning.rundir import (
     TUNED,
     WRITTEN,
     begin,
@@ -50,10 +51,9 @@ from welore.rundir import (
     save_result,
     written,
 )
-from welore.settings import ADAMW, DTYPES, SETTINGS, Settings, arguments, check, check_launch, settled
-from welore.surgery import sizes
-from welore.teacher import load_teacher, share_frozen, write_text
-from welore.trainer import ClockedTrainer, StepCallback, peak_memory
+from welore.tuning.settings import ADAMW, DTYPES, SETTINGS, Settings, arguments, check, check_launch, settled
+from welore.tuning.teacher import load_teacher, share_frozen, write_text
+from welore.tuning.trainer import ClockedTrainer, StepCallback, peak_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
