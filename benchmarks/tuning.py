@@ -46,15 +46,16 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 CHILD = """
 import json, os, sys, time
-import torch, transformers.models.llama.modeling_llama, welore.activations, welore.trainer, welore.tuning
+import torch, transformers.models.llama.modeling_llama, welore.tuning.finetuning
+from welore.tuning import activations, trainer
 
-resident = welore.trainer.forget_peak_memory(torch.device("cpu"))
-welore.trainer.ClockedTrainer.now = lambda self: time.process_time()
+resident = trainer.forget_peak_memory(torch.device("cpu"))
+trainer.ClockedTrainer.now = lambda self: time.process_time()
 model, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 if settings.get("gradient_checkpointing"):
-    welore.activations.return_large_blocks()  # as the command does
+    activations.return_large_blocks()  # as the command does
 if settings.get("gradient_checkpointing") or settings.get("selective_checkpointing"):
-    welore.activations.keep_few_kernels()
+    activations.keep_few_kernels()
 numbers = welore.finetune(model, out, device="cpu", **settings).numbers
 kept = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters", "total_parameters", "train_loss",
         "seconds_forward", "seconds_backward", "seconds_optimizer")

@@ -42,7 +42,7 @@ python - "$out" <<'PYTHON'
 import sys
 from pathlib import Path
 from welore import Record
-from welore.tuning_figures import FIGURE_1, FIGURE_5, fine_tuning
+from welore.tuning.figures import FIGURE_1, FIGURE_5, fine_tuning
 
 out = Path(sys.argv[1])
 best = {}

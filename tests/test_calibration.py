@@ -14,15 +14,16 @@ import welore
 import welore.loading
 from conftest import FAMILIES, MIXTURES, build
 from toys import checkpoint
-from welore import sweep
-from welore.calibration import Calibration
+from welore.calibration import sweep
+from welore.calibration.artefact import Calibration
+from welore.calibration.mixture import seed_of
+from welore.calibration.moments import Moments
 from welore.errors import WeLoreError
-from welore.mixture import seed_of
-from welore.moments import Moments
 from welore.parallel import Team
 from welore.scaling import metric
 from welore.source import ModelWeights
 from welore.targets import find_targets
+from welore.tensorfile import TensorReader
 from welore.workspace import Workspace
 
 IDS = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(1))
@@ -347,7 +348,7 @@ def test_files_that_are_no_calibration_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeLoreError, match="holds no calibration"):
         Calibration.load(path)
     gathered(build("llama"), tmp_path)
-    with welore.calibration.TensorReader(path) as reader:
+    with TensorReader(path) as reader:
         about = reader.metadata
     tensors = load_file(path)
     save_file(tensors, path, {key: value for key, value in about.items() if key != "counts"})

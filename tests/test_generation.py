@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 
 from conftest import build
 from toys import ALPHABET, characters
+from welore.calibration.generation import BEGINNINGS, generate_text
 from welore.errors import WeLoreError
-from welore.generation import BEGINNINGS, generate_text
 
 END = 1  # of `characters`
 CHAT = "{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '</s>' }}{% endfor %}"

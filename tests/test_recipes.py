@@ -23,8 +23,8 @@ from toys import checkpoint
 from welore.embedded import PACKAGE, embedded_model
 from welore.errors import WeLoreError
 from welore.records import Record
-from welore.settings import CONTINUAL, DOWNSTREAM
 from welore.tasks import TASKS
+from welore.tuning.settings import CONTINUAL, DOWNSTREAM
 
 ROOT = Path(__file__).resolve().parents[1]
 Answer = tuple[int, str]  # exit status, output

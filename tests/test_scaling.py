@@ -7,7 +7,7 @@ import torch
 
 import welore
 from conftest import build, logits
-from welore.calibration import Calibration
+from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
 from welore.records import Record
 from welore.scaling import SCALINGS, metric

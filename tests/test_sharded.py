@@ -14,32 +14,32 @@ import welore
 from toys import checkpoint, weights
 from welore.batches import IGNORED
 from welore.errors import WeLoreError
-from welore.settings import check_launch
-from welore.trainer import share
 from welore.tuning import finetune
+from welore.tuning.settings import check_launch
+from welore.tuning.trainer import share
 
 # accelerate uses FSDP on GPUs only. Told that these processes have some, it goes the same way on CPUs: its own code and
 # the Trainer's, from here on.
 COMMAND = """
 import json, sys
 from accelerate.utils import DistributedType
-from welore import tuning
+from welore.tuning import finetuning
 
-usual = tuning.arguments
+usual = finetuning.arguments
 def arguments(*given):
     found = usual(*given)
     found.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return found
-tuning.arguments = arguments
-tuning.check_launch = lambda *given: None
-gathered = tuning.gathered
+finetuning.arguments = arguments
+finetuning.check_launch = lambda *given: None
+gathered = finetuning.gathered
 def told(model):
     state = gathered(model)
     if state is not None:
         print("cut over the processes")
     return state
-tuning.gathered = told
-tuning.finetune(**json.loads(sys.argv[1]))
+finetuning.gathered = told
+finetuning.finetune(**json.loads(sys.argv[1]))
 """
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",

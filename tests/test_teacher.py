@@ -10,7 +10,7 @@ from toys import characters, checkpoint
 from welore.errors import WeLoreError
 from welore.loading import load
 from welore.progress import silent
-from welore.teacher import load_teacher, refuse_other_vocabulary, share_frozen, write_text
+from welore.tuning.teacher import load_teacher, refuse_other_vocabulary, share_frozen, write_text
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: the head is tied to the embeddings

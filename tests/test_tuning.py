@@ -189,7 +189,7 @@ COMMAND = """
 import os, signal, sys
 from pathlib import Path
 from welore.tuning import finetune
-from welore.trainer import StepCallback
+from welore.tuning.trainer import StepCallback
 
 model, text, out, method, *teacher = sys.argv[1:]
 ended = StepCallback.on_step_end
@@ -245,7 +245,7 @@ def test_a_killed_run_with_a_teacher_resumes_to_the_same_losses_and_weights(
 
 
 def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    from welore.rundir import last_checkpoint
+    from welore.tuning.rundir import last_checkpoint
 
     for step, state in ((2, "{}"), (4, '{"half'), (10, None)):
         directory = tmp_path / "checkpoints" / f"checkpoint-{step}"
@@ -360,7 +360,7 @@ def test_questions_are_distilled_on_their_answers(model: Path, teacher: Path, tm
 
 
 def test_the_teacher_writes_what_the_steps_read_and_a_tenth_more(model: Path, dense: Path, tmp_path: Path) -> None:
-    from welore.rundir import written
+    from welore.tuning.rundir import written
 
     record = finetune(model, tmp_path / "run", data="self", distill=dense, **SHORT)
     windows = written(tmp_path / "run")
@@ -498,7 +498,7 @@ def test_a_method_with_nothing_to_train_is_refused(dense: Path, model: Path, tex
 
 
 def test_missing_packages_are_named(model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("welore.methods.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("welore.tuning.methods.importlib.util.find_spec", lambda name: None)
     with pytest.raises(WeLoreError, match=r"galore needs galore_torch, bitsandbytes: pip install 'welore\[galore\]'"):
         finetune(model, tmp_path / "run", "galore", data=text, **SHORT)
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from welore.calibration import Calibration
+from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
 from welore.factors import reduce, singular_values
 from welore.parallel import ALONE, Team, spread, team

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from welore.analysis import analyze_weights, check_plan, opened_calibration, shared_workspace, summary
-from welore.calibration import Calibration
-from welore.collection import TOKENS, calibrate
+from welore.calibration.artefact import Calibration
+from welore.calibration.collection import TOKENS, calibrate
+from welore.calibration.mixture import SELF
 from welore.directory import PLAN, RECORD, SHARD_SIZE, Step, copied, write_config, write_weights
 from welore.errors import WeLoreError, choose
 from welore.factors import Reduction, factorise
@@ -25,7 +26,6 @@ from welore.files import refuse_existing, refuse_source, whole_directory
 from welore.forms import FACTORED, FORMS, shapes
 from welore.integration import METHOD, WeLoreConfig, check_factors
 from welore.locate import locate
-from welore.mixture import SELF
 from welore.parallel import Team, spread
 from welore.pivot import product, tensors
 from welore.plan import Allocation, MinRatio, Plan, allocate, check_settings

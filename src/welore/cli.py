@@ -190,7 +190,7 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Second moments of inputs and output gradients of every targeted matrix -> calibration file."""
-    from welore.collection import calibrate
+    from welore.calibration.collection import calibrate
     from welore.parallel import team
 
     if team().size > 1:
@@ -555,8 +555,8 @@ def finetune(
     settings = dict(locals())
     as_json = settings.pop("as_json")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it regrets kernels nobody asked for
-    from welore.activations import keep_few_kernels, return_large_blocks
     from welore.tuning import finetune
+    from welore.tuning.activations import keep_few_kernels, return_large_blocks
 
     if gradient_checkpointing:
         return_large_blocks()

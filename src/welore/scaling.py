@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from welore.calibration import Calibration
+from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError, choose
 from welore.factors import Metric
 from welore.spectra import ASVD, NONE

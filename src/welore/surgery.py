@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from welore.analysis import analyze_weights, check_plan, opened_calibration
-from welore.calibration import Calibration
+from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
 from welore.factors import factorise
 from welore.forms import DENSE, FACTORED, FORMS, ORDER_BYTES, cost

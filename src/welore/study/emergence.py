@@ -18,14 +18,14 @@ from welore.batches import training_texts
 from welore.errors import WeLoreError
 from welore.progress import Progress, silent
 from welore.records import Record
-from welore.rundir import MODEL, RUN, TUNED, begin, check_out, fingerprint
-from welore.settings import ADAMW, FSDP, SETTINGS, check, is_on, settled
 from welore.study.claims import measured
 from welore.study.fresh import Size, about, fresh_model, known_tokenizer, save_fresh, size_of, vocabulary
 from welore.study.probe import Probe, probed_steps
 from welore.study.trace import ERR, RANKS, Trace, Writer, finish
 from welore.targets import find_targets
 from welore.tuning import finetune
+from welore.tuning.rundir import MODEL, RUN, TUNED, begin, check_out, fingerprint
+from welore.tuning.settings import ADAMW, FSDP, SETTINGS, check, is_on, settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

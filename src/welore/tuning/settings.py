@@ -10,11 +10,11 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from welore.calibration.mixture import SELF
 from welore.errors import WeLoreError, choose
-from welore.methods import METHODS, WITH_NORMS, WITH_RANK
-from welore.mixture import SELF
-from welore.rundir import CHECKPOINTS
 from welore.tasks import TASKS
+from welore.tuning.methods import METHODS, WITH_NORMS, WITH_RANK
+from welore.tuning.rundir import CHECKPOINTS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ADAMW = "adamw_torch_fused"

@@ -10,53 +10,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from welore.activations import keep_wide_products
-from welore.batches import (
-    Batch,
-    Material,
-    Sequence_,
-    blocks_of_text,
-    blocks_of_windows,
-    blocks_to_write,
-    collate,
-    questions_of_task,
-    shuffled,
-)
-from welore.distillation import Distillation
-from welore.errors import WeLoreError, first_line
+from welore.batches import Batch, Material, Sequence_, collate, shuffled
 from welore.files import refuse_source
-from welore.headloss import shrink_head
-from welore.loading import compression_of, load
+from welore.loading import compression_of
 from welore.locate import locate
-from welore.lowrank import LowRank, PivotedLinear
-from welore.methods import METHODS, Marked, known_warnings, matrices
-from welore.mixture import SELF, seed_of
 from welore.plan import Plan
 from welore.progress import Progress, silent
 from welore.records import Record
-from welore.rundir import (
-    TUNED,
-    WRITTEN,
-    begin,
-    check_out,
-    fingerprint,
-    gathered,
-    keep_written,
-    last_checkpoint,
-    read_windows,
-    save_result,
-    written,
-)
-from welore.settings import ADAMW, DTYPES, SETTINGS, Settings, arguments, check, check_launch, settled
 from welore.surgery import sizes
-from welore.teacher import load_teacher, share_frozen, write_text
-from welore.trainer import ClockedTrainer, StepCallback, peak_memory
+from welore.tuning.distillation import Distillation
+from welore.tuning.headloss import shrink_head
+from welore.tuning.methods import Marked, known_warnings
+from welore.tuning.preparation import Prepared, cast, items_read, prepare
+from welore.tuning.rundir import TUNED, begin, check_out, gathered, keep_written, last_checkpoint, save_result, written
+from welore.tuning.settings import ADAMW, DTYPES, SETTINGS, Settings, arguments, check, check_launch, settled
+from welore.tuning.teacher import share_frozen
+from welore.tuning.trainer import ClockedTrainer, StepCallback, peak_memory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 # a Trainer, and the step after which it goes on (None: it begins) -> one more callback of it
 Watch = Callable[[ClockedTrainer, int | None], TrainerCallback]
@@ -141,7 +116,7 @@ def finetune(
     directory = locate(model, cache_dir=cache_dir, revision=revision)
     refuse_source(out, directory)
     kept = written(out) if resume else None
-    prepared = _prepared(directory, settings, plan, args, kept, cache_dir, progress if leads else silent)
+    prepared = prepare(directory, settings, plan, args, kept, cache_dir, progress if leads else silent)
     if leads:
         begin(out, _identity(prepared, settings, args.world_size), resume=resume)
         if prepared.written is not None:
@@ -172,64 +147,6 @@ def finetune(
     return record
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """All that a run needs; fingerprint: of the model as it was read. written: what the teacher wrote."""
-
-    marked: Marked
-    tokenizer: "PreTrainedTokenizerBase"
-    material: Material
-    fingerprint: str
-    teacher: "PreTrainedModel | None" = None
-    teachers_fingerprint: str | None = None
-    written: Tensor | None = None
-
-
-def _prepared(
-    directory: Path,
-    settings: Settings,
-    plan: Plan | str | Path | None,
-    args: TrainingArguments,
-    kept: Tensor | None,
-    cache_dir: str | Path | None,
-    progress: Progress,
-) -> Prepared:
-    """Model, teacher and material in memory; the method has marked what it trains and told `args` its optimiser.
-
-    kept: what the teacher wrote for this run before it was stopped.
-    """
-    chosen = Plan.load(plan) if isinstance(plan, str | Path) else plan
-    model, tokenizer = load(directory, "auto", "cpu", settings.attention)
-    _refuse_long(model, settings.length)
-    teacher, teachers_fingerprint = None, None
-    if settings.distill is not None:
-        alone = settings.distill_weight == 1
-        how: dict[str, Any] = {"alone": alone, "attention": settings.attention, "cache_dir": cache_dir}
-        teacher = load_teacher(settings.distill, model, tokenizer, directory, **how)
-        _refuse_long(teacher, settings.length)
-        teachers_fingerprint = fingerprint(teacher)
-    text = None if settings.data == SELF else _material(settings, tokenizer, args.world_size, cache_dir)
-    set_seed(settings.seed)
-    known = fingerprint(model)
-    marked = METHODS[settings.method](model, matrices(model, chosen), settings.train_norms, settings.rank)
-    if settings.selective_checkpointing:
-        keep_wide_products(model)
-    for name, value in marked.training.items():
-        setattr(args, name, value)
-    _refuse_optimizer(marked.model, args)
-    if teacher is not None:
-        _cast(teacher, DTYPES[settings.dtype])
-    if text is not None:
-        return Prepared(marked, tokenizer, text, known, teacher, teachers_fingerprint)
-    if kept is None:
-        blocks = blocks_to_write(_items_read(settings, args.world_size))
-        tokens = blocks * settings.length if settings.self_tokens is None else settings.self_tokens
-        size: dict[str, Any] = {"tokens": tokens, "length": settings.length, "seed": seed_of(settings.seed, SELF)}
-        kept = write_text(teacher, tokenizer, args.device, progress=progress, **size)
-    material = blocks_of_windows(kept, "the teacher's own text", eval_items=settings.eval_items)
-    return Prepared(marked, tokenizer, material, known, teacher, teachers_fingerprint, kept)
-
-
 def _identity(prepared: Prepared, settings: Settings, processes: int) -> dict[str, Any]:
     """What a resumed run must have in common with the run that it goes on with."""
     trained = "\n".join(name for name, p in prepared.marked.model.named_parameters() if p.requires_grad)
@@ -242,50 +159,6 @@ def _identity(prepared: Prepared, settings: Settings, processes: int) -> dict[st
     }
 
 
-def _refuse_long(model: "PreTrainedModel", length: int) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if limit is not None and length > limit:
-        raise WeLoreError(f"length is {length}: this model reads at most {limit} tokens at once")
-
-
-def _refuse_optimizer(model: Any, args: TrainingArguments) -> None:
-    """Raise WeLoreError for an optimiser that needs a package that is not there, or settings that we do not give."""
-    try:
-        with known_warnings():
-            ClockedTrainer.get_optimizer_cls_and_kwargs(args, model)
-    except (ImportError, ValueError) as error:
-        name = getattr(args.optim, "value", args.optim)
-        raise WeLoreError(f"optimizer {name} cannot be used: {first_line(error)}") from error
-
-
-def _material(
-    settings: Settings, tokenizer: "PreTrainedTokenizerBase", processes: int, cache_dir: str | Path | None
-) -> Material:
-    if settings.task is not None:
-        return questions_of_task(
-            settings.task,
-            settings.task_data,
-            tokenizer,
-            settings.length,
-            seed=settings.seed,
-            loss_on_prompt=settings.loss_on_prompt,
-            eval_items=settings.eval_items,
-            cache_dir=cache_dir,
-        )
-    assert settings.data is not None
-    if settings.data.endswith(Path(WRITTEN).suffix):
-        windows = read_windows(settings.data, settings.length, len(tokenizer))
-        return blocks_of_windows(windows, "text that a model wrote", eval_items=settings.eval_items)
-    tokens = _items_read(settings, processes) * settings.length
-    return blocks_of_text(
-        settings.data, tokenizer, settings.length, tokens=tokens, eval_items=settings.eval_items, cache_dir=cache_dir
-    )
-
-
-def _items_read(settings: Settings, processes: int) -> int:
-    return settings.steps * settings.batch_size * settings.accumulation * processes
-
-
 def _train(
     prepared: Prepared,
     settings: Settings,
@@ -296,7 +169,7 @@ def _train(
 ) -> tuple[ClockedTrainer, dict[str, Any]]:
     """Run the Trainer; it, and what was measured."""
     model, material, tokenizer = prepared.marked.model, prepared.material, prepared.tokenizer
-    _cast(model, DTYPES[settings.dtype])
+    cast(model, DTYPES[settings.dtype])
     base = model.get_base_model() if settings.method == "lora" else model
     distillation = None if prepared.teacher is None else _distillation(base, prepared.teacher, settings, args.device)
     in_pieces = distillation.in_pieces if distillation else not settings.whole_logits and shrink_head(base)
@@ -307,7 +180,7 @@ def _train(
     steps.trainer = trainer = ClockedTrainer(
         model=model,
         args=args,
-        train_dataset=shuffled(material.train, _items_read(settings, args.world_size), settings.seed),
+        train_dataset=shuffled(material.train, items_read(settings, args.world_size), settings.seed),
         eval_dataset=material.evaluation,
         data_collator=partial(collate, pad=pad),
         callbacks=[steps],
@@ -374,22 +247,6 @@ def _numbers(marked: Marked, material: Material, trainer: ClockedTrainer) -> dic
         "train_loss": [[h["step"], h["loss"]] for h in history if "loss" in h],
         "evaluation": evaluation,
     }
-
-
-def _cast(model: Any, dtype: torch.dtype) -> None:
-    """What is trained in float32, what is frozen in `dtype`; tied weights stay tied.
-
-    Where dtypes are mixed everything is copied, the empty tombstones and the orders too: one tensor that still lies
-    in the mapped file keeps all of the file in memory.
-    """
-    copy = dtype is not torch.float32
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype, copy=copy)
-    for module in model.modules():
-        if isinstance(module, LowRank):
-            module.weight = torch.empty_like(module.weight)
-        if isinstance(module, PivotedLinear):
-            module.order = module.order.clone()
 
 
 def _batches(found: Sequence[Sequence_], batch_size: int, pad: int) -> list[Batch]:

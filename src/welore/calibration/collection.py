@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from welore.calibration import Calibration
+from welore.calibration.artefact import Calibration
+from welore.calibration.generation import generate_text
+from welore.calibration.mixture import SELF, Mixture, Source, apportion, digest, drawn, given, parse_mixture, seed_of
+from welore.calibration.moments import Losses
+from welore.calibration.sweep import gather, kept, placed
 from welore.errors import WeLoreError, choose
 from welore.factors import factorise
-from welore.generation import generate_text
 from welore.loading import DTYPES, made_ready
-from welore.mixture import SELF, Mixture, Source, apportion, digest, drawn, given, parse_mixture, seed_of
-from welore.moments import Losses
 from welore.progress import Progress, silent
 from welore.records import Record
 from welore.scaling import KFAC, metric
 from welore.source import Weights, opened
-from welore.sweep import gather, kept, placed
 from welore.targets import Target
 from welore.workspace import Workspace
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from welore.batches import IGNORED, Batch
-from welore.headloss import PIECE, shrink_head
+from welore.tuning.headloss import PIECE, shrink_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from welore.calibration.generation import generate_text
 from welore.errors import WeLoreError
-from welore.generation import generate_text
 from welore.loading import load
 from welore.locate import locate
 from welore.progress import Progress

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from welore.calibration.moments import Collector, Moments
 from welore.errors import WeLoreError
-from welore.moments import Collector, Moments
 from welore.progress import Progress, counted, silent
 from welore.targets import Target, decoder_blocks
 from welore.workspace import Workspace
