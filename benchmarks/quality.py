@@ -2,6 +2,7 @@
 
 python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8 ...] [--seeds 0 1 2]
                              [--wikitext FILE] [--calibrate-on FILE] [--wide FILE:1,FILE:1,...] [--work DIRECTORY]
+                             [--model MODEL --name NAME]
 
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
 tokens of each. Calibrated rows read 32k tokens in bfloat16 and measure losses on all of them: half of the part of the
@@ -10,7 +11,8 @@ tokens of each text of --wide, 32k in all. Rows called "self" read what the mode
 The healed row goes on from there: its factors are trained on 256k other tokens of the model's own, each about once,
 with the dense model as the teacher; the control is the dense model, all of it trained on the same blocks in the same
 order, the text itself its labels. Learning rates were chosen on other texts.
-Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json.
+Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
+than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from welore.embedded import embedded_model
 from welore.locate import locate
 from welore.records import Record
 
-OUT = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality"
+OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16
 TOKENS = {"mix": 32768, "wide": 32768, "self": 65536}
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -79,9 +81,15 @@ def main() -> None:
     arguments.add_argument("--calibrate-on", default="wikitext2")
     arguments.add_argument("--wide", default="wikitext2:1,c4:1,pydoc:1")
     arguments.add_argument("--work", type=Path, default=None, help="where calibrations are kept between calls")
+    arguments.add_argument("--model", default=None)
+    arguments.add_argument("--name", default=EMBEDDED)
     given = arguments.parse_args()
+    if (given.model is None) != (given.name == EMBEDDED):
+        arguments.error("--model and --name go together")
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(given.work or Path(scratch), given.wikitext, given.calibrate_on, given.wide)
+        bench = Bench(
+            given.work or Path(scratch), given.wikitext, given.calibrate_on, given.wide, given.model, given.name
+        )
         bench.cell("dense", Row("dense"), 1.0, 0)
         for ratio in given.params:
             for name in given.rows:
@@ -94,16 +102,19 @@ def main() -> None:
 class Bench:
     """The model, the texts, and the calibrations that several rows share."""
 
-    def __init__(self, work: Path, wikitext: str, calibrate_on: str, wide: str) -> None:
+    def __init__(
+        self, work: Path, wikitext: str, calibrate_on: str, wide: str, model: str | None = None, name: str = EMBEDDED
+    ) -> None:
         work.mkdir(parents=True, exist_ok=True)
-        self.work = work
-        self.model = locate(embedded_model())
+        self.work, self.name = work, name
+        self.out = OUT if model is None else OUT.with_name(f"{OUT.name}-{name}")
+        self.model = locate(embedded_model() if model is None else model)
         self.texts = {"wikitext2": wikitext, "pydoc": "pydoc"}
         self.sources = {"self": "self", "mix": f"{calibrate_on}:1,pydoc:1", "wide": wide}
 
     def cell(self, name: str, row: Row, ratio: float, seed: int) -> None:
         """Measure one cell, unless its record is there."""
-        path = OUT / f"{name}-{ratio:g}-{seed}.json"
+        path = self.out / f"{name}-{ratio:g}-{seed}.json"
         if path.is_file():
             return
         settings: dict[str, Any] = {"params": ratio, "seed": seed, "flags": row.flags, "calibration": row.calibration}
@@ -115,10 +126,13 @@ class Bench:
                 small = Path(scratch) / "small"
                 flags = row.flags.split()
                 if row.calibration:
-                    flags += ["--calibration", str(self.calibration(row.calibration, seed))]
+                    statistics = self.calibration(row.calibration, seed)
+                    flags += ["--calibration", str(statistics)]
+                    spent = json.loads(statistics.with_suffix(".json").read_text())
+                    numbers = {f"calibration_{key}": value for key, value in spent.items()}
                 made, cost = welore("compress", self.model, small, "--params", ratio, *flags)
                 keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
-                numbers = {key: made["numbers"][key] for key in keys} | cost
+                numbers |= {key: made["numbers"][key] for key in keys} | cost
                 settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio")}
             if row.tuned:
                 small, cost = self.tuned(row, small, f"{name}-{ratio:g}-{seed}", ratio, seed)
@@ -129,7 +143,7 @@ class Bench:
                 found, _ = welore("evaluate", small, *how)
                 numbers[f"perplexity_{text}"] = found["numbers"]["perplexity"]
                 numbers.setdefault("bytes", found["numbers"]["bytes"])
-        inputs = {"row": name, "label": row.label, "model": "SmolLM2-135M-Instruct"}
+        inputs = {"row": name, "label": row.label, "model": self.name}
         Record("quality", inputs, settings | {"length": LENGTH, "windows": WINDOWS}, numbers).save(path)
         print(
             name, ratio, seed, f"{numbers['perplexity_wikitext2']:.4g} / {numbers['perplexity_pydoc']:.4g}", flush=True

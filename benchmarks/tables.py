@@ -156,13 +156,13 @@ def study_closed() -> list[Closed]:
     return closed(study_records())
 
 
-def quality() -> str:
+def quality(place: str = "quality") -> str:
     """Perplexity of every method at equal parameters, from benchmarks/quality.py: mean over seeds, and their range."""
     cells: dict[tuple[str, float], list[Record]] = {}
-    for record in map(Record.load, sorted((HERE / "quality").glob("*.json"))):
+    for record in map(Record.load, sorted((HERE / place).glob("*.json"))):
         cells.setdefault((record.inputs["row"], record.settings["params"]), []).append(record)
     ((dense,),) = (found for (row, _), found in cells.items() if row == "dense")
-    ratios = sorted({ratio for row, ratio in cells if row != "dense"}, reverse=True)
+    ratios = sorted({ratio for _, ratio in cells} - {1.0}, reverse=True)
 
     def cell(found: list[Record]) -> str:
         texts = []
@@ -172,17 +172,26 @@ def quality() -> str:
             texts.append(f"x {perplexity_text(sum(ratios) / len(ratios))}{spread}")
         return " / ".join(texts)
 
-    head = ["parameters of the targeted matrices kept", *(percent(ratio) for ratio in ratios)]
+    def cost(found: list[Record]) -> str:
+        n = found[0].numbers
+        parts = [part for part in ("calibration_", "", "tuning_") if f"{part}seconds" in n]
+        minutes = " + ".join(f"{n[f'{part}seconds'] / 60:.0f}" for part in parts)
+        return f"{minutes} min, {max(n[f'{part}peak_memory_bytes'] for part in parts) / 1e9:.1f} GB"
+
+    head = ["parameters of the targeted matrices kept", *(percent(ratio) for ratio in ratios), "time, memory"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     order = {
         row: max(f[0].numbers["perplexity_wikitext2"] for (name, _), f in cells.items() if name == row)
         for row, _ in cells
     }
     for row in sorted(order, key=lambda row: -order[row]):
-        if row != "dense":
-            own = {ratio: cells.get((row, ratio), []) for ratio in ratios}
-            label = next(found[0].inputs["label"] for found in own.values() if found)
-            lines.append(f"| {label} | {' | '.join(cell(found) if found else '' for found in own.values())} |")
+        own = {ratio: cells.get((row, ratio), []) for ratio in ratios}
+        measured = [found for found in own.values() if found]
+        if measured:
+            shown = " | ".join(cell(found) if found else "" for found in own.values())
+            lines.append(f"| {measured[0][0].inputs['label']} | {shown} | {cost(measured[-1])} |")
+    for found in (found for (row, _), found in cells.items() if row == "dense-tuned"):
+        lines += ["", f"{found[0].inputs['label']}: {cell(found)}."]
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 # The whole road without any data: cut a model to a share of its parameters by its own statistics, heal the factors
 # with the uncut model as the teacher on text that the teacher writes, and compare all three.
 #
-#   recipes/heal.sh [MODEL] [OUT]      PARAMS=0.8 STEPS=200 by default; the embedded 135M model if none is named
+#   recipes/heal.sh [MODEL] [OUT]      PARAMS=0.8 STEPS=256 by default; the embedded 135M model if none is named
 #
 # DATA=TEXT heals on a text instead. A million tokens: STEPS=976. What is stopped goes on when the same
 # command is given again.
@@ -16,8 +16,8 @@ mkdir -p "$out"
 
 run="$out/healed"
 [ -f "$run/finetune.json" ] ||
-    welore finetune "$out/small" "$run" --method lrc --distill "$model" --data "${DATA:-self}" --lr "${LR:-2e-5}" \
-        --steps "${STEPS:-200}" --batch-size "${BATCH:-4}" --length "${LENGTH:-256}" --eval-every 50 --save-every 50 \
+    welore finetune "$out/small" "$run" --method lrc --distill "$model" --data "${DATA:-self}" --lr "${LR:-3e-5}" \
+        --steps "${STEPS:-256}" --batch-size "${BATCH:-2}" --length "${LENGTH:-512}" --eval-every 50 --save-every 50 \
         --label healed $([ -f "$run/run.json" ] && echo --resume)
 
 for name in dense small healed; do

@@ -17,7 +17,7 @@ from welore.factors import Metric
 from welore.spectra import ASVD, NONE
 
 INPUT, KFAC = "input", "kfac"
-DAMPING_INPUTS, DAMPING_OUTPUTS = 1e-3, 1e-2  # of the mean diagonal: directions that the sample has not shown
+DAMPING_INPUTS, DAMPING_OUTPUTS = 1e-3, 1e-1  # of the mean diagonal: directions that the sample has not shown
 ASVD_ALPHA = 0.5
 
 
