@@ -2,7 +2,7 @@
 
 python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8 ...] [--seeds 0 1 2]
                              [--wikitext FILE] [--calibrate-on FILE] [--wide FILE:1,FILE:1,...] [--work DIRECTORY]
-                             [--model MODEL --name NAME]
+                             [--model MODEL --name NAME] [--self-tokens 65536]
 
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
 tokens of each. Calibrated rows read 32k tokens in bfloat16 and measure losses on all of them: half of the part of the
@@ -81,9 +81,11 @@ def main() -> None:
     arguments.add_argument("--calibrate-on", default="wikitext2")
     arguments.add_argument("--wide", default="wikitext2:1,c4:1,pydoc:1")
     arguments.add_argument("--work", type=Path, default=None, help="where calibrations are kept between calls")
+    arguments.add_argument("--self-tokens", type=int, default=TOKENS["self"])
     arguments.add_argument("--model", default=None)
     arguments.add_argument("--name", default=EMBEDDED)
     given = arguments.parse_args()
+    TOKENS["self"] = given.self_tokens
     if (given.model is None) != (given.name == EMBEDDED):
         arguments.error("--model and --name go together")
     with tempfile.TemporaryDirectory() as scratch:
