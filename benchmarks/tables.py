@@ -231,6 +231,7 @@ TABLES = {
     "methods": methods,
     "tasks": tasks,
     "quality": quality,
+    "quality_gemma": lambda: quality("quality-gemma3-270m"),
     "study": lambda: marked_down(claims_table(list(study_records().values()))),
     "study_closing": lambda: marked_down(verdicts(study_closed())),
     "study_cuts": lambda: marked_down(cuts_table(study_closed())),

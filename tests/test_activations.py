@@ -1,4 +1,3 @@
-import os
 import platform
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 import welore
 from conftest import build
 from welore.errors import WeLoreError
-from welore.tuning.activations import PRODUCTS, keep_few_kernels, keep_wide_products
+from welore.tuning.activations import PRODUCTS, keep_wide_products
 
 IDS = torch.tensor([[5, 17, 3, 88, 42, 9, 61], [7, 7, 1, 90, 2, 4, 95]])
 
@@ -73,18 +72,6 @@ def test_a_model_without_checkpointing_is_refused() -> None:
     model.supports_gradient_checkpointing = False
     with pytest.raises(WeLoreError, match="LlamaForCausalLM has no checkpointing of activations"):
         keep_wide_products(model)
-
-
-@pytest.mark.parametrize(("before", "after"), [(None, "16"), ("200", "200")])
-def test_few_compiled_products_are_kept_unless_the_user_says_more(
-    monkeypatch: pytest.MonkeyPatch, before: str | None, after: str
-) -> None:
-    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    monkeypatch.setenv(name, before or "")  # so that it is put back afterwards
-    if before is None:
-        monkeypatch.delenv(name)
-    keep_few_kernels()
-    assert os.environ[name] == after
 
 
 def test_a_large_block_that_is_freed_goes_back_to_the_system() -> None:

@@ -152,6 +152,7 @@ def test_pipeline_writes_what_the_verbs_promise(command: Command, model: Path, t
         {"threshold": 0.2, "min_ratio": 0.3},
         {"params": 0.8, "strategy": "welore", "min_ratio": "break-even"},
         {"rank_reduction": 0.2, "min_ratio": 0.0, "allow_growth": True},
+        {"params": 0.8, "strategy": "uniform", "rank_multiple": 4},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -369,6 +370,7 @@ def test_existing_directory_needs_overwrite(
         ("compress MODEL OUT --params 0.8 --min-ratio half", "min-ratio is 'half': it is a fraction .* or break-even"),
         ("compress MODEL OUT --params 0.8 --min-ratio 1.5", "min_ratio is 1.5"),
         ("compress MODEL OUT --params 0.8 --min-ratio nan", "min_ratio is nan"),
+        ("compress MODEL OUT --params 0.8 --rank-multiple 0", "rank_multiple is 0: it must be at least 1"),
         ("compress MODEL OUT --threshold 1.5", "threshold is 1.5: .* between 0 and 1"),
         ("compress MODEL OUT --params nan", "params (is )?nan"),
         ("compress MODEL OUT --params 0.8 --device cuda:77", "device 'cuda:77' is not there"),

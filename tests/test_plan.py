@@ -69,6 +69,30 @@ def test_solution_is_the_closest_of_all_plans(
             assert abs(achieved - wanted) == pytest.approx(min(abs(x - wanted) for x in curve), abs=1e-12)
 
 
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("target", ["rank_reduction", "params"])
+def test_ranks_are_multiples_and_the_target_is_met_as_nearly_as_they_allow(
+    strategy: str, target: str, tmp_path: Path
+) -> None:
+    s = spectra({"a": (64, 48), "b": (50, 60), "c": (16, 80), "small": (5, 9)})
+    how: dict[str, Any] = {"strategy": strategy, "rank_multiple": 8}
+
+    def reached(plan: Plan) -> float:
+        return plan.parameter_ratio if target == "params" else plan.rank_reduction
+
+    curve = {reached(allocate(s, threshold=level, **how)) for level in np.geomspace(1e-9, 1, 400)}
+    for wanted in np.linspace(min(curve), max(curve), 7):
+        plan = allocate(s, **how, **{target: wanted})
+        assert plan.rank_multiple == 8
+        assert all(rank % 8 == 0 or rank == min(s.shapes[name]) for name, rank in plan.ranks.items())
+        assert next(a.kept for a in plan.allocations if a.name == "small") == 5  # smaller than the multiple
+        assert abs(reached(plan) - wanted) <= min(abs(x - wanted) for x in curve) + 1e-12
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    with pytest.raises(WeLoreError, match="rank_multiple is 0"):
+        allocate(s, params=0.5, rank_multiple=0)
+
+
 def test_storage_changes_forms_and_costs_and_nothing_else(tmp_path: Path) -> None:
     how: dict[str, Any] = {"threshold": 0.5, "min_ratio": 0.5}
     plan = allocate(spectra({"a": (7, 5), "b": (50, 60)}), **how)

@@ -55,6 +55,7 @@ def compress(
     storage: str | None = None,
     min_ratio: MinRatio | None = None,
     allow_growth: bool = False,
+    rank_multiple: int = 1,
     paper: bool = False,
     calibration: "Calibration | str | Path" = SELF,
     tokens: int = TOKENS,
@@ -93,10 +94,11 @@ def compress(
         "storage": storage,
         "min_ratio": min_ratio,
         "allow_growth": allow_growth,
+        "rank_multiple": rank_multiple,
     }
     if plan is None:
         settings, scaling = _method(settings, scaling, paper=paper)
-        check_settings(target, settings["strategy"], settings["storage"], min_ratio, scaling)
+        check_settings(target, settings["strategy"], settings["storage"], min_ratio, rank_multiple, scaling)
     elif settings != allocate.__kwdefaults__ or scaling or paper or include or exclude:
         raise WeLoreError("a plan has its own target, strategy, scaling, storage and patterns: leave those out")
     else:
@@ -351,6 +353,7 @@ def _record(plan: Plan, started: float, sizes: dict[str, Any]) -> Record:
         "calibration": dict(plan.calibration),
         "min_ratio": plan.min_ratio,
         "allow_growth": plan.allow_growth,
+        "rank_multiple": plan.rank_multiple,
         "include": list(plan.include),
         "exclude": list(plan.exclude),
     }

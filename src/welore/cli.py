@@ -89,6 +89,7 @@ MinRatio = Annotated[
         "[default: 0.5 for welore, break-even for waterfill, else 0]"
     ),
 ]
+RankMultiple = Annotated[int, typer.Option(help="Make ranks multiples of this; 16 suits most kernels.")]
 AllowGrowth = Annotated[bool, typer.Option("--allow-growth", help="Also factor matrices that become larger by it.")]
 TaskName = Annotated[
     str | None, typer.Option(help="commonsense_qa, svamp, boolq, coin_flip, object_tracking or strategy_qa.")
@@ -235,6 +236,7 @@ def allocate(
     storage: StorageName = None,
     min_ratio: MinRatio = None,
     allow_growth: AllowGrowth = False,
+    rank_multiple: RankMultiple = 1,
     as_json: AsJson = False,
 ) -> None:
     """Spectra and a target -> the rank of every matrix, plan.json."""
@@ -250,6 +252,7 @@ def allocate(
         storage=storage,
         min_ratio=_ratio(min_ratio),
         allow_growth=allow_growth,
+        rank_multiple=rank_multiple,
     )
     plan.save(output)
     numbers = plan.numbers()
@@ -269,6 +272,7 @@ def compress(
     storage: StorageName = None,
     min_ratio: MinRatio = None,
     allow_growth: AllowGrowth = False,
+    rank_multiple: RankMultiple = 1,
     paper: Annotated[
         bool,
         typer.Option("--paper", help="WeLore as published: strategy welore, scaling none, storage factored."),
@@ -322,6 +326,7 @@ def compress(
                 storage=storage,
                 min_ratio=_ratio(min_ratio),
                 allow_growth=allow_growth,
+                rank_multiple=rank_multiple,
                 paper=paper,
                 calibration=calibration,
                 tokens=tokens,
@@ -556,12 +561,10 @@ def finetune(
     as_json = settings.pop("as_json")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it regrets kernels nobody asked for
     from welore.tuning import finetune
-    from welore.tuning.activations import keep_few_kernels, return_large_blocks
+    from welore.tuning.activations import return_large_blocks
 
     if gradient_checkpointing:
         return_large_blocks()
-    if gradient_checkpointing or selective_checkpointing:
-        keep_few_kernels()
     with _progress() as progress:
         record = finetune(**settings | {"device": _device(device)}, progress=progress)
     n = record.numbers

@@ -50,6 +50,7 @@ class WeLoreConfig(QuantizationConfigMixin):
         storage: str | None = None,
         min_ratio: MinRatio | None = None,
         allow_growth: bool = False,
+        rank_multiple: int = 1,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         version: int = 1,
@@ -72,6 +73,7 @@ class WeLoreConfig(QuantizationConfigMixin):
             "storage": storage,
             "min_ratio": min_ratio,
             "allow_growth": allow_growth,
+            "rank_multiple": rank_multiple,
         }
 
     @classmethod

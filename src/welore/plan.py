@@ -67,7 +67,7 @@ class Plan:
 
     asked: the target as the user gave it, {"rank_reduction" | "params" | "threshold": value}.
     threshold: the level at which the scores were cut (WeLore's t when the strategy is `welore`).
-    scaling, calibration: as in the spectra that the plan was made from.
+    scaling, calibration: as in the spectra that the plan was made from. rank_multiple: as it was asked for.
     """
 
     model: Identity
@@ -81,6 +81,7 @@ class Plan:
     exclude: tuple[str, ...] = ()
     scaling: str = NONE
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    rank_multiple: int = 1
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -128,6 +129,7 @@ class Plan:
             "achieved": self.numbers(),
             "min_ratio": self.min_ratio,
             "allow_growth": self.allow_growth,
+            "rank_multiple": self.rank_multiple,
             "threshold": self.threshold,
             "include": list(self.include),
             "exclude": list(self.exclude),
@@ -166,6 +168,7 @@ class Plan:
                 exclude=tuple(content["exclude"]),
                 scaling=content.get("scaling", NONE),
                 calibration=content.get("calibration", {}),
+                rank_multiple=content.get("rank_multiple", 1),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise WeLoreError(f"{path} is not a plan of welore ({error!r}): make one with `welore allocate`") from error
@@ -193,6 +196,7 @@ def check_settings(
     strategy: str | None,
     storage: str | None,
     min_ratio: MinRatio | None,
+    rank_multiple: int,
     scaling: str,
 ) -> tuple[dict[str, float], str, str, MinRatio]:
     """The one target, and strategy, storage and min_ratio; WeLoreError for settings that no model could satisfy.
@@ -213,6 +217,8 @@ def check_settings(
     min_ratio = chosen.min_ratio if min_ratio is None else min_ratio
     if min_ratio != BREAK_EVEN and not 0 <= float(min_ratio) < 1:
         raise WeLoreError(f"min_ratio is {min_ratio}: it is a fraction from 0 to below 1, or {BREAK_EVEN!r}")
+    if rank_multiple < 1:
+        raise WeLoreError(f"rank_multiple is {rank_multiple}: it must be at least 1")
     return target, strategy, storage, min_ratio
 
 
@@ -226,6 +232,7 @@ def allocate(
     storage: str | None = None,
     min_ratio: MinRatio | None = None,
     allow_growth: bool = False,
+    rank_multiple: int = 1,
 ) -> Plan:
     """The plan that comes closest to one target.
 
@@ -234,15 +241,19 @@ def allocate(
     welore and factored for plain spectra, waterfill and auto for those of scaled matrices. min_ratio: a matrix is
     factored iff it loses more than this share of its rank (None: the strategy's own; "break-even": iff it becomes
     smaller). Without allow_growth a matrix whose factors would not be smaller than W stays dense; one that no token
-    of the calibration reached always does. Raises WeLoreError for an unreachable target.
+    of the calibration reached always does. rank_multiple: ranks are multiples of it (or full), as kernels like them.
+    Raises WeLoreError for an unreachable target.
     """
     asked = {"rank_reduction": rank_reduction, "params": params, "threshold": threshold}
-    target, strategy, storage, min_ratio = check_settings(asked, strategy, storage, min_ratio, spectra.scaling)
+    target, strategy, storage, min_ratio = check_settings(
+        asked, strategy, storage, min_ratio, rank_multiple, spectra.scaling
+    )
     shapes = [spectra.shapes[name] for name in spectra.values]
     scores = STRATEGIES[strategy].scores(spectra, storage)
     top = max(float(s[0]) for s in scores)
     scores = [
-        np.full_like(s, top) if n in spectra.unreached else s for n, s in zip(spectra.values, scores, strict=True)
+        np.full_like(s, top) if n in spectra.unreached else _in_groups(s, rank_multiple, top)
+        for n, s in zip(spectra.values, scores, strict=True)
     ]
     if threshold is not None:
         level = float(threshold)
@@ -250,7 +261,7 @@ def allocate(
         level = _solve(scores, shapes, next(iter(target.items())), storage, min_ratio, allow_growth)
     allocations = []
     for (name, sigma), shape, s in zip(spectra.values.items(), shapes, scores, strict=True):
-        r = max(1, int((s >= level).sum()))
+        r = max(min(rank_multiple, len(s)), int((s >= level).sum()))
         factored = bool(_factored(np.array([r]), shape, storage, min_ratio, allow_growth)[0])
         form = form_of(*shape, r, storage) if factored else FACTORED
         allocations.append(Allocation(name, shape, r, factored, _tail(sigma, r), form))
@@ -266,7 +277,19 @@ def allocate(
         exclude=spectra.exclude,
         scaling=spectra.scaling,
         calibration=spectra.calibration,
+        rank_multiple=rank_multiple,
     )
+
+
+def _in_groups(scores: Values, size: int, top: float) -> Values:
+    """Scores (k,) that every `size` neighbours share, so that no level parts them; the first ones are always kept."""
+    if size == 1:
+        return scores
+    borders = np.arange(0, len(scores), size)
+    counts = np.diff([*borders, len(scores)])
+    shared = np.repeat(np.add.reduceat(scores, borders) / counts, counts)
+    shared[:size] = top
+    return np.minimum.accumulate(shared)  # rounding must not turn the order round
 
 
 def _tail(sigma: Values, rank: int) -> float:

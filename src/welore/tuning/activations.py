@@ -1,7 +1,6 @@
 """Which activations a training step keeps for its backward pass."""
 
 import ctypes
-import os
 import platform
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -45,16 +44,6 @@ def return_large_blocks() -> None:
     if platform.libc_ver()[0] == "glibc":
         mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
         ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
-
-
-def keep_few_kernels() -> None:
-    """Make oneDNN, torch's library for bfloat16 on a CPU, keep 16 compiled products and not 1,024.
-
-    Ranks that are all different are many shapes: SmolLM2 at ERR 50 %, 0.3 of 1.6 GB. The price is a tenth of the
-    time, as most products are compiled at every step. Only before the first product of the process has it an effect,
-    and never against the user's own word in the environment.
-    """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 
 
 def _policy(width: int, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
