@@ -85,13 +85,10 @@ def main() -> None:
     arguments.add_argument("--model", default=None)
     arguments.add_argument("--name", default=EMBEDDED)
     given = arguments.parse_args()
-    TOKENS["self"] = given.self_tokens
     if (given.model is None) != (given.name == EMBEDDED):
         arguments.error("--model and --name go together")
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(
-            given.work or Path(scratch), given.wikitext, given.calibrate_on, given.wide, given.model, given.name
-        )
+        bench = Bench(given, given.work or Path(scratch))
         bench.cell("dense", Row("dense"), 1.0, 0)
         for ratio in given.params:
             for name in given.rows:
@@ -104,15 +101,14 @@ def main() -> None:
 class Bench:
     """The model, the texts, and the calibrations that several rows share."""
 
-    def __init__(
-        self, work: Path, wikitext: str, calibrate_on: str, wide: str, model: str | None = None, name: str = EMBEDDED
-    ) -> None:
+    def __init__(self, given: argparse.Namespace, work: Path) -> None:
         work.mkdir(parents=True, exist_ok=True)
-        self.work, self.name = work, name
-        self.out = OUT if model is None else OUT.with_name(f"{OUT.name}-{name}")
-        self.model = locate(embedded_model() if model is None else model)
-        self.texts = {"wikitext2": wikitext, "pydoc": "pydoc"}
-        self.sources = {"self": "self", "mix": f"{calibrate_on}:1,pydoc:1", "wide": wide}
+        self.work, self.name = work, given.name
+        self.out = OUT if given.model is None else OUT.with_name(f"{OUT.name}-{given.name}")
+        self.model = locate(given.model or embedded_model())
+        self.texts = {"wikitext2": given.wikitext, "pydoc": "pydoc"}
+        self.sources = {"self": "self", "mix": f"{given.calibrate_on}:1,pydoc:1", "wide": given.wide}
+        self.tokens = TOKENS | {"self": given.self_tokens}
 
     def cell(self, name: str, row: Row, ratio: float, seed: int) -> None:
         """Measure one cell, unless its record is there."""
@@ -120,7 +116,7 @@ class Bench:
         if path.is_file():
             return
         settings: dict[str, Any] = {"params": ratio, "seed": seed, "flags": row.flags, "calibration": row.calibration}
-        settings |= {"tokens": TOKENS[row.calibration]} if row.calibration else {}
+        settings |= {"tokens": self.tokens[row.calibration]} if row.calibration else {}
         numbers: dict[str, Any] = {}
         with tempfile.TemporaryDirectory(dir=self.work) as scratch:
             small = self.model
@@ -171,7 +167,7 @@ class Bench:
                 "--data",
                 self.sources[kind],
                 "--tokens",
-                TOKENS[kind],
+                self.tokens[kind],
                 "--length",
                 LENGTH,
                 "--seed",

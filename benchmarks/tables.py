@@ -156,10 +156,10 @@ def study_closed() -> list[Closed]:
     return closed(study_records())
 
 
-def quality(place: str = "quality") -> str:
+def quality() -> str:
     """Perplexity of every method at equal parameters, from benchmarks/quality.py: mean over seeds, and their range."""
     cells: dict[tuple[str, float], list[Record]] = {}
-    for record in map(Record.load, sorted((HERE / place).glob("*.json"))):
+    for record in map(Record.load, sorted((HERE / "quality").glob("*.json"))):
         cells.setdefault((record.inputs["row"], record.settings["params"]), []).append(record)
     ((dense,),) = (found for (row, _), found in cells.items() if row == "dense")
     ratios = sorted({ratio for _, ratio in cells} - {1.0}, reverse=True)
@@ -231,7 +231,6 @@ TABLES = {
     "methods": methods,
     "tasks": tasks,
     "quality": quality,
-    "quality_gemma": lambda: quality("quality-gemma3-270m"),
     "study": lambda: marked_down(claims_table(list(study_records().values()))),
     "study_closing": lambda: marked_down(verdicts(study_closed())),
     "study_cuts": lambda: marked_down(cuts_table(study_closed())),

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from welore.analysis import analyze_weights, check_plan, opened_calibration, shared_workspace, summary
 from welore.calibration.artefact import Calibration
-from welore.calibration.collection import TOKENS, calibrate
+from welore.calibration.collection import calibrate
+from welore.calibration.generation import TOKENS
 from welore.calibration.mixture import SELF
 from welore.directory import PLAN, RECORD, SHARD_SIZE, Step, copied, write_config, write_weights
 from welore.errors import WeLoreError, choose

@@ -23,7 +23,7 @@ from welore.records import Record
 from welore.spectra import Identity
 from welore.tensorfile import TensorReader, TensorWriter
 
-FORMAT = "welore.calibration/1"
+FORMAT = "welore.calibration/2"  # 1 had losses along other directions (scaling.DAMPING_OUTPUTS was 0.01)
 
 
 @dataclass(frozen=True)

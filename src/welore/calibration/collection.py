@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from welore.calibration.artefact import Calibration
-from welore.calibration.generation import generate_text
+from welore.calibration.generation import LENGTH, TOKENS, generate_text
 from welore.calibration.mixture import SELF, Mixture, Source, apportion, digest, drawn, given, parse_mixture, seed_of
 from welore.calibration.moments import Losses
 from welore.calibration.sweep import gather, kept, placed
@@ -29,8 +29,7 @@ from welore.workspace import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TOKENS, LENGTH = 65536, 512  # read by default, in windows of
-MEASURE = 0.25  # share of them on which losses are measured
+MEASURE = 0.25  # share of the windows on which losses are measured
 
 
 def calibrate(

@@ -19,6 +19,7 @@ from welore.progress import Progress, counted, silent
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOKENS, LENGTH = 65536, 512  # written by default, in windows of
 MARK = "\N{SNOWMAN}"  # stands for what the user says while a chat template is taken apart
 
 
@@ -26,8 +27,8 @@ def generate_text(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    tokens: int = 65536,
-    length: int = 512,
+    tokens: int = TOKENS,
+    length: int = LENGTH,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,

@@ -70,13 +70,13 @@ def keep_written(out: Path, windows: Tensor) -> None:
 
 def written(out: Path) -> Tensor | None:
     """What the teacher wrote for the run in `out`, None if it is not there."""
-    return load_file(out / WRITTEN)["windows"].long() if (out / WRITTEN).is_file() else None
+    return _windows(out / WRITTEN) if (out / WRITTEN).is_file() else None
 
 
 def read_windows(path: str, length: int, vocabulary: int) -> Tensor:
     """Token ids (windows, length) of a file WRITTEN; WeLoreError for anything else, or tokens of another model."""
     try:
-        windows = load_file(path)["windows"].long()
+        windows = _windows(path)
     except (OSError, KeyError, SafetensorError) as error:
         raise WeLoreError(f"{path} is no {WRITTEN} of an earlier run: {first_line(error)}") from error
     if windows.dim() != 2 or windows.shape[1] != length:
@@ -139,6 +139,10 @@ def fingerprint(model: "PreTrainedModel") -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().reshape(-1)[:1024].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _windows(path: str | Path) -> Tensor:
+    return load_file(path)["windows"].long()
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
