@@ -7,10 +7,10 @@ python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
 tokens of each. Calibrated rows read 32k tokens in bfloat16 and measure losses on all of them: half of the part of the
 reference that is not evaluated, half of --calibrate-on (FILE, or the training part of WikiText-2); the wide one as many
-tokens of each text of --wide, 32k in all. Rows called "self" read what the model writes, 64k as by default, no data.
-The healed row goes on from there: its factors are trained on 256k other tokens of the model's own, each about once,
-with the dense model as the teacher; the control is the dense model, all of it trained on the same blocks in the same
-order, the text itself its labels. Learning rates were chosen on other texts.
+tokens of each text of --wide, 32k in all. Data-free rows read what the model writes, 64k as by default, and heal on it,
+unless they are only cut; ours-mix heals on 64k tokens of its texts. One row is trained longer: on 256k other tokens of
+the model's own, each about once, with the dense model as the teacher. Controls are the dense model, all of it trained
+on the same blocks in the same order, the text itself its labels. Learning rates were chosen on other texts.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -27,7 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
+from welore.calibration.mixture import draw
 from welore.embedded import embedded_model
+from welore.loading import read_tokenizer
 from welore.locate import locate
 from welore.records import Record
 
@@ -35,24 +40,28 @@ OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "
 LENGTH, WINDOWS = 512, 16
 TOKENS = {"mix": 32768, "wide": 32768, "self": 65536}
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
-HEALING = (
-    f"--steps 256 --batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
-)
+HEALING = f"--batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
 WRITTEN = 262144  # tokens for it, a tenth of them held out
 RATES = {1.0: 1e-5, 0.9: 1.5e-5, 0.8: 3e-5, 0.7: 4e-5, 0.6: 6e-5, 0.5: 6e-5}  # the more is cut, the larger
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the table: its name in print, the flags of `welore compress`, and what it is calibrated on.
+class Tuning:
+    """What comes after the cut: flags of `welore finetune`, the text (the model's own, or that of "mix"), the steps."""
 
-    tuned: flags of `welore finetune` for what comes after.
-    """
+    flags: str
+    text: str = "self"
+    steps: int = 256
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: its name in print, the flags of `welore compress`, and what it is calibrated on."""
 
     label: str
-    flags: str = ""
+    flags: str = ""  # {mix} stands for the sources of that calibration
     calibration: str | None = None  # "mix", "wide", "self" or None
-    tuned: str = ""
+    tuned: Tuning | None = None
 
 
 ROWS = {
@@ -63,12 +72,22 @@ ROWS = {
     "svd-llm": Row("input-whitened, uniform", "--scaling input --strategy uniform --storage factored", "mix"),
     "input-waterfill": Row("input-whitened, water-filling", "--scaling input --storage factored", "mix"),
     "kfac-factored": Row("K-FAC, water-filling, factored", "--scaling kfac --storage factored", "mix"),
-    "ours": Row("ours, calibrated", "", "mix"),
-    "ours-wide": Row("ours, calibrated on more kinds of text", "", "wide"),
-    "ours-self": Row("ours, data-free (`--params` alone)", "", "self"),
-    "ours-healed": Row("ours, data-free and healed on 256k tokens of its own", "", "self", "--method lrc --distill"),
+    "ours": Row("ours, calibrated, only cut", "--heal none", "mix"),
+    "ours-wide": Row("ours, calibrated on more kinds of text, only cut", "--heal none", "wide"),
+    "ours-self": Row("ours, data-free, only cut (`--heal none`)", "--heal none", "self"),
+    "ours-default": Row("ours, data-free (`--params` alone)", "", "self"),
+    "ours-mix": Row("ours, calibrated, healed on 64k tokens of the same texts", "--heal {mix}", "mix"),
+    "ours-healed": Row(
+        "ours, data-free, healed on 256k tokens of its own", "--heal none", "self", Tuning("--method lrc --distill")
+    ),
 }
-CONTROL = Row("dense, tuned as long on the same text", tuned="--method full")
+CONTROLS = {  # row -> the dense model, all of it tuned in the same way
+    "ours-healed": ("dense-tuned", Row("dense, tuned on the same 256k tokens", tuned=Tuning("--method full"))),
+    "ours-mix": (
+        "dense-tuned-mix",
+        Row("dense, tuned on the same 64k tokens of texts", tuned=Tuning("--method full", "mix", 58)),
+    ),
+}
 
 
 def main() -> None:
@@ -94,8 +113,9 @@ def main() -> None:
             for name in given.rows:
                 for seed in given.seeds if ROWS[name].calibration else [0]:
                     bench.cell(name, ROWS[name], ratio, seed)
-        for seed in given.seeds if "ours-healed" in given.rows else []:
-            bench.cell("dense-tuned", CONTROL, 1.0, seed)
+        for name, control in (CONTROLS[row] for row in given.rows if row in CONTROLS):
+            for seed in given.seeds:
+                bench.cell(name, control, 1.0, seed)
 
 
 class Bench:
@@ -122,20 +142,25 @@ class Bench:
             small = self.model
             if ratio < 1:
                 small = Path(scratch) / "small"
-                flags = row.flags.split()
+                flags = row.flags.format(mix=self.sources["mix"]).split()
                 if row.calibration:
                     statistics = self.calibration(row.calibration, seed)
                     flags += ["--calibration", str(statistics)]
                     spent = json.loads(statistics.with_suffix(".json").read_text())
                     numbers = {f"calibration_{key}": value for key, value in spent.items()}
-                made, cost = welore("compress", self.model, small, "--params", ratio, *flags)
+                made, cost = welore("compress", self.model, small, "--params", ratio, "--seed", seed, *flags)
                 keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
                 numbers |= {key: made["numbers"][key] for key in keys} | cost
                 settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio")}
+                if made["settings"]["healing"]:
+                    settings["healing"] = made["settings"]["healing"] | {"text": row.flags or "self"}
+                    kinds = ("healed", "healing_tokens", "healing_seconds", "held_out_loss")
+                    numbers |= {key: made["numbers"][key] for key in kinds}
             if row.tuned:
-                small, cost = self.tuned(row, small, f"{name}-{ratio:g}-{seed}", ratio, seed)
+                small, cost = self.tuned(row.tuned, small, f"{name}-{ratio:g}-{seed}", ratio, seed)
                 numbers |= {f"tuning_{key}": value for key, value in cost.items()}
-                settings |= {"tuned": f"{row.tuned} {HEALING}", "lr": RATES[ratio]}
+                settings |= {"tuned": f"{row.tuned.flags} --steps {row.tuned.steps} {HEALING}", "lr": RATES[ratio]}
+                settings["text"] = row.tuned.text
             for text, source in self.texts.items():
                 how = ("--data", source, "--length", LENGTH, "--windows", WINDOWS, "--dtype", "float32")
                 found, _ = welore("evaluate", small, *how)
@@ -147,12 +172,15 @@ class Bench:
             name, ratio, seed, f"{numbers['perplexity_wikitext2']:.4g} / {numbers['perplexity_pydoc']:.4g}", flush=True
         )
 
-    def tuned(self, row: Row, model: Path, name: str, ratio: float, seed: int) -> tuple[Path, dict[str, Any]]:
-        """A model fine-tuned on text that the dense one wrote, once for every seed; and what that took."""
-        text, run = self.work / f"written-{seed}.safetensors", self.work / name
-        flags = [*row.tuned.split(), *([self.model] if "--distill" in row.tuned else []), *HEALING.split()]
+    def tuned(self, tuning: Tuning, model: Path, name: str, ratio: float, seed: int) -> tuple[Path, dict[str, Any]]:
+        """A model fine-tuned on a text that is the same for every row with this seed; and what that took."""
+        text, run = self.work / f"{tuning.text}-text-{seed}.safetensors", self.work / name
+        flags = [*tuning.flags.split(), *([self.model] if "--distill" in tuning.flags else []), *HEALING.split()]
+        if tuning.text == "mix" and not text.is_file():
+            _, texts = draw(self.sources["mix"], TOKENS["self"], read_tokenizer(self.model), LENGTH, seed=seed)
+            save_file({"windows": torch.cat([source.windows for source in texts]).int()}, text)
         flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", WRITTEN]
-        flags += ["--lr", RATES[ratio], "--seed", seed, "--save-every", 0, "--overwrite"]
+        flags += ["--steps", tuning.steps, "--lr", RATES[ratio], "--seed", seed, "--save-every", 0, "--overwrite"]
         found, cost = welore("finetune", model, run, *flags)
         if not text.is_file():
             shutil.copyfile(run / "written.safetensors", text)

@@ -4,9 +4,11 @@ Memory is bounded by the matrices in work, never by the model; nothing is writte
 complete; a killed run continues where it was.
 """
 
+import hashlib
+import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +20,17 @@ from transformers.pytorch_utils import Conv1D
 from welore.analysis import analyze_weights, check_plan, opened_calibration, shared_workspace, summary
 from welore.calibration.artefact import Calibration
 from welore.calibration.collection import calibrate
-from welore.calibration.generation import TOKENS
-from welore.calibration.mixture import SELF
+from welore.calibration.generation import LENGTH, TOKENS
+from welore.calibration.mixture import SELF, digest, draw
 from welore.directory import PLAN, RECORD, SHARD_SIZE, Step, copied, write_config, write_weights
 from welore.errors import WeLoreError, choose
 from welore.factors import Reduction, factorise
 from welore.files import refuse_existing, refuse_source, whole_directory
 from welore.forms import FACTORED, FORMS, shapes
 from welore.integration import METHOD, WeLoreConfig, check_factors
+from welore.loading import read_tokenizer
 from welore.locate import locate
-from welore.parallel import Team, spread
+from welore.parallel import Team, keep_freed_memory, spread, team
 from welore.pivot import product, tensors
 from welore.plan import Allocation, MinRatio, Plan, allocate, check_settings
 from welore.progress import Progress, silent
@@ -36,11 +39,13 @@ from welore.scaling import KFAC, SCALINGS, metric
 from welore.source import Checkpoint, weight_files
 from welore.spectra import NONE
 from welore.surgery import compress_model, merge_model, sizes
-from welore.targets import Target, census
+from welore.targets import Target, census, config_of
 from welore.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Trained = Callable[[str], Tensor]  # name of a factor -> its numbers
 
 
 def compress(
@@ -61,6 +66,7 @@ def compress(
     calibration: "Calibration | str | Path" = SELF,
     tokens: int = TOKENS,
     seed: int = 0,
+    heal: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     cache_dir: str | Path | None = None,
@@ -78,6 +84,10 @@ def compress(
     and for a named strategy. calibration: what a scaling rests on, made by `calibrate`; "self" makes one from `tokens`
     tokens that the model itself writes, so that no data is needed. paper: WeLore as published, which is strategy
     welore, scaling none and storage factored.
+
+    heal: the text on which the factors then learn from the dense model for at most 64 steps (tuning.healing): "self",
+    what the model wrote for the calibration; texts as `calibrate` takes them, of which `tokens` are read; or "none".
+    By default "self" for `params` alone where there is such a text. It needs model and teacher whole in memory.
 
     The directory holds plan.json and the returned record (compression.json) beside the weights. A model in memory is
     changed in place, and saved when `out` is given. Raises WeLoreError before anything is written.
@@ -97,6 +107,7 @@ def compress(
         "allow_growth": allow_growth,
         "rank_multiple": rank_multiple,
     }
+    alone = params is not None and strategy is None and scaling in (None, KFAC)  # the best we have is asked for
     if plan is None:
         settings, scaling = _method(settings, scaling, paper=paper)
         check_settings(target, settings["strategy"], settings["storage"], min_ratio, rank_multiple, scaling)
@@ -108,6 +119,8 @@ def compress(
     started = time.perf_counter()
     patterns: dict[str, Any] = {"include": include, "exclude": exclude}
     if isinstance(model, nn.Module):
+        if heal not in (None, NONE):
+            raise WeLoreError("a model in memory is cut, not healed: give a directory to read and one to write")
         if calibration == SELF and scaling != NONE:
             raise WeLoreError(
                 f"scaling {scaling} of a model in memory needs calibration=, made by `calibrate`; or scaling='none'"
@@ -128,8 +141,21 @@ def compress(
         raise WeLoreError("name the directory to write: compress(model, out, ...)")
     directory = locate(model, cache_dir=cache_dir, revision=revision)
     refuse_source(out, directory)
+    windows = None
+    if heal not in (None, NONE, SELF):
+        windows = _text(heal, directory, tokens, seed, cache_dir)
     with Checkpoint(directory, str(model), include, exclude) as source:
         found = None if calibration == SELF else opened_calibration(calibration, source)
+        writes = scaling != NONE if found is None else found.written is not None
+        enough = tokens > LENGTH if found is None else (found.written or (0,))[0] > 1
+        if heal is None:
+            heal = SELF if alone and writes and enough else NONE
+        if heal == SELF and not writes:
+            raise WeLoreError("--heal self needs a calibration of text that the model wrote; or name another text")
+        if heal != NONE and team().size > 1:
+            raise WeLoreError(
+                "several processes cut, but do not heal: pass --heal none, and heal by `welore finetune --distill`"
+            )
         rests_on = [tokens, seed] if found is None else summary(found)
         with shared_workspace(_beside(out), source, scaling, rests_on) as (workspace, crew):
             device = None if device == "cpu" else device  # where the tensors of a checkpoint come in anyway
@@ -146,12 +172,16 @@ def compress(
                 check_plan(plan, source, found)
             quality = _factor(source, plan, found, workspace, crew, **how)
             if crew.leads:
+                trained: Trained | None = None
+                healing: dict[str, Any] | None = None
+                if heal != NONE and plan.ranks:
+                    windows = windows if windows is not None else _own_text(found)
+                    here: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+                    trained, healing, numbers = _healed(source, plan, workspace, windows, **here)
+                    healing["text"], quality = heal, quality | numbers
                 with whole_directory(out, overwrite=overwrite) as unfinished:
-                    steps = _compressed(source, plan, workspace)
-                    written = write_weights(unfinished, steps, max_shard_size, progress)
-                    write_config(directory, unfinished, WeLoreConfig.of(plan).to_dict())
-                    plan.save(unfinished / PLAN)
-                    _record(plan, started, _sizes_on_disk(source, plan, written) | quality).save(unfinished / RECORD)
+                    quality |= _write(source, plan, workspace, unfinished, max_shard_size, progress, trained)
+                    _record(plan, started, quality, healing).save(unfinished / RECORD)
     return Record.load(Path(out) / RECORD)
 
 
@@ -178,6 +208,47 @@ def _own_calibration(directory: Path, workspace: Workspace, crew: Team, **how: A
         calibrate(directory, SELF, made, measure=0, **how)
     crew.wait()
     return Calibration.load(made)
+
+
+def _own_text(calibration: Calibration | None) -> Tensor:
+    found = None if calibration is None else calibration.own_text()
+    assert found is not None
+    return found
+
+
+def _text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Path | None) -> Tensor:
+    """Windows of the texts `data`, drawn as for a calibration."""
+    limit = getattr(config_of(directory).get_text_config(decoder=True), "max_position_embeddings", None)
+    length = min(LENGTH, limit or LENGTH)
+    counts, found = draw(data, tokens, read_tokenizer(directory), length, seed=seed, cache_dir=cache_dir)
+    if SELF in counts:
+        raise WeLoreError(f"--heal {data}: {SELF} cannot be mixed with other texts")
+    return torch.cat([text.windows for text in found])
+
+
+def _healed(
+    source: Checkpoint,
+    plan: Plan,
+    workspace: Workspace,
+    windows: Tensor,
+    *,
+    seed: int,
+    device: str | None,
+    progress: Progress,
+) -> tuple[Trained | None, dict[str, Any], dict[str, Any]]:
+    """Let the cut model learn from the dense one, in the workspace; None if it became no better."""
+    from welore.tuning import healing  # the Trainer: seconds of imports that a cut alone does not need
+
+    about = json.dumps([plan.ranks, plan.forms, digest(windows), seed])
+    place = workspace.directory / f"healing-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+    cut = place / "cut"
+    if not cut.is_dir():
+        with whole_directory(cut) as unfinished:
+            _write(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
+    keep_freed_memory()
+    run = healing.heal(cut, source.directory, windows, plan, place, seed=seed, device=device, progress=progress)
+    settings, numbers = healing.summary(run)
+    return healing.trained(place) if healing.improved(run) else None, settings, numbers
 
 
 def _beside(out: str | Path) -> Path:
@@ -282,14 +353,33 @@ def merge(
     return Path(out)
 
 
-def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace) -> list[Step]:
-    """What a compressed checkpoint holds, in the order of the source."""
+def _write(
+    source: Checkpoint,
+    plan: Plan,
+    workspace: Workspace,
+    directory: Path,
+    max_shard_size: str,
+    progress: Progress,
+    trained: Trained | None,
+) -> dict[str, Any]:
+    """Weights, configuration and plan of a compressed checkpoint; the sizes."""
+    written = write_weights(directory, _compressed(source, plan, workspace, trained), max_shard_size, progress)
+    write_config(source.directory, directory, WeLoreConfig.of(plan).to_dict())
+    plan.save(directory / PLAN)
+    return _sizes_on_disk(source, plan, written)
+
+
+def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace, trained: Trained | None) -> list[Step]:
+    """What a compressed checkpoint holds, in the order of the source; trained: the factors after healing."""
     chosen = {a.name + ".weight": a for a in plan.allocations if a.factored}
 
     def factors(a: Allocation) -> dict[str, list[Tensor]]:
         found = workspace.fetch(_kept(a))
         if found is None:
             raise OSError(f"the factors of {a.name} in {workspace.directory} were damaged: run the same command again")
+        if trained is not None:
+            numbers = [part for part, t in found.items() if part in FORMS[a.form] and t.is_floating_point()]
+            found |= {part: trained(f"{a.name}.{part}").to(found[part].dtype) for part in numbers}
         return {f"{a.name}.{part}": [found[part].flatten()] for part in FORMS[a.form]} | {f"{a.name}.weight": []}
 
     steps = []
@@ -345,7 +435,7 @@ def _sizes_on_disk(source: Checkpoint, plan: Plan, written: int) -> dict[str, An
     }
 
 
-def _record(plan: Plan, started: float, sizes: dict[str, Any]) -> Record:
+def _record(plan: Plan, started: float, sizes: dict[str, Any], healing: dict[str, Any] | None = None) -> Record:
     settings = {
         "asked": dict(plan.asked),
         "strategy": plan.strategy,
@@ -357,6 +447,7 @@ def _record(plan: Plan, started: float, sizes: dict[str, Any]) -> Record:
         "rank_multiple": plan.rank_multiple,
         "include": list(plan.include),
         "exclude": list(plan.exclude),
+        "healing": healing,
     }
     inputs = {"model": plan.model.name, "fingerprint": plan.model.fingerprint}
     numbers = plan.numbers() | sizes | {"seconds": time.perf_counter() - started}

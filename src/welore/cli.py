@@ -282,6 +282,13 @@ def compress(
     ] = "self",
     tokens: Annotated[int, typer.Option(help="Of that text.")] = 65536,
     seed: Annotated[int, typer.Option(help="Of that text.")] = 0,
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            help="Text on which the factors then learn from the dense model: self, what the model wrote to be cut by; "
+            "texts as in calibrate; or none.  [default: self for --params alone]"
+        ),
+    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     cache_dir: CacheDir = None,
@@ -331,6 +338,7 @@ def compress(
                 calibration=calibration,
                 tokens=tokens,
                 seed=seed,
+                heal=heal,
                 include=include or (),
                 exclude=exclude or (),
                 device=_device(device),
@@ -343,6 +351,12 @@ def compress(
         _say(
             f"left dense inside the blocks: {numbers['left_dense_in_blocks'] / 1e6:.1f} M parameters "
             f"({', '.join(numbers['left_dense_names'])})"
+        )
+    if "held_out_loss" in numbers:
+        losses = {name: math.exp(min(loss, 700.0)) for name, loss in numbers["held_out_loss"].items()}
+        _say(
+            f"healed on {numbers['healing_tokens']:,} tokens: held-out perplexity {losses['cut']:.4g} -> "
+            f"{losses['healed']:.4g} (dense {losses['dense']:.4g})" + ("" if numbers["healed"] else "; kept as cut")
         )
     line = f"{_achieved(record.settings['asked'], numbers)}, {numbers['bytes'] / 1e6:.1f} MB -> {out}"
     _tell(_plain(record), as_json, line)
@@ -515,6 +529,7 @@ def finetune(
     dtype: Annotated[
         str, typer.Option(help="float32 or bfloat16 (what is trained stays float32); auto: bfloat16 on a GPU.")
     ] = "auto",
+    save_dtype: Annotated[str | None, typer.Option(help="Of the result.  [default: that of the computation]")] = None,
     attention: Annotated[
         str | None, typer.Option(help="sdpa, eager, flash_attention_2, ...  [default: what transformers chooses]")
     ] = None,

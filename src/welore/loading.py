@@ -70,17 +70,11 @@ def load(
 
     attention: one of transformers' implementations (sdpa, eager, flash_attention_2); None leaves the choice to it.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     weight_files(directory)
     config_of(directory)
-    no_tokenizer = f"{directory} has no tokenizer that can be read: copy the original model's tokenizer.json there"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeLoreError(no_tokenizer) from error
-    if not tokenizer.vocab_size:  # some classes make an empty one when the files are missing
-        raise WeLoreError(no_tokenizer)
+    tokenizer = read_tokenizer(directory)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory,
@@ -97,3 +91,17 @@ def load(
         raise WeLoreError(f"{directory} lacks {random[0]}, or has it in another shape: it would be random numbers")
     nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, tokenizer
+
+
+def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a directory; WeLoreError if it has none."""
+    from transformers import AutoTokenizer
+
+    no_tokenizer = f"{directory} has no tokenizer that can be read: copy the original model's tokenizer.json there"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError, KeyError) as error:
+        raise WeLoreError(no_tokenizer) from error
+    if not tokenizer.vocab_size:  # some classes make an empty one when the files are missing
+        raise WeLoreError(no_tokenizer)
+    return tokenizer

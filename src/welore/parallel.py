@@ -21,6 +21,7 @@ from welore.progress import Progress
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # M_TRIM_THRESHOLD and so on, of malloc.h
 GROWTH = 12 << 20  # bytes by which a process that works through matrices may grow before it gives back what is free
 
 
@@ -71,12 +72,19 @@ def return_freed_memory() -> None:
     the more so the larger the blocks that the imports have freed. What the one heap keeps all the same, `spread` gives
     back. Not for a process that runs a model, which wants its blocks again.
     """
+    _set_glibc({TRIM_THRESHOLD: 16 << 20, MMAP_THRESHOLD: 4 << 20, ARENA_MAX: 1})
+
+
+def keep_freed_memory() -> None:
+    """What glibc would come to by itself, before a process that worked through matrices runs a model."""
+    _set_glibc({TRIM_THRESHOLD: 64 << 20, MMAP_THRESHOLD: 32 << 20})
+
+
+def _set_glibc(options: dict[int, int]) -> None:
     if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_TRIM_THRESHOLD and so on, of malloc.h
         libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, 16 << 20)
-        libc.mallopt(mmap_threshold, 4 << 20)
-        libc.mallopt(arena_max, 1)
+        for option, value in options.items():
+            libc.mallopt(option, value)
 
 
 @contextmanager

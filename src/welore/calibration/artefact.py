@@ -23,6 +23,7 @@ from welore.records import Record
 from welore.spectra import Identity
 from welore.tensorfile import TensorReader, TensorWriter
 
+WRITTEN = "written"
 FORMAT = "welore.calibration/2"  # 1 had losses along other directions (scaling.DAMPING_OUTPUTS was 0.01)
 
 
@@ -33,8 +34,9 @@ class Calibration:
     shapes: name -> (m, n). counts: name -> tokens that reached the matrix. shared: name -> the matrix under whose
     name the inputs are kept (itself, or the first that reads the same tensor); without an entry it was not reached.
     measured: tokens on which the losses of all components were measured, 0 if they were not.
-    tensors: "NAME.inputs", "NAME.magnitudes", "NAME.outputs" and "NAME.losses", float32; of a loaded calibration a view
-    of its file.
+    written: windows and length of the text that the model wrote for it, None where it read other texts only.
+    tensors: "NAME.inputs", "NAME.magnitudes", "NAME.outputs" and "NAME.losses", float32, and "written", int32; of a
+    loaded calibration a view of its file.
     include, exclude: the patterns that chose the targets.
     """
 
@@ -47,6 +49,7 @@ class Calibration:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     measured: int = 0
+    written: tuple[int, int] | None = None
 
     def inputs(self, name: str) -> Tensor | None:
         """A (n, n), symmetric; zeros if no token reached the matrix, None if it is not in this calibration."""
@@ -70,6 +73,10 @@ class Calibration:
         """
         return self.tensors[f"{name}.losses"] if self.measured and self.counts.get(name) else None
 
+    def own_text(self) -> Tensor | None:
+        """Token ids (windows, length) that the model wrote; None where it read other texts only."""
+        return None if self.written is None else self.tensors[WRITTEN].long()
+
     def _statistic(self, name: str, kept: str | None, kind: str, shape: tuple[int, ...]) -> Tensor | None:
         if name not in self.shapes:
             return None
@@ -78,6 +85,8 @@ class Calibration:
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of every tensor of the file."""
         found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        if self.written is not None:
+            found[WRITTEN] = (torch.int32, self.written)
         for name, kept in self.shared.items():
             m, n = self.shapes[name]
             found[f"{name}.outputs"] = (torch.float32, (m, m))
@@ -99,6 +108,7 @@ class Calibration:
             "include": json.dumps(self.include),
             "exclude": json.dumps(self.exclude),
             "measured": json.dumps(self.measured),
+            "written": json.dumps(self.written),
             "record": json.dumps(dataclasses.asdict(self.record), allow_nan=False),
         }
         layout = self.layout()
@@ -127,6 +137,7 @@ class Calibration:
                 include=tuple(json.loads(about["include"])),
                 exclude=tuple(json.loads(about["exclude"])),
                 measured=json.loads(about.get("measured", "0")),
+                written=tuple(json.loads(about.get("written", "null")) or ()) or None,
             )
             expected = found.layout()
         except (KeyError, TypeError, json.JSONDecodeError) as error:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from welore.calibration.artefact import Calibration
+from welore.calibration.artefact import WRITTEN, Calibration
 from welore.calibration.generation import LENGTH, TOKENS, generate_text
-from welore.calibration.mixture import SELF, Mixture, Source, apportion, digest, drawn, given, parse_mixture, seed_of
+from welore.calibration.mixture import SELF, Mixture, Source, digest, draw, given, parse_mixture, seed_of
 from welore.calibration.moments import Losses
 from welore.calibration.sweep import gather, kept, placed
 from welore.errors import WeLoreError, choose
@@ -90,9 +90,9 @@ def calibrate(
         ready = made_ready(model, tokenizer, dtype="auto", label=None, **where)
         net, tokenizer = ready.model, ready.tokenizer
     length = _length(net, length)
-    counts = apportion(mixture, -(-tokens // length)) if mixture else {}
-    for name in (name for name in counts if name != SELF):
-        sources.append(drawn(name, mixture[name], counts[name], tokenizer, length, seed=seed, cache_dir=cache_dir))
+    counts: dict[str, int] = {}
+    if mixture:
+        counts, sources = draw(mixture, tokens, tokenizer, length, seed=seed, cache_dir=cache_dir)
     torch_dtype = net.dtype if torch_dtype == "auto" else torch_dtype
     place = torch.device(device) if device else net.device
     writing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "first": first}
@@ -156,6 +156,8 @@ def calibrate(
             },
         )
         chosen: dict[str, Any] = {"include": tuple(include), "exclude": tuple(exclude)}
+        if SELF in counts:
+            chosen["written"] = (counts[SELF], length)
         found = Calibration(identity, record=record, **fields, **chosen)
         if measure:
             some = ids[:: max(1, round(1 / measure))]
@@ -175,11 +177,11 @@ def calibrate(
 
 def _written(model: Any, tokenizer: Any, workspace: Workspace, device: torch.device, how: Mapping[str, Any]) -> Tensor:
     """What the model writes, in its own dtype: made once, then kept in the workspace."""
-    found = workspace.fetch("written")
+    found = workspace.fetch(WRITTEN)
     if found is None:
-        found = {"windows": generate_text(placed(model, device, model.dtype), tokenizer, **how)}
-        workspace.store("written", found)
-    return found["windows"]
+        found = {WRITTEN: generate_text(placed(model, device, model.dtype), tokenizer, **how).int()}
+        workspace.store(WRITTEN, found)
+    return found[WRITTEN].long()
 
 
 def _components(weights: Weights, found: Calibration, name: str) -> tuple[Tensor, Tensor] | None:

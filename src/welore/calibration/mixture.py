@@ -102,6 +102,19 @@ def drawn(
     return Source(name, weight, windows, found.sha256)
 
 
+def draw(
+    data: Mixture, tokens: int, tokenizer: "PreTrainedTokenizerBase", length: int, **how: Any
+) -> tuple[dict[str, int], list[Source]]:
+    """Windows of every text of a mixture, and those of each that are drawn; what the model writes is only counted.
+
+    how: seed and cache_dir of `drawn`.
+    """
+    mixture = parse_mixture(data)
+    counts = apportion(mixture, -(-tokens // length))
+    found = [drawn(name, mixture[name], n, tokenizer, length, **how) for name, n in counts.items() if name != SELF]
+    return counts, found
+
+
 def given(ids: Tensor) -> Source:
     """Windows of token ids (windows, length) that the caller has made."""
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or ids.is_floating_point():

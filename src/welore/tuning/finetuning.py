@@ -54,6 +54,7 @@ def finetune(
     length: int | None = None,
     seed: int = 0,
     dtype: str = "auto",
+    save_dtype: str | None = None,
     attention: str | None = None,
     train_norms: bool = False,
     loss_on_prompt: bool = False,
@@ -88,11 +89,11 @@ def finetune(
     10,000 steps of 4 x 1024 tokens, a task 1,000 of 8 x 512; AdamW, cosine to a tenth of `lr` after a warm-up of
     one step in twenty. batch_size is that of one process; a step reads batch_size x accumulation x processes.
     dtype: bfloat16 keeps what is frozen in bfloat16 and what is trained in float32, and computes in bfloat16;
-    "auto" is that on a GPU, float32 elsewhere. The result is saved in `dtype`. attention: one of transformers'
-    implementations instead of its choice; "eager" is the faster on a CPU in bfloat16 (method.md). whole_logits: do
-    without headloss, which computes the same loss in less memory. gradient_checkpointing: of the activations keep the
-    inputs of the blocks only; selective_checkpointing: also the products that cost most (see activations). The losses
-    are the same.
+    "auto" is that on a GPU, float32 elsewhere. save_dtype: of the result, by default `dtype`. attention: one of
+    transformers' implementations instead of its choice; "eager" is the faster on a CPU in bfloat16 (method.md).
+    whole_logits: do without headloss, which computes the same loss in less memory. gradient_checkpointing: of the
+    activations keep the inputs of the blocks only; selective_checkpointing: also the products that cost most (see
+    activations). The losses are the same.
     eval_every, save_every: steps; 0 for never. resume: go on after the last complete checkpoint in `out`; the losses
     and weights are those of a run that never stopped.
     distill: a teacher, as a rule the dense model that this one was made from. The loss is then KL(teacher || model)
@@ -126,7 +127,7 @@ def finetune(
     started = time.perf_counter()
     trainer, numbers = _train(prepared, settings, args, last, watch, progress)
     tuned: Any = prepared.marked.model.merge_and_unload() if method == "lora" else prepared.marked.model
-    tuned.to(DTYPES[settings.dtype])
+    tuned.to(DTYPES[settings.save_dtype or settings.dtype])
     state = gathered(tuned)
     if leads:
         save_result(out, tuned, state, prepared.tokenizer, directory)

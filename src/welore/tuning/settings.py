@@ -45,6 +45,7 @@ class Settings:
     length: int
     seed: int
     dtype: str
+    save_dtype: str | None
     attention: str | None
     train_norms: bool
     loss_on_prompt: bool
@@ -84,6 +85,7 @@ def check(settings: Settings, save_every: int, report_to: str) -> None:
     """Raise WeLoreError for settings that cannot work, whatever the model."""
     choose("method", settings.method, METHODS)
     choose("dtype", settings.dtype, DTYPES)
+    choose("dtype", settings.save_dtype or settings.dtype, DTYPES)
     choose("optimizer", settings.optimizer, {name.value: name for name in OptimizerNames})
     package = choose("tracker", report_to, TRACKERS)
     if package is not None and importlib.util.find_spec(package) is None:

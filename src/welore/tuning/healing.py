@@ -1,0 +1,129 @@
+"""What a cut costs, won back in part: the factors learn from the dense model, for a few dozen steps.
+
+Every matrix is cut as if the others were whole. What all the cuts do together is a small, systematic error on top of
+what each costs, which even biases would take away (docs/diary.md); so a short training is worth as much as twice the
+statistics. A long one is `finetune --distill`.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from welore.errors import WeLoreError
+from welore.forms import FORMS
+from welore.plan import Plan
+from welore.progress import Progress
+from welore.records import Record
+from welore.source import Checkpoint, weight_files
+from welore.tuning.finetuning import finetune
+from welore.tuning.rundir import MODEL, RUN, TUNED, WRITTEN, keep_written
+
+BATCH, STEPS, WARM_UP = 2, 64, 8  # windows of a step; steps at most: each window is read once
+RATE = 1 / 1500  # of the root mean square of the factors, times the share of parameters that was cut
+RUNNING = "run"
+SAVED, HELD_OUT = 16, 16  # steps between checkpoints; windows held out at most
+
+
+def heal(
+    cut: Path,
+    teacher: Path,
+    windows: Tensor,
+    plan: Plan,
+    place: Path,
+    *,
+    seed: int,
+    device: str | None,
+    progress: Progress,
+) -> Record:
+    """Train the factors of the checkpoint `cut` in the directory PLACE/run; the record of `finetune`.
+
+    teacher: the dense model that it was made from. windows: token ids (count, length), a tenth of which is held out.
+    What was killed goes on; what is finished is left as it is.
+    """
+    run = place / RUNNING
+    if (run / TUNED).is_file():
+        return Record.load(run / TUNED)
+    if len(windows) < 2:
+        raise WeLoreError("the text to heal on is one window: take more tokens, or --heal none")
+    keep_written(place, windows)
+    steps = min(STEPS, max(1, (len(windows) - max(1, len(windows) // 10)) // BATCH))
+    return finetune(
+        cut,
+        run,
+        "lrc",
+        data=str(place / WRITTEN),
+        distill=teacher,
+        steps=steps,
+        warmup=min(WARM_UP, steps // 4),
+        lr=rate(cut, plan),
+        batch_size=BATCH,
+        length=windows.shape[1],
+        seed=seed,
+        dtype=_dtype(device),
+        save_dtype="float32",
+        attention="eager",
+        eval_every=steps,
+        eval_items=HELD_OUT,
+        save_every=SAVED,
+        resume=(run / RUN).is_file(),
+        device=device,
+        progress=progress,
+    )
+
+
+def rate(cut: Path, plan: Plan) -> float:
+    """The peak learning rate: the more is cut and the larger the numbers, the larger."""
+    squares, count = 0.0, 0
+    with Checkpoint(cut) as source:
+        for name in _factors(plan):
+            factor = source.tensor(name).float()
+            squares, count = squares + float(factor.square().sum(dtype=torch.float64)), count + factor.numel()
+    removed = 1 - plan.numbers()["parameter_ratio"]
+    return RATE * max(removed, 0.01) * math.sqrt(squares / count)
+
+
+def trained(place: Path) -> Callable[[str], Tensor]:
+    """Name of a factor -> its numbers after the training, float32."""
+    files: dict[str, Any] = {}
+    for path in weight_files(place / RUNNING / MODEL):
+        opened = safe_open(path, "pt")
+        files |= dict.fromkeys(opened.keys(), opened)
+    return lambda name: files[name].get_tensor(name)
+
+
+def improved(record: Record) -> bool:
+    """Whether the loss on the text held out has become smaller."""
+    first, last = record.numbers["evaluation"][0], record.numbers["evaluation"][-1]
+    return bool(last[1] < first[1])
+
+
+def summary(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and numbers of a healing, for the record of what was healed."""
+    found, numbers = record.settings, record.numbers
+    names = ("steps", "batch_size", "length", "lr", "warmup", "dtype", "seed")
+    first, last = numbers["evaluation"][0], numbers["evaluation"][-1]
+    losses = {"cut": first[1], "healed": last[1], "dense": numbers["teacher_eval_loss"]}
+    return {name: found[name] for name in names}, {
+        "healed": improved(record),
+        "healing_tokens": numbers["tokens"],
+        "healing_seconds": numbers["seconds"],
+        "held_out_loss": losses,
+    }
+
+
+def _factors(plan: Plan) -> list[str]:
+    """Names of the tensors that are trained."""
+    return [f"{name}.{part}" for name, form in plan.forms.items() for part in FORMS[form] if part != "order"]
+
+
+def _dtype(device: str | None) -> str:
+    """bfloat16 where the processor multiplies it."""
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
+        return "bfloat16"
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
+    return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "float32"

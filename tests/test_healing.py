@@ -1,0 +1,142 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import welore
+from conftest import build, logits
+from welore import checkpoint
+from welore.calibration.artefact import Calibration
+from welore.errors import WeLoreError
+from welore.parallel import Team
+from welore.tuning import healing
+from welore.tuning.trainer import ClockedTrainer
+
+IDS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def source(saved: Callable[..., Path], tokenizer: Any) -> Path:
+    path = saved("llama", initializer_range=1.0)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def own(source: Path, tmp_path: Path) -> Calibration:
+    """A calibration of 20 windows that the model wrote."""
+    return welore.calibrate(source, "self", tmp_path / "c.safetensors", tokens=320, length=16, measure=0)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def distance(directory: Path) -> float:
+    """From the dense model, of the expected next tokens."""
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    p, q = (torch.log_softmax(x, -1) for x in (logits(build("llama", initializer_range=1.0), IDS), logits(model, IDS)))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_params_alone_heals_the_factors_and_nothing_else(
+    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "RATE", 1 / 200)  # nine steps only
+    record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own)
+    plain = welore.compress(source, tmp_path / "cut", params=0.25, calibration=own, heal="none")
+    assert record.settings["healing"]["text"] == "self"
+    assert record.settings["healing"]["steps"] == 9  # of two windows each; two of 20 are held out
+    assert record.numbers["healed"]
+    assert plain.settings["healing"] is None
+    after, before = weights(tmp_path / "healed"), weights(tmp_path / "cut")
+    assert after.keys() == before.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    factors = {name for name in after if name.split(".")[-2] in "ABPC"}
+    assert changed == factors
+    assert distance(tmp_path / "healed") < distance(tmp_path / "cut")
+    assert (tmp_path / "healed" / "plan.json").read_bytes() == (tmp_path / "cut" / "plan.json").read_bytes()
+    assert not list(tmp_path.glob("*.work"))
+
+
+def test_what_does_not_improve_is_kept_as_it_was_cut(
+    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "RATE", 10.0)
+    record = welore.compress(source, tmp_path / "healed", params=0.5, calibration=own)
+    welore.compress(source, tmp_path / "cut", params=0.5, calibration=own, heal="none")
+    assert not record.numbers["healed"]
+    assert record.numbers["held_out_loss"]["healed"] > record.numbers["held_out_loss"]["cut"]
+    for name, tensor in weights(tmp_path / "cut").items():
+        assert torch.equal(weights(tmp_path / "healed")[name], tensor)
+
+
+def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
+    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "SAVED", 2)
+    welore.compress(source, tmp_path / "straight", params=0.5, calibration=own)
+    step, taken = ClockedTrainer.training_step, []
+
+    def counted(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        taken.append(trainer.state.global_step)
+        if taken == [0, 1, 2, 3, 4]:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(ClockedTrainer, "training_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
+    assert not (tmp_path / "killed").exists()
+    welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
+    assert taken == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
+    for name in ("model.safetensors", "plan.json"):
+        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path) -> None:
+    text = tmp_path / "my.txt"
+    text.write_text("the matrix is cut where the loss feels it least and learns again " * 200, encoding="utf-8")
+    how: dict[str, Any] = {"params": 0.6, "strategy": "waterfill", "scaling": "none", "tokens": 320}
+    record = welore.compress(source, tmp_path / "small", heal=str(text), **how)
+    assert record.settings["healing"]["text"] == str(text)
+    assert record.numbers["healing_tokens"] > 0
+    assert welore.compress(source, tmp_path / "plain", **how).settings["healing"] is None
+
+
+def test_what_cannot_heal_is_refused_before_anything_is_written(
+    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
+    how: dict[str, Any] = {"params": 0.6, "calibration": foreign}
+    with pytest.raises(WeLoreError, match="text that the model wrote"):
+        welore.compress(source, tmp_path / "out", heal="self", **how)
+    with pytest.raises(WeLoreError, match="text that the model wrote"):
+        welore.compress(source, tmp_path / "out", params=0.6, paper=True, heal="self")
+    with pytest.raises(WeLoreError, match="cannot be mixed"):
+        welore.compress(source, tmp_path / "out", heal="self,pydoc", **how)
+    with pytest.raises(WeLoreError, match="cut, not healed"):
+        welore.compress(build("llama"), heal="self", **how)
+    monkeypatch.setattr(checkpoint, "team", lambda: Team(0, 2))
+    with pytest.raises(WeLoreError, match="--heal none"):
+        welore.compress(source, tmp_path / "out", params=0.6, calibration=own)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_text_of_its_own_params_alone_only_cuts(source: Path, tmp_path: Path) -> None:
+    foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
+    assert foreign.own_text() is None
+    assert welore.compress(source, tmp_path / "out", params=0.6, calibration=foreign).settings["healing"] is None
+
+
+def test_a_calibration_keeps_what_the_model_wrote(source: Path, own: Calibration) -> None:
+    windows = own.own_text()
+    assert windows is not None
+    assert windows.shape == (20, 16)
+    again = Calibration.load(own.tensors.path).own_text()  # type: ignore[attr-defined]
+    assert again is not None
+    assert torch.equal(again, windows)
