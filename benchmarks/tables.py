@@ -156,10 +156,10 @@ def study_closed() -> list[Closed]:
     return closed(study_records())
 
 
-def quality() -> str:
+def quality(of: str = "quality") -> str:
     """Perplexity of every method at equal parameters, from benchmarks/quality.py: mean over seeds, and their range."""
     cells: dict[tuple[str, float], list[Record]] = {}
-    for record in map(Record.load, sorted((HERE / "quality").glob("*.json"))):
+    for record in map(Record.load, sorted((HERE / of).glob("*.json"))):
         cells.setdefault((record.inputs["row"], record.settings["params"]), []).append(record)
     ((dense,),) = (found for (row, _), found in cells.items() if row == "dense")
     ratios = sorted({ratio for _, ratio in cells} - {1.0}, reverse=True)
@@ -190,7 +190,7 @@ def quality() -> str:
         if measured:
             shown = " | ".join(cell(found) if found else "" for found in own.values())
             lines.append(f"| {measured[0][0].inputs['label']} | {shown} | {cost(measured[-1])} |")
-    for found in (found for (row, _), found in cells.items() if row == "dense-tuned"):
+    for found in (found for (row, _), found in cells.items() if row.startswith("dense-tuned")):
         lines += ["", f"{found[0].inputs['label']}: {cell(found)}."]
     return "\n".join(lines)
 
@@ -231,6 +231,7 @@ TABLES = {
     "methods": methods,
     "tasks": tasks,
     "quality": quality,
+    "quality_gemma3": lambda: quality("quality-gemma3-270m"),
     "study": lambda: marked_down(claims_table(list(study_records().values()))),
     "study_closing": lambda: marked_down(verdicts(study_closed())),
     "study_cuts": lambda: marked_down(cuts_table(study_closed())),

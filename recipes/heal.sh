@@ -12,7 +12,7 @@ out=${2:-runs/heal}
 mkdir -p "$out"
 
 [ -f "$out/small/config.json" ] ||
-    welore compress "$model" "$out/small" --params "${PARAMS:-0.8}" ${TOKENS:+--tokens "$TOKENS"}
+    welore compress "$model" "$out/small" --params "${PARAMS:-0.8}" --heal none ${TOKENS:+--tokens "$TOKENS"}
 
 run="$out/healed"
 [ -f "$run/finetune.json" ] ||

@@ -280,8 +280,8 @@ def compress(
     calibration: Annotated[
         str, typer.Option(help="File made by `welore calibrate`; self: text that the model writes, no data.")
     ] = "self",
-    tokens: Annotated[int, typer.Option(help="Of that text.")] = 65536,
-    seed: Annotated[int, typer.Option(help="Of that text.")] = 0,
+    tokens: Annotated[int, typer.Option(help="Of that text, and of texts to heal on.")] = 65536,
+    seed: Annotated[int, typer.Option(help="Of the texts and their order.")] = 0,
     heal: Annotated[
         str | None,
         typer.Option(
