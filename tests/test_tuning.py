@@ -86,6 +86,16 @@ def test_lrc_changes_exactly_the_factors(stored: Path, text: str, tmp_path: Path
     assert record.numbers["eval_loss"] < record.numbers["evaluation"][0][1]
 
 
+def test_what_is_computed_in_bfloat16_can_be_saved_unrounded(stored: Path, text: str, tmp_path: Path) -> None:
+    finetune(stored, tmp_path / "run", data=text, **SHORT | {"dtype": "bfloat16", "save_dtype": "float32"})
+    found = weights(tmp_path / "run" / "model")
+    assert {tensor.dtype for tensor in found.values() if tensor.is_floating_point()} == {torch.float32}
+    for name in (name for name in found if name.endswith(FACTORS)):
+        assert not torch.equal(found[name], found[name].bfloat16().float()), name
+    with pytest.raises(WeLoreError, match="unknown dtype 'fp32'"):
+        finetune(stored, tmp_path / "no", data=text, **SHORT | {"save_dtype": "fp32"})
+
+
 def test_train_norms_adds_exactly_the_norms(model: Path, text: str, tmp_path: Path) -> None:
     finetune(model, tmp_path / "run", data=text, **SHORT | {"train_norms": True})
     assert changed(model, tmp_path / "run" / "model") == {

@@ -141,30 +141,20 @@ def compress(
         raise WeLoreError("name the directory to write: compress(model, out, ...)")
     directory = locate(model, cache_dir=cache_dir, revision=revision)
     refuse_source(out, directory)
-    windows = None
-    if heal not in (None, NONE, SELF):
-        windows = _text(heal, directory, tokens, seed, cache_dir)
+    windows = None if heal in (None, NONE, SELF) else _text(heal, directory, tokens, seed, cache_dir)
     with Checkpoint(directory, str(model), include, exclude) as source:
         found = None if calibration == SELF else opened_calibration(calibration, source)
-        writes = scaling != NONE if found is None else found.written is not None
-        enough = tokens > LENGTH if found is None else (found.written or (0,))[0] > 1
-        if heal is None:
-            heal = SELF if alone and writes and enough else NONE
-        if heal == SELF and not writes:
-            raise WeLoreError("--heal self needs a calibration of text that the model wrote; or name another text")
-        if heal != NONE and team().size > 1:
-            raise WeLoreError(
-                "several processes cut, but do not heal: pass --heal none, and heal by `welore finetune --distill`"
-            )
+        own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.written or (0,))[0]
+        heal = _healing(heal, own, alone=alone)
         rests_on = [tokens, seed] if found is None else summary(found)
         with shared_workspace(_beside(out), source, scaling, rests_on) as (workspace, crew):
-            device = None if device == "cpu" else device  # where the tensors of a checkpoint come in anyway
-            how = {"device": device, "workers": workers, "progress": progress}
+            place = None if device == "cpu" else device  # where the tensors of a checkpoint come in anyway
+            how = {"device": place, "workers": workers, "progress": progress}
             if plan is None:
                 if found is None and scaling != NONE:
-                    text = {"tokens": tokens, "seed": seed, "device": device, "progress": progress}
+                    text = {"tokens": tokens, "seed": seed, "device": place, "progress": progress}
                     found = _own_calibration(directory, workspace, crew, **text, **patterns)
-                keep = device is None and _fits_on_disk(source.targets, Path(out))
+                keep = place is None and _fits_on_disk(source.targets, Path(out))
                 kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep}
                 spectra = analyze_weights(source, scaling=scaling, calibration=found, **kept, **how)
                 plan = allocate(spectra, **settings)
@@ -172,16 +162,17 @@ def compress(
                 check_plan(plan, source, found)
             quality = _factor(source, plan, found, workspace, crew, **how)
             if crew.leads:
-                trained: Trained | None = None
-                healing: dict[str, Any] | None = None
+                trained, about = None, None
                 if heal != NONE and plan.ranks:
-                    windows = windows if windows is not None else _own_text(found)
+                    if windows is None and found is not None:
+                        windows = found.own_text()
+                    assert windows is not None
                     here: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
-                    trained, healing, numbers = _healed(source, plan, workspace, windows, **here)
-                    healing["text"], quality = heal, quality | numbers
+                    trained, about, numbers = _healed(source, plan, workspace, windows, **here)
+                    about, quality = {"text": heal} | about, quality | numbers
                 with whole_directory(out, overwrite=overwrite) as unfinished:
                     quality |= _write(source, plan, workspace, unfinished, max_shard_size, progress, trained)
-                    _record(plan, started, quality, healing).save(unfinished / RECORD)
+                    _record(plan, started, quality, about).save(unfinished / RECORD)
     return Record.load(Path(out) / RECORD)
 
 
@@ -210,10 +201,19 @@ def _own_calibration(directory: Path, workspace: Workspace, crew: Team, **how: A
     return Calibration.load(made)
 
 
-def _own_text(calibration: Calibration | None) -> Tensor:
-    found = None if calibration is None else calibration.own_text()
-    assert found is not None
-    return found
+def _healing(asked: str | None, own: int, *, alone: bool) -> str:
+    """The text to heal on: what was asked for, or the model's own where `params` stand alone.
+
+    own: windows of it that there are or will be; two are the least to train on and to hold out.
+    """
+    heal = asked or (SELF if alone and own > 1 else NONE)
+    if heal == SELF and not own:
+        raise WeLoreError("--heal self needs a calibration of text that the model wrote; or name another text")
+    if heal != NONE and team().size > 1:
+        raise WeLoreError(
+            "several processes cut, but do not heal: pass --heal none, and heal by `welore finetune --distill`"
+        )
+    return heal
 
 
 def _text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Path | None) -> Tensor:
