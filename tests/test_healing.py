@@ -75,6 +75,16 @@ def test_what_does_not_improve_is_kept_as_it_was_cut(
         assert torch.equal(weights(tmp_path / "healed")[name], tensor)
 
 
+def test_a_failed_healing_does_not_take_the_cut_with_it(
+    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ClockedTrainer, "training_step", lambda *_, **__: torch.tensor(float("nan")))
+    record = welore.compress(source, tmp_path / "healed", params=0.5, calibration=own)
+    welore.compress(source, tmp_path / "cut", params=0.5, calibration=own, heal="none")
+    assert "training loss is nan" in record.settings["healing"]["failed"]
+    assert (tmp_path / "healed/model.safetensors").read_bytes() == (tmp_path / "cut/model.safetensors").read_bytes()
+
+
 def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
     source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,9 +123,9 @@ def test_what_cannot_heal_is_refused_before_anything_is_written(
 ) -> None:
     foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
     how: dict[str, Any] = {"params": 0.6, "calibration": foreign}
-    with pytest.raises(WeLoreError, match="text that the model wrote"):
+    with pytest.raises(WeLoreError, match="windows that the model wrote"):
         welore.compress(source, tmp_path / "out", heal="self", **how)
-    with pytest.raises(WeLoreError, match="text that the model wrote"):
+    with pytest.raises(WeLoreError, match="windows that the model wrote"):
         welore.compress(source, tmp_path / "out", params=0.6, paper=True, heal="self")
     with pytest.raises(WeLoreError, match="cannot be mixed"):
         welore.compress(source, tmp_path / "out", heal="self,pydoc", **how)

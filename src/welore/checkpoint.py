@@ -207,8 +207,10 @@ def _healing(asked: str | None, own: int, *, alone: bool) -> str:
     own: windows of it that there are or will be; two are the least to train on and to hold out.
     """
     heal = asked or (SELF if alone and own > 1 else NONE)
-    if heal == SELF and not own:
-        raise WeLoreError("--heal self needs a calibration of text that the model wrote; or name another text")
+    if heal == SELF and own < 2:
+        raise WeLoreError(
+            "--heal self needs a calibration of at least two windows that the model wrote; or name another text"
+        )
     if heal != NONE and team().size > 1:
         raise WeLoreError(
             "several processes cut, but do not heal: pass --heal none, and heal by `welore finetune --distill`"
@@ -223,7 +225,10 @@ def _text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | P
     counts, found = draw(data, tokens, read_tokenizer(directory), length, seed=seed, cache_dir=cache_dir)
     if SELF in counts:
         raise WeLoreError(f"--heal {data}: {SELF} cannot be mixed with other texts")
-    return torch.cat([text.windows for text in found])
+    windows = torch.cat([text.windows for text in found])
+    if len(windows) < 2:
+        raise WeLoreError(f"--heal {data}: tokens is {tokens}, one window; two are the least to train on and hold out")
+    return windows
 
 
 def _healed(
@@ -236,7 +241,7 @@ def _healed(
     device: str | None,
     progress: Progress,
 ) -> tuple[Trained | None, dict[str, Any], dict[str, Any]]:
-    """Let the cut model learn from the dense one, in the workspace; None if it became no better."""
+    """Let the cut model learn from the dense one, in the workspace: its factors, None if they became no better."""
     from welore.tuning import healing  # the Trainer: seconds of imports that a cut alone does not need
 
     about = json.dumps([plan.ranks, plan.forms, digest(windows), seed])
@@ -246,7 +251,11 @@ def _healed(
         with whole_directory(cut) as unfinished:
             _write(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
     keep_freed_memory()
-    run = healing.heal(cut, source.directory, windows, plan, place, seed=seed, device=device, progress=progress)
+    how: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+    try:
+        run = healing.heal(cut, source.directory, windows, plan, place, **how)
+    except WeLoreError as error:  # the cut is sound, and may have taken an hour
+        return None, {"failed": str(error)}, {"healed": False}
     settings, numbers = healing.summary(run)
     return healing.trained(place) if healing.improved(run) else None, settings, numbers
 

@@ -308,6 +308,7 @@ def compress(
     from welore.plan import Plan
     from welore.reference import import_checkpoint
 
+    _silence_bitsandbytes()
     return_freed_memory()
     common: dict[str, Any] = {
         "cache_dir": cache_dir,
@@ -358,6 +359,8 @@ def compress(
             f"healed on {numbers['healing_tokens']:,} tokens: held-out perplexity {losses['cut']:.4g} -> "
             f"{losses['healed']:.4g} (dense {losses['dense']:.4g})" + ("" if numbers["healed"] else "; kept as cut")
         )
+    elif record.settings.get("healing"):
+        _say(f"kept as cut, healing failed: {record.settings['healing']['failed']}")
     line = f"{_achieved(record.settings['asked'], numbers)}, {numbers['bytes'] / 1e6:.1f} MB -> {out}"
     _tell(_plain(record), as_json, line)
 
@@ -574,7 +577,7 @@ def finetune(
     """Fine-tune a checkpoint on a text or a task -> run directory: record, checkpoints, model."""
     settings = dict(locals())
     as_json = settings.pop("as_json")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it regrets kernels nobody asked for
+    _silence_bitsandbytes()
     from welore.tuning import finetune
     from welore.tuning.activations import return_large_blocks
 
@@ -747,6 +750,10 @@ def _tell(facts: dict[str, Any], as_json: bool, line: str) -> None:
 def _leads() -> bool:
     """Whether this is the only process, or the first of those that torchrun or accelerate started."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def _silence_bitsandbytes() -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it regrets kernels nobody asked for
 
 
 def _say(line: str) -> None:

@@ -14,7 +14,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from welore.errors import WeLoreError
 from welore.forms import FORMS
 from welore.plan import Plan
 from welore.progress import Progress
@@ -42,14 +41,13 @@ def heal(
 ) -> Record:
     """Train the factors of the checkpoint `cut` in the directory PLACE/run; the record of `finetune`.
 
-    teacher: the dense model that it was made from. windows: token ids (count, length), a tenth of which is held out.
+    teacher: the dense model that it was made from. windows: token ids (count, length), at least two, a tenth of which
+    is held out.
     What was killed goes on; what is finished is left as it is.
     """
     run = place / RUNNING
     if (run / TUNED).is_file():
         return Record.load(run / TUNED)
-    if len(windows) < 2:
-        raise WeLoreError("the text to heal on is one window: take more tokens, or --heal none")
     keep_written(place, windows)
     steps = min(STEPS, max(1, (len(windows) - max(1, len(windows) // 10)) // BATCH))
     return finetune(
