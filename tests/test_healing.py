@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import welore
-from conftest import build, logits
+from conftest import FAMILIES, MIXTURES, build, logits
 from welore import checkpoint
 from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
@@ -61,6 +61,16 @@ def test_params_alone_heals_the_factors_and_nothing_else(
     assert distance(tmp_path / "healed") < distance(tmp_path / "cut")
     assert (tmp_path / "healed" / "plan.json").read_bytes() == (tmp_path / "cut" / "plan.json").read_bytes()
     assert not list(tmp_path.glob("*.work"))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path: Path, family: str) -> None:
+    source = saved(family, initializer_range=1.0)
+    tokenizer.save_pretrained(source)
+    c = welore.calibrate(source, "self", tmp_path / "c.safetensors", tokens=64, length=16, measure=0)
+    record = welore.compress(source, tmp_path / "small", params=0.5, calibration=c)
+    assert record.settings["healing"]["steps"] == 1
+    assert record.numbers["healing_tokens"] == 32
 
 
 def test_what_does_not_improve_is_kept_as_it_was_cut(
