@@ -73,7 +73,7 @@ def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path
     assert record.numbers["healing_tokens"] == 32
 
 
-def test_what_does_not_improve_is_kept_as_it_was_cut(
+def test_what_healing_harms_is_kept_as_it_was_cut(
     source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(healing, "RATE", 10.0)

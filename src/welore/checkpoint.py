@@ -241,7 +241,7 @@ def _healed(
     device: str | None,
     progress: Progress,
 ) -> tuple[Trained | None, dict[str, Any], dict[str, Any]]:
-    """Let the cut model learn from the dense one, in the workspace: its factors, None if they became no better."""
+    """Let the cut model learn from the dense one, in the workspace: its factors, None if that did harm."""
     from welore.tuning import healing  # the Trainer: seconds of imports that a cut alone does not need
 
     about = json.dumps([plan.ranks, plan.forms, digest(windows), seed])
@@ -257,7 +257,7 @@ def _healed(
     except WeLoreError as error:  # the cut is sound, and may have taken an hour
         return None, {"failed": str(error)}, {"healed": False}
     settings, numbers = healing.summary(run)
-    return healing.trained(place) if healing.improved(run) else None, settings, numbers
+    return healing.trained(place) if healing.sound(run) else None, settings, numbers
 
 
 def _beside(out: str | Path) -> Path:
