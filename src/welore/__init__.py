@@ -18,7 +18,7 @@ _PUBLIC = {
     "allocate": "welore.plan",
     "calibrate": "welore.calibration.collection",
     "compress": "welore.checkpoint",
-    "merge": "welore.checkpoint",
+    "merge": "welore.merging",
     "evaluate": "welore.perplexity",
     "finetune": "welore.tuning.finetuning",
     "score": "welore.accuracy",

@@ -1,51 +1,46 @@
-"""compress and merge: tensors stream in, factors stream out, a Hugging Face directory appears.
+"""3 - compress: a model -> a smaller Hugging Face directory, all steps on the way included.
 
-Memory is bounded by the matrices in work, never by the model; nothing is written under its final name before it is
-complete; a killed run continues where it was.
+Memory of the cut is bounded by the matrices in work, never by the model (one that writes its own text, or heals, is
+whole); nothing is written under its final name before it is complete; a killed run continues where it was.
 """
 
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from welore.analysis import analyze_weights, check_plan, opened_calibration, shared_workspace, summary
 from welore.calibration.artefact import Calibration
 from welore.calibration.collection import calibrate
 from welore.calibration.generation import LENGTH, TOKENS
 from welore.calibration.mixture import SELF, digest, draw
-from welore.directory import PLAN, RECORD, SHARD_SIZE, Step, copied, write_config, write_weights
+from welore.cutting import Trained, factor_matrices, write_checkpoint
+from welore.directory import PLAN, RECORD, SHARD_SIZE
 from welore.errors import WeLoreError, choose
-from welore.factors import Reduction, factorise
 from welore.files import refuse_existing, refuse_source, whole_directory
-from welore.forms import FACTORED, FORMS, shapes
-from welore.integration import METHOD, WeLoreConfig, check_factors
+from welore.forms import FACTORED
+from welore.integration import WeLoreConfig
 from welore.loading import read_tokenizer
 from welore.locate import locate
-from welore.parallel import Team, keep_freed_memory, spread, team
-from welore.pivot import product, tensors
-from welore.plan import Allocation, MinRatio, Plan, allocate, check_settings
+from welore.parallel import Team, keep_freed_memory, team
+from welore.plan import MinRatio, Plan, allocate, check_settings
 from welore.progress import Progress, silent
-from welore.records import Record, read_json
-from welore.scaling import KFAC, SCALINGS, metric
-from welore.source import Checkpoint, weight_files
+from welore.records import Record
+from welore.scaling import KFAC, SCALINGS
+from welore.source import Checkpoint
 from welore.spectra import NONE
-from welore.surgery import compress_model, merge_model, sizes
-from welore.targets import Target, census, config_of
+from welore.surgery import compress_model, sizes
+from welore.targets import Target, config_of
 from welore.workspace import Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Trained = Callable[[str], Tensor]  # name of a factor -> its numbers
 
 
 def compress(
@@ -160,7 +155,7 @@ def compress(
                 plan = allocate(spectra, **settings)
             else:
                 check_plan(plan, source, found)
-            quality = _factor(source, plan, found, workspace, crew, **how)
+            quality = factor_matrices(source, plan, found, workspace, crew, **how)
             if crew.leads:
                 trained, about = None, None
                 if heal != NONE and plan.ranks:
@@ -171,7 +166,7 @@ def compress(
                     trained, about, numbers = _healed(source, plan, workspace, windows, **here)
                     about, quality = {"text": heal} | about, quality | numbers
                 with whole_directory(out, overwrite=overwrite) as unfinished:
-                    quality |= _write(source, plan, workspace, unfinished, max_shard_size, progress, trained)
+                    quality |= write_checkpoint(source, plan, workspace, unfinished, max_shard_size, progress, trained)
                     _record(plan, started, quality, about).save(unfinished / RECORD)
     return Record.load(Path(out) / RECORD)
 
@@ -249,7 +244,7 @@ def _healed(
     cut = place / "cut"
     if not cut.is_dir():
         with whole_directory(cut) as unfinished:
-            _write(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
+            write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
     keep_freed_memory()
     how: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
     try:
@@ -271,177 +266,6 @@ def _fits_on_disk(targets: Sequence[Target], out: Path) -> bool:
     needed = sum(4 * min(t.shape) ** 2 + 4 * t.shape[0] * t.shape[1] for t in targets)
     there = next(parent for parent in out.resolve().parents if parent.is_dir())
     return shutil.disk_usage(there).free > 1.2 * needed
-
-
-def _factor(
-    source: Checkpoint,
-    plan: Plan,
-    calibration: Calibration | None,
-    workspace: Workspace,
-    crew: Team,
-    *,
-    device: str | None,
-    workers: int | None,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Put the factors of every LRC into the workspace; how good they are, over all of them, for the one who leads."""
-    targets = {target.name: target for target in source.targets}
-
-    def compute(a: Allocation) -> dict[str, Tensor]:
-        found = workspace.fetch(_kept(a))
-        if found is None:
-            kept = workspace.fetch(f"{a.name}.reduction") if device is None else None
-            reduction = None if kept is None else Reduction.from_tensors(kept)
-            norm = metric(plan.scaling, calibration, a.name)
-            # W without a name here: factorise makes its own copy and lets this one go.
-            factors = factorise(source.read(targets[a.name]).to(device), a.kept, a.relative_error, reduction, norm)
-            parts = tensors(factors.A, factors.B, a.form).items()
-            dtype = source.dtype(targets[a.name])
-            found = {
-                **{part: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous() for part, t in parts},
-                "excess": torch.tensor(factors.excess, dtype=torch.float64),
-                "repaired": torch.tensor(factors.repaired),
-            }
-            workspace.store(_kept(a), found)
-        workspace.drop(f"{a.name}.reduction")
-        return {name: found[name] for name in ("excess", "repaired")}
-
-    lrcs = [a for a in plan.allocations if a.factored]
-    mine = crew.share(lrcs)
-    costs = [targets[a.name].cost for a in mine]
-    done = dict(
-        zip(mine, spread(compute, mine, costs, workers=workers, progress=progress, label="factors"), strict=True)
-    )
-    crew.wait()
-    if not crew.leads:
-        return {}
-    about = {a.name: done[a] if a in done else compute(a) for a in lrcs}
-    return {
-        "largest_excess": max((abs(float(x["excess"])) for x in about.values()), default=0.0),
-        "repaired_in_float64": [name for name, x in about.items() if bool(x["repaired"])],
-    }
-
-
-def _kept(a: Allocation) -> str:
-    """Name of the factors of a matrix in the workspace."""
-    return f"{a.name}.{a.form}-{a.kept}"
-
-
-def merge(
-    model: "str | Path | PreTrainedModel",
-    out: str | Path | None = None,
-    *,
-    cache_dir: str | Path | None = None,
-    revision: str | None = None,
-    max_shard_size: str = SHARD_SIZE,
-    overwrite: bool = False,
-    progress: Progress = silent,
-) -> Path | None:
-    """Write the dense checkpoint, W = A B, that needs nothing of ours; or make a model in memory dense again."""
-    if isinstance(model, nn.Module):
-        merge_model(model)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        if out is not None:
-            with whole_directory(out, overwrite=overwrite) as unfinished:
-                model.save_pretrained(unfinished, max_shard_size=max_shard_size)
-        return None if out is None else Path(out)
-    if out is None:
-        raise WeLoreError("name the directory to write: merge(model, out)")
-    refuse_existing(out, overwrite=overwrite)
-    directory = locate(model, cache_dir=cache_dir, revision=revision)
-    refuse_source(out, directory)
-    about = read_json(directory / "config.json").get("quantization_config") or {}
-    if about.get("quant_method") != METHOD:
-        raise WeLoreError(f"{model} is not a checkpoint compressed by welore: there is nothing to merge")
-    config = WeLoreConfig(**about)
-    check_factors(config.ranks or {}, config.forms, weight_files(directory))
-    with Checkpoint(directory, str(model)) as source, whole_directory(out, overwrite=overwrite) as unfinished:
-        write_weights(unfinished, _merged(source, config), max_shard_size, progress)
-        write_config(directory, unfinished, None)
-    return Path(out)
-
-
-def _write(
-    source: Checkpoint,
-    plan: Plan,
-    workspace: Workspace,
-    directory: Path,
-    max_shard_size: str,
-    progress: Progress,
-    trained: Trained | None,
-) -> dict[str, Any]:
-    """Weights, configuration and plan of a compressed checkpoint; the sizes."""
-    written = write_weights(directory, _compressed(source, plan, workspace, trained), max_shard_size, progress)
-    write_config(source.directory, directory, WeLoreConfig.of(plan).to_dict())
-    plan.save(directory / PLAN)
-    return _sizes_on_disk(source, plan, written)
-
-
-def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace, trained: Trained | None) -> list[Step]:
-    """What a compressed checkpoint holds, in the order of the source; trained: the factors after healing."""
-    chosen = {a.name + ".weight": a for a in plan.allocations if a.factored}
-
-    def factors(a: Allocation) -> dict[str, list[Tensor]]:
-        found = workspace.fetch(_kept(a))
-        if found is None:
-            raise OSError(f"the factors of {a.name} in {workspace.directory} were damaged: run the same command again")
-        if trained is not None:
-            numbers = [part for part, t in found.items() if part in FORMS[a.form] and t.is_floating_point()]
-            found |= {part: trained(f"{a.name}.{part}").to(found[part].dtype) for part in numbers}
-        return {f"{a.name}.{part}": [found[part].flatten()] for part in FORMS[a.form]} | {f"{a.name}.weight": []}
-
-    steps = []
-    for key in source.keys():  # noqa: SIM118 - a method of ours
-        name, dtype = source.prefix + key, source.entry(key).dtype
-        if name not in chosen:
-            steps.append(copied(source, key, name))
-            continue
-        a = chosen.pop(name)
-        announced = {
-            f"{a.name}.{part}": (torch.int32 if part == "order" else dtype, shape)
-            for part, shape in shapes(*a.shape, a.kept, a.form).items()
-        }
-        steps.append(Step({**announced, name: (dtype, (0,))}, partial(factors, a)))
-    assert not chosen, f"planned but not in the checkpoint: {sorted(chosen)}"
-    return steps
-
-
-def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
-    """What the dense checkpoint holds: the product where there were factors, everything else as it is."""
-    forms = {name: config.forms.get(name, FACTORED) for name in config.ranks or {}}
-
-    def dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[Tensor]]:
-        W = product({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]]}, forms[name])
-        # GPT-2's Conv1D stores W^T
-        W = W.T if isinstance(source.skeleton.get_submodule(name), Conv1D) else W
-        assert tuple(W.shape) == shape
-        return {f"{name}.weight": [W.to(dtype).flatten()]}
-
-    factors = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form]}
-    steps = []
-    for key in source.keys():  # noqa: SIM118 - a method of ours
-        name = key.removesuffix(".weight")
-        if name in forms:
-            weight, dtype = source.skeleton.get_submodule(name).weight, source.entry(key).dtype
-            assert isinstance(weight, Tensor)
-            shape = tuple(weight.shape)
-            steps.append(Step({key: (dtype, shape)}, partial(dense, name, shape, dtype)))
-        elif key not in factors:
-            steps.append(copied(source, key, key))
-    return steps
-
-
-def _sizes_on_disk(source: Checkpoint, plan: Plan, written: int) -> dict[str, Any]:
-    found = census(source.skeleton, source.targets)
-    return {
-        "bytes_dense": sum(path.stat().st_size for path in weight_files(source.directory)),
-        "bytes": written,
-        "parameters_dense": found.total,
-        "parameters": found.total - found.targeted + plan.numbers()["targeted_parameters"],
-        "left_dense_in_blocks": found.blocks_other,
-        "left_dense_names": list(found.blocks_other_names),
-    }
 
 
 def _record(plan: Plan, started: float, sizes: dict[str, Any], healing: dict[str, Any] | None = None) -> Record:

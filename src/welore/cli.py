@@ -376,7 +376,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """A compressed checkpoint -> a dense one, W = A B, that needs nothing of ours."""
-    from welore.checkpoint import merge
+    from welore.merging import merge
 
     with _progress() as progress:
         merge(

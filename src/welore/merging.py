@@ -1,0 +1,84 @@
+"""merge: a compressed directory -> a plain dense checkpoint, W = A B, that needs nothing of ours."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from welore.directory import SHARD_SIZE, Step, copied, write_config, write_weights
+from welore.errors import WeLoreError
+from welore.files import refuse_existing, refuse_source, whole_directory
+from welore.forms import FACTORED, FORMS
+from welore.integration import METHOD, WeLoreConfig, check_factors
+from welore.locate import locate
+from welore.pivot import product
+from welore.progress import Progress, silent
+from welore.records import read_json
+from welore.source import Checkpoint, weight_files
+from welore.surgery import merge_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def merge(
+    model: "str | Path | PreTrainedModel",
+    out: str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+    max_shard_size: str = SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Path | None:
+    """Write the dense checkpoint, W = A B, that needs nothing of ours; or make a model in memory dense again."""
+    if isinstance(model, nn.Module):
+        merge_model(model)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        if out is not None:
+            with whole_directory(out, overwrite=overwrite) as unfinished:
+                model.save_pretrained(unfinished, max_shard_size=max_shard_size)
+        return None if out is None else Path(out)
+    if out is None:
+        raise WeLoreError("name the directory to write: merge(model, out)")
+    refuse_existing(out, overwrite=overwrite)
+    directory = locate(model, cache_dir=cache_dir, revision=revision)
+    refuse_source(out, directory)
+    about = read_json(directory / "config.json").get("quantization_config") or {}
+    if about.get("quant_method") != METHOD:
+        raise WeLoreError(f"{model} is not a checkpoint compressed by welore: there is nothing to merge")
+    config = WeLoreConfig(**about)
+    check_factors(config.ranks or {}, config.forms, weight_files(directory))
+    with Checkpoint(directory, str(model)) as source, whole_directory(out, overwrite=overwrite) as unfinished:
+        write_weights(unfinished, _merged(source, config), max_shard_size, progress)
+        write_config(directory, unfinished, None)
+    return Path(out)
+
+
+def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
+    """What the dense checkpoint holds: the product where there were factors, everything else as it is."""
+    forms = {name: config.forms.get(name, FACTORED) for name in config.ranks or {}}
+
+    def dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[Tensor]]:
+        W = product({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]]}, forms[name])
+        # GPT-2's Conv1D stores W^T
+        W = W.T if isinstance(source.skeleton.get_submodule(name), Conv1D) else W
+        assert tuple(W.shape) == shape
+        return {f"{name}.weight": [W.to(dtype).flatten()]}
+
+    factors = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form]}
+    steps = []
+    for key in source.keys():  # noqa: SIM118 - a method of ours
+        name = key.removesuffix(".weight")
+        if name in forms:
+            weight, dtype = source.skeleton.get_submodule(name).weight, source.entry(key).dtype
+            assert isinstance(weight, Tensor)
+            shape = tuple(weight.shape)
+            steps.append(Step({key: (dtype, shape)}, partial(dense, name, shape, dtype)))
+        elif key not in factors:
+            steps.append(copied(source, key, key))
+    return steps
