@@ -122,8 +122,8 @@ class Bench:
     """The model, the texts, and the calibrations that several rows share."""
 
     def __init__(self, given: argparse.Namespace, work: Path) -> None:
-        work.mkdir(parents=True, exist_ok=True)
-        self.work, self.name = work, given.name
+        self.work, self.name = work / given.name, given.name
+        self.work.mkdir(parents=True, exist_ok=True)
         self.out = OUT if given.model is None else OUT.with_name(f"{OUT.name}-{given.name}")
         self.model = locate(given.model or embedded_model())
         self.texts = {"wikitext2": given.wikitext, "pydoc": "pydoc"}
