@@ -85,6 +85,18 @@ def test_what_healing_harms_is_kept_as_it_was_cut(
         assert torch.equal(weights(tmp_path / "healed")[name], tensor)
 
 
+def test_a_rate_that_harms_gives_way_to_a_smaller_one(
+    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "RATE", 1 / 200)
+    usual = welore.compress(source, tmp_path / "usual", params=0.25, calibration=own)
+    monkeypatch.setattr(healing, "SHARES", (2000.0, 1.0))
+    record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own)
+    assert record.numbers["healed"]
+    assert record.settings["healing"]["lr"] == usual.settings["healing"]["lr"]
+    assert (tmp_path / "usual/model.safetensors").read_bytes() == (tmp_path / "healed/model.safetensors").read_bytes()
+
+
 def test_a_failed_healing_does_not_take_the_cut_with_it(
     source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

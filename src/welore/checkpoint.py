@@ -248,11 +248,11 @@ def _healed(
     keep_freed_memory()
     how: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
     try:
-        run = healing.heal(cut, source.directory, windows, plan, place, **how)
+        run, record = healing.heal(cut, source.directory, windows, plan, place, **how)
     except WeLoreError as error:  # the cut is sound, and may have taken an hour
         return None, {"failed": str(error)}, {"healed": False}
-    settings, numbers = healing.summary(run)
-    return healing.trained(place) if healing.sound(run) else None, settings, numbers
+    settings, numbers = healing.summary(record)
+    return healing.trained(run) if run else None, settings, numbers
 
 
 def _beside(out: str | Path) -> Path:

@@ -6,6 +6,7 @@ statistics. A long one is `finetune --distill`.
 """
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from welore.tuning.rundir import MODEL, RUN, TUNED, WRITTEN, keep_written
 
 BATCH, STEPS, WARM_UP = 2, 64, 8  # windows of a step; steps at most: each window is read once
 RATE = 1 / 1500  # of the root mean square of the factors, times the share of parameters that was cut
-RUNNING = "run"
-HARM = 0.1
+SHARES = (1.0, 0.25, 0.0625)  # of that rate, tried in turn until one does no harm
+HARM = 0.1  # of what the cut cost
 SAVED, HELD_OUT = 16, 16  # steps between checkpoints; windows held out at most
 
 
@@ -39,40 +40,43 @@ def heal(
     seed: int,
     device: str | None,
     progress: Progress,
-) -> Record:
-    """Train the factors of the checkpoint `cut` in the directory PLACE/run; the record of `finetune`.
+) -> tuple[Path | None, Record]:
+    """Train the factors of the checkpoint `cut` in a directory under `place`: the run, and the record of `finetune`.
 
     teacher: the dense model that it was made from. windows: token ids (count, length), at least two, a tenth of which
-    is held out.
+    is held out. Where the usual rate does harm (see `sound`) smaller ones are tried; None if they all do.
     What was killed goes on; what is finished is left as it is.
     """
-    run = place / RUNNING
-    if (run / TUNED).is_file():
-        return Record.load(run / TUNED)
     keep_written(place, windows)
     steps = min(STEPS, max(1, (len(windows) - max(1, len(windows) // 10)) // BATCH))
-    return finetune(
-        cut,
-        run,
-        "lrc",
-        data=str(place / WRITTEN),
-        distill=teacher,
-        steps=steps,
-        warmup=min(WARM_UP, steps // 4),
-        lr=rate(cut, plan),
-        batch_size=BATCH,
-        length=windows.shape[1],
-        seed=seed,
-        dtype=_dtype(device),
-        save_dtype="float32",
-        attention="eager",
-        eval_every=steps,
-        eval_items=HELD_OUT,
-        save_every=SAVED,
-        resume=(run / RUN).is_file(),
-        device=device,
-        progress=progress,
-    )
+    how: dict[str, Any] = {
+        "data": str(place / WRITTEN),
+        "distill": teacher,
+        "steps": steps,
+        "warmup": min(WARM_UP, steps // 4),
+        "batch_size": BATCH,
+        "length": windows.shape[1],
+        "seed": seed,
+        "dtype": _dtype(device),
+        "save_dtype": "float32",
+        "attention": "eager",
+        "eval_every": steps,
+        "eval_items": HELD_OUT,
+        "save_every": SAVED,
+        "device": device,
+        "progress": progress,
+    }
+    usual = rate(cut, plan)
+    for share in SHARES:
+        run = place / f"run-{share:g}"
+        if (run / TUNED).is_file():
+            record = Record.load(run / TUNED)
+        else:
+            record = finetune(cut, run, "lrc", lr=share * usual, resume=(run / RUN).is_file(), **how)
+        if sound(record):
+            return run, record
+        shutil.rmtree(run / MODEL, ignore_errors=True)
+    return None, record
 
 
 def rate(cut: Path, plan: Plan) -> float:
@@ -86,10 +90,10 @@ def rate(cut: Path, plan: Plan) -> float:
     return RATE * max(removed, 0.01) * math.sqrt(squares / count)
 
 
-def trained(place: Path) -> Callable[[str], Tensor]:
+def trained(run: Path) -> Callable[[str], Tensor]:
     """Name of a factor -> its numbers after the training, float32."""
     files: dict[str, Any] = {}
-    for path in weight_files(place / RUNNING / MODEL):
+    for path in weight_files(run / MODEL):
         opened = safe_open(path, "pt")
         files |= dict.fromkeys(opened.keys(), opened)
     return lambda name: files[name].get_tensor(name)
