@@ -115,7 +115,7 @@ def summary(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
     names = ("steps", "batch_size", "length", "lr", "warmup", "dtype", "seed")
     return {name: found[name] for name in names}, {
         "healed": sound(record),
-        "healing_tokens": numbers["tokens"],
+        "healing_tokens": found["steps"] * found["batch_size"] * found["length"],  # before a kill, too
         "healing_seconds": numbers["seconds"],
         "held_out_loss": _losses(record),
     }
