@@ -28,20 +28,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from welore.calibration.mixture import draw
 from welore.embedded import embedded_model
 from welore.loading import read_tokenizer
 from welore.locate import locate
 from welore.records import Record
+from welore.tuning.rundir import WRITTEN, keep_written
 
 OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16
 TOKENS = {"mix": 32768, "wide": 32768, "self": 65536}
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
-WRITTEN = 262144  # tokens for it, a tenth of them held out
+OWN_TOKENS = 262144  # tokens for it, a tenth of them held out
 RATES = {1.0: 1e-5, 0.9: 1.5e-5, 0.8: 3e-5, 0.7: 4e-5, 0.6: 6e-5, 0.5: 6e-5}  # the more is cut, the larger
 
 
@@ -174,16 +174,17 @@ class Bench:
 
     def tuned(self, tuning: Tuning, model: Path, name: str, ratio: float, seed: int) -> tuple[Path, dict[str, Any]]:
         """A model fine-tuned on a text that is the same for every row with this seed; and what that took."""
-        text, run = self.work / f"{tuning.text}-text-{seed}.safetensors", self.work / name
+        text, run = self.work / f"{tuning.text}-text-{seed}" / WRITTEN, self.work / name
         flags = [*tuning.flags.split(), *([self.model] if "--distill" in tuning.flags else []), *HEALING.split()]
         if tuning.text == "mix" and not text.is_file():
             _, texts = draw(self.sources["mix"], TOKENS["self"], read_tokenizer(self.model), LENGTH, seed=seed)
-            save_file({"windows": torch.cat([source.windows for source in texts]).int()}, text)
-        flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", WRITTEN]
+            keep_written(text.parent, torch.cat([source.windows for source in texts]))
+        flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", OWN_TOKENS]
         flags += ["--steps", tuning.steps, "--lr", RATES[ratio], "--seed", seed, "--save-every", 0, "--overwrite"]
         found, cost = welore("finetune", model, run, *flags)
         if not text.is_file():
-            shutil.copyfile(run / "written.safetensors", text)
+            text.parent.mkdir(exist_ok=True)
+            shutil.copyfile(run / WRITTEN, text)
         keys = ("tokens", "trainable_parameters", "tokens_per_second", "train_loss", "evaluation")
         return run / "model", {key: found["numbers"][key] for key in keys} | cost
 

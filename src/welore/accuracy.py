@@ -13,6 +13,7 @@ from welore.loading import DTYPES, made_ready
 from welore.progress import Progress, counted, silent
 from welore.records import Record
 from welore.surgery import sizes
+from welore.targets import context_length
 from welore.tasks import TASKS, Item, Task, items, majority_rate
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def answers(
     Prompts are padded on the left and batched by length. One that leaves no room for the answer in the model's
     context keeps its end.
     """
-    room = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    room = context_length(model.config)
     encoded: list[list[int]] = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
     kept = [ids if room is None else ids[-(room - NEW_TOKENS) :] for ids in encoded]
     longest_first = sorted(range(len(kept)), key=lambda index: -len(kept[index]))

@@ -36,7 +36,7 @@ from welore.scaling import KFAC, SCALINGS
 from welore.source import Checkpoint
 from welore.spectra import NONE
 from welore.surgery import compress_model, sizes
-from welore.targets import Target, config_of
+from welore.targets import Target, config_of, context_length
 from welore.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -215,8 +215,7 @@ def _healing(asked: str | None, own: int, *, alone: bool) -> str:
 
 def _text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Path | None) -> Tensor:
     """Windows of the texts `data`, drawn as for a calibration."""
-    limit = getattr(config_of(directory).get_text_config(decoder=True), "max_position_embeddings", None)
-    length = min(LENGTH, limit or LENGTH)
+    length = min(LENGTH, context_length(config_of(directory)) or LENGTH)
     counts, found = draw(data, tokens, read_tokenizer(directory), length, seed=seed, cache_dir=cache_dir)
     if SELF in counts:
         raise WeLoreError(f"--heal {data}: {SELF} cannot be mixed with other texts")

@@ -72,15 +72,16 @@ def return_freed_memory() -> None:
     the more so the larger the blocks that the imports have freed. What the one heap keeps all the same, `spread` gives
     back. Not for a process that runs a model, which wants its blocks again.
     """
-    _set_glibc({TRIM_THRESHOLD: 16 << 20, MMAP_THRESHOLD: 4 << 20, ARENA_MAX: 1})
+    set_glibc({TRIM_THRESHOLD: 16 << 20, MMAP_THRESHOLD: 4 << 20, ARENA_MAX: 1})
 
 
 def keep_freed_memory() -> None:
     """What glibc would come to by itself, before a process that worked through matrices runs a model."""
-    _set_glibc({TRIM_THRESHOLD: 64 << 20, MMAP_THRESHOLD: 32 << 20})
+    set_glibc({TRIM_THRESHOLD: 64 << 20, MMAP_THRESHOLD: 32 << 20})
 
 
-def _set_glibc(options: dict[int, int]) -> None:
+def set_glibc(options: dict[int, int]) -> None:
+    """Tell glibc's heap, where there is one: option of mallopt -> bytes, or a number of heaps."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for option, value in options.items():

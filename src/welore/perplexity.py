@@ -16,6 +16,7 @@ from welore.loading import DTYPES, made_ready
 from welore.progress import Progress, counted, silent
 from welore.records import Record
 from welore.surgery import sizes
+from welore.targets import context_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,7 +102,7 @@ def negative_log_likelihood(
 
 def _refuse_misfit(model: "PreTrainedModel", found: list[Tensor]) -> None:
     """Raise WeLoreError if a window is longer than the model can read, or of a tokenizer with more tokens."""
-    length, limit = len(found[0]), getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    length, limit = len(found[0]), context_length(model.config)
     if limit is not None and length > limit:
         raise WeLoreError(f"length is {length}: this model reads at most {limit} tokens at once, pass --length {limit}")
     embeddings: Any = model.get_input_embeddings()

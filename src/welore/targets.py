@@ -140,6 +140,12 @@ def config_of(directory: Path) -> "PretrainedConfig":
         raise WeLoreError(f"{directory}: {first_line(error)}") from error
 
 
+def context_length(config: "PretrainedConfig") -> int | None:
+    """How many tokens a model reads at once, None where its configuration does not say."""
+    found: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return found
+
+
 def dense_skeleton(config: "PretrainedConfig", kind: Any) -> "PreTrainedModel":
     """The dense model of a configuration on the meta device; kind: AutoModelForCausalLM, or a class of models."""
     plain = type(config).from_dict(config.to_dict())

@@ -23,7 +23,7 @@ from welore.progress import Progress, silent
 from welore.records import Record
 from welore.scaling import KFAC, metric
 from welore.source import Weights, opened
-from welore.targets import Target
+from welore.targets import Target, context_length
 from welore.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -206,7 +206,7 @@ def _check(path: Path, tokens: int, length: int, batch_size: int) -> None:
 
 
 def _length(model: "PreTrainedModel", wanted: int | None) -> int:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or LENGTH
+    limit = context_length(model.config) or LENGTH
     if wanted is not None and wanted > limit:
         raise WeLoreError(f"length is {wanted}: this model reads at most {limit} tokens at once, pass --length {limit}")
     return min(LENGTH, limit) if wanted is None else wanted

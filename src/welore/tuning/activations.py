@@ -1,13 +1,12 @@
 """Which activations a training step keeps for its backward pass."""
 
-import ctypes
-import platform
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from welore.errors import WeLoreError
+from welore.parallel import MMAP_THRESHOLD, set_glibc
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,9 +40,7 @@ def return_large_blocks() -> None:
     Checkpointing frees most activations soon, but between those that stay glibc's heap keeps the room: SmolLM2 at
     4 x 256 tokens, 0.5 of 2.0 GB. The price is time, as every new block is new memory to the system.
     """
-    if platform.libc_ver()[0] == "glibc":
-        mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
-        ctypes.CDLL(None).mallopt(mmap_threshold, 1 << 20)
+    set_glibc({MMAP_THRESHOLD: 1 << 20})
 
 
 def _policy(width: int, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

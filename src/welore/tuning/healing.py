@@ -1,8 +1,8 @@
 """What a cut costs, won back in part: the factors learn from the dense model, for a few dozen steps.
 
 Every matrix is cut as if the others were whole. What all the cuts do together is a small, systematic error on top of
-what each costs, which even biases would take away (docs/diary.md); so a short training is worth as much as twice the
-statistics. A long one is `finetune --distill`.
+what each costs, half of which even biases would take away (docs/diary.md): a short training is worth more than twice
+the statistics. A long one is `finetune --distill`.
 """
 
 import math

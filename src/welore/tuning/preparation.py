@@ -15,6 +15,7 @@ from welore.loading import load
 from welore.lowrank import LowRank, PivotedLinear
 from welore.plan import Plan
 from welore.progress import Progress
+from welore.targets import context_length
 from welore.tuning.activations import keep_wide_products
 from welore.tuning.methods import METHODS, Marked, known_warnings, matrices
 from welore.tuning.rundir import WRITTEN, fingerprint, read_windows
@@ -85,7 +86,7 @@ def prepare(
 
 
 def _refuse_long(model: "PreTrainedModel", length: int) -> None:
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = context_length(model.config)
     if limit is not None and length > limit:
         raise WeLoreError(f"length is {length}: this model reads at most {limit} tokens at once")
 
