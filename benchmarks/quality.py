@@ -1,16 +1,16 @@
 """Perplexity of every method at equal parameters: one record per cell, which a killed run finds again.
 
 python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8 ...] [--seeds 0 1 2]
-                             [--wikitext FILE] [--calibrate-on FILE] [--wide FILE:1,FILE:1,...] [--work DIRECTORY]
+                             [--wikitext FILE] [--calibrate-on FILE] [--heal-on FILE:1,FILE:1,...] [--work DIRECTORY]
                              [--model MODEL --name NAME] [--self-tokens 65536]
 
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
 tokens of each. Calibrated rows read 32k tokens in bfloat16 and measure losses on all of them: half of the part of the
-reference that is not evaluated, half of --calibrate-on (FILE, or the training part of WikiText-2); the wide one as many
-tokens of each text of --wide, 32k in all. Data-free rows read what the model writes, 64k as by default, and heal on it,
-unless they are only cut; ours-mix heals on 64k tokens of its texts. One row is trained longer: on 256k other tokens of
-the model's own, each about once, with the dense model as the teacher. Controls are the dense model, all of it trained
-on the same blocks in the same order, the text itself its labels. Learning rates were chosen on other texts.
+reference that is not evaluated, half of --calibrate-on (FILE, or the training part of WikiText-2). Data-free rows read
+what the model writes, 64k as by default, and heal on it, unless they are only cut; ours-mix heals on 64k tokens of its
+texts. Two rows are trained longer, on 256k tokens, each about once, with the dense model as the teacher: other text of
+the model's own, or --heal-on, texts of neither of the two kinds that are tested. Controls are the dense model, all of
+it trained on the same blocks in the same order, the text itself its labels. Learning rates were chosen on other texts.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -38,19 +38,20 @@ from welore.tuning.rundir import WRITTEN, keep_written
 
 OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16
-TOKENS = {"mix": 32768, "wide": 32768, "self": 65536}
+TOKENS = {"mix": 32768, "self": 65536}
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
-OWN_TOKENS = 262144  # tokens for it, a tenth of them held out
+LONG = 262144  # tokens of a longer healing, a tenth of them held out
 RATES = {1.0: 1e-5, 0.9: 1.5e-5, 0.8: 3e-5, 0.7: 4e-5, 0.6: 6e-5, 0.5: 6e-5}  # the more is cut, the larger
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What comes after the cut: flags of `welore finetune`, the text (the model's own, or that of "mix"), the steps."""
+    """What comes after the cut: flags of `welore finetune`, the text ("self", "mix", "web"), its tokens, the steps."""
 
     flags: str
     text: str = "self"
+    tokens: int = LONG
     steps: int = 256
 
 
@@ -60,7 +61,7 @@ class Row:
 
     label: str
     flags: str = ""  # {mix} stands for the sources of that calibration
-    calibration: str | None = None  # "mix", "wide", "self" or None
+    calibration: str | None = None  # "mix", "self" or None
     tuned: Tuning | None = None
 
 
@@ -73,19 +74,28 @@ ROWS = {
     "input-waterfill": Row("input-whitened, water-filling", "--scaling input --storage factored", "mix"),
     "kfac-factored": Row("K-FAC, water-filling, factored", "--scaling kfac --storage factored", "mix"),
     "ours": Row("ours, calibrated, only cut", "--heal none", "mix"),
-    "ours-wide": Row("ours, calibrated on more kinds of text, only cut", "--heal none", "wide"),
     "ours-self": Row("ours, data-free, only cut (`--heal none`)", "--heal none", "self"),
     "ours-default": Row("ours, data-free (`--params` alone)", "", "self"),
     "ours-mix": Row("ours, calibrated, healed on 64k tokens of the same texts", "--heal {mix}", "mix"),
     "ours-healed": Row(
         "ours, data-free, healed on 256k tokens of its own", "--heal none", "self", Tuning("--method lrc --distill")
     ),
+    "ours-web": Row(
+        "ours, cut data-free, healed on 256k tokens of web pages",
+        "--heal none",
+        "self",
+        Tuning("--method lrc --distill-weight 0.5 --distill", "web"),
+    ),
 }
 CONTROLS = {  # row -> the dense model, all of it tuned in the same way
     "ours-healed": ("dense-tuned", Row("dense, tuned on the same 256k tokens", tuned=Tuning("--method full"))),
     "ours-mix": (
         "dense-tuned-mix",
-        Row("dense, tuned on the same 64k tokens of texts", tuned=Tuning("--method full", "mix", 58)),
+        Row("dense, tuned on the same 64k tokens of texts", tuned=Tuning("--method full", "mix", 65536, 58)),
+    ),
+    "ours-web": (
+        "dense-tuned-web",
+        Row("dense, tuned on the same 256k tokens of web pages", tuned=Tuning("--method full", "web")),
     ),
 }
 
@@ -98,7 +108,7 @@ def main() -> None:
     arguments.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     arguments.add_argument("--wikitext", default="wikitext2")
     arguments.add_argument("--calibrate-on", default="wikitext2")
-    arguments.add_argument("--wide", default="wikitext2:1,c4:1,pydoc:1")
+    arguments.add_argument("--heal-on", default="c4")
     arguments.add_argument("--work", type=Path, default=None, help="where calibrations are kept between calls")
     arguments.add_argument("--self-tokens", type=int, default=TOKENS["self"])
     arguments.add_argument("--model", default=None)
@@ -127,7 +137,7 @@ class Bench:
         self.out = OUT if given.model is None else OUT.with_name(f"{OUT.name}-{given.name}")
         self.model = locate(given.model or embedded_model())
         self.texts = {"wikitext2": given.wikitext, "pydoc": "pydoc"}
-        self.sources = {"self": "self", "mix": f"{given.calibrate_on}:1,pydoc:1", "wide": given.wide}
+        self.sources = {"self": "self", "mix": f"{given.calibrate_on}:1,pydoc:1", "web": given.heal_on}
         self.tokens = TOKENS | {"self": given.self_tokens}
 
     def cell(self, name: str, row: Row, ratio: float, seed: int) -> None:
@@ -176,10 +186,10 @@ class Bench:
         """A model fine-tuned on a text that is the same for every row with this seed; and what that took."""
         text, run = self.work / f"{tuning.text}-text-{seed}" / WRITTEN, self.work / name
         flags = [*tuning.flags.split(), *([self.model] if "--distill" in tuning.flags else []), *HEALING.split()]
-        if tuning.text == "mix" and not text.is_file():
-            _, texts = draw(self.sources["mix"], TOKENS["self"], read_tokenizer(self.model), LENGTH, seed=seed)
+        if tuning.text != "self" and not text.is_file():
+            _, texts = draw(self.sources[tuning.text], tuning.tokens, read_tokenizer(self.model), LENGTH, seed=seed)
             keep_written(text.parent, torch.cat([source.windows for source in texts]))
-        flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", OWN_TOKENS]
+        flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", tuning.tokens]
         flags += ["--steps", tuning.steps, "--lr", RATES[ratio], "--seed", seed, "--save-every", 0, "--overwrite"]
         found, cost = welore("finetune", model, run, *flags)
         if not text.is_file():

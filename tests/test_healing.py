@@ -50,6 +50,7 @@ def test_params_alone_heals_the_factors_and_nothing_else(
     record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own, seed=1)
     plain = welore.compress(source, tmp_path / "cut", params=0.25, calibration=own, heal="none")
     assert record.settings["healing"]["text"] == "self"
+    assert record.settings["healing"]["distill_weight"] == 1.0  # its own text says nothing that it does not
     assert record.settings["healing"]["steps"] == 9  # of two windows each; two of 20 are held out
     assert record.numbers["healed"]
     assert plain.settings["healing"] is None
@@ -97,6 +98,23 @@ def test_a_rate_that_harms_gives_way_to_a_smaller_one(
     assert (tmp_path / "usual/model.safetensors").read_bytes() == (tmp_path / "healed/model.safetensors").read_bytes()
 
 
+def test_a_rate_that_diverges_gives_way_to_a_smaller_one(
+    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, rates = ClockedTrainer.training_step, []
+
+    def first_rate_diverges(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        rates.append(trainer.args.learning_rate)
+        loss = step(trainer, *args, **kwargs)
+        return loss if trainer.args.learning_rate < rates[0] else loss * float("nan")
+
+    monkeypatch.setattr(ClockedTrainer, "training_step", first_rate_diverges)
+    monkeypatch.setattr(healing, "RATE", 1 / 50)
+    record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own)
+    assert record.numbers["healed"]
+    assert record.settings["healing"]["lr"] == pytest.approx(rates[0] / 4)
+
+
 def test_a_failed_healing_does_not_take_the_cut_with_it(
     source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +154,7 @@ def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path) -> None:
     how: dict[str, Any] = {"params": 0.6, "strategy": "waterfill", "scaling": "none", "tokens": 320}
     record = welore.compress(source, tmp_path / "small", heal=str(text), **how)
     assert record.settings["healing"]["text"] == str(text)
+    assert record.settings["healing"]["distill_weight"] == 0.5  # the text's own words are the other half
     assert record.numbers["healing_tokens"] > 0
     assert welore.compress(source, tmp_path / "plain", **how).settings["healing"] is None
 

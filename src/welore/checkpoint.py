@@ -81,7 +81,8 @@ def compress(
     welore, scaling none and storage factored.
 
     heal: the text on which the factors then learn from the dense model for at most 64 steps (tuning.healing): "self",
-    what the model wrote for the calibration; texts as `calibrate` takes them, of which `tokens` are read; or "none".
+    what the model wrote for the calibration; texts as `calibrate` takes them, of which `tokens` are read, and whose
+    own words are half of the loss; or "none".
     By default "self" for `params` alone where there is such a text. It needs model and teacher whole in memory.
 
     The directory holds plan.json and the returned record (compression.json) beside the weights. A model in memory is
@@ -162,7 +163,7 @@ def compress(
                     if windows is None and found is not None:
                         windows = found.own_text()
                     assert windows is not None
-                    here: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+                    here: dict[str, Any] = {"own": heal == SELF, "seed": seed, "device": device, "progress": progress}
                     trained, about, numbers = _healed(source, plan, workspace, windows, **here)
                     about, quality = {"text": heal} | about, quality | numbers
                 with whole_directory(out, overwrite=overwrite) as unfinished:
@@ -231,6 +232,7 @@ def _healed(
     workspace: Workspace,
     windows: Tensor,
     *,
+    own: bool,
     seed: int,
     device: str | None,
     progress: Progress,
@@ -238,14 +240,14 @@ def _healed(
     """Let the cut model learn from the dense one, in the workspace: its factors, None if that did harm."""
     from welore.tuning import healing  # the Trainer: seconds of imports that a cut alone does not need
 
-    about = json.dumps([plan.ranks, plan.forms, digest(windows), seed])
+    about = json.dumps([plan.ranks, plan.forms, digest(windows), own, seed])
     place = workspace.directory / f"healing-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
     cut = place / "cut"
     if not cut.is_dir():
         with whole_directory(cut) as unfinished:
             write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
     keep_freed_memory()
-    how: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+    how: dict[str, Any] = {"own": own, "seed": seed, "device": device, "progress": progress}
     try:
         run, record = healing.heal(cut, source.directory, windows, plan, place, **how)
     except WeLoreError as error:  # the cut is sound, and may have taken an hour

@@ -11,6 +11,10 @@ class WeLoreError(ValueError):
     """A mistake that the user can mend; its text says what came, what is possible and what to do."""
 
 
+class DivergedError(WeLoreError):
+    """A training whose loss is no number: a smaller rate may do."""
+
+
 def choose(kind: str, name: str, table: Mapping[str, Value]) -> Value:
     """Entry `name` of a registry; an unknown name is answered with the nearest one and the whole list."""
     if name in table:

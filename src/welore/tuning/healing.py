@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from welore.errors import DivergedError
 from welore.forms import FORMS
 from welore.plan import Plan
 from welore.progress import Progress
@@ -26,6 +27,7 @@ from welore.tuning.rundir import MODEL, RUN, TUNED, WRITTEN, keep_written
 BATCH, STEPS, WARM_UP = 2, 64, 8  # windows of a step; steps at most: each window is read once
 RATE = 1 / 1500  # of the root mean square of the factors, times the share of parameters that was cut
 SHARES = (1.0, 0.25, 0.0625)  # of that rate, tried in turn until one does no harm
+TEACHER = 0.5  # its share of the loss on a text that others wrote, which the model is to learn as well
 HARM = 0.05  # of what the cut cost
 SAVED, HELD_OUT = 16, 16  # steps between checkpoints; windows held out at most
 
@@ -37,6 +39,7 @@ def heal(
     plan: Plan,
     place: Path,
     *,
+    own: bool,
     seed: int,
     device: str | None,
     progress: Progress,
@@ -44,7 +47,8 @@ def heal(
     """Train the factors of the checkpoint `cut` in a directory under `place`: the run, and the record of `finetune`.
 
     teacher: the dense model that it was made from. windows: token ids (count, length), at least two, a tenth of which
-    is held out. Where the usual rate does harm (see `sound`) smaller ones are tried; None if they all do.
+    is held out. own: whether the teacher wrote them; then it alone is the loss, as such text says nothing that it does
+    not. Where the usual rate does harm (see `sound`) or diverges, smaller ones are tried; None if they all do harm.
     What was killed goes on; what is finished is left as it is.
     """
     keep_written(place, windows)
@@ -52,6 +56,7 @@ def heal(
     how: dict[str, Any] = {
         "data": str(place / WRITTEN),
         "distill": teacher,
+        "distill_weight": 1.0 if own else TEACHER,
         "steps": steps,
         "warmup": min(WARM_UP, steps // 4),
         "batch_size": BATCH,
@@ -67,16 +72,24 @@ def heal(
         "progress": progress,
     }
     usual = rate(cut, plan)
+    found: Record | DivergedError | None = None
     for share in SHARES:
         run = place / f"run-{share:g}"
-        if (run / TUNED).is_file():
-            record = Record.load(run / TUNED)
+        try:
+            if (run / TUNED).is_file():
+                found = Record.load(run / TUNED)
+            else:
+                found = finetune(cut, run, "lrc", lr=share * usual, resume=(run / RUN).is_file(), **how)
+        except DivergedError as error:
+            found = error
         else:
-            record = finetune(cut, run, "lrc", lr=share * usual, resume=(run / RUN).is_file(), **how)
-        if sound(record):
-            return run, record
+            if sound(found):
+                return run, found
         shutil.rmtree(run / MODEL, ignore_errors=True)
-    return None, record
+    assert found is not None
+    if isinstance(found, DivergedError):
+        raise found
+    return None, found
 
 
 def rate(cut: Path, plan: Plan) -> float:
@@ -112,7 +125,7 @@ def sound(record: Record) -> bool:
 def summary(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings and numbers of a healing, for the record of what was healed."""
     found, numbers = record.settings, record.numbers
-    names = ("steps", "batch_size", "length", "lr", "warmup", "dtype", "seed")
+    names = ("steps", "batch_size", "length", "lr", "warmup", "dtype", "seed", "distill_weight")
     return {name: found[name] for name in names}, {
         "healed": sound(record),
         "healing_tokens": found["steps"] * found["batch_size"] * found["length"],  # before a kill, too

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from welore.batches import IGNORED, Batch
-from welore.errors import WeLoreError
+from welore.errors import DivergedError
 from welore.progress import Progress, counted
 
 WARM_UP = 2  # steps that are not timed: memory is allocated and caches are filled then
@@ -105,7 +105,7 @@ class ClockedTrainer(Trainer):
         """Mean negative log-likelihood over all tokens held out, and its exponential."""
         mean = self.held_out_loss(self.model)
         if not math.isfinite(mean):
-            raise WeLoreError("the model computes NaN or Inf on the held-out part: try a smaller --lr, or float32")
+            raise DivergedError("the model computes NaN or Inf on the held-out part: try a smaller --lr, or float32")
         metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -156,7 +156,7 @@ class StepCallback(TrainerCallback):
         """No sense in going on without a loss."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise WeLoreError(
+            raise DivergedError(
                 f"the training loss is {loss} at step {state.global_step}: try a smaller --lr, a longer --warmup or "
                 "--dtype float32; earlier checkpoints are kept"
             )
