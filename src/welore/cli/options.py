@@ -1,0 +1,57 @@
+"""Arguments and options that several verbs take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Hub id, local directory or .gguf file.", show_default=False)]
+Out = Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.", show_default=False, dir_okay=False)]
+Include = Annotated[list[str] | None, typer.Option(help="Target only modules that match: q_proj, 'layers.*.mlp'.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Leave modules that match dense.")]
+CacheDir = Annotated[Path | None, typer.Option(help="Where downloads and converted .gguf files are kept.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Workers = Annotated[int | None, typer.Option(help="Matrices in work at once. [default: one per core]")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1. [default: a GPU if there is one]")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")]
+RankReduction = Annotated[float | None, typer.Option(help="Target: effective rank reduction (ERR), 0..1.")]
+Params = Annotated[float | None, typer.Option(help="Target: parameters kept in the targeted matrices, 0..1.")]
+Threshold = Annotated[float | None, typer.Option(help="Target: the threshold on normalised singular values itself.")]
+StrategyName = Annotated[
+    str | None,
+    typer.Option(
+        help="How values are compared across matrices: welore, uniform, owl, energy, waterfill. "
+        "[default: waterfill; welore where nothing is scaled]"
+    ),
+]
+ScalingName = Annotated[
+    str | None,
+    typer.Option(
+        help="What is cut: none (the weights), or scaled by a calibration: asvd, input, kfac. "
+        "[default: kfac for --params alone, else none]"
+    ),
+]
+StorageName = Annotated[
+    str | None,
+    typer.Option(
+        help="How low-rank matrices are stored: factored, pivoted (smaller), auto (the smaller). "
+        "[default: auto; factored where nothing is scaled]"
+    ),
+]
+MinRatio = Annotated[
+    str | None,
+    typer.Option(
+        help="Factor a matrix iff it loses more than this share of its rank; or 'break-even': iff factors are smaller. "
+        "[default: 0.5 for welore, break-even for waterfill, else 0]"
+    ),
+]
+RankMultiple = Annotated[int, typer.Option(help="Make ranks multiples of this; 16 suits most kernels.")]
+AllowGrowth = Annotated[bool, typer.Option("--allow-growth", help="Also factor matrices that become larger by it.")]
+TaskName = Annotated[
+    str | None, typer.Option(help="commonsense_qa, svamp, boolq, coin_flip, object_tracking or strategy_qa.")
+]
+ShardSize = Annotated[str, typer.Option(help="Largest size of one weight file.")]
