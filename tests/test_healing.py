@@ -148,14 +148,15 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path) -> None:
+def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(healing, "STEPS", 3)  # the limit of the model's own text
     text = tmp_path / "my.txt"
     text.write_text("the matrix is cut where the loss feels it least and learns again " * 200, encoding="utf-8")
     how: dict[str, Any] = {"params": 0.6, "strategy": "waterfill", "scaling": "none", "tokens": 320}
     record = welore.compress(source, tmp_path / "small", heal=str(text), **how)
     assert record.settings["healing"]["text"] == str(text)
     assert record.settings["healing"]["distill_weight"] == 0.5  # the text's own words are the other half
-    assert record.numbers["healing_tokens"] > 0
+    assert record.numbers["healing_tokens"] == 256  # 10 windows of 32, one held out, in pairs
     assert welore.compress(source, tmp_path / "plain", **how).settings["healing"] is None
 
 

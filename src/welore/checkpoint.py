@@ -80,10 +80,10 @@ def compress(
     tokens that the model itself writes, so that no data is needed. paper: WeLore as published, which is strategy
     welore, scaling none and storage factored.
 
-    heal: the text on which the factors then learn from the dense model for at most 64 steps (tuning.healing): "self",
-    what the model wrote for the calibration; texts as `calibrate` takes them, of which `tokens` are read, and whose
-    own words are half of the loss; or "none".
-    By default "self" for `params` alone where there is such a text. It needs model and teacher whole in memory.
+    heal: the text on which the factors then learn from the dense model (tuning.healing): "self", what the model wrote
+    for the calibration, for at most 64 steps; texts as `calibrate` takes them, of which `tokens` are read, each once,
+    and whose own words are half of the loss; or "none". By default "self" for `params` alone where there is such a
+    text. It needs model and teacher whole in memory.
 
     The directory holds plan.json and the returned record (compression.json) beside the weights. A model in memory is
     changed in place, and saved when `out` is given. Raises WeLoreError before anything is written.

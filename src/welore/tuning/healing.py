@@ -24,7 +24,7 @@ from welore.source import Checkpoint, weight_files
 from welore.tuning.finetuning import finetune
 from welore.tuning.rundir import MODEL, RUN, TUNED, WRITTEN, keep_written
 
-BATCH, STEPS, WARM_UP = 2, 64, 8  # windows of a step; steps at most: each window is read once
+BATCH, STEPS, WARM_UP = 2, 64, 8  # windows of a step, each read once; steps at most on text of its own
 RATE = 1 / 1500  # of the root mean square of the factors, times the share of parameters that was cut
 SHARES = (1.0, 0.25, 0.0625)  # of that rate, tried in turn until one does no harm
 TEACHER = 0.5  # its share of the loss on a text that others wrote, which the model is to learn as well
@@ -47,12 +47,13 @@ def heal(
     """Train the factors of the checkpoint `cut` in a directory under `place`: the run, and the record of `finetune`.
 
     teacher: the dense model that it was made from. windows: token ids (count, length), at least two, a tenth of which
-    is held out. own: whether the teacher wrote them; then it alone is the loss, as such text says nothing that it does
-    not. Where the usual rate does harm (see `sound`) or diverges, smaller ones are tried; None if they all do harm.
-    What was killed goes on; what is finished is left as it is.
+    is held out; the others are read once. own: whether the teacher wrote them; then it alone is the loss, as such text
+    says nothing that it does not, and STEPS are enough. Where the usual rate does harm (see `sound`) or diverges,
+    smaller ones are tried; None if they all do harm. What was killed goes on; what is finished is left as it is.
     """
     keep_written(place, windows)
-    steps = min(STEPS, max(1, (len(windows) - max(1, len(windows) // 10)) // BATCH))
+    steps = max(1, (len(windows) - max(1, len(windows) // 10)) // BATCH)
+    steps = min(STEPS, steps) if own else steps
     how: dict[str, Any] = {
         "data": str(place / WRITTEN),
         "distill": teacher,
