@@ -8,9 +8,9 @@ Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language r
 tokens of each. Calibrated rows read 32k tokens in bfloat16 and measure losses on all of them: half of the part of the
 reference that is not evaluated, half of --calibrate-on (FILE, or the training part of WikiText-2). Data-free rows read
 what the model writes, 64k as by default, and heal on it, unless they are only cut; ours-mix heals on 64k tokens of its
-texts. Two rows are trained longer, on 256k tokens, each about once, with the dense model as the teacher: other text of
-the model's own, or --heal-on, texts of neither of the two kinds that are tested. Controls are the dense model, all of
-it trained on the same blocks in the same order, the text itself its labels. Learning rates were chosen on other texts.
+texts, ours-web on as many of --heal-on, texts of neither of the two kinds that are tested. One row is trained longer:
+on 256k other tokens of the model's own, each about once. Controls are the dense model, all of it trained on the same
+blocks in the same order, the text itself its labels. Learning rates were chosen on other texts.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -18,6 +18,7 @@ than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,7 +43,8 @@ TOKENS = {"mix": 32768, "self": 65536}
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
 LONG = 262144  # tokens of a longer healing, a tenth of them held out
-RATES = {1.0: 1e-5, 0.9: 1.5e-5, 0.8: 3e-5, 0.7: 4e-5, 0.6: 6e-5, 0.5: 6e-5}  # the more is cut, the larger
+RATES = {0.9: 1.5e-5, 0.8: 3e-5, 0.7: 4e-5, 0.6: 6e-5, 0.5: 6e-5}  # the more is cut, the larger
+CONTROL_RATES = {"self": 1e-5, "mix": 1e-4, "web": 1e-4}  # of 1e-5, 3e-5 and 1e-4; nothing is won on its own text
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Row:
     """One line of the table: its name in print, the flags of `welore compress`, and what it is calibrated on."""
 
     label: str
-    flags: str = ""  # {mix} stands for the sources of that calibration
+    flags: str = ""  # {mix} and {web} stand for the texts
     calibration: str | None = None  # "mix", "self" or None
     tuned: Tuning | None = None
 
@@ -76,15 +78,10 @@ ROWS = {
     "ours": Row("ours, calibrated, only cut", "--heal none", "mix"),
     "ours-self": Row("ours, data-free, only cut (`--heal none`)", "--heal none", "self"),
     "ours-default": Row("ours, data-free (`--params` alone)", "", "self"),
+    "ours-web": Row("ours, cut data-free, healed on 64k tokens of web pages", "--heal {web}", "self"),
     "ours-mix": Row("ours, calibrated, healed on 64k tokens of the same texts", "--heal {mix}", "mix"),
     "ours-healed": Row(
         "ours, data-free, healed on 256k tokens of its own", "--heal none", "self", Tuning("--method lrc --distill")
-    ),
-    "ours-web": Row(
-        "ours, cut data-free, healed on 256k tokens of web pages",
-        "--heal none",
-        "self",
-        Tuning("--method lrc --distill-weight 0.5 --distill", "web"),
     ),
 }
 CONTROLS = {  # row -> the dense model, all of it tuned in the same way
@@ -95,7 +92,7 @@ CONTROLS = {  # row -> the dense model, all of it tuned in the same way
     ),
     "ours-web": (
         "dense-tuned-web",
-        Row("dense, tuned on the same 256k tokens of web pages", tuned=Tuning("--method full", "web")),
+        Row("dense, tuned on the same 64k tokens of web pages", tuned=Tuning("--method full", "web", 65536, 58)),
     ),
 }
 
@@ -138,6 +135,7 @@ class Bench:
         self.model = locate(given.model or embedded_model())
         self.texts = {"wikitext2": given.wikitext, "pydoc": "pydoc"}
         self.sources = {"self": "self", "mix": f"{given.calibrate_on}:1,pydoc:1", "web": given.heal_on}
+        self.named = {kind: re.sub(r"[^,:]*/", "", text) for kind, text in self.sources.items()}  # without folders
         self.tokens = TOKENS | {"self": given.self_tokens}
 
     def cell(self, name: str, row: Row, ratio: float, seed: int) -> None:
@@ -146,34 +144,21 @@ class Bench:
         if path.is_file():
             return
         settings: dict[str, Any] = {"params": ratio, "seed": seed, "flags": row.flags, "calibration": row.calibration}
-        settings |= {"tokens": self.tokens[row.calibration]} if row.calibration else {}
         numbers: dict[str, Any] = {}
         with tempfile.TemporaryDirectory(dir=self.work) as scratch:
             small = self.model
             if ratio < 1:
                 small = Path(scratch) / "small"
-                flags = row.flags.format(mix=self.sources["mix"]).split()
-                if row.calibration:
-                    statistics = self.calibration(row.calibration, seed)
-                    flags += ["--calibration", str(statistics)]
-                    spent = json.loads(statistics.with_suffix(".json").read_text())
-                    numbers = {f"calibration_{key}": value for key, value in spent.items()}
-                made, cost = welore("compress", self.model, small, "--params", ratio, "--seed", seed, *flags)
-                keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
-                numbers |= {key: made["numbers"][key] for key in keys} | cost
-                settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio")}
-                if made["settings"]["healing"]:
-                    settings["healing"] = made["settings"]["healing"] | {"text": row.flags or "self"}
-                    kinds = ("healed", "healing_tokens", "healing_seconds", "held_out_loss")
-                    numbers |= {key: made["numbers"][key] for key in kinds}
+                about, numbers = self.compressed(row, small, ratio, seed)
+                settings |= about
             if row.tuned:
                 small, cost = self.tuned(row.tuned, small, f"{name}-{ratio:g}-{seed}", ratio, seed)
                 numbers |= {f"tuning_{key}": value for key, value in cost.items()}
-                settings |= {"tuned": f"{row.tuned.flags} --steps {row.tuned.steps} {HEALING}", "lr": RATES[ratio]}
-                settings["text"] = row.tuned.text
+                how = f"{row.tuned.flags} --steps {row.tuned.steps} {HEALING}"
+                settings |= {"tuned": how, "lr": rate(row.tuned, ratio), "text": self.named[row.tuned.text]}
             for text, source in self.texts.items():
-                how = ("--data", source, "--length", LENGTH, "--windows", WINDOWS, "--dtype", "float32")
-                found, _ = welore("evaluate", small, *how)
+                windows = ("--length", LENGTH, "--windows", WINDOWS, "--dtype", "float32")
+                found, _ = welore("evaluate", small, "--data", source, *windows)
                 numbers[f"perplexity_{text}"] = found["numbers"]["perplexity"]
                 numbers.setdefault("bytes", found["numbers"]["bytes"])
         inputs = {"row": name, "label": row.label, "model": self.name}
@@ -182,15 +167,38 @@ class Bench:
             name, ratio, seed, f"{numbers['perplexity_wikitext2']:.4g} / {numbers['perplexity_pydoc']:.4g}", flush=True
         )
 
+    def compressed(self, row: Row, out: Path, ratio: float, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Write the row's model of this size: what it was made with, and what came of it."""
+        settings: dict[str, Any] = {}
+        numbers: dict[str, Any] = {}
+        flags = row.flags.format(**self.sources).split()
+        if row.calibration:
+            statistics = self.calibration(row.calibration, seed)
+            flags += ["--calibration", str(statistics)]
+            spent = json.loads(statistics.with_suffix(".json").read_text())
+            settings = {"tokens": self.tokens[row.calibration]}
+            numbers = {f"calibration_{key}": value for key, value in spent.items()}
+        made, cost = welore("compress", self.model, out, "--params", ratio, "--seed", seed, *flags)
+        keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
+        numbers |= {key: made["numbers"][key] for key in keys} | cost
+        settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio")}
+        if made["settings"]["healing"]:
+            text = row.flags.removeprefix("--heal ").format(**self.named) or "self"
+            settings["healing"] = made["settings"]["healing"] | {"text": text}
+            kinds = ("healed", "healing_tokens", "healing_seconds", "held_out_loss")
+            numbers |= {key: made["numbers"][key] for key in kinds}
+        return settings, numbers
+
     def tuned(self, tuning: Tuning, model: Path, name: str, ratio: float, seed: int) -> tuple[Path, dict[str, Any]]:
         """A model fine-tuned on a text that is the same for every row with this seed; and what that took."""
-        text, run = self.work / f"{tuning.text}-text-{seed}" / WRITTEN, self.work / name
+        text, run = self.work / f"{tuning.text}-text-{tuning.tokens}-{seed}" / WRITTEN, self.work / name
         flags = [*tuning.flags.split(), *([self.model] if "--distill" in tuning.flags else []), *HEALING.split()]
         if tuning.text != "self" and not text.is_file():
             _, texts = draw(self.sources[tuning.text], tuning.tokens, read_tokenizer(self.model), LENGTH, seed=seed)
             keep_written(text.parent, torch.cat([source.windows for source in texts]))
         flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", tuning.tokens]
-        flags += ["--steps", tuning.steps, "--lr", RATES[ratio], "--seed", seed, "--save-every", 0, "--overwrite"]
+        flags += ["--steps", tuning.steps, "--lr", rate(tuning, ratio), "--seed", seed]
+        flags += ["--save-every", 0, "--overwrite"]
         found, cost = welore("finetune", model, run, *flags)
         if not text.is_file():
             text.parent.mkdir(exist_ok=True)
@@ -202,21 +210,18 @@ class Bench:
         """The statistics for a seed, made once; what that took lies beside them."""
         path = self.work / f"{kind}-{seed}.safetensors"
         if not path.is_file():
-            how: tuple[Any, ...] = (
-                "--data",
-                self.sources[kind],
-                "--tokens",
-                self.tokens[kind],
-                "--length",
-                LENGTH,
-                "--seed",
-                seed,
-            )
+            how: tuple[Any, ...] = ("--data", self.sources[kind], "--tokens", self.tokens[kind])
+            how = (*how, "--length", LENGTH, "--seed", seed)
             # Of its own text as compress does it; of another one all losses are measured.
             how = (*how, "--measure", 0) if kind == "self" else (*how, "--measure", 1, "--dtype", "bfloat16")
             _, cost = welore("calibrate", self.model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))
         return path
+
+
+def rate(tuning: Tuning, ratio: float) -> float:
+    """The peak learning rate of a compressed model, or of the control."""
+    return RATES[ratio] if ratio < 1 else CONTROL_RATES[tuning.text]
 
 
 def welore(*arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
