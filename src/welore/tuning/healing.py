@@ -73,24 +73,21 @@ def heal(
         "progress": progress,
     }
     usual = rate(cut, plan)
-    found: Record | DivergedError | None = None
     for share in SHARES:
         run = place / f"run-{share:g}"
         try:
             if (run / TUNED).is_file():
-                found = Record.load(run / TUNED)
+                record = Record.load(run / TUNED)
             else:
-                found = finetune(cut, run, "lrc", lr=share * usual, resume=(run / RUN).is_file(), **how)
-        except DivergedError as error:
-            found = error
+                record = finetune(cut, run, "lrc", lr=share * usual, resume=(run / RUN).is_file(), **how)
+        except DivergedError:
+            if share == SHARES[-1]:
+                raise
         else:
-            if sound(found):
-                return run, found
+            if sound(record):
+                return run, record
         shutil.rmtree(run / MODEL, ignore_errors=True)
-    assert found is not None
-    if isinstance(found, DivergedError):
-        raise found
-    return None, found
+    return None, record
 
 
 def rate(cut: Path, plan: Plan) -> float:
