@@ -43,6 +43,7 @@ TOKENS = {"mix": 32768, "self": 65536}
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
 LONG = 262144  # tokens of a longer healing, a tenth of them held out
+AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
 RATES = {0.9: 1.5e-5, 0.8: 3e-5, 0.7: 4e-5, 0.6: 6e-5, 0.5: 6e-5}  # the more is cut, the larger
 CONTROL_RATES = {"self": 1e-5, "mix": 1e-4, "web": 1e-4}  # of 1e-5, 3e-5 and 1e-4; nothing is won on its own text
 
@@ -88,11 +89,11 @@ CONTROLS = {  # row -> the dense model, all of it tuned in the same way
     "ours-healed": ("dense-tuned", Row("dense, tuned on the same 256k tokens", tuned=Tuning("--method full"))),
     "ours-mix": (
         "dense-tuned-mix",
-        Row("dense, tuned on the same 64k tokens of texts", tuned=Tuning("--method full", "mix", 65536, 58)),
+        Row("dense, tuned on the same 64k tokens of texts", tuned=Tuning("--method full", "mix", *AS_HEALED)),
     ),
     "ours-web": (
         "dense-tuned-web",
-        Row("dense, tuned on the same 64k tokens of web pages", tuned=Tuning("--method full", "web", 65536, 58)),
+        Row("dense, tuned on the same 64k tokens of web pages", tuned=Tuning("--method full", "web", *AS_HEALED)),
     ),
 }
 

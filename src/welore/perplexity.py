@@ -16,7 +16,7 @@ from welore.loading import DTYPES, made_ready
 from welore.progress import Progress, counted, silent
 from welore.records import Record
 from welore.surgery import sizes
-from welore.targets import context_length
+from welore.targets import context_length, refuse_longer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -102,9 +102,7 @@ def negative_log_likelihood(
 
 def _refuse_misfit(model: "PreTrainedModel", found: list[Tensor]) -> None:
     """Raise WeLoreError if a window is longer than the model can read, or of a tokenizer with more tokens."""
-    length, limit = len(found[0]), context_length(model.config)
-    if limit is not None and length > limit:
-        raise WeLoreError(f"length is {length}: this model reads at most {limit} tokens at once, pass --length {limit}")
+    refuse_longer(len(found[0]), context_length(model.config))
     embeddings: Any = model.get_input_embeddings()
     largest, size = max(int(window.max()) for window in found), len(embeddings.weight)
     if largest >= size:

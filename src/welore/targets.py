@@ -146,6 +146,12 @@ def context_length(config: "PretrainedConfig") -> int | None:
     return found
 
 
+def refuse_longer(length: int, limit: int | None) -> None:
+    """Raise WeLoreError if a model that reads `limit` tokens at once is to read more; None: it does not say."""
+    if limit is not None and length > limit:
+        raise WeLoreError(f"length is {length}: this model reads at most {limit} tokens at once, pass --length {limit}")
+
+
 def dense_skeleton(config: "PretrainedConfig", kind: Any) -> "PreTrainedModel":
     """The dense model of a configuration on the meta device; kind: AutoModelForCausalLM, or a class of models."""
     plain = type(config).from_dict(config.to_dict())

@@ -23,7 +23,7 @@ from welore.progress import Progress, silent
 from welore.records import Record
 from welore.scaling import KFAC, metric
 from welore.source import Weights, opened
-from welore.targets import Target, context_length
+from welore.targets import Target, context_length, refuse_longer
 from welore.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -207,9 +207,10 @@ def _check(path: Path, tokens: int, length: int, batch_size: int) -> None:
 
 def _length(model: "PreTrainedModel", wanted: int | None) -> int:
     limit = context_length(model.config) or LENGTH
-    if wanted is not None and wanted > limit:
-        raise WeLoreError(f"length is {wanted}: this model reads at most {limit} tokens at once, pass --length {limit}")
-    return min(LENGTH, limit) if wanted is None else wanted
+    if wanted is None:
+        return min(LENGTH, limit)
+    refuse_longer(wanted, limit)
+    return wanted
 
 
 def _refuse_tokens(model: "PreTrainedModel", ids: Tensor) -> None:

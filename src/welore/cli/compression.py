@@ -23,7 +23,6 @@ from welore.cli.options import (
     RankMultiple,
     RankReduction,
     Revision,
-    ScalingName,
     ShardSize,
     StorageName,
     StrategyName,
@@ -201,7 +200,13 @@ def compress(
     params: Params = None,
     threshold: Threshold = None,
     strategy: StrategyName = None,
-    scaling: ScalingName = None,
+    scaling: Annotated[
+        str | None,
+        typer.Option(
+            help="What is cut: none (the weights), or scaled by a calibration: asvd, input, kfac. "
+            "[default: kfac for --params alone, else none]"
+        ),
+    ] = None,
     storage: StorageName = None,
     min_ratio: MinRatio = None,
     allow_growth: AllowGrowth = False,

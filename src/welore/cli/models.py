@@ -7,7 +7,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from welore.cli.options import AsJson, CacheDir, Device, Model, Out, Overwrite, Revision, TaskName
+from welore.cli.options import (
+    Accumulation,
+    AsJson,
+    CacheDir,
+    Device,
+    GradientCheckpointing,
+    Label,
+    LearningRate,
+    MaxGradNorm,
+    Model,
+    Optimizer,
+    Out,
+    Overwrite,
+    ReadDtype,
+    ReportTo,
+    Resume,
+    Revision,
+    TaskData,
+    TaskName,
+    WarmUp,
+)
 from welore.cli.terminal import device_of, leads, plain, progress_bars, say, silence_bitsandbytes, tell
 from welore.errors import WeLoreError
 
@@ -31,8 +51,8 @@ def evaluate(
         Path | None, typer.Option(help="Where these tasks are defined (.yaml), in place of lm-eval's own.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows read at once; does not change the result.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, float16 or bfloat16.")] = "auto",
-    label: Annotated[str | None, typer.Option(help="A name for tables and figures.")] = None,
+    dtype: ReadDtype = "auto",
+    label: Label = None,
     cache_dir: CacheDir = None,
     revision: Revision = None,
     device: Device = None,
@@ -90,15 +110,13 @@ def finetune(
         ),
     ] = None,
     task: TaskName = None,
-    task_data: Annotated[
-        str | None, typer.Option(help="The task's original file, or 'generated'.  [default: the hub's data set]")
-    ] = None,
+    task_data: TaskData = None,
     plan: Annotated[Path | None, typer.Option(help="Which matrices of a dense model count as low-rank.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.  [default: 10000; 1000 for a task]")] = None,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; a cosine brings it down to a tenth.")] = 5e-5,
-    warmup: Annotated[int | None, typer.Option(help="Steps up to the peak.  [default: one in twenty]")] = None,
+    lr: LearningRate = 5e-5,
+    warmup: WarmUp = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences of a process.  [default: 4; 8 for a task]")] = None,
-    accumulation: Annotated[int, typer.Option(help="Batches added up to one step.")] = 1,
+    accumulation: Accumulation = 1,
     length: Annotated[int | None, typer.Option(help="Tokens of a sequence.  [default: 1024; 512 for a task]")] = None,
     seed: Annotated[int, typer.Option(help="Order of the data, and where something is drawn.")] = 0,
     dtype: Annotated[
@@ -111,12 +129,10 @@ def finetune(
     train_norms: Annotated[bool, typer.Option("--train-norms", help="Train the norms, too (lrc, nlrc).")] = False,
     loss_on_prompt: Annotated[bool, typer.Option("--loss-on-prompt", help="Learn the questions, too.")] = False,
     rank: Annotated[int | None, typer.Option(help="Of lora and galore.  [default: 8; 128]")] = None,
-    optimizer: Annotated[str, typer.Option(help="Any optimiser of transformers' Trainer.")] = "adamw_torch_fused",
+    optimizer: Optimizer = "adamw_torch_fused",
     weight_decay: Annotated[float, typer.Option(help="AdamW's; at 0 it is Adam.")] = 0.0,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm; 0: not at all.")] = 1.0,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute twice, remember less; the same losses.")
-    ] = False,
+    max_grad_norm: MaxGradNorm = 1.0,
+    gradient_checkpointing: GradientCheckpointing = False,
     selective_checkpointing: Annotated[
         bool, typer.Option("--selective-checkpointing", help="Remember wide matrix products only; the same losses.")
     ] = False,
@@ -137,10 +153,10 @@ def finetune(
     self_tokens: Annotated[
         int | None, typer.Option(help="Tokens that the teacher writes for --data self.  [default: all that are read]")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last checkpoint in OUT.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
-    report_to: Annotated[str, typer.Option(help="none, tensorboard, trackio or wandb.")] = "none",
-    label: Annotated[str | None, typer.Option(help="A name for tables and figures.")] = None,
+    report_to: ReportTo = "none",
+    label: Label = None,
     cache_dir: CacheDir = None,
     revision: Revision = None,
     device: Device = None,
@@ -172,13 +188,11 @@ def finetune(
 def score(
     model: Model,
     task: TaskName = None,
-    data: Annotated[
-        str | None, typer.Option(help="The task's original file, or 'generated'.  [default: the hub's data set]")
-    ] = None,
+    data: TaskData = None,
     limit: Annotated[int | None, typer.Option(help="Only the first questions.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions answered at once.")] = 8,
-    dtype: Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, float16 or bfloat16.")] = "auto",
-    label: Annotated[str | None, typer.Option(help="A name for tables and figures.")] = None,
+    dtype: ReadDtype = "auto",
+    label: Label = None,
     cache_dir: CacheDir = None,
     revision: Revision = None,
     device: Device = None,
@@ -236,29 +250,27 @@ def pretrain(
         str | None, typer.Option(help="Of a hub model or directory.  [default: a BPE made from the text]")
     ] = None,
     vocabulary: Annotated[int, typer.Option(help="Tokens of that BPE.")] = 32_000,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; a cosine brings it down to a tenth.")] = 1e-3,
-    warmup: Annotated[int | None, typer.Option(help="Steps up to the peak.  [default: one in twenty]")] = None,
+    lr: LearningRate = 1e-3,
+    warmup: WarmUp = None,
     batch_size: Annotated[int, typer.Option(help="Sequences of a process.")] = 32,
-    accumulation: Annotated[int, typer.Option(help="Batches added up to one step.")] = 1,
+    accumulation: Accumulation = 1,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the weights and of the order of the data.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16 (weights stay float32); auto: bfloat16 on a GPU.")] = (
         "auto"
     ),
-    optimizer: Annotated[str, typer.Option(help="Any optimiser of transformers' Trainer.")] = "adamw_torch_fused",
+    optimizer: Optimizer = "adamw_torch_fused",
     weight_decay: Annotated[float, typer.Option(help="AdamW's; at 0 it is Adam, the paper's.")] = 0.0,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm; 0: not at all.")] = 1.0,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute twice, remember less; the same losses.")
-    ] = False,
+    max_grad_norm: MaxGradNorm = 1.0,
+    gradient_checkpointing: GradientCheckpointing = False,
     probes: Annotated[int, typer.Option(help="Checkpoints of the trace, the first and the last step among them.")] = 30,
     probe_items: Annotated[int, typer.Option(help="Held-out sequences in each of the two fixed batches.")] = 32,
     eval_items: Annotated[int, typer.Option(help="Held-out sequences for the loss, those two among them.")] = 128,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints to resume from; 0: none.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last checkpoint in OUT.")] = False,
+    resume: Resume = False,
     overwrite: Overwrite = False,
-    report_to: Annotated[str, typer.Option(help="none, tensorboard, trackio or wandb.")] = "none",
-    label: Annotated[str | None, typer.Option(help="A name for tables and figures.")] = None,
+    report_to: ReportTo = "none",
+    label: Label = None,
     cache_dir: CacheDir = None,
     device: Device = None,
     as_json: AsJson = False,

@@ -28,13 +28,6 @@ StrategyName = Annotated[
         "[default: waterfill; welore where nothing is scaled]"
     ),
 ]
-ScalingName = Annotated[
-    str | None,
-    typer.Option(
-        help="What is cut: none (the weights), or scaled by a calibration: asvd, input, kfac. "
-        "[default: kfac for --params alone, else none]"
-    ),
-]
 StorageName = Annotated[
     str | None,
     typer.Option(
@@ -55,3 +48,18 @@ TaskName = Annotated[
     str | None, typer.Option(help="commonsense_qa, svamp, boolq, coin_flip, object_tracking or strategy_qa.")
 ]
 ShardSize = Annotated[str, typer.Option(help="Largest size of one weight file.")]
+Label = Annotated[str | None, typer.Option(help="A name for tables and figures.")]
+ReadDtype = Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, float16 or bfloat16.")]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate; a cosine brings it down to a tenth.")]
+WarmUp = Annotated[int | None, typer.Option(help="Steps up to the peak.  [default: one in twenty]")]
+Accumulation = Annotated[int, typer.Option(help="Batches added up to one step.")]
+Optimizer = Annotated[str, typer.Option(help="Any optimiser of transformers' Trainer.")]
+MaxGradNorm = Annotated[float, typer.Option(help="Gradients are clipped to this norm; 0: not at all.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last checkpoint in OUT.")]
+ReportTo = Annotated[str, typer.Option(help="none, tensorboard, trackio or wandb.")]
+TaskData = Annotated[
+    str | None, typer.Option(help="The task's original file, or 'generated'.  [default: the hub's data set]")
+]
+GradientCheckpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Compute twice, remember less; the same losses.")
+]

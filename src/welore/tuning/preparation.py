@@ -15,7 +15,7 @@ from welore.loading import load
 from welore.lowrank import LowRank, PivotedLinear
 from welore.plan import Plan
 from welore.progress import Progress
-from welore.targets import context_length
+from welore.targets import context_length, refuse_longer
 from welore.tuning.activations import keep_wide_products
 from welore.tuning.methods import METHODS, Marked, known_warnings, matrices
 from welore.tuning.rundir import WRITTEN, fingerprint, read_windows
@@ -55,13 +55,13 @@ def prepare(
     """
     chosen = Plan.load(plan) if isinstance(plan, str | Path) else plan
     model, tokenizer = load(directory, "auto", "cpu", settings.attention)
-    _refuse_long(model, settings.length)
+    refuse_longer(settings.length, context_length(model.config))
     teacher, teachers_fingerprint = None, None
     if settings.distill is not None:
         alone = settings.distill_weight == 1
         how: dict[str, Any] = {"alone": alone, "attention": settings.attention, "cache_dir": cache_dir}
         teacher = load_teacher(settings.distill, model, tokenizer, directory, **how)
-        _refuse_long(teacher, settings.length)
+        refuse_longer(settings.length, context_length(teacher.config))
         teachers_fingerprint = fingerprint(teacher)
     text = None if settings.data == SELF else _material(settings, tokenizer, args.world_size, cache_dir)
     set_seed(settings.seed)
@@ -83,12 +83,6 @@ def prepare(
         kept = write_text(teacher, tokenizer, args.device, progress=progress, **size)
     material = blocks_of_windows(kept, "the teacher's own text", eval_items=settings.eval_items)
     return Prepared(marked, tokenizer, material, known, teacher, teachers_fingerprint, kept)
-
-
-def _refuse_long(model: "PreTrainedModel", length: int) -> None:
-    limit = context_length(model.config)
-    if limit is not None and length > limit:
-        raise WeLoreError(f"length is {length}: this model reads at most {limit} tokens at once")
 
 
 def _refuse_optimizer(model: Any, args: TrainingArguments) -> None:
