@@ -168,8 +168,9 @@ def quality(of: str = "quality") -> str:
         texts = []
         for text in ("perplexity_wikitext2", "perplexity_pydoc"):
             ratios = [record.numbers[text] / dense.numbers[text] for record in found]
-            spread = f" ± {(max(ratios) - min(ratios)) / 2:.2g}" if len(ratios) > 1 else ""
-            texts.append(f"x {perplexity_text(sum(ratios) / len(ratios))}{spread}")
+            half = (max(ratios) - min(ratios)) / 2
+            spread = f" ± {half:.2g}" if half < 100 else f" ± {perplexity_text(half)}"
+            texts.append(f"x {perplexity_text(sum(ratios) / len(ratios))}{spread if len(ratios) > 1 else ''}")
         return " / ".join(texts)
 
     def cost(found: list[Record]) -> str:
