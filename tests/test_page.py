@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from welore.comparisons import results
 from welore.errors import WeLoreError
-from welore.page import report, results
+from welore.page import report
 from welore.plan import Plan, allocate
 from welore.records import Record
 from welore.spectra import Identity, Spectra

@@ -1,15 +1,16 @@
-"""7 - comparisons: records of fine-tuning and scoring -> groups that may be compared, and their tables.
+"""7 - comparisons: records of perplexities, fine-tuning and scoring -> groups that may be compared, their tables.
 
 Reads records only: neither torch nor a model.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from welore.errors import WeLoreError
-from welore.figures import megabytes, percent, perplexity_text
+from welore.figures import DENSE, Result, megabytes, percent, perplexity_text
 from welore.records import Record
 from welore.tasks import TASKS
 
@@ -179,3 +180,63 @@ def _accuracy(record: Record | None) -> str:
     n = record.numbers
     unread = f" ({n['unparsable']} unreadable)" if n["unparsable"] else ""
     return f"{100 * n['accuracy']:.1f} [{100 * n['ci95_low']:.1f}, {100 * n['ci95_high']:.1f}]{unread}"
+
+
+# --- perplexities -----------------------------------------------------------------------------------------------
+
+
+def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[str, list[Result]]:
+    """Caption of a text -> results on it: same text, windows, length and dtype; dense first, then by falling size.
+
+    Batch size and device are left aside: they do not change a perplexity. originals: models that were compressed;
+    they decide when several dense models (a merged one, say) could be the one to compare with.
+    """
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for r in records:
+        text = r.inputs.get("text_sha256") or r.settings["data"]
+        groups.setdefault((text, r.numbers["windows"], r.settings["length"], r.settings["dtype"]), []).append(r)
+    texts: dict[str, list[Result]] = {}
+    for (text, windows, length, dtype), group in groups.items():
+        caption = f"{last_name(group[0].settings['data'])}, {windows} windows of {length} tokens, {dtype}"
+        # one name can hide two texts: pydoc differs between versions of Python
+        caption += f" (text {text[:8]})" if caption in texts else ""
+        base = _dense_perplexity(group, originals)
+        rows = [_result(r, base) for r in group]
+        texts[caption] = sorted(rows, key=lambda r: (r.strategy != DENSE, -r.parameter_ratio, r.strategy, r.name))
+    return texts
+
+
+def _result(record: Record, base: float | None) -> Result:
+    value = _perplexity(record)
+    return Result(
+        name=record.inputs.get("label") or last_name(record.inputs["model"]),
+        strategy=_strategy(record),
+        rank_reduction=record.numbers["rank_reduction"],
+        parameter_ratio=record.numbers["parameter_ratio"],
+        bytes=record.numbers["bytes"],
+        perplexity=value,
+        ratio=value / base if value and base else None,
+    )
+
+
+def _perplexity(record: Record) -> float | None:
+    value = record.numbers["perplexity"]
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _strategy(record: Record) -> str:
+    compression = record.inputs["compression"]
+    if not compression and record.numbers["rank_reduction"] == 0:
+        return DENSE
+    return str((compression or {}).get("strategy", "not recorded"))
+
+
+def _dense_perplexity(group: Sequence[Record], originals: Collection[str]) -> float | None:
+    dense = [r for r in group if _strategy(r) == DENSE]
+    dense = [r for r in dense if r.inputs["model"] in originals] or dense
+    return _perplexity(dense[0]) if len({r.inputs["model"] for r in dense}) == 1 else None
+
+
+def last_name(path: str) -> str:
+    """What a path or a hub id ends in."""
+    return PurePath(path.replace("\\", "/")).name or path

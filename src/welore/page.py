@@ -1,78 +1,30 @@
 """7 - report: every artefact under some directories -> one self-contained HTML page and its figures as PNG."""
 
-import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from importlib import resources
 from io import BytesIO, StringIO
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from welore import figures
-from welore.comparisons import Comparison, Table, comparisons, task_tables
+from welore.artefacts import NEEDED, Artefact, find_artefacts
+from welore.comparisons import Comparison, Table, comparisons, last_name, results, task_tables
 from welore.errors import WeLoreError
-from welore.figures import DENSE, INSTALL, KindSummary, Result
+from welore.figures import INSTALL, KindSummary
 from welore.files import whole_file
 from welore.plan import Plan
 from welore.records import Record
 from welore.spectra import Spectra
-from welore.study.claims import claims_table, load_pretraining
+from welore.study.claims import claims_table
 from welore.study.closing import closed, verdicts
 from welore.study.figures import FIGURES, settling
-from welore.study.trace import LINES, Trace
+from welore.study.trace import Trace
 from welore.tuning.figures import FIGURE_1, FIGURE_5, fine_tuning
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Artefact = Spectra | Plan | Record | Trace
-LOADERS: dict[str, Callable[[Path], Artefact]] = {
-    "spectra*.safetensors": Spectra.load,
-    "plan.json": Plan.load,
-    "*.plan.json": Plan.load,
-    "compression.json": Record.load,
-    "*.ppl.json": Record.load,
-    "finetune.json": Record.load,
-    "*.score.json": Record.load,
-    "pretrain.json": load_pretraining,
-    "*.pretrain.json": load_pretraining,
-    LINES: Trace.load,
-}
-SIZES = ("rank_reduction", "parameter_ratio", "bytes")
-# kind of record -> part -> what the page reads from it
-NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
-    "compression": {
-        "inputs": ("model",),
-        "settings": ("asked", "strategy", "min_ratio"),
-        "numbers": (*SIZES, "matrices", "lrcs", "threshold", "bytes_dense"),
-    },
-    "perplexity": {
-        "inputs": ("model", "compression"),
-        "settings": ("data", "length", "dtype"),
-        "numbers": (*SIZES, "perplexity", "windows"),
-    },
-    "finetune": {
-        "inputs": ("model", "label", "fingerprint", "data_sha256", "split", "compression"),
-        "settings": (
-            *("method", "data", "task", "steps", "lr", "batch_size", "accumulation", "processes", "length", "seed"),
-            *("dtype", "loss_on_prompt", "eval_items"),
-        ),
-        "numbers": (
-            *(*SIZES, "trains", "trainable_parameters", "total_parameters", "tokens", "peak_memory_bytes"),
-            *("resumed_at", "train_loss", "evaluation"),
-        ),
-    },
-    "accuracy": {
-        "inputs": ("model", "label"),
-        "settings": ("task",),
-        "numbers": ("accuracy", "n", "ci95_low", "ci95_high", "majority_rate", "unparsable"),
-    },
-    "pretrain": {"inputs": ("label",), "settings": ("seed",)},
-}
-CURVES = {"train_loss": 2, "evaluation": 3}  # numbers that are lists of [step, value, ...], and how many stand in each
-WORDS = ("trains",)  # and those that are text
 
 
 @dataclass(frozen=True)
@@ -166,125 +118,6 @@ def report(directories: Sequence[str | Path], out: str | Path) -> Path:
     with whole_file(page) as partial:
         partial.write_text(html, encoding="utf-8")
     return page
-
-
-# --- reading ---------------------------------------------------------------------------------------------------
-
-
-def find_artefacts(directories: Sequence[str | Path]) -> dict[Path, Artefact]:
-    """Resolved path -> artefact, in the order of the paths; what a killed run left in *.partial is passed over."""
-    found: dict[Path, Artefact] = {}
-    for directory in map(Path, directories):
-        if not directory.is_dir():
-            raise WeLoreError(f"{directory} is not a directory: name directories that hold artefacts of welore")
-        for path in sorted(directory.rglob("*")):
-            load = next((load for pattern, load in LOADERS.items() if fnmatch(path.name, pattern)), None)
-            killed = any(part.endswith(".partial") for part in path.relative_to(directory).parts)
-            if load and not killed and path.is_file() and path.resolve() not in found:
-                found[path.resolve()] = _read(path, load)
-    if not found:
-        where = ", ".join(map(str, directories)) or "no directory"
-        raise WeLoreError(f"nothing to report under {where}: looked for {', '.join(LOADERS)}")
-    return found
-
-
-def _read(path: Path, load: Callable[[Path], Artefact]) -> Artefact:
-    try:
-        artefact = load(path)
-        if isinstance(artefact, Record):
-            _check(path, artefact)
-        elif isinstance(artefact, Plan | Spectra) and not (
-            artefact.allocations if isinstance(artefact, Plan) else artefact.values
-        ):
-            raise WeLoreError(f"{path} holds no matrix: make it again")
-    except WeLoreError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        # whatever is wrong inside a file, its owner must learn which file
-        raise WeLoreError(f"{path} is broken ({error!r}): make it again") from error
-    return artefact
-
-
-def _check(path: Path, record: Record) -> None:
-    """Raise WeLoreError unless the record holds what the page reads from one of its kind."""
-    for part in ("inputs", "settings", "numbers", "versions", "machine"):
-        content = getattr(record, part)
-        needed = NEEDED.get(record.kind, {}).get(part, ())
-        if not isinstance(content, dict) or not content.keys() >= set(needed):
-            raise WeLoreError(f"{path}: its {part} must hold {', '.join(needed) or 'names'}: make it again")
-        for name in needed if part == "numbers" else ():
-            if not _fits(name, content[name]):
-                raise WeLoreError(f"{path}: its {name} is {content[name]!r:.60}, not a number: make it again")
-
-
-def _fits(name: str, value: Any) -> bool:
-    """Whether a value can be what the page draws or prints under that name."""
-    if name in CURVES:
-        return isinstance(value, list) and all(
-            isinstance(point, list) and len(point) == CURVES[name] and all(isinstance(v, int | float) for v in point)
-            for point in value
-        )
-    return isinstance(value, str if name in WORDS else int | float) or (name, value) == ("perplexity", None)
-
-
-# --- results ---------------------------------------------------------------------------------------------------
-
-
-def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[str, list[Result]]:
-    """Caption of a text -> results on it: same text, windows, length and dtype; dense first, then by falling size.
-
-    Batch size and device are left aside: they do not change a perplexity. originals: models that were compressed;
-    they decide when several dense models (a merged one, say) could be the one to compare with.
-    """
-    groups: dict[tuple[Any, ...], list[Record]] = {}
-    for r in records:
-        text = r.inputs.get("text_sha256") or r.settings["data"]
-        groups.setdefault((text, r.numbers["windows"], r.settings["length"], r.settings["dtype"]), []).append(r)
-    texts: dict[str, list[Result]] = {}
-    for (text, windows, length, dtype), group in groups.items():
-        caption = f"{last_name(group[0].settings['data'])}, {windows} windows of {length} tokens, {dtype}"
-        # one name can hide two texts: pydoc differs between versions of Python
-        caption += f" (text {text[:8]})" if caption in texts else ""
-        base = _dense_perplexity(group, originals)
-        rows = [_result(r, base) for r in group]
-        texts[caption] = sorted(rows, key=lambda r: (r.strategy != DENSE, -r.parameter_ratio, r.strategy, r.name))
-    return texts
-
-
-def _result(record: Record, base: float | None) -> Result:
-    value = _perplexity(record)
-    return Result(
-        name=record.inputs.get("label") or last_name(record.inputs["model"]),
-        strategy=_strategy(record),
-        rank_reduction=record.numbers["rank_reduction"],
-        parameter_ratio=record.numbers["parameter_ratio"],
-        bytes=record.numbers["bytes"],
-        perplexity=value,
-        ratio=value / base if value and base else None,
-    )
-
-
-def _perplexity(record: Record) -> float | None:
-    value = record.numbers["perplexity"]
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _strategy(record: Record) -> str:
-    compression = record.inputs["compression"]
-    if not compression and record.numbers["rank_reduction"] == 0:
-        return DENSE
-    return str((compression or {}).get("strategy", "not recorded"))
-
-
-def _dense_perplexity(group: Sequence[Record], originals: Collection[str]) -> float | None:
-    dense = [r for r in group if _strategy(r) == DENSE]
-    dense = [r for r in dense if r.inputs["model"] in originals] or dense
-    return _perplexity(dense[0]) if len({r.inputs["model"] for r in dense}) == 1 else None
-
-
-def last_name(path: str) -> str:
-    """What a path or a hub id ends in."""
-    return PurePath(path.replace("\\", "/")).name or path
 
 
 # --- plans and their figures -----------------------------------------------------------------------------------
