@@ -196,6 +196,25 @@ def test_healing_recipe_needs_no_data_and_compares_the_three_models(model: Path,
     assert [command[0] for command in commands] == ["evaluate"] * 3  # what is finished is kept
 
 
+def test_own_text_recipe_cuts_the_model_that_has_learned_the_text(model: Path, text: str, tmp_path: Path) -> None:
+    knobs = {"BATCH": "1", "LENGTH": "16", "PARAMS": "0.7", "TOKENS": "1024", "STATISTICS": "512", "STEPS": "2"}
+    knobs |= {"DATA": text, "WINDOW": "64", "WINDOWS": "2"}
+    out = tmp_path / "out"
+    (status, output), _ = run("own_text.sh", model, out, answer=obeyed, place=tmp_path / "first", **knobs)
+    assert status == 0, output
+    assert Record.load(out / "tuned" / "finetune.json").settings["method"] == "full"
+    record = Record.load(out / "small" / "compression.json")
+    assert record.inputs["model"] == str(out / "tuned" / "model")  # not the model as it came
+    assert record.settings["healing"]["text"] == text
+    scores = {name: Record.load(out / f"{name}.ppl.json").numbers for name in ("dense", "tuned", "small")}
+    assert scores["dense"]["parameter_ratio"] == scores["tuned"]["parameter_ratio"] == 1
+    assert scores["small"]["parameter_ratio"] < 0.75
+
+    again, commands = run("own_text.sh", model, out, answer=noted, place=tmp_path / "again", **knobs)
+    assert again[0] == 0, again[1]
+    assert [command[0] for command in commands] == ["evaluate"] * 3  # what is finished is kept
+
+
 def test_study_recipe_pretrains_cuts_both_ways_and_fine_tunes_with_controls(text: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     knobs = {"DATA": text, "SIZE": "32/2/4/56", "VOCABULARY": "300", "STEPS": "8", "PROBES": "4", "PROBE_ITEMS": "2"}
@@ -257,13 +276,15 @@ def test_downstream_recipe_has_the_settings_of_the_paper(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("recipe", "directory"), [("continual.sh", "lrc"), ("downstream.sh", "svamp-lrc"), ("heal.sh", "healed")]
+    ("recipe", "directory"),
+    [("continual.sh", "lrc"), ("downstream.sh", "svamp-lrc"), ("heal.sh", "healed"), ("own_text.sh", "tuned")],
 )
 def test_a_stopped_recipe_goes_on_with_its_run(recipe: str, directory: str, tmp_path: Path) -> None:
     begun = tmp_path / "out" / directory
     begun.mkdir(parents=True)
     (begun / "run.json").write_text("{}")
-    _, commands = run(recipe, "some/model", tmp_path / "out", answer=noted, place=tmp_path / "bin", TASKS="svamp boolq")
+    knobs = {"TASKS": "svamp boolq", "DATA": "my.txt"}
+    _, commands = run(recipe, "some/model", tmp_path / "out", answer=noted, place=tmp_path / "bin", **knobs)
     resumed = {Path(settings["out"]).name: settings["resume"] for settings in tuned(commands)}
     assert resumed.pop(directory) is True
     assert not any(resumed.values())
