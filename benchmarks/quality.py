@@ -6,11 +6,13 @@ python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8
 
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
 tokens of each. Calibrated rows read 32k tokens in bfloat16 and measure losses on all of them: half of the part of the
-reference that is not evaluated, half of --calibrate-on (FILE, or the training part of WikiText-2). Data-free rows read
-what the model writes, 64k as by default, and heal on it, unless they are only cut; ours-mix heals on 64k tokens of its
-texts, ours-web on as many of --heal-on, texts of neither of the two kinds that are tested. One row is trained longer:
-on 256k other tokens of the model's own, each about once. Controls are the dense model, all of it trained on the same
-blocks in the same order, the text itself its labels. Learning rates were chosen on other texts.
+reference that is not evaluated, half of --calibrate-on (FILE, or the training part of WikiText-2); ours-more reads 128k
+and measures on a quarter. Data-free rows read what the model writes, 64k as by default, and heal on it, unless they are
+only cut; ours-mix heals on 64k tokens of its texts, ours-web on as many of --heal-on, texts of neither of the two kinds
+that are tested. One row is trained longer: on 256k other tokens of the model's own, each about once. Controls are the
+dense model, all of it trained on the same blocks in the same order, the text itself its labels. ours-tuned is made of
+such a control, its teacher, on 240k tokens, two parts of --calibrate-on and one of the reference; as it reads them
+twice, a second control does, too. Learning rates were chosen on other texts.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -39,18 +41,20 @@ from welore.tuning.rundir import WRITTEN, keep_written
 
 OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16
-TOKENS = {"mix": 32768, "self": 65536}
+TOKENS = {"mix": 32768, "more": 131072, "texts": 65536, "self": 65536}
+MEASURED = {"mix": 1, "more": 0.25, "texts": 0, "self": 0}  # share of them on which losses are measured
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
 LONG = 262144  # tokens of a longer healing, a tenth of them held out
 AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
 RATES = {0.9: 1.5e-5, 0.8: 3e-5, 0.7: 4e-5, 0.6: 6e-5, 0.5: 6e-5}  # the more is cut, the larger
-CONTROL_RATES = {"self": 1e-5, "mix": 1e-4, "web": 1e-4}  # of 1e-5, 3e-5 and 1e-4; nothing is won on its own text
+FIRST = (245760, 216)  # tokens and steps of a model that learns the texts before it is cut: each window once
+CONTROL_RATES = {"self": 1e-5, "mix": 1e-4, "web": 1e-4, "texts": 1e-4}  # of 1e-5, 3e-5 and 1e-4
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What comes after the cut: flags of `welore finetune`, the text ("self", "mix", "web"), its tokens, the steps."""
+    """A fine-tuning: flags of `welore finetune`, the text ("self", "mix", "texts", "web"), its tokens, the steps."""
 
     flags: str
     text: str = "self"
@@ -63,9 +67,10 @@ class Row:
     """One line of the table: its name in print, the flags of `welore compress`, and what it is calibrated on."""
 
     label: str
-    flags: str = ""  # {mix} and {web} stand for the texts
-    calibration: str | None = None  # "mix", "self" or None
+    flags: str = ""  # {mix}, {texts} and {web} stand for the texts
+    calibration: str | None = None  # a kind of TOKENS, or None
     tuned: Tuning | None = None
+    of: str | None = None  # the control that is compressed instead of the dense model
 
 
 ROWS = {
@@ -77,31 +82,47 @@ ROWS = {
     "input-waterfill": Row("input-whitened, water-filling", "--scaling input --storage factored", "mix"),
     "kfac-factored": Row("K-FAC, water-filling, factored", "--scaling kfac --storage factored", "mix"),
     "ours": Row("ours, calibrated, only cut", "--heal none", "mix"),
+    "ours-more": Row("ours, calibrated on 128k tokens, only cut", "--heal none", "more"),
     "ours-self": Row("ours, data-free, only cut (`--heal none`)", "--heal none", "self"),
     "ours-default": Row("ours, data-free (`--params` alone)", "", "self"),
     "ours-web": Row("ours, cut data-free, healed on 64k tokens of web pages", "--heal {web}", "self"),
     "ours-mix": Row("ours, calibrated, healed on 64k tokens of the same texts", "--heal {mix}", "mix"),
+    "ours-tuned": Row(
+        "ours, of the dense model tuned on 240k tokens of texts, healed on the same",
+        f"--heal {{texts}} --tokens {FIRST[0]}",
+        "texts",
+        of="dense-tuned-texts",
+    ),
     "ours-healed": Row(
         "ours, data-free, healed on 256k tokens of its own", "--heal none", "self", Tuning("--method lrc --distill")
     ),
 }
-CONTROLS = {  # row -> the dense model, all of it tuned in the same way
-    "ours-healed": ("dense-tuned", Row("dense, tuned on the same 256k tokens", tuned=Tuning("--method full"))),
-    "ours-mix": (
-        "dense-tuned-mix",
-        Row("dense, tuned on the same 64k tokens of texts", tuned=Tuning("--method full", "mix", *AS_HEALED)),
+CONTROLS = {  # the dense model, all of it tuned in the same way
+    "dense-tuned": Row("dense, tuned on the same 256k tokens", tuned=Tuning("--method full")),
+    "dense-tuned-mix": Row(
+        "dense, tuned on the same 64k tokens of texts", tuned=Tuning("--method full", "mix", *AS_HEALED)
     ),
-    "ours-web": (
-        "dense-tuned-web",
-        Row("dense, tuned on the same 64k tokens of web pages", tuned=Tuning("--method full", "web", *AS_HEALED)),
+    "dense-tuned-web": Row(
+        "dense, tuned on the same 64k tokens of web pages", tuned=Tuning("--method full", "web", *AS_HEALED)
     ),
+    "dense-tuned-texts": Row("dense, tuned on the same 240k tokens", tuned=Tuning("--method full", "texts", *FIRST)),
+    "dense-tuned-twice": Row(
+        "dense, tuned on the same 240k tokens, twice over",
+        tuned=Tuning("--method full", "texts", FIRST[0], 2 * FIRST[1]),
+    ),
+}
+CONTROLLED = {  # row -> its controls
+    "ours-healed": ("dense-tuned",),
+    "ours-mix": ("dense-tuned-mix",),
+    "ours-web": ("dense-tuned-web",),
+    "ours-tuned": ("dense-tuned-texts", "dense-tuned-twice"),
 }
 
 
 def main() -> None:
     """Every cell that was asked for and is not there yet."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    arguments.add_argument("--rows", nargs="*", default=list(ROWS), choices=[*ROWS, *CONTROLS])
     arguments.add_argument("--params", nargs="*", type=float, default=list(RATIOS))
     arguments.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     arguments.add_argument("--wikitext", default="wikitext2")
@@ -117,13 +138,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(given, given.work or Path(scratch))
         bench.cell("dense", Row("dense"), 1.0, 0)
+        controls = [name for row in given.rows for name in ([row] if row in CONTROLS else CONTROLLED.get(row, ()))]
+        for name in controls:
+            for seed in given.seeds:
+                bench.cell(name, CONTROLS[name], 1.0, seed)
         for ratio in given.params:
-            for name in given.rows:
+            for name in (row for row in given.rows if row in ROWS):
                 for seed in given.seeds if ROWS[name].calibration else [0]:
                     bench.cell(name, ROWS[name], ratio, seed)
-        for name, control in (CONTROLS[row] for row in given.rows if row in CONTROLS):
-            for seed in given.seeds:
-                bench.cell(name, control, 1.0, seed)
 
 
 class Bench:
@@ -135,7 +157,9 @@ class Bench:
         self.out = OUT if given.model is None else OUT.with_name(f"{OUT.name}-{given.name}")
         self.model = locate(given.model or embedded_model())
         self.texts = {"wikitext2": given.wikitext, "pydoc": "pydoc"}
-        self.sources = {"self": "self", "mix": f"{given.calibrate_on}:1,pydoc:1", "web": given.heal_on}
+        self.sources = {"self": "self", "web": given.heal_on}
+        self.sources["mix"] = self.sources["more"] = f"{given.calibrate_on}:1,pydoc:1"
+        self.sources["texts"] = f"{given.calibrate_on}:2,pydoc:1"  # the reference has no more
         self.named = {kind: re.sub(r"[^,:]*/", "", text) for kind, text in self.sources.items()}  # without folders
         self.tokens = TOKENS | {"self": given.self_tokens}
 
@@ -173,18 +197,19 @@ class Bench:
         settings: dict[str, Any] = {}
         numbers: dict[str, Any] = {}
         flags = row.flags.format(**self.sources).split()
+        model = self.control(row.of, seed) if row.of else self.model
         if row.calibration:
-            statistics = self.calibration(row.calibration, seed)
+            statistics = self.calibration(row.calibration, seed, model)
             flags += ["--calibration", str(statistics)]
             spent = json.loads(statistics.with_suffix(".json").read_text())
-            settings = {"tokens": self.tokens[row.calibration]}
+            settings = {"tokens": self.tokens[row.calibration]} | ({"of": row.of} if row.of else {})
             numbers = {f"calibration_{key}": value for key, value in spent.items()}
-        made, cost = welore("compress", self.model, out, "--params", ratio, "--seed", seed, *flags)
+        made, cost = welore("compress", model, out, "--params", ratio, "--seed", seed, *flags)
         keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
         numbers |= {key: made["numbers"][key] for key in keys} | cost
         settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio")}
         if made["settings"]["healing"]:
-            text = row.flags.removeprefix("--heal ").format(**self.named) or "self"
+            text = row.flags.format(**self.named).removeprefix("--heal ").partition(" ")[0] or "self"
             settings["healing"] = made["settings"]["healing"] | {"text": text}
             kinds = ("healed", "healing_tokens", "healing_seconds", "held_out_loss")
             numbers |= {key: made["numbers"][key] for key in kinds}
@@ -207,15 +232,23 @@ class Bench:
         keys = ("tokens", "trainable_parameters", "tokens_per_second", "train_loss", "evaluation")
         return run / "model", {key: found["numbers"][key] for key in keys} | cost
 
-    def calibration(self, kind: str, seed: int) -> Path:
+    def control(self, name: str, seed: int) -> Path:
+        """A control's model: made again if it is no longer there."""
+        made, tuning = self.work / f"{name}-1-{seed}" / "model", CONTROLS[name].tuned
+        assert tuning
+        if not made.is_dir():
+            self.tuned(tuning, self.model, f"{name}-1-{seed}", 1.0, seed)
+        return made
+
+    def calibration(self, kind: str, seed: int, model: Path) -> Path:
         """The statistics for a seed, made once; what that took lies beside them."""
         path = self.work / f"{kind}-{seed}.safetensors"
         if not path.is_file():
             how: tuple[Any, ...] = ("--data", self.sources[kind], "--tokens", self.tokens[kind])
             how = (*how, "--length", LENGTH, "--seed", seed)
             # Of its own text as compress does it; of another one all losses are measured.
-            how = (*how, "--measure", 0) if kind == "self" else (*how, "--measure", 1, "--dtype", "bfloat16")
-            _, cost = welore("calibrate", self.model, *how, "-o", path)
+            how = (*how, "--measure", MEASURED[kind], *(() if kind == "self" else ("--dtype", "bfloat16")))
+            _, cost = welore("calibrate", model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))
         return path
 
