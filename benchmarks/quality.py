@@ -204,6 +204,9 @@ class Bench:
             spent = json.loads(statistics.with_suffix(".json").read_text())
             settings = {"tokens": self.tokens[row.calibration]} | ({"of": row.of} if row.of else {})
             numbers = {f"calibration_{key}": value for key, value in spent.items()}
+        if row.of:
+            spent = Record.load(self.out / f"{row.of}-1-{seed}.json").numbers
+            numbers |= {key: spent[key] for key in ("tuning_seconds", "tuning_peak_memory_bytes")}
         made, cost = welore("compress", model, out, "--params", ratio, "--seed", seed, *flags)
         keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
         numbers |= {key: made["numbers"][key] for key in keys} | cost
