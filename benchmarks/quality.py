@@ -71,6 +71,7 @@ class Row:
     calibration: str | None = None  # a kind of TOKENS, or None
     tuned: Tuning | None = None
     of: str | None = None  # the control that is compressed instead of the dense model
+    controls: tuple[str, ...] = ()  # of CONTROLS
 
 
 ROWS = {
@@ -85,16 +86,31 @@ ROWS = {
     "ours-more": Row("ours, calibrated on 128k tokens, only cut", "--heal none", "more"),
     "ours-self": Row("ours, data-free, only cut (`--heal none`)", "--heal none", "self"),
     "ours-default": Row("ours, data-free (`--params` alone)", "", "self"),
-    "ours-web": Row("ours, cut data-free, healed on 64k tokens of web pages", "--heal {web}", "self"),
-    "ours-mix": Row("ours, calibrated, healed on 64k tokens of the same texts", "--heal {mix}", "mix"),
+    "ours-web": Row(
+        "ours, cut data-free, healed on 64k tokens of web pages",
+        "--heal {web}",
+        "self",
+        controls=("dense-tuned-web",),
+    ),
+    "ours-mix": Row(
+        "ours, calibrated, healed on 64k tokens of the same texts",
+        "--heal {mix}",
+        "mix",
+        controls=("dense-tuned-mix",),
+    ),
     "ours-tuned": Row(
         "ours, of the dense model tuned on 240k tokens of texts, healed on the same",
         f"--heal {{texts}} --tokens {FIRST[0]}",
         "texts",
         of="dense-tuned-texts",
+        controls=("dense-tuned-texts", "dense-tuned-twice"),
     ),
     "ours-healed": Row(
-        "ours, data-free, healed on 256k tokens of its own", "--heal none", "self", Tuning("--method lrc --distill")
+        "ours, data-free, healed on 256k tokens of its own",
+        "--heal none",
+        "self",
+        Tuning("--method lrc --distill"),
+        controls=("dense-tuned",),
     ),
 }
 CONTROLS = {  # the dense model, all of it tuned in the same way
@@ -110,12 +126,6 @@ CONTROLS = {  # the dense model, all of it tuned in the same way
         "dense, tuned on the same 240k tokens, twice over",
         tuned=Tuning("--method full", "texts", FIRST[0], 2 * FIRST[1]),
     ),
-}
-CONTROLLED = {  # row -> its controls
-    "ours-healed": ("dense-tuned",),
-    "ours-mix": ("dense-tuned-mix",),
-    "ours-web": ("dense-tuned-web",),
-    "ours-tuned": ("dense-tuned-texts", "dense-tuned-twice"),
 }
 
 
@@ -138,12 +148,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(given, given.work or Path(scratch))
         bench.cell("dense", Row("dense"), 1.0, 0)
-        controls = [name for row in given.rows for name in ([row] if row in CONTROLS else CONTROLLED.get(row, ()))]
-        for name in controls:
+        rows = [row for row in given.rows if row in ROWS]
+        controls = [row for row in given.rows if row in CONTROLS]
+        for name in [*controls, *(name for row in rows for name in ROWS[row].controls)]:
             for seed in given.seeds:
                 bench.cell(name, CONTROLS[name], 1.0, seed)
         for ratio in given.params:
-            for name in (row for row in given.rows if row in ROWS):
+            for name in rows:
                 for seed in given.seeds if ROWS[name].calibration else [0]:
                     bench.cell(name, ROWS[name], ratio, seed)
 
@@ -160,7 +171,6 @@ class Bench:
         self.sources = {"self": "self", "web": given.heal_on}
         self.sources["mix"] = self.sources["more"] = f"{given.calibrate_on}:1,pydoc:1"
         self.sources["texts"] = f"{given.calibrate_on}:2,pydoc:1"  # the reference has no more
-        self.named = {kind: re.sub(r"[^,:]*/", "", text) for kind, text in self.sources.items()}  # without folders
         self.tokens = TOKENS | {"self": given.self_tokens}
 
     def cell(self, name: str, row: Row, ratio: float, seed: int) -> None:
@@ -180,7 +190,7 @@ class Bench:
                 small, cost = self.tuned(row.tuned, small, f"{name}-{ratio:g}-{seed}", ratio, seed)
                 numbers |= {f"tuning_{key}": value for key, value in cost.items()}
                 how = f"{row.tuned.flags} --steps {row.tuned.steps} {HEALING}"
-                settings |= {"tuned": how, "lr": rate(row.tuned, ratio), "text": self.named[row.tuned.text]}
+                settings |= {"tuned": how, "lr": rate(row.tuned, ratio), "text": named(self.sources[row.tuned.text])}
             for text, source in self.texts.items():
                 windows = ("--length", LENGTH, "--windows", WINDOWS, "--dtype", "float32")
                 found, _ = welore("evaluate", small, "--data", source, *windows)
@@ -212,8 +222,8 @@ class Bench:
         numbers |= {key: made["numbers"][key] for key in keys} | cost
         settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio")}
         if made["settings"]["healing"]:
-            text = row.flags.format(**self.named).removeprefix("--heal ").partition(" ")[0] or "self"
-            settings["healing"] = made["settings"]["healing"] | {"text": text}
+            healing = made["settings"]["healing"]
+            settings["healing"] = healing | {"text": named(healing["text"])}
             kinds = ("healed", "healing_tokens", "healing_seconds", "held_out_loss")
             numbers |= {key: made["numbers"][key] for key in kinds}
         return settings, numbers
@@ -249,11 +259,16 @@ class Bench:
         if not path.is_file():
             how: tuple[Any, ...] = ("--data", self.sources[kind], "--tokens", self.tokens[kind])
             how = (*how, "--length", LENGTH, "--seed", seed)
-            # Of its own text as compress does it; of another one all losses are measured.
+            # Its own text is read as compress does it.
             how = (*how, "--measure", MEASURED[kind], *(() if kind == "self" else ("--dtype", "bfloat16")))
             _, cost = welore("calibrate", model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))
         return path
+
+
+def named(texts: str) -> str:
+    """A mixture of texts as a record names it, without the folders of its files."""
+    return re.sub(r"[^,:]*/", "", texts)
 
 
 def rate(tuning: Tuning, ratio: float) -> float:

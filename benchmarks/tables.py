@@ -169,8 +169,8 @@ def quality(of: str = "quality") -> str:
         for text in ("perplexity_wikitext2", "perplexity_pydoc"):
             ratios = [record.numbers[text] / dense.numbers[text] for record in found]
             half = (max(ratios) - min(ratios)) / 2
-            spread = f" ± {half:.2g}" if half < 100 else f" ± {perplexity_text(half)}"
-            texts.append(f"x {perplexity_text(sum(ratios) / len(ratios))}{spread if len(ratios) > 1 else ''}")
+            spread = f"{half:.2g}" if half < 100 else perplexity_text(half)
+            texts.append(f"x {perplexity_text(sum(ratios) / len(ratios))}" + (f" ± {spread}" if found[1:] else ""))
         return " / ".join(texts)
 
     def cost(found: list[Record]) -> str:

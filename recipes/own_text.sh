@@ -5,8 +5,8 @@
 #   DATA=TEXT recipes/own_text.sh [MODEL] [OUT]
 #
 # PARAMS=0.8 TOKENS=245760 by default; the embedded 135M model if none is named. TEXT is a .txt, .jsonl or .parquet
-# file, wikitext2, c4 or pydoc, with TOKENS tokens or more; its first tenth is left for the comparison. What is stopped
-# goes on when the same command is given again.
+# file, wikitext2, c4 or pydoc, with TOKENS tokens or more; its first tenth is left for the comparison, unless TEST
+# names another text. What is stopped goes on when the same command is given again.
 set -euo pipefail
 text=${DATA:?name the text: DATA=my.txt}
 model=${1:-$(python -c "from welore.embedded import embedded_model; print(embedded_model())")}

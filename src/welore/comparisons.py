@@ -126,7 +126,7 @@ def _sequences(run: Record) -> int:
 
 def _caption(run: Record) -> str:
     s = run.settings
-    text = PurePath(str(s["task"] or s["data"]).replace("\\", "/")).name
+    text = last_name(str(s["task"] or s["data"]))
     return f"{text}, {s['steps']:,} steps of {_sequences(run)} x {s['length']} tokens, {s['dtype']}"
 
 
