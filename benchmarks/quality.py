@@ -41,15 +41,23 @@ from welore.tuning.rundir import WRITTEN, keep_written
 
 OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16
-TOKENS = {"mix": 32768, "more": 131072, "texts": 65536, "self": 65536}
-MEASURED = {"mix": 1, "more": 0.25, "texts": 0, "self": 0}  # share of them on which losses are measured
+TOKENS = {"mix": 32768, "whole": 32768, "more": 131072, "texts": 65536, "raw": 131072, "self": 65536}
+MEASURED = {
+    "mix": 1,
+    "whole": 1,
+    "more": 0.25,
+    "texts": 0,
+    "raw": 0,
+    "self": 0,
+}  # on a share
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
 LONG = 262144  # tokens of a longer healing, a tenth of them held out
 AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
 RATES = {0.9: 1.5e-5, 0.8: 3e-5, 0.7: 4e-5, 0.6: 6e-5, 0.5: 6e-5}  # the more is cut, the larger
 FIRST = (245760, 216)  # tokens and steps of a model that learns the texts before it is cut: each window once
-CONTROL_RATES = {"self": 1e-5, "mix": 1e-4, "web": 1e-4, "texts": 1e-4}  # of 1e-5, 3e-5 and 1e-4
+RAW, RAW_FIRST = (688128, 605), (229376, 202)  # what is healed on, and a third of it, what is learned first
+CONTROL_RATES = {"self": 1e-5, "mix": 1e-4, "web": 1e-4, "texts": 1e-4, "raw": 1e-4}  # of 1e-5, 3e-5 and 1e-4
 
 
 @dataclass(frozen=True)
@@ -81,7 +89,7 @@ ROWS = {
     "asvd": Row("ASVD, uniform", "--scaling asvd --strategy uniform --storage factored", "mix"),
     "svd-llm": Row("input-whitened, uniform", "--scaling input --strategy uniform --storage factored", "mix"),
     "input-waterfill": Row("input-whitened, water-filling", "--scaling input --storage factored", "mix"),
-    "kfac-factored": Row("K-FAC, water-filling, factored", "--scaling kfac --storage factored", "mix"),
+    "kfac-factored": Row("K-FAC, water-filling, factored", "--scaling kfac --storage factored --no-split", "whole"),
     "ours": Row("ours, calibrated, only cut", "--heal none", "mix"),
     "ours-more": Row("ours, calibrated on 128k tokens, only cut", "--heal none", "more"),
     "ours-self": Row("ours, data-free, only cut (`--heal none`)", "--heal none", "self"),
@@ -105,6 +113,13 @@ ROWS = {
         of="dense-tuned-texts",
         controls=("dense-tuned-texts", "dense-tuned-twice"),
     ),
+    "ours-million": Row(
+        "ours, of the dense model tuned on 229k tokens of web pages and the reference, healed on 688k",
+        f"--heal {{raw}} --tokens {RAW[0]}",
+        "raw",
+        of="dense-tuned-first",
+        controls=("dense-tuned-first", "dense-tuned-raw"),
+    ),
     "ours-healed": Row(
         "ours, data-free, healed on 256k tokens of its own",
         "--heal none",
@@ -125,6 +140,13 @@ CONTROLS = {  # the dense model, all of it tuned in the same way
     "dense-tuned-twice": Row(
         "dense, tuned on the same 240k tokens, twice over",
         tuned=Tuning("--method full", "texts", FIRST[0], 2 * FIRST[1]),
+    ),
+    "dense-tuned-first": Row(
+        "dense, tuned on 229k tokens of web pages and the reference", tuned=Tuning("--method full", "raw", *RAW_FIRST)
+    ),
+    "dense-tuned-raw": Row(
+        "dense, tuned on the same 688k tokens, for as many steps as tuning and healing",
+        tuned=Tuning("--method full", "raw", RAW[0], RAW[1] + RAW_FIRST[1]),
     ),
 }
 
@@ -169,7 +191,8 @@ class Bench:
         self.model = locate(given.model or embedded_model())
         self.texts = {"wikitext2": given.wikitext, "pydoc": "pydoc"}
         self.sources = {"self": "self", "web": given.heal_on}
-        self.sources["mix"] = self.sources["more"] = f"{given.calibrate_on}:1,pydoc:1"
+        self.sources["mix"] = self.sources["whole"] = self.sources["more"] = f"{given.calibrate_on}:1,pydoc:1"
+        self.sources["raw"] = f"{given.heal_on},pydoc:0.25"
         self.sources["texts"] = f"{given.calibrate_on}:2,pydoc:1"  # the reference has no more
         self.tokens = TOKENS | {"self": given.self_tokens}
 
@@ -261,6 +284,7 @@ class Bench:
             how = (*how, "--length", LENGTH, "--seed", seed)
             # Its own text is read as compress does it.
             how = (*how, "--measure", MEASURED[kind], *(() if kind == "self" else ("--dtype", "bfloat16")))
+            how = (*how, *(("--no-split",) if kind == "whole" else ()))
             _, cost = welore("calibrate", model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))
         return path

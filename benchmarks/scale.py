@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from floor import operations, speeds
 from footprint import measured
 from welore.factors import factorise, reduce
+from welore.grids import Target
 from welore.records import Record, write_json
 from welore.source import INDEX
-from welore.targets import Target, dense_skeleton
+from welore.targets import dense_skeleton
 from welore.tensorfile import TensorWriter
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"

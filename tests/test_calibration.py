@@ -19,6 +19,7 @@ from welore.calibration.artefact import Calibration
 from welore.calibration.mixture import seed_of
 from welore.calibration.moments import Moments
 from welore.errors import WeLoreError
+from welore.grids import in_blocks
 from welore.parallel import Team
 from welore.scaling import metric
 from welore.source import ModelWeights
@@ -123,20 +124,21 @@ def test_sliding_windows_and_their_masks_belong_to_their_blocks(tmp_path: Path) 
         )
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_losses_of_components_are_measured(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "split"), [("llama", False), ("gpt2", False), ("gpt2", True)])
+def test_losses_of_components_are_measured(family: str, split: bool, tmp_path: Path) -> None:
     model = build(family)
-    found = gathered(model, tmp_path, measure=1.0)
+    found = gathered(model, tmp_path, measure=1.0, split=split)
     assert found.measured == IDS.numel()
+    assert bool(found.grids) == split
     seen = by_hand(model, IDS, seed_of(0, "measured"))
     with welore.source.opened(model) as weights:
-        for target in weights.targets:
-            norm, losses = metric("kfac", found, target.name), found.losses(target.name)
+        for target in in_blocks(weights.targets, found.grids):
+            norm, losses = metric("kfac", found, target), found.losses(target.name)
             assert norm is not None
             assert losses is not None
             L, R = (_root(weight) for weight in (norm.outputs, norm.inputs))
             U, S, V = torch.linalg.svd(L @ weights.read(target).double() @ R, full_matrices=False)
-            g, x = seen[f"{target.name}.g"], seen[f"{target.name}.x"]
+            g, x = seen[f"{target.layer}.g"][:, target.rows], seen[f"{target.layer}.x"][:, target.columns]
             along = (g @ torch.linalg.inv(L) @ U) * S * (x @ torch.linalg.inv(R) @ V.T)
             wanted = along.square().sum(0) / IDS.numel()
             assert losses.shape == wanted.shape

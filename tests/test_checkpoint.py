@@ -27,20 +27,24 @@ EVERY_FORM = ("llama", "qwen2", "gpt2", "opt", "phi3", "starcoder2", "mixtral") 
 
 @pytest.mark.parametrize(
     ("family", "storage"),
-    [*((f, "factored") for f in (*FAMILIES, *MIXTURES)), *((f, "pivoted") for f in EVERY_FORM), ("llama", "auto")],
+    [*((f, "factored") for f in (*FAMILIES, *MIXTURES)), *((f, "pivoted") for f in EVERY_FORM), ("llama", "auto")]
+    + [(f, "split") for f in ("gpt2", "gpt_neox", "phi3")],
 )
 def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str, storage: str) -> None:
     """compress -> from_pretrained -> save_pretrained -> from_pretrained is bit-equal; merge gives the same logits."""
     source = saved(family)
     how: dict[str, Any] = {"rank_reduction": 0.4, "storage": storage}
+    if storage == "split":  # long matrices in blocks
+        how |= {"storage": "pivoted", "split": True}
     record = welore.compress(source, tmp_path / "small", **how)
     assert record.numbers["lrcs"] > 0
+    assert bool(record.settings["split"]) == (storage == "split")
 
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     forms = welore.Plan.load(tmp_path / "small" / "plan.json").forms
     assert {n: m.form for n, m in small.named_modules() if isinstance(m, tuple(LAYERS.values()))} == forms
     assert len(forms) == record.numbers["lrcs"]
-    assert storage == "auto" or set(forms.values()) == {storage}
+    assert storage == "auto" or set(forms.values()) == {how["storage"]}
 
     in_memory = build(family)
     welore.compress(in_memory, **how)

@@ -9,6 +9,7 @@ import welore
 from conftest import build, logits
 from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
+from welore.grids import Target
 from welore.records import Record
 from welore.scaling import SCALINGS, metric
 from welore.spectra import Identity
@@ -72,9 +73,10 @@ def test_a_matrix_that_no_token_reached_is_kept(saved: Callable[..., Path], tmp_
     source = saved("llama")
     c = calibrated("llama", tmp_path)
     name = "model.layers.0.self_attn.o_proj"
-    assert metric("kfac", c, name) is not None
+    target = Target(name, c.shapes[name])
+    assert metric("kfac", c, target) is not None
     unreached = Calibration(c.model, c.shapes, {**c.counts, name: 0}, c.shared, c.tensors, c.record)
-    assert metric("kfac", unreached, name) is None
+    assert metric("kfac", unreached, target) is None
     welore.compress(source, tmp_path / "small", params=0.6, calibration=unreached)
     assert name not in welore.Plan.load(tmp_path / "small" / "plan.json").ranks
 

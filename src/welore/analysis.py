@@ -14,13 +14,14 @@ from torch import Tensor
 from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
 from welore.factors import reduce, singular_values
+from welore.grids import Target, in_blocks
 from welore.parallel import ALONE, Team, spread, team
 from welore.plan import Plan
 from welore.progress import Progress, silent
 from welore.scaling import KFAC, metric, outliers
 from welore.source import Weights, check_finite, opened
 from welore.spectra import NONE, Spectra
-from welore.targets import Target
+from welore.targets import long_matrices
 from welore.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def analyze(
     *,
     scaling: str = NONE,
     calibration: "Calibration | str | Path | None" = None,
+    split: bool = False,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     cache_dir: str | Path | None = None,
@@ -44,16 +46,17 @@ def analyze(
     """Spectra of MODEL (hub id, directory, .gguf file or a model in memory), a few matrices in memory at a time.
 
     scaling: of the matrices scaled by the statistics of a calibration (scaling.SCALINGS); with a calibration the
-    outliers are counted too. include, exclude: see `targets.find_targets`. device: where the values are computed.
+    outliers are counted too. split: matrices at least twice as long as wide in blocks (targets.long_matrices), each
+    for itself. include, exclude: see `targets.find_targets`. device: where the values are computed.
     workers: matrices at once, default one per core. work_dir: finished values are kept there until all are done, so
     that a killed run continues, and the processes of a launcher share it.
     """
     with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
         common: dict[str, Any] = {"device": device, "workers": workers, "progress": progress}
-        common |= {"scaling": scaling, "calibration": opened_calibration(calibration, weights)}
+        common |= {"scaling": scaling, "calibration": opened_calibration(calibration, weights), "split": split}
         if work_dir is None:
             return analyze_weights(weights, **common)
-        with shared_workspace(work_dir, weights, scaling, summary(common["calibration"])) as (workspace, crew):
+        with shared_workspace(work_dir, weights, scaling, split, summary(common["calibration"])) as (workspace, crew):
             return analyze_weights(weights, workspace=workspace, crew=crew, **common)
 
 
@@ -102,6 +105,7 @@ def analyze_weights(
     *,
     scaling: str = NONE,
     calibration: Calibration | None = None,
+    split: bool = False,
     workspace: Workspace | None = None,
     crew: Team = ALONE,
     keep_reductions: bool = False,
@@ -112,8 +116,10 @@ def analyze_weights(
     """Singular values of every targeted matrix; device: where they are computed, default where the matrix is.
 
     workspace: finished matrices are taken from there and put there; keep_reductions: with what the factors need,
-    computed on the CPU. scaling, calibration: see `analyze`.
+    computed on the CPU. scaling, calibration, split: see `analyze`.
     """
+    grids = long_matrices(weights.skeleton, weights.targets) if split else {}
+    targets = in_blocks(weights.targets, grids)
 
     def compute(target: Target) -> dict[str, Tensor]:
         found = workspace.fetch(f"{target.name}.values") if workspace else None
@@ -121,7 +127,7 @@ def analyze_weights(
             return found
         W = weights.read(target)
         check_finite(target.name, W)
-        norm = metric(scaling, calibration, target.name)
+        norm = metric(scaling, calibration, target)
         if workspace and keep_reductions:
             reduction = reduce(W, norm)
             sigma = reduction.values()
@@ -130,36 +136,40 @@ def analyze_weights(
             sigma = singular_values(W.to(device) if device else W, norm)
         found = {"sigma": torch.from_numpy(sigma.copy())}
         if calibration:
-            found["outliers"] = torch.tensor(outliers(W, calibration, target.name), dtype=torch.float64)
+            found["outliers"] = torch.tensor(outliers(W, calibration, target), dtype=torch.float64)
         if workspace:
             workspace.store(f"{target.name}.values", found)
         return found
 
-    mine = crew.share(weights.targets)
+    mine = crew.share(targets)
     found = spread(compute, mine, [t.cost for t in mine], workers=workers, progress=progress, label="singular values")
     mine_by_name = {target.name: values for target, values in zip(mine, found, strict=True)}
     crew.wait()
-    every = {t.name: mine_by_name[t.name] if t.name in mine_by_name else compute(t) for t in weights.targets}
+    every = {t.name: mine_by_name[t.name] if t.name in mine_by_name else compute(t) for t in targets}
     return Spectra(
         model=weights.identity,
         values={name: values["sigma"].numpy() for name, values in every.items()},
-        shapes={target.name: target.shape for target in weights.targets},
+        shapes={target.name: target.shape for target in targets},
         include=weights.include,
         exclude=weights.exclude,
         scaling=scaling,
         calibration=summary(calibration),
-        losses=_losses(scaling, calibration, list(every)),
+        losses=_losses(scaling, calibration, targets),
         outliers={name: float(values["outliers"]) for name, values in every.items()} if calibration else {},
-        unreached=tuple(name for name in every if not calibration.counts.get(name)) if calibration else (),
+        unreached=tuple(t.name for t in targets if not calibration.counts.get(t.layer)) if calibration else (),
+        grids=grids,
     )
 
 
-def _losses(scaling: str, calibration: Calibration | None, names: Sequence[str]) -> dict[str, NDArray[np.float64]]:
-    """The losses that the calibration measured, which are those of the directions of K-FAC."""
+def _losses(scaling: str, calibration: Calibration | None, targets: Sequence[Target]) -> dict[str, NDArray[np.float64]]:
+    """The losses that the calibration measured: of all matrices that it reached, or of none, for they are no measure
+    of predicted ones; {} too where it measured along other directions than those that are cut (another split).
+    """
     if calibration is None or scaling != KFAC:
         return {}
-    found = {name: calibration.losses(name) for name in names}
-    return {name: losses.double().numpy() for name, losses in found.items() if losses is not None}
+    reached = [t.name for t in targets if calibration.counts.get(t.layer)]
+    found = {name: losses for name in reached if (losses := calibration.losses(name)) is not None}
+    return {name: losses.double().numpy() for name, losses in found.items()} if len(found) == len(reached) else {}
 
 
 def summary(calibration: Calibration | None) -> dict[str, Any]:

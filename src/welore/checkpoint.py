@@ -25,6 +25,7 @@ from welore.directory import PLAN, RECORD, SHARD_SIZE
 from welore.errors import WeLoreError, choose
 from welore.files import refuse_existing, refuse_source, whole_directory
 from welore.forms import FACTORED
+from welore.grids import Target
 from welore.integration import WeLoreConfig
 from welore.loading import read_tokenizer
 from welore.locate import locate
@@ -36,7 +37,7 @@ from welore.scaling import KFAC, SCALINGS
 from welore.source import Checkpoint
 from welore.spectra import NONE
 from welore.surgery import compress_model, sizes
-from welore.targets import Target, config_of, context_length
+from welore.targets import config_of, context_length
 from welore.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def compress(
     min_ratio: MinRatio | None = None,
     allow_growth: bool = False,
     rank_multiple: int = 1,
+    split: bool | None = None,
     paper: bool = False,
     calibration: "Calibration | str | Path" = SELF,
     tokens: int = TOKENS,
@@ -77,8 +79,9 @@ def compress(
     Give a plan, or one target (rank_reduction, params, threshold) with the settings of `allocate`. scaling: one of
     scaling.SCALINGS; by default kfac for `params` alone, which is the best we have, and none for the paper's targets
     and for a named strategy. calibration: what a scaling rests on, made by `calibrate`; "self" makes one from `tokens`
-    tokens that the model itself writes, so that no data is needed. paper: WeLore as published, which is strategy
-    welore, scaling none and storage factored.
+    tokens that the model itself writes, so that no data is needed. split: matrices at least twice as long as wide are
+    cut block by block (targets.long_matrices); by default where the scaling is kfac. paper: WeLore as published, which
+    is strategy welore, scaling none, storage factored and nothing split.
 
     heal: the text on which the factors then learn from the dense model (tuning.healing): "self", what the model wrote
     for the calibration, for at most 64 steps; texts as `calibrate` takes them, of which `tokens` are read, each once,
@@ -105,10 +108,11 @@ def compress(
     }
     alone = params is not None and strategy is None and scaling in (None, KFAC)  # the best we have is asked for
     if plan is None:
-        settings, scaling = _method(settings, scaling, paper=paper)
+        settings, scaling = _method(settings, scaling, split=split, paper=paper)
         check_settings(target, settings["strategy"], settings["storage"], min_ratio, rank_multiple, scaling)
-    elif settings != allocate.__kwdefaults__ or scaling or paper or include or exclude:
-        raise WeLoreError("a plan has its own target, strategy, scaling, storage and patterns: leave those out")
+        split = scaling == KFAC if split is None else split
+    elif settings != allocate.__kwdefaults__ or scaling or split or paper or include or exclude:
+        raise WeLoreError("a plan has its own target, strategy, scaling, storage, split and patterns: leave those out")
     else:
         include, exclude, scaling = plan.include, plan.exclude, plan.scaling
 
@@ -123,7 +127,7 @@ def compress(
             )
         known = None if calibration == SELF else calibration
         how: dict[str, Any] = {"scaling": scaling, "calibration": known, "workers": workers, "progress": progress}
-        plan = compress_model(model, plan=plan, **how, **patterns, **settings)
+        plan = compress_model(model, plan=plan, split=bool(split), **how, **patterns, **settings)
         model.config.quantization_config = WeLoreConfig.of(plan)
         record = _record(plan, started, sizes(model))
         if out is not None:
@@ -143,7 +147,7 @@ def compress(
         own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.written or (0,))[0]
         heal = _healing(heal, own, alone=alone)
         rests_on = [tokens, seed] if found is None else summary(found)
-        with shared_workspace(_beside(out), source, scaling, rests_on) as (workspace, crew):
+        with shared_workspace(_beside(out), source, scaling, split, rests_on) as (workspace, crew):
             place = None if device == "cpu" else device  # where the tensors of a checkpoint come in anyway
             how = {"device": place, "workers": workers, "progress": progress}
             if plan is None:
@@ -152,7 +156,7 @@ def compress(
                     found = _own_calibration(directory, workspace, crew, **text, **patterns)
                 keep = place is None and _fits_on_disk(source.targets, Path(out))
                 kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep}
-                spectra = analyze_weights(source, scaling=scaling, calibration=found, **kept, **how)
+                spectra = analyze_weights(source, scaling=scaling, calibration=found, split=bool(split), **kept, **how)
                 plan = allocate(spectra, **settings)
             else:
                 check_plan(plan, source, found)
@@ -172,12 +176,14 @@ def compress(
     return Record.load(Path(out) / RECORD)
 
 
-def _method(settings: Mapping[str, Any], scaling: str | None, *, paper: bool) -> tuple[dict[str, Any], str]:
+def _method(
+    settings: Mapping[str, Any], scaling: str | None, *, split: bool | None, paper: bool
+) -> tuple[dict[str, Any], str]:
     """Settings of `allocate` and the scaling: what was asked for, and what goes with it."""
     found = dict(settings)
     if paper:
-        if found["strategy"] or scaling or found["storage"]:
-            raise WeLoreError("--paper is strategy welore, scaling none, storage factored: leave those three out")
+        if found["strategy"] or scaling or found["storage"] or split:
+            raise WeLoreError("--paper is strategy welore, scaling none, storage factored, no split: leave those out")
         found |= {"strategy": "welore", "storage": FACTORED}
     best = found["params"] is not None and found["strategy"] is None
     scaling = scaling or (KFAC if best else NONE)
@@ -279,6 +285,7 @@ def _record(plan: Plan, started: float, sizes: dict[str, Any], healing: dict[str
         "min_ratio": plan.min_ratio,
         "allow_growth": plan.allow_growth,
         "rank_multiple": plan.rank_multiple,
+        "split": len(plan.grids),
         "include": list(plan.include),
         "exclude": list(plan.exclude),
         "healing": healing,

@@ -12,6 +12,7 @@ from welore.calibration.artefact import Calibration
 from welore.directory import PLAN, Step, copied, write_config, write_weights
 from welore.factors import Reduction, factorise
 from welore.forms import FORMS, shapes
+from welore.grids import Target, in_blocks
 from welore.integration import WeLoreConfig
 from welore.parallel import Team, spread
 from welore.pivot import tensors
@@ -37,14 +38,14 @@ def factor_matrices(
     progress: Progress,
 ) -> dict[str, Any]:
     """Put the factors of every LRC into the workspace; how good they are, over all of them, for the one who leads."""
-    targets = {target.name: target for target in source.targets}
+    targets = {target.name: target for target in in_blocks(source.targets, plan.grids)}
 
     def compute(a: Allocation) -> dict[str, Tensor]:
         found = workspace.fetch(_kept(a))
         if found is None:
             kept = workspace.fetch(f"{a.name}.reduction") if device is None else None
             reduction = None if kept is None else Reduction.from_tensors(kept)
-            norm = metric(plan.scaling, calibration, a.name)
+            norm = metric(plan.scaling, calibration, targets[a.name])
             # W without a name here: factorise makes its own copy and lets this one go.
             factors = factorise(source.read(targets[a.name]).to(device), a.kept, a.relative_error, reduction, norm)
             parts = tensors(factors.A, factors.B, a.form).items()
@@ -92,7 +93,12 @@ def write_checkpoint(
 
 def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace, trained: Trained | None) -> list[Step]:
     """What a compressed checkpoint holds, in the order of the source; trained: the factors after healing."""
-    chosen = {a.name + ".weight": a for a in plan.allocations if a.factored}
+    cut = plan.split
+    layers: dict[str, list[tuple[Target, Allocation]]] = {}
+    allocations = {a.name: a for a in plan.allocations}
+    for target in in_blocks(source.targets, plan.grids):
+        if allocations[target.name].factored or target.layer in cut:
+            layers.setdefault(target.layer + ".weight", []).append((target, allocations[target.name]))
 
     def factors(a: Allocation) -> dict[str, list[Tensor]]:
         found = workspace.fetch(_kept(a))
@@ -103,19 +109,27 @@ def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace, trained: T
             found |= {part: trained(f"{a.name}.{part}").to(found[part].dtype) for part in numbers}
         return {f"{a.name}.{part}": [found[part].flatten()] for part in FORMS[a.form]} | {f"{a.name}.weight": []}
 
-    steps = []
-    for key in source.keys():  # noqa: SIM118 - a method of ours
-        name, dtype = source.prefix + key, source.entry(key).dtype
-        if name not in chosen:
-            steps.append(copied(source, key, name))
-            continue
-        a = chosen.pop(name)
+    def matrix(target: Target, a: Allocation, dtype: torch.dtype) -> Step:
+        if not a.factored:
+            return Step(
+                {f"{a.name}.weight": (dtype, a.shape)}, lambda: {f"{a.name}.weight": [source.read(target).flatten()]}
+            )
         announced = {
             f"{a.name}.{part}": (torch.int32 if part == "order" else dtype, shape)
             for part, shape in shapes(*a.shape, a.kept, a.form).items()
         }
-        steps.append(Step({**announced, name: (dtype, (0,))}, partial(factors, a)))
-    assert not chosen, f"planned but not in the checkpoint: {sorted(chosen)}"
+        return Step({**announced, f"{a.name}.weight": (dtype, (0,))}, partial(factors, a))
+
+    steps = []
+    for key in source.keys():  # noqa: SIM118 - a method of ours
+        name, dtype = source.prefix + key, source.entry(key).dtype
+        if name not in layers:
+            steps.append(copied(source, key, name))
+            continue
+        if name.removesuffix(".weight") in cut:
+            steps.append(Step({name: (dtype, (0,))}, partial(dict, {name: []})))
+        steps += [matrix(target, a, dtype) for target, a in layers.pop(name)]
+    assert not layers, f"planned but not in the checkpoint: {sorted(layers)}"
     return steps
 
 

@@ -16,16 +16,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from welore.errors import WeLoreError, choose
 from welore.forms import FACTORED, FORMS, PIVOTED
+from welore.grids import Grid, split_layers
 from welore.lowrank import PivotedLinear
 from welore.plan import MinRatio, Plan
-from welore.surgery import compress_model, has_module, replace_module
+from welore.surgery import compress_model, has_module, replace_module, split_module
 from welore.tensorfile import TensorReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "welore"
-VERSION = 2  # 1: A and B alone; written where that is all there is, for readers that know no more
+VERSION = 3  # 1: A and B alone, 2: other forms, 3: blocks; the least is written, for readers that know no more
 
 
 @register_quantization_config(METHOD)
@@ -34,6 +35,8 @@ class WeLoreConfig(QuantizationConfigMixin):
 
     ranks: module name in the causal LM -> rank of its factors; in every saved checkpoint.
     forms: module name -> how its factors are stored, where that is not as A and B (forms.FORMS).
+    grids: module name -> blocks down and across of the matrices that were cut block by block; a layer of which a block
+    NAME.INDEX has a rank is a SplitLinear.
     Without ranks, exactly one target (rank_reduction, params, threshold) and the other settings of `allocate`
     make `from_pretrained(dense, quantization_config=WeLoreConfig(rank_reduction=0.3))` compress what it loads.
     """
@@ -42,6 +45,7 @@ class WeLoreConfig(QuantizationConfigMixin):
         self,
         ranks: Mapping[str, int] | None = None,
         forms: Mapping[str, str] | None = None,
+        grids: Mapping[str, Sequence[int]] | None = None,
         *,
         rank_reduction: float | None = None,
         params: float | None = None,
@@ -51,6 +55,7 @@ class WeLoreConfig(QuantizationConfigMixin):
         min_ratio: MinRatio | None = None,
         allow_growth: bool = False,
         rank_multiple: int = 1,
+        split: bool = False,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         version: int = 1,
@@ -63,7 +68,8 @@ class WeLoreConfig(QuantizationConfigMixin):
         for form in (forms or {}).values():
             choose("form", form, FORMS)
         self.forms = {name: form for name, form in (forms or {}).items() if form != FACTORED}
-        self.version = 2 if self.forms else 1
+        self.grids: dict[str, Grid] = {name: (down, across) for name, (down, across) in (grids or {}).items()}
+        self.version = 3 if split_layers(self.grids, self.ranks or {}) else 2 if self.forms else 1
         self.include, self.exclude = list(include), list(exclude)
         self.wish: dict[str, Any] = {
             "rank_reduction": rank_reduction,
@@ -74,17 +80,18 @@ class WeLoreConfig(QuantizationConfigMixin):
             "min_ratio": min_ratio,
             "allow_growth": allow_growth,
             "rank_multiple": rank_multiple,
+            "split": split,
         }
 
     @classmethod
     def of(cls, plan: Plan) -> "WeLoreConfig":
         """The config of a model that was compressed by `plan`."""
-        return cls(plan.ranks, plan.forms, include=plan.include, exclude=plan.exclude)
+        return cls(plan.ranks, plan.forms, plan.grids, include=plan.include, exclude=plan.exclude)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
         content: dict[str, Any] = {"quant_method": METHOD, "version": self.version, "ranks": self.ranks}
-        for name in ("forms", "include", "exclude"):
+        for name in ("forms", "grids", "include", "exclude"):
             if getattr(self, name):
                 content[name] = getattr(self, name)
         return content
@@ -100,15 +107,22 @@ class WeLoreQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        ranks, forms = self.quantization_config.ranks, self.quantization_config.forms
+        config = self.quantization_config
+        ranks, forms = config.ranks, config.forms
         if ranks is None:
             return
+        cut = split_layers(config.grids, ranks)
         prefix = model.base_model_prefix + "."  # a bare AutoModel has no such first component in its names
         if checkpoint_files:
-            check_factors(ranks, forms, checkpoint_files, prefix)
+            check_factors(config, checkpoint_files, prefix)
+
+        def place(name: str) -> str:
+            return name if has_module(model, name) else name.removeprefix(prefix)
+
+        for name, grid in cut.items():
+            split_module(model, place(name), grid)
         for name, rank in ranks.items():
-            place = name if has_module(model, name) else name.removeprefix(prefix)
-            replace_module(model, place, rank, forms.get(name, FACTORED))
+            replace_module(model, place(name), rank, forms.get(name, FACTORED))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
@@ -145,9 +159,7 @@ def step_aside(model: "PreTrainedModel") -> None:
             config._is_quantized = False  # type: ignore[union-attr]
 
 
-def check_factors(
-    ranks: Mapping[str, int], forms: Mapping[str, str], files: Sequence[str | Path], prefix: str = ""
-) -> None:
+def check_factors(config: WeLoreConfig, files: Sequence[str | Path], prefix: str = "") -> None:
     """Raise WeLoreError unless every factor is in the files with its rank: a lost one would load as noise.
 
     prefix: first component of a module's name that a file written from a bare AutoModel leaves out.
@@ -157,14 +169,20 @@ def check_factors(
         if str(path).endswith(".safetensors"):
             with TensorReader(path) as reader:
                 shapes |= {name: entry.shape for name, entry in reader.entries.items()}
+
+    def shape_of(key: str) -> tuple[int, ...]:
+        shape = shapes.get(key, shapes.get(key.removeprefix(prefix)))
+        if shape is None:
+            raise WeLoreError(f"the checkpoint has lost the tensor {key}: it cannot be loaded")
+        return shape
+
+    ranks = config.ranks or {}
+    for layer, (down, across) in split_layers(config.grids, ranks).items():
+        for name in (f"{layer}.{index}" for index in range(down * across)):
+            shape_of(f"{name}.weight")  # of a dense block the matrix, of others the tombstone
     for name, rank in ranks.items():
-        form = forms.get(name, FACTORED)
-        found = []
-        for key in (f"{name}.{part}" for part in FORMS[form]):
-            shape = shapes.get(key, shapes.get(key.removeprefix(prefix)))
-            if shape is None:
-                raise WeLoreError(f"the checkpoint has lost the factor {key}: it cannot be loaded")
-            found.append(shape)
+        form = config.forms.get(name, FACTORED)
+        found = [shape_of(f"{name}.{part}") for part in FORMS[form]]
         left, right = (found[1], found[0]) if form == PIVOTED else (found[0], found[1])
         if left[-1] != rank or right[0] != rank:
             raise WeLoreError(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from welore.errors import WeLoreError
 from welore.forms import FACTORED, PIVOTED
+from welore.grids import Grid, blocks_of
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -110,6 +111,54 @@ class PivotedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shapes, as nn.Linear prints them."""
         return _shapes(self)
+
+
+class SplitLinear(nn.Module):
+    """y = W x + b with W in equal blocks, each a linear or a low-rank layer of its own.
+
+    grid: how many blocks lie below each other and side by side. The blocks are called 0, 1, ..., row by row, and are
+    made as nn.Linear without bias. `bias` and the tombstone `weight` are those of LowRankLinear.
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid: Grid,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        count, (m, n) = blocks_of(out_features, in_features, grid)
+        super().__init__()
+        self.in_features, self.out_features, self.grid = in_features, out_features, grid
+        for index in range(count):
+            self.add_module(str(index), nn.Linear(n, m, bias=False, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., n) -> (..., m)."""
+        down, across = self.grid
+        blocks, parts = iter(self.children()), x.split(self.in_features // across, -1)
+        rows = []
+        for _ in range(down):
+            row = next(blocks)(parts[0])
+            for part in parts[1:]:
+                row = row + next(blocks)(part)
+            rows.append(row)
+        y = rows[0] if down == 1 else torch.cat(rows, -1)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Shapes, as nn.Linear prints them."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, grid={self.grid}, "
+            f"bias={self.bias is not None}"
+        )
 
 
 def _lay_by_column(tall: nn.Linear, x: Tensor) -> None:

@@ -12,13 +12,14 @@ from welore.directory import SHARD_SIZE, Step, copied, write_config, write_weigh
 from welore.errors import WeLoreError
 from welore.files import refuse_existing, refuse_source, whole_directory
 from welore.forms import FACTORED, FORMS
+from welore.grids import split_layers
 from welore.integration import METHOD, WeLoreConfig, check_factors
 from welore.locate import locate
 from welore.pivot import product
 from welore.progress import Progress, silent
 from welore.records import read_json
 from welore.source import Checkpoint, weight_files
-from welore.surgery import merge_model
+from welore.surgery import joined, merge_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +53,7 @@ def merge(
     if about.get("quant_method") != METHOD:
         raise WeLoreError(f"{model} is not a checkpoint compressed by welore: there is nothing to merge")
     config = WeLoreConfig(**about)
-    check_factors(config.ranks or {}, config.forms, weight_files(directory))
+    check_factors(config, weight_files(directory))
     with Checkpoint(directory, str(model)) as source, whole_directory(out, overwrite=overwrite) as unfinished:
         write_weights(unfinished, _merged(source, config), max_shard_size, progress)
         write_config(directory, unfinished, None)
@@ -61,24 +62,37 @@ def merge(
 
 def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
     """What the dense checkpoint holds: the product where there were factors, everything else as it is."""
-    forms = {name: config.forms.get(name, FACTORED) for name in config.ranks or {}}
+    ranks = config.ranks or {}
+    cut = split_layers(config.grids, ranks)
+    blocks = {layer: [f"{layer}.{i}" for i in range(down * across)] for layer, (down, across) in cut.items()}
+    inside = {name for names in blocks.values() for name in names}
+    forms = {name: config.forms.get(name, FACTORED) for name in ranks}
+
+    def matrix(name: str) -> Tensor:
+        if name in cut:
+            return joined([matrix(block) for block in blocks[name]], cut[name])
+        if name not in forms:
+            return source.tensor(f"{name}.weight").float()
+        return product({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]]}, forms[name])
 
     def dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[Tensor]]:
-        W = product({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]]}, forms[name])
         # GPT-2's Conv1D stores W^T
-        W = W.T if isinstance(source.skeleton.get_submodule(name), Conv1D) else W
+        W = matrix(name).T if isinstance(source.skeleton.get_submodule(name), Conv1D) else matrix(name)
         assert tuple(W.shape) == shape
         return {f"{name}.weight": [W.to(dtype).flatten()]}
 
-    factors = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form]}
+    gone = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form]}
+    gone |= {f"{name}.weight" for name in inside}
     steps = []
     for key in source.keys():  # noqa: SIM118 - a method of ours
         name = key.removesuffix(".weight")
-        if name in forms:
+        if key in gone:
+            continue
+        if name in cut or name in forms:
             weight, dtype = source.skeleton.get_submodule(name).weight, source.entry(key).dtype
             assert isinstance(weight, Tensor)
             shape = tuple(weight.shape)
             steps.append(Step({key: (dtype, shape)}, partial(dense, name, shape, dtype)))
-        elif key not in factors:
+        else:
             steps.append(copied(source, key, key))
     return steps

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from welore.errors import WeLoreError, choose
 from welore.forms import DENSE, FACTORED, FORMS, PIVOTED, STORAGES, cost, form_of
+from welore.grids import Grid, split_layers
 from welore.records import read_json, write_json
 from welore.spectra import NONE, Identity, Spectra, Values
 from welore.strategies import BREAK_EVEN, STRATEGIES, MinRatio, Scores, Strategy, stored
@@ -67,7 +68,7 @@ class Plan:
 
     asked: the target as the user gave it, {"rank_reduction" | "params" | "threshold": value}.
     threshold: the level at which the scores were cut (WeLore's t when the strategy is `welore`).
-    scaling, calibration: as in the spectra that the plan was made from. rank_multiple: as it was asked for.
+    scaling, calibration, grids: as in the spectra that the plan was made from. rank_multiple: as it was asked for.
     """
 
     model: Identity
@@ -82,6 +83,7 @@ class Plan:
     scaling: str = NONE
     calibration: Mapping[str, Any] = field(default_factory=dict)
     rank_multiple: int = 1
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -92,6 +94,17 @@ class Plan:
     def forms(self) -> dict[str, str]:
         """Name -> form of every LRC."""
         return {a.name: a.form for a in self.allocations if a.factored}
+
+    @property
+    def split(self) -> dict[str, Grid]:
+        """Layer -> grid of those that are stored in blocks, because at least one block is an LRC."""
+        return split_layers(self.grids, self.ranks)
+
+    @property
+    def lrc_layers(self) -> set[str]:
+        """The layers that are stored in low rank, all of them or a block."""
+        cut = self.split
+        return set(cut) | {name for name in self.ranks if name.rpartition(".")[0] not in cut}
 
     @property
     def rank_reduction(self) -> float:
@@ -130,6 +143,7 @@ class Plan:
             "min_ratio": self.min_ratio,
             "allow_growth": self.allow_growth,
             "rank_multiple": self.rank_multiple,
+            "grids": dict(self.grids),
             "threshold": self.threshold,
             "include": list(self.include),
             "exclude": list(self.exclude),
@@ -156,6 +170,12 @@ class Plan:
                 raise WeLoreError(f"{path} has format {content['format']!r}, this version reads {FORMAT!r}")
             if not content["matrices"]:
                 raise WeLoreError(f"{path} plans no matrix: make it again with `welore allocate`")
+            grids = {layer: (down, across) for layer, (down, across) in content.get("grids", {}).items()}
+            names = {matrix["name"] for matrix in content["matrices"]}
+            for layer, (down, across) in grids.items():
+                lost = {f"{layer}.{index}" for index in range(down * across)} - names
+                if lost:
+                    raise WeLoreError(f"{path} splits {layer} and says nothing of {min(lost)}: make it again")
             return cls(
                 model=Identity(content["model"]["name"], content["model"]["fingerprint"]),
                 strategy=content["strategy"],
@@ -169,8 +189,9 @@ class Plan:
                 scaling=content.get("scaling", NONE),
                 calibration=content.get("calibration", {}),
                 rank_multiple=content.get("rank_multiple", 1),
+                grids=grids,
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise WeLoreError(f"{path} is not a plan of welore ({error!r}): make one with `welore allocate`") from error
 
 
@@ -278,6 +299,7 @@ def allocate(
         scaling=spectra.scaling,
         calibration=spectra.calibration,
         rank_multiple=rank_multiple,
+        grids=spectra.grids,
     )
 
 

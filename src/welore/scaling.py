@@ -14,6 +14,7 @@ from torch import Tensor
 from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError, choose
 from welore.factors import Metric
+from welore.grids import Target
 from welore.spectra import ASVD, NONE
 
 INPUT, KFAC = "input", "kfac"
@@ -21,55 +22,66 @@ DAMPING_INPUTS, DAMPING_OUTPUTS = 1e-3, 1e-1  # of the mean diagonal: directions
 ASVD_ALPHA = 0.5
 
 
-def asvd(calibration: Calibration, name: str) -> Metric:
+def asvd(calibration: Calibration, target: Target) -> Metric:
     """Columns scaled by E[|x_j|]^alpha. ASVD, arXiv 2312.05821, with its alpha of 0.5."""
-    magnitudes = _known(calibration.magnitudes(name), calibration, name)
+    magnitudes = _known(calibration.magnitudes(target.layer), calibration, target.layer)[target.columns]
     scale = (magnitudes + DAMPING_INPUTS * magnitudes.mean()) ** ASVD_ALPHA
-    return Metric(torch.ones(calibration.shapes[name][0]), scale**2)
+    return Metric(torch.ones(target.shape[0]), scale**2)
 
 
-def inputs(calibration: Calibration, name: str) -> Metric:
+def inputs(calibration: Calibration, target: Target) -> Metric:
     """The error of the outputs on the calibration's text, which SVD-LLM (arXiv 2403.07378) minimises.
 
     All outputs of a matrix weigh the same: the mean of E[g_i^2]. That moves no singular vector, but makes the values
     of different matrices comparable.
     """
-    m = calibration.shapes[name][0]
-    gradients = _known(calibration.outputs(name), calibration, name).diagonal().mean()
-    return Metric(gradients.repeat(m), _damped(_known(calibration.inputs(name), calibration, name), DAMPING_INPUTS))
+    gradients = _leaving(calibration, target).diagonal().mean()
+    return Metric(gradients.repeat(target.shape[0]), _damped(_entering(calibration, target), DAMPING_INPUTS))
 
 
-def kfac(calibration: Calibration, name: str) -> Metric:
+def kfac(calibration: Calibration, target: Target) -> Metric:
     """Both sides: the rise of the loss, as far as inputs and gradients are independent."""
     return Metric(
-        _damped(_known(calibration.outputs(name), calibration, name), DAMPING_OUTPUTS),
-        _damped(_known(calibration.inputs(name), calibration, name), DAMPING_INPUTS),
+        _damped(_leaving(calibration, target), DAMPING_OUTPUTS),
+        _damped(_entering(calibration, target), DAMPING_INPUTS),
     )
 
 
-SCALINGS: dict[str, Callable[[Calibration, str], Metric | None]] = {
-    NONE: lambda calibration, name: None,
+SCALINGS: dict[str, Callable[[Calibration, Target], Metric | None]] = {
+    NONE: lambda calibration, target: None,
     ASVD: asvd,
     INPUT: inputs,
     KFAC: kfac,
 }
 
 
-def metric(scaling: str, calibration: Calibration | None, name: str) -> Metric | None:
+def metric(scaling: str, calibration: Calibration | None, target: Target) -> Metric | None:
     """The norm for one matrix; None is the plain one, also for a matrix that the calibration never reached."""
     make = choose("scaling", scaling, SCALINGS)
     if scaling == NONE:
         return None
     if calibration is None:
         raise WeLoreError(f"scaling {scaling} needs a calibration: make one with `welore calibrate MODEL -o FILE`")
-    return make(calibration, name) if calibration.counts.get(name) else None
+    return make(calibration, target) if calibration.counts.get(target.layer) else None
 
 
-def outliers(W: Tensor, calibration: Calibration, name: str) -> float:
+def outliers(W: Tensor, calibration: Calibration, target: Target) -> float:
     """Share of the weights whose |W_ij| rms(x_j) exceeds five times its mean over the matrix. OWL, section 3, M = 5."""
-    rms = _known(calibration.inputs(name), calibration, name).diagonal().clamp(min=0).sqrt()
+    rms = _entering(calibration, target).diagonal().clamp(min=0).sqrt()
     found = W.float().abs() * rms.to(W.device)
     return float((found > 5 * found.mean()).double().mean())
+
+
+def _entering(calibration: Calibration, target: Target) -> Tensor:
+    """E[x x^T] of what enters W."""
+    found = _known(calibration.inputs(target.layer), calibration, target.layer)
+    return found[target.columns, target.columns]
+
+
+def _leaving(calibration: Calibration, target: Target) -> Tensor:
+    """E[g g^T] of what leaves W."""
+    found = _known(calibration.outputs(target.layer), calibration, target.layer)
+    return found[target.rows, target.rows]
 
 
 def _known(statistic: Tensor | None, calibration: Calibration, name: str) -> Tensor:

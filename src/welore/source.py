@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError, first_line
+from welore.grids import Target
 from welore.locate import locate
 from welore.records import read_json
 from welore.spectra import Identity
-from welore.targets import Target, config_of, dense_skeleton, find_targets
+from welore.targets import config_of, dense_skeleton, find_targets
 from welore.tensorfile import Entry, TensorReader
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ class ModelWeights:
         return self.model
 
     def read(self, target: Target) -> Tensor:
-        """W (m, n), a view."""
+        """W (m, n) of a layer or of a block of it, a view."""
         W = self._stored(target)
-        return W.T if target.transposed else W
+        return (W.T if target.transposed else W)[target.rows, target.columns]
 
     def _stored(self, target: Target) -> Tensor:
-        weight = self.model.get_submodule(target.name).weight
+        weight = self.model.get_submodule(target.layer).weight
         assert isinstance(weight, Tensor)
         if weight.is_meta:
             raise WeLoreError(f"{target.name} is not in memory (offloaded?): load the model on one device")
@@ -172,7 +173,7 @@ class Checkpoint:
         key = self._key(target)
         W = self.tensor(key)
         check_finite(key, W)
-        return W.T if target.transposed else W
+        return (W.T if target.transposed else W)[target.rows, target.columns]
 
     def dtype(self, target: Target) -> torch.dtype:
         """The dtype in which a matrix is stored."""
@@ -183,7 +184,7 @@ class Checkpoint:
         return next(self._readers[key].chunks(key))
 
     def _key(self, target: Target) -> str:
-        key = self.key(target.name + ".weight")
+        key = self.key(target.layer + ".weight")
         assert key is not None
         return key
 

@@ -54,6 +54,7 @@ class Spectra:
     losses: name -> what cutting each value costs, (k,), where it was measured (scaling "kfac"); the squares of the
     values only predict it.
     unreached: names of the matrices that no token of the calibration reached: nothing is known of what a cut costs.
+    grids: layer -> blocks down and across of the matrices that are split; each block is a matrix of its own here.
     """
 
     model: Identity
@@ -66,6 +67,7 @@ class Spectra:
     outliers: Mapping[str, float] = field(default_factory=dict)
     losses: Mapping[str, Values] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
+    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def normalised(self) -> dict[str, Values]:
         """Name -> normalised spectrum s (k,), see `normalise`."""
@@ -84,6 +86,7 @@ class Spectra:
             "calibration": json.dumps(dict(self.calibration)),
             "outliers": json.dumps(dict(self.outliers)),
             "unreached": json.dumps(self.unreached),
+            "grids": json.dumps(dict(self.grids)),
         }
         with whole_file(path) as partial:
             arrays = {name: np.ascontiguousarray(v) for name, v in self.values.items()}
@@ -108,14 +111,13 @@ class Spectra:
             include, exclude = (tuple(json.loads(about[name])) for name in ("include", "exclude"))
             calibrated = {name: json.loads(about.get(name, "{}")) for name in ("calibration", "outliers")}
             unreached = tuple(json.loads(about.get("unreached", "[]")))
+            grids = {layer: (down, across) for layer, (down, across) in json.loads(about.get("grids", "{}")).items()}
         except SafetensorError as error:
             raise WeLoreError(f"{path} is not a readable safetensors file ({error})") from error
-        except (KeyError, json.JSONDecodeError) as error:
+        except (KeyError, ValueError) as error:
             raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
-        scaling = about.get("scaling", NONE)
-        return cls(
-            identity, values, shapes, include, exclude, scaling, **calibrated, losses=losses, unreached=unreached
-        )
+        more: dict[str, Any] = {"losses": losses, "unreached": unreached, "grids": grids}
+        return cls(identity, values, shapes, include, exclude, about.get("scaling", NONE), **calibrated, **more)
 
 
 def block_of(name: str) -> str:

@@ -1,17 +1,19 @@
 """Compress and merge a model in memory: linear layers are exchanged in place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from welore.analysis import analyze_weights, check_plan, opened_calibration
 from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
 from welore.factors import factorise
-from welore.forms import DENSE, FACTORED, FORMS, ORDER_BYTES, cost
-from welore.lowrank import LAYERS, LowRank, PivotedLinear
+from welore.forms import DENSE, FACTORED, ORDER_BYTES, cost
+from welore.grids import Grid, Target, in_blocks
+from welore.lowrank import LAYERS, LowRank, PivotedLinear, SplitLinear
 from welore.parallel import spread
 from welore.pivot import product, tensors
 from welore.plan import Plan, allocate
@@ -19,21 +21,32 @@ from welore.progress import Progress, silent
 from welore.scaling import metric
 from welore.source import ModelWeights
 from welore.spectra import NONE
-from welore.targets import Target, dense_skeleton, find_targets
+from welore.targets import dense_skeleton, find_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Layer = TypeVar("Layer", LowRank, SplitLinear)
+
 
 def replace_module(model: nn.Module, name: str, rank: int, form: str = FACTORED) -> LowRank:
     """Put an (uninitialised) low-rank layer in the place of the linear layer `name`; its bias is kept."""
+    return _exchanged(model, name, lambda n, m, **like: LAYERS[form](n, m, rank, **like))
+
+
+def split_module(model: nn.Module, name: str, grid: Grid) -> SplitLinear:
+    """Put a layer of (uninitialised) dense blocks in the place of the linear layer `name`; its bias is kept."""
+    return _exchanged(model, name, lambda n, m, **like: SplitLinear(n, m, grid, **like))
+
+
+def _exchanged(model: nn.Module, name: str, make: Callable[..., Layer]) -> Layer:
     if not has_module(model, name):
         raise WeLoreError(f"config.json gives a rank to {name}, but {type(model).__name__} has no such layer")
     old = model.get_submodule(name)
     weight, bias = old.weight, old.bias
     assert isinstance(weight, Tensor)
     m, n = weight.shape if isinstance(old, nn.Linear) else weight.shape[::-1]
-    new = LAYERS[form](n, m, rank, device=weight.device, dtype=weight.dtype)
+    new = make(n, m, device=weight.device, dtype=weight.dtype)
     if bias is not None:
         assert isinstance(bias, nn.Parameter)
         new.bias = bias
@@ -51,12 +64,13 @@ def compress_model(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     workers: int | None = None,
+    split: bool = False,
     progress: Progress = silent,
     **target: Any,
 ) -> Plan:
     """Compress a model in memory, in place, by a plan or by the target and settings of `allocate`.
 
-    scaling, calibration: see `analysis.analyze`; a plan has its own scaling.
+    scaling, calibration, split: see `analysis.analyze`; a plan has its own.
     """
     if plan is not None:
         include, exclude = plan.include, plan.exclude
@@ -66,18 +80,24 @@ def compress_model(
     known = opened_calibration(calibration, weights)
     if plan is None:
         how: dict[str, Any] = {"workers": workers, "progress": progress}
-        plan = allocate(analyze_weights(weights, scaling=scaling, calibration=known, **how), **target)
+        plan = allocate(analyze_weights(weights, scaling=scaling, calibration=known, split=split, **how), **target)
     else:
         check_plan(plan, weights, known)
     chosen = {a.name: a for a in plan.allocations if a.factored}
-    todo = [t for t in weights.targets if t.name in chosen]
+    targets, cut = in_blocks(weights.targets, plan.grids), plan.split
+    todo = [t for t in targets if t.name in chosen]
 
     def compute(t: Target) -> dict[str, Tensor]:
         a = chosen[t.name]
-        factors = factorise(weights.read(t), a.kept, a.relative_error, metric=metric(plan.scaling, known, t.name))
+        factors = factorise(weights.read(t), a.kept, a.relative_error, metric=metric(plan.scaling, known, t))
         return tensors(factors.A, factors.B, a.form)
 
     found = spread(compute, todo, [t.cost for t in todo], workers=workers, progress=progress, label="factors")
+    dense = {t.name: weights.read(t) for t in targets if t.layer in cut and t.name not in chosen}
+    for layer, grid in cut.items():
+        split_module(model, layer, grid)
+    for name, W in dense.items():
+        model.get_submodule(name).state_dict()["weight"].copy_(W)
     for t, parts in zip(todo, found, strict=True):
         state = replace_module(model, t.name, chosen[t.name].kept, chosen[t.name].form).state_dict()
         for part, tensor in parts.items():
@@ -88,14 +108,33 @@ def compress_model(
 def merge_model(model: "PreTrainedModel") -> None:
     """Make a compressed model in memory dense again, in place: every low-rank layer becomes its product."""
     skeleton = dense_skeleton(model.config, type(model))
-    for name, layer in [(n, module) for n, module in model.named_modules() if isinstance(module, LowRank)]:
+    inside: set[nn.Module] = set()
+    for name, layer in list(model.named_modules()):
+        if layer in inside or not isinstance(layer, SplitLinear | LowRank):
+            continue
+        inside.update(layer.modules())
         dense = skeleton.get_submodule(name)  # nn.Linear, or GPT-2's Conv1D, which stores W^T
-        parts = layer.state_dict()
-        W = product(parts, layer.form).to(parts[FORMS[layer.form][0]].dtype)
+        W = _matrix(layer).to(next(next(layer.children()).parameters()).dtype)
         dense.weight = nn.Parameter(W if isinstance(dense, nn.Linear) else W.T.contiguous())
         dense.register_parameter("bias", layer.bias)
         dense.train(layer.training)
         model.set_submodule(name, dense)
+
+
+def _matrix(layer: nn.Module) -> Tensor:
+    """W (m, n) of a dense or a low-rank layer, or of one of such blocks."""
+    if isinstance(layer, SplitLinear):
+        return joined([_matrix(block) for block in layer.children()], layer.grid)
+    if isinstance(layer, LowRank):
+        return product(layer.state_dict(), layer.form)
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.detach()
+
+
+def joined(blocks: Sequence[Tensor], grid: Grid) -> Tensor:
+    """The matrix of these blocks, given row by row."""
+    across = grid[1]
+    return torch.cat([torch.cat(tuple(blocks[i : i + across]), 1) for i in range(0, len(blocks), across)])
 
 
 def sizes(model: "PreTrainedModel") -> dict[str, Any]:
@@ -107,9 +146,10 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
     config: Any = getattr(model.config, "quantization_config", None)
     about = dict(config) if isinstance(config, Mapping) else config.to_dict() if config is not None else {}
     ranks_removed = full_ranks = stored = dense = orders = 0
-    for target in find_targets(model, about.get("include", ()), about.get("exclude", ())):
+    targets = find_targets(model, about.get("include", ()), about.get("exclude", ()))
+    for target in in_blocks(targets, about.get("grids", {})):
         m, n = target.shape
-        layer = model.get_submodule(target.name)
+        layer = model.get_submodule(target.name) if has_module(model, target.name) else None
         rank, form = (layer.rank, layer.form) if isinstance(layer, LowRank) else (min(m, n), DENSE)
         full_ranks += min(m, n)
         dense += m * n

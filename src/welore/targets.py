@@ -10,30 +10,13 @@ import torch
 from torch import nn
 
 from welore.errors import WeLoreError, first_line
+from welore.grids import Grid, Target
 from welore.lowrank import LowRank
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
-
-@dataclass(frozen=True)
-class Target:
-    """One targeted matrix W (m, n) = (out_features, in_features).
-
-    transposed: the checkpoint stores W^T (GPT-2's Conv1D).
-    """
-
-    name: str
-    shape: tuple[int, int]
-    transposed: bool = False
-
-    @property
-    def cost(self) -> float:
-        """Relative time of its decomposition: the Gram matrix, and its reduction at a lower speed."""
-        k, long = min(self.shape), max(self.shape)
-        return float(k * k * (long + 2 * k))
 
 
 @dataclass(frozen=True)
@@ -95,6 +78,22 @@ def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude:
     if not targets:
         raise WeLoreError("no linear layer is targeted: the patterns leave nothing to compress")
     return targets
+
+
+def long_matrices(model: "PreTrainedModel", targets: Sequence[Target]) -> dict[str, Grid]:
+    """Layer -> grid of the matrices that are at least twice as long as wide: as many equal blocks as are no taller.
+
+    Along the model's width nothing is split: what enters and leaves the stream of hidden states is one thing. So they
+    are those of the MLPs, by their neurons. Why that pays: docs/method.md.
+    """
+    width = model.config.get_text_config(decoder=True).hidden_size
+    found: dict[str, Grid] = {}
+    for target in targets:
+        long, short = max(target.shape), min(target.shape)
+        count = max(c for c in range(1, long // short + 1) if long % c == 0)
+        if count > 1 and long != width:
+            found[target.name] = (count, 1) if target.shape[0] == long else (1, count)
+    return found
 
 
 def census(model: "PreTrainedModel", targets: Sequence[Target]) -> Census:

@@ -11,7 +11,7 @@ time.
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from welore.errors import WeLoreError
 from welore.files import whole_file
+from welore.grids import Grid, Target, in_blocks
 from welore.records import Record
 from welore.spectra import Identity
 from welore.tensorfile import TensorReader, TensorWriter
@@ -38,6 +39,7 @@ class Calibration:
     tensors: "NAME.inputs", "NAME.magnitudes", "NAME.outputs" and "NAME.losses", float32, and "written", int32; of a
     loaded calibration a view of its file.
     include, exclude: the patterns that chose the targets.
+    grids: layer -> blocks down and across of the matrices whose losses were measured block by block.
     """
 
     model: Identity
@@ -50,6 +52,7 @@ class Calibration:
     exclude: tuple[str, ...] = ()
     measured: int = 0
     written: tuple[int, int] | None = None
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
     def inputs(self, name: str) -> Tensor | None:
         """A (n, n), symmetric; zeros if no token reached the matrix, None if it is not in this calibration."""
@@ -69,9 +72,10 @@ class Calibration:
     def losses(self, name: str) -> Tensor | None:
         """What cutting each component of the matrix costs, (k,), in the order of the values scaled by K-FAC, measured.
 
-        E[(g^T a b^T x)^2] with W = sum of a b^T; None where nothing was measured.
+        E[(g^T a b^T x)^2] with W = sum of a b^T; None where nothing was measured. name: of a matrix, or of a block.
         """
-        return self.tensors[f"{name}.losses"] if self.measured and self.counts.get(name) else None
+        key = f"{name}.losses"
+        return self.tensors[key] if key in self._measured_losses() else None
 
     def own_text(self) -> Tensor | None:
         """Token ids (windows, length) that the model wrote; None where it read other texts only."""
@@ -92,9 +96,11 @@ class Calibration:
             found[f"{name}.outputs"] = (torch.float32, (m, m))
             found[f"{kept}.inputs"] = (torch.float32, (n, n))
             found[f"{kept}.magnitudes"] = (torch.float32, (n,))
-            if self.measured:
-                found[f"{name}.losses"] = (torch.float32, (min(m, n),))
-        return found
+        return found | self._measured_losses()
+
+    def _measured_losses(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        reached = [Target(name, self.shapes[name]) for name in self.shared] if self.measured else []
+        return {f"{t.name}.losses": (torch.float32, (min(t.shape),)) for t in in_blocks(reached, self.grids)}
 
     def save(self, path: str | Path) -> None:
         """Write everything to `path`, whole or not at all, one tensor in memory at a time."""
@@ -108,6 +114,7 @@ class Calibration:
             "include": json.dumps(self.include),
             "exclude": json.dumps(self.exclude),
             "measured": json.dumps(self.measured),
+            "grids": json.dumps(dict(self.grids)),
             "written": json.dumps(self.written),
             "record": json.dumps(dataclasses.asdict(self.record), allow_nan=False),
         }
@@ -137,10 +144,11 @@ class Calibration:
                 include=tuple(json.loads(about["include"])),
                 exclude=tuple(json.loads(about["exclude"])),
                 measured=json.loads(about.get("measured", "0")),
+                grids={name: (down, across) for name, (down, across) in json.loads(about.get("grids", "{}")).items()},
                 written=tuple(json.loads(about.get("written", "null")) or ()) or None,
             )
             expected = found.layout()
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
         if expected != {name: (entry.dtype, entry.shape) for name, entry in entries.items()}:
             raise WeLoreError(f"{path} does not hold the statistics that it names: make it again")

@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from welore.calibration.artefact import WRITTEN, Calibration
 from welore.calibration.generation import LENGTH, TOKENS, generate_text
 from welore.calibration.mixture import SELF, Mixture, Source, digest, draw, given, parse_mixture, seed_of
-from welore.calibration.moments import Losses
+from welore.calibration.moments import Components, Losses
 from welore.calibration.sweep import gather, kept, placed
 from welore.errors import WeLoreError, choose
 from welore.factors import factorise
+from welore.grids import Grid, Target, in_blocks
 from welore.loading import DTYPES, made_ready
 from welore.progress import Progress, silent
 from welore.records import Record
 from welore.scaling import KFAC, metric
 from welore.source import Weights, opened
-from welore.targets import Target, context_length, refuse_longer
+from welore.targets import context_length, long_matrices, refuse_longer
 from welore.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def calibrate(
     dtype: str = "float32",
     whole: bool = False,
     measure: float = MEASURE,
+    split: bool = True,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     device: str | None = None,
@@ -64,7 +66,8 @@ def calibrate(
     as many as the model reads), drawn by `seed`.
     temperature, top_k, top_p, first: of "self", see generation.generate_text. batch_size: windows in work at once.
     dtype: of the computation; the model writes in its own. whole: see sweep.gather. measure: share of the windows on
-    which, when the statistics are there, the loss of cutting every component is measured; 0 leaves that out.
+    which, when the statistics are there, the loss of cutting every component is measured; 0 leaves that out. split:
+    measure along the components of blocks where `compress` cuts blocks (analysis.analyze).
     tokenizer: needed for a model in memory that reads or writes a text.
 
     One decoder block is in memory at a time (but a model that writes is whole). Finished steps are kept in
@@ -77,6 +80,7 @@ def calibrate(
     torch_dtype = choose("dtype", dtype, DTYPES)
     with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
         targets, identity, state = weights.targets, weights.identity, weights.state
+        grids = long_matrices(weights.skeleton, targets) if split and measure else {}
     mixture: dict[str, float] = {}
     sources: list[Source] = []
     if isinstance(data, Tensor):
@@ -105,6 +109,7 @@ def calibrate(
         "batch_size": batch_size,
         "dtype": str(torch_dtype).removeprefix("torch."),
         "measure": measure,
+        "split": split,
         "device": str(place),
         "include": list(include),
         "exclude": list(exclude),
@@ -164,9 +169,9 @@ def calibrate(
             losses = Workspace(workspace.directory / "measured", workspace.key)
             losses.open()
             with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
-                collect = partial(Losses, split=partial(_components, weights, found))
+                collect = partial(Losses, components=partial(_components, weights, found, grids))
                 gather(net, targets, some, losses, seed=seed_of(seed, "measured"), collect=collect, **how)
-            found = replace(found, tensors=_Finished(workspace, losses), measured=some.numel())
+            found = replace(found, tensors=_Finished(workspace, losses), measured=some.numel(), grids=grids)
         found.save(path)
     except WeLoreError:
         workspace.remove()
@@ -184,14 +189,17 @@ def _written(model: Any, tokenizer: Any, workspace: Workspace, device: torch.dev
     return found[WRITTEN].long()
 
 
-def _components(weights: Weights, found: Calibration, name: str) -> tuple[Tensor, Tensor] | None:
-    """A (m, k) and B (k, n) with W = A B: all components of a matrix, in the order in which K-FAC cuts them."""
-    norm = metric(KFAC, found, name)
-    if norm is None:
-        return None
-    W = weights.read(next(target for target in weights.targets if target.name == name))
-    factors = factorise(W.cpu(), min(W.shape), metric=norm)
-    return factors.A, factors.B
+def _components(
+    weights: Weights, statistics: Calibration, grids: Mapping[str, Grid], layer: str
+) -> dict[str, Components]:
+    """All components of a layer's matrix, or of its blocks, in the order in which K-FAC cuts them."""
+    found = {}
+    for target in in_blocks([t for t in weights.targets if t.name == layer], grids):
+        norm = metric(KFAC, statistics, target)
+        if norm is not None:
+            factors = factorise(weights.read(target).cpu(), min(target.shape), metric=norm)
+            found[target.name] = Components(factors.A, factors.B, target.rows, target.columns)
+    return found
 
 
 # --- what is refused, and what is written down ----------------------------------------------------------------------

@@ -5,6 +5,7 @@ float64, so 8 bytes for every number of the statistics while they are gathered.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,6 @@ from welore.errors import WeLoreError
 
 PIECES = 4  # of a product x^T x, of which only the upper triangle of pieces is made
 SMALL = 256  # columns up to which it is made in one piece
-
-Split = Callable[[str], tuple[Tensor, Tensor] | None]
 
 
 class Moments:
@@ -84,38 +83,52 @@ class Moments:
         yield "about", {"count": torch.tensor(self.counts[name]), "kept_as": leader}
 
 
+@dataclass(frozen=True)
+class Components:
+    """A (m, k) and B (k, n), whose columns and rows are the components of W = A B, a layer's matrix or a block of it.
+
+    rows, columns: which of the layer's outputs and inputs are those of W.
+    """
+
+    A: Tensor
+    B: Tensor
+    rows: slice
+    columns: slice
+
+
 class Losses:
     """What cutting each component of a matrix costs, measured: E[(g^T a b^T x)^2] of W = sum of a b^T.
 
-    modules: name -> linear layer. split: name -> A (m, k) and B (k, n), whose columns and rows are the components;
-    None leaves a layer out. Used like Moments. EKFAC, arXiv 1806.03884: second moments along the directions of K-FAC,
-    without its assumption that inputs and gradients are independent.
+    modules: name -> linear layer. components: name of a layer -> what of it is measured, each under the name of its
+    matrix; nothing leaves the layer out. Used like Moments. EKFAC, arXiv 1806.03884: second moments along the
+    directions of K-FAC, without its assumption that inputs and gradients are independent.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], split: Split) -> None:
-        self._sums: dict[str, Tensor] = {}
-        for name, module in modules.items():
-            parts = split(name)
-            if parts is not None:
-                self._sums[name] = torch.zeros(parts[1].shape[0], dtype=torch.float64)
-                module.register_forward_hook(partial(self._enters, name, parts), with_kwargs=True)
+    def __init__(self, modules: Mapping[str, nn.Module], components: Callable[[str], Mapping[str, Components]]) -> None:
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        for layer, module in modules.items():
+            self._sums[layer] = {}
+            for name, found in components(layer).items():
+                self._sums[layer][name] = torch.zeros(found.B.shape[0], dtype=torch.float64)
+                total = self._sums[layer][name]
+                module.register_forward_hook(partial(self._enters, total, found), with_kwargs=True)
 
     def _enters(
         self,
-        name: str,
-        parts: tuple[Tensor, Tensor],
+        total: Tensor,
+        found: Components,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         y: Tensor,
     ) -> None:
-        x = _entering(args, kwargs).float()
-        A, B = (part.to(x.device) for part in parts)
-        enters = x.reshape(-1, x.shape[-1]) @ B.T
+        x = _entering(args, kwargs)
+        A, B = found.A.to(x.device), found.B.to(x.device)
+        enters = x.reshape(-1, x.shape[-1])[:, found.columns].float() @ B.T
 
         def leaves(g: Tensor) -> None:
-            along = g.float().reshape(-1, g.shape[-1]) @ A * enters
-            self._sums[name] += along.square().sum(0, dtype=torch.float64).cpu()
+            along = g.reshape(-1, g.shape[-1])[:, found.rows].float() @ A * enters
+            total.add_(along.square().sum(0, dtype=torch.float64).cpu())
 
         if y.requires_grad:
             y.register_hook(leaves)
@@ -124,9 +137,9 @@ class Losses:
         """Nothing is left to be added."""
 
     def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """ "losses" (k,), float32: means over `tokens` tokens."""
-        if name in self._sums:
-            yield "losses", {"losses": _mean(self._sums.pop(name), tokens, f"the losses of {name}")}
+        """ "losses" (k,), float32, means over `tokens` tokens; of a block "INDEX.losses"."""
+        for matrix, total in self._sums.pop(name).items():
+            yield f"{matrix}.losses".removeprefix(name + "."), {"losses": _mean(total, tokens, f"losses of {matrix}")}
 
 
 Collector = Moments | Losses

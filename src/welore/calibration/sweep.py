@@ -22,8 +22,9 @@ from torch.nn.functional import cross_entropy
 
 from welore.calibration.moments import Collector, Moments
 from welore.errors import WeLoreError
+from welore.grids import Target
 from welore.progress import Progress, counted, silent
-from welore.targets import Target, decoder_blocks
+from welore.targets import decoder_blocks
 from welore.workspace import Workspace
 
 if TYPE_CHECKING:

@@ -24,6 +24,7 @@ from welore.cli.options import (
     RankReduction,
     Revision,
     ShardSize,
+    Split,
     StorageName,
     StrategyName,
     Threshold,
@@ -40,6 +41,7 @@ def analyze(
     calibration: Annotated[
         Path | None, typer.Option(help="File made by `welore calibrate`: for a scaling, and for strategy owl.")
     ] = None,
+    split: Split = None,
     include: Include = None,
     exclude: Exclude = None,
     cache_dir: CacheDir = None,
@@ -64,8 +66,8 @@ def analyze(
         "revision": revision,
     }
     if reference_values is not None:
-        if scaling != "none" or calibration:
-            raise WeLoreError("--reference-values are those of the weights: leave --scaling and --calibration out")
+        if scaling != "none" or calibration or split:
+            raise WeLoreError("--reference-values are those of the weights: leave scaling, calibration and split out")
         spectra = import_singular_values(reference_values, model, **common)
     else:
         with progress_bars() as progress:
@@ -73,6 +75,7 @@ def analyze(
                 model,
                 scaling=scaling,
                 calibration=calibration,
+                split=scaling == "kfac" if split is None else split,
                 device=device_of(device),
                 workers=workers,
                 work_dir=output.with_name(output.name + ".work"),
@@ -149,6 +152,9 @@ def calibrate(
     measure: Annotated[
         float, typer.Option(help="Share of the windows on which the loss of every cut is measured; 0: none.")
     ] = 0.25,
+    split: Annotated[
+        bool, typer.Option("--split/--no-split", help="Measure as matrices are cut with or without --split.")
+    ] = True,
     dtype: Annotated[str, typer.Option(help="Of the computation: float32, bfloat16, float16 or auto.")] = "float32",
     include: Include = None,
     exclude: Exclude = None,
@@ -177,6 +183,7 @@ def calibrate(
             first=first,
             batch_size=batch_size,
             measure=measure,
+            split=split,
             dtype=dtype,
             include=include or (),
             exclude=exclude or (),
@@ -211,6 +218,7 @@ def compress(
     min_ratio: MinRatio = None,
     allow_growth: AllowGrowth = False,
     rank_multiple: RankMultiple = 1,
+    split: Split = None,
     paper: Annotated[
         bool,
         typer.Option("--paper", help="WeLore as published: strategy welore, scaling none, storage factored."),
@@ -273,6 +281,7 @@ def compress(
                 min_ratio=_ratio(min_ratio),
                 allow_growth=allow_growth,
                 rank_multiple=rank_multiple,
+                split=split,
                 paper=paper,
                 calibration=calibration,
                 tokens=tokens,

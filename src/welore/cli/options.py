@@ -35,6 +35,14 @@ StorageName = Annotated[
         "[default: auto; factored where nothing is scaled]"
     ),
 ]
+Split = Annotated[
+    bool | None,
+    typer.Option(
+        "--split/--no-split",
+        help="Cut matrices at least twice as long as wide block by block. [default: where the scaling is kfac]",
+        show_default=False,
+    ),
+]
 MinRatio = Annotated[
     str | None,
     typer.Option(

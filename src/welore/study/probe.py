@@ -21,11 +21,11 @@ from welore.batches import Sequence_, collate
 from welore.errors import WeLoreError
 from welore.factors import singular_values
 from welore.files import whole_file
+from welore.grids import Target
 from welore.parallel import spread
 from welore.progress import silent
 from welore.study.subspace import leading, overlaps, unit_rows
 from welore.study.trace import COSINE, OTHER, OVERLAPS, RANKS, SAME, VALUES, Writer, key
-from welore.targets import Target
 
 GRADIENTS, BASES = "gradients", "bases"
 Kept = dict[str, Tensor]  # of both batches, "NAME:gradients": (2, m n), length 1, bfloat16; "NAME:bases": (2, k, 16)

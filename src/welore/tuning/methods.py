@@ -57,7 +57,7 @@ def matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrices:
     if plan is not None:
         if factored:
             raise WeLoreError("a plan tells the matrices of a dense model apart; this model is compressed already")
-        factored = set(plan.ranks)
+        factored = plan.lrc_layers
         lost = factored - set(names)
         if lost:
             raise WeLoreError(f"the plan is for another model: it names {sorted(lost)[0]}, which this one has not")

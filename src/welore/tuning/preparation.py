@@ -12,7 +12,7 @@ from welore.batches import Material, blocks_of_text, blocks_of_windows, blocks_t
 from welore.calibration.mixture import SELF, seed_of
 from welore.errors import WeLoreError, first_line
 from welore.loading import load
-from welore.lowrank import LowRank, PivotedLinear
+from welore.lowrank import LowRank, PivotedLinear, SplitLinear
 from welore.plan import Plan
 from welore.progress import Progress
 from welore.targets import context_length, refuse_longer
@@ -134,7 +134,7 @@ def cast(model: Any, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype, copy=copy)
     for module in model.modules():
-        if isinstance(module, LowRank):
+        if isinstance(module, LowRank | SplitLinear):
             module.weight = torch.empty_like(module.weight)
         if isinstance(module, PivotedLinear):
             module.order = module.order.clone()
