@@ -12,7 +12,9 @@ only cut; ours-mix heals on 64k tokens of its texts, ours-web on as many of --he
 that are tested. One row is trained longer: on 256k other tokens of the model's own, each about once. Controls are the
 dense model, all of it trained on the same blocks in the same order, the text itself its labels. ours-tuned is made of
 such a control, its teacher, on 240k tokens, two parts of --calibrate-on and one of the reference; as it reads them
-twice, a second control does, too. Learning rates were chosen on other texts.
+twice, a second control does, too. ours-million takes raw text, --heal-on and a quarter of a part of the reference: a
+teacher tuned on 229k tokens heals on 688k; its control reads those for as many steps as both. Rows that say so leave
+long matrices whole (--no-split), as all did once. Learning rates were chosen on other texts.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -90,6 +92,7 @@ ROWS = {
     "svd-llm": Row("input-whitened, uniform", "--scaling input --strategy uniform --storage factored", "mix"),
     "input-waterfill": Row("input-whitened, water-filling", "--scaling input --storage factored", "mix"),
     "kfac-factored": Row("K-FAC, water-filling, factored", "--scaling kfac --storage factored --no-split", "whole"),
+    "ours-whole": Row("ours, calibrated, only cut, nothing split", "--heal none --no-split", "whole"),
     "ours": Row("ours, calibrated, only cut", "--heal none", "mix"),
     "ours-more": Row("ours, calibrated on 128k tokens, only cut", "--heal none", "more"),
     "ours-self": Row("ours, data-free, only cut (`--heal none`)", "--heal none", "self"),
@@ -101,14 +104,14 @@ ROWS = {
         controls=("dense-tuned-web",),
     ),
     "ours-mix": Row(
-        "ours, calibrated, healed on 64k tokens of the same texts",
-        "--heal {mix}",
-        "mix",
+        "ours, calibrated, healed on 64k tokens of the same texts, nothing split",
+        "--heal {mix} --no-split",
+        "whole",
         controls=("dense-tuned-mix",),
     ),
     "ours-tuned": Row(
-        "ours, of the dense model tuned on 240k tokens of texts, healed on the same",
-        f"--heal {{texts}} --tokens {FIRST[0]}",
+        "ours, of the dense model tuned on 240k tokens of texts, healed on the same, nothing split",
+        f"--heal {{texts}} --tokens {FIRST[0]} --no-split",
         "texts",
         of="dense-tuned-texts",
         controls=("dense-tuned-texts", "dense-tuned-twice"),
@@ -121,8 +124,8 @@ ROWS = {
         controls=("dense-tuned-first", "dense-tuned-raw"),
     ),
     "ours-healed": Row(
-        "ours, data-free, healed on 256k tokens of its own",
-        "--heal none",
+        "ours, data-free, healed on 256k tokens of its own, nothing split",
+        "--heal none --no-split",
         "self",
         Tuning("--method lrc --distill"),
         controls=("dense-tuned",),

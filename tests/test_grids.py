@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import build, logits
-from welore.analysis import analyze_weights
+from welore.analysis import analyze_weights, grids_of
 from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
 from welore.forms import FACTORED, PIVOTED
@@ -179,7 +179,11 @@ def test_losses_that_were_measured_in_another_way_are_left_aside(tmp_path: Path)
     weights = ModelWeights(model)
 
     def losses(calibration: Calibration, split: bool) -> int:
-        return len(analyze_weights(weights, scaling="kfac", calibration=calibration, split=split).losses)
+        return len(
+            analyze_weights(
+                weights, scaling="kfac", calibration=calibration, grids=grids_of(weights, split, "kfac")
+            ).losses
+        )
 
     blocks = welore.calibrate(model, ids, tmp_path / "blocks", measure=1)
     whole = welore.calibrate(model, ids, tmp_path / "whole", measure=1, split=False)

@@ -26,11 +26,15 @@ def characters() -> PreTrainedTokenizerFast:
 def checkpoint(
     out: Path, rank_reduction: float | None = 0.4, family: str = "llama", storage: str = "factored", **changes: Any
 ) -> Path:
-    """Directory of a small model (compressed unless rank_reduction is None) and its tokenizer."""
+    """Directory of a small model (compressed unless rank_reduction is None) and its tokenizer.
+
+    storage: or "split", long matrices in two blocks; there are some if intermediate_size is 64 or more.
+    """
     model = build(family, vocab_size=len(ALPHABET) + 2, max_position_embeddings=512, **changes)
     model.generation_config.eos_token_id = 1
     if rank_reduction is not None:
-        welore.compress(model, rank_reduction=rank_reduction, min_ratio=0.3, storage=storage)
+        how: dict[str, Any] = {"storage": "pivoted", "split": True} if storage == "split" else {"storage": storage}
+        welore.compress(model, rank_reduction=rank_reduction, min_ratio=0.3, **how)
     model.save_pretrained(out)
     characters().save_pretrained(out)
     return out

@@ -32,6 +32,7 @@ _PUBLIC = {
     "Record": "welore.records",
     "LowRankLinear": "welore.lowrank",
     "PivotedLinear": "welore.lowrank",
+    "SplitLinear": "welore.lowrank",
     "WeLoreConfig": "welore.integration",
     "WeLoreError": "welore.errors",
 }

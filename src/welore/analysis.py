@@ -1,7 +1,7 @@
 """1 - analyze: the singular values of every targeted matrix of a model."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
 from welore.factors import reduce, singular_values
-from welore.grids import Target, in_blocks
+from welore.grids import Grid, Target, in_blocks
 from welore.parallel import ALONE, Team, spread, team
 from welore.plan import Plan
 from welore.progress import Progress, silent
@@ -33,7 +33,7 @@ def analyze(
     *,
     scaling: str = NONE,
     calibration: "Calibration | str | Path | None" = None,
-    split: bool = False,
+    split: bool | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     cache_dir: str | Path | None = None,
@@ -47,17 +47,24 @@ def analyze(
 
     scaling: of the matrices scaled by the statistics of a calibration (scaling.SCALINGS); with a calibration the
     outliers are counted too. split: matrices at least twice as long as wide in blocks (targets.long_matrices), each
-    for itself. include, exclude: see `targets.find_targets`. device: where the values are computed.
-    workers: matrices at once, default one per core. work_dir: finished values are kept there until all are done, so
-    that a killed run continues, and the processes of a launcher share it.
+    for itself; by default where the scaling is kfac. include, exclude: see `targets.find_targets`. device: where the
+    values are computed. workers: matrices at once, default one per core. work_dir: finished values are kept there until
+    all are done, so that a killed run continues, and the processes of a launcher share it.
     """
     with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
         common: dict[str, Any] = {"device": device, "workers": workers, "progress": progress}
-        common |= {"scaling": scaling, "calibration": opened_calibration(calibration, weights), "split": split}
+        common |= {"scaling": scaling, "calibration": opened_calibration(calibration, weights)}
+        common |= {"grids": grids_of(weights, split, scaling)}
         if work_dir is None:
             return analyze_weights(weights, **common)
         with shared_workspace(work_dir, weights, scaling, split, summary(common["calibration"])) as (workspace, crew):
             return analyze_weights(weights, workspace=workspace, crew=crew, **common)
+
+
+def grids_of(weights: Weights, split: bool | None, scaling: str) -> dict[str, Grid]:
+    """Layer -> grid of what is split in blocks: the long matrices, or nothing. split: as in `analyze`."""
+    wanted = scaling == KFAC if split is None else split
+    return long_matrices(weights.skeleton, weights.targets) if wanted else {}
 
 
 def opened_calibration(calibration: "Calibration | str | Path | None", weights: Weights) -> Calibration | None:
@@ -105,7 +112,7 @@ def analyze_weights(
     *,
     scaling: str = NONE,
     calibration: Calibration | None = None,
-    split: bool = False,
+    grids: Mapping[str, Grid] | None = None,
     workspace: Workspace | None = None,
     crew: Team = ALONE,
     keep_reductions: bool = False,
@@ -116,9 +123,9 @@ def analyze_weights(
     """Singular values of every targeted matrix; device: where they are computed, default where the matrix is.
 
     workspace: finished matrices are taken from there and put there; keep_reductions: with what the factors need,
-    computed on the CPU. scaling, calibration, split: see `analyze`.
+    computed on the CPU. scaling, calibration: see `analyze`. grids: of what is split in blocks.
     """
-    grids = long_matrices(weights.skeleton, weights.targets) if split else {}
+    grids = grids or {}
     targets = in_blocks(weights.targets, grids)
 
     def compute(target: Target) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from welore.analysis import analyze_weights, check_plan, opened_calibration, shared_workspace, summary
+from welore.analysis import analyze_weights, check_plan, grids_of, opened_calibration, shared_workspace, summary
 from welore.calibration.artefact import Calibration
 from welore.calibration.collection import calibrate
 from welore.calibration.generation import LENGTH, TOKENS
@@ -25,7 +25,7 @@ from welore.directory import PLAN, RECORD, SHARD_SIZE
 from welore.errors import WeLoreError, choose
 from welore.files import refuse_existing, refuse_source, whole_directory
 from welore.forms import FACTORED
-from welore.grids import Target
+from welore.grids import Target, in_blocks
 from welore.integration import WeLoreConfig
 from welore.loading import read_tokenizer
 from welore.locate import locate
@@ -110,7 +110,6 @@ def compress(
     if plan is None:
         settings, scaling = _method(settings, scaling, split=split, paper=paper)
         check_settings(target, settings["strategy"], settings["storage"], min_ratio, rank_multiple, scaling)
-        split = scaling == KFAC if split is None else split
     elif settings != allocate.__kwdefaults__ or scaling or split or paper or include or exclude:
         raise WeLoreError("a plan has its own target, strategy, scaling, storage, split and patterns: leave those out")
     else:
@@ -127,7 +126,7 @@ def compress(
             )
         known = None if calibration == SELF else calibration
         how: dict[str, Any] = {"scaling": scaling, "calibration": known, "workers": workers, "progress": progress}
-        plan = compress_model(model, plan=plan, split=bool(split), **how, **patterns, **settings)
+        plan = compress_model(model, plan=plan, split=split, **how, **patterns, **settings)
         model.config.quantization_config = WeLoreConfig.of(plan)
         record = _record(plan, started, sizes(model))
         if out is not None:
@@ -154,9 +153,10 @@ def compress(
                 if found is None and scaling != NONE:
                     text = {"tokens": tokens, "seed": seed, "device": place, "progress": progress}
                     found = _own_calibration(directory, workspace, crew, **text, **patterns)
-                keep = place is None and _fits_on_disk(source.targets, Path(out))
+                grids = grids_of(source, split, scaling)
+                keep = place is None and _fits_on_disk(in_blocks(source.targets, grids), Path(out))
                 kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep}
-                spectra = analyze_weights(source, scaling=scaling, calibration=found, split=bool(split), **kept, **how)
+                spectra = analyze_weights(source, scaling=scaling, calibration=found, grids=grids, **kept, **how)
                 plan = allocate(spectra, **settings)
             else:
                 check_plan(plan, source, found)

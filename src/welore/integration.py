@@ -55,7 +55,7 @@ class WeLoreConfig(QuantizationConfigMixin):
         min_ratio: MinRatio | None = None,
         allow_growth: bool = False,
         rank_multiple: int = 1,
-        split: bool = False,
+        split: bool | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         version: int = 1,

@@ -72,7 +72,7 @@ def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
         if name in cut:
             return joined([matrix(block) for block in blocks[name]], cut[name])
         if name not in forms:
-            return source.tensor(f"{name}.weight").float()
+            return source.tensor(f"{name}.weight")
         return product({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]]}, forms[name])
 
     def dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[Tensor]]:

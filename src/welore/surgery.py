@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from welore.analysis import analyze_weights, check_plan, opened_calibration
+from welore.analysis import analyze_weights, check_plan, grids_of, opened_calibration
 from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
 from welore.factors import factorise
@@ -64,7 +64,7 @@ def compress_model(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     workers: int | None = None,
-    split: bool = False,
+    split: bool | None = None,
     progress: Progress = silent,
     **target: Any,
 ) -> Plan:
@@ -80,7 +80,12 @@ def compress_model(
     known = opened_calibration(calibration, weights)
     if plan is None:
         how: dict[str, Any] = {"workers": workers, "progress": progress}
-        plan = allocate(analyze_weights(weights, scaling=scaling, calibration=known, split=split, **how), **target)
+        plan = allocate(
+            analyze_weights(
+                weights, scaling=scaling, calibration=known, grids=grids_of(weights, split, scaling), **how
+            ),
+            **target,
+        )
     else:
         check_plan(plan, weights, known)
     chosen = {a.name: a for a in plan.allocations if a.factored}

@@ -139,7 +139,8 @@ class Losses:
     def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """ "losses" (k,), float32, means over `tokens` tokens; of a block "INDEX.losses"."""
         for matrix, total in self._sums.pop(name).items():
-            yield f"{matrix}.losses".removeprefix(name + "."), {"losses": _mean(total, tokens, f"losses of {matrix}")}
+            mean = _mean(total, tokens, f"the losses of {matrix}")
+            yield f"{matrix}.losses".removeprefix(name + "."), {"losses": mean}
 
 
 Collector = Moments | Losses

@@ -75,7 +75,7 @@ def analyze(
                 model,
                 scaling=scaling,
                 calibration=calibration,
-                split=scaling == "kfac" if split is None else split,
+                split=split,
                 device=device_of(device),
                 workers=workers,
                 work_dir=output.with_name(output.name + ".work"),
