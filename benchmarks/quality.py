@@ -98,8 +98,8 @@ ROWS = {
     "ours-self": Row("ours, data-free, only cut (`--heal none`)", "--heal none", "self"),
     "ours-default": Row("ours, data-free (`--params` alone)", "", "self"),
     "ours-web": Row(
-        "ours, cut data-free, healed on 64k tokens of web pages",
-        "--heal {web}",
+        "ours, cut data-free, healed on 64k tokens of web pages, nothing split",
+        "--heal {web} --no-split",
         "self",
         controls=("dense-tuned-web",),
     ),
