@@ -44,14 +44,7 @@ from welore.tuning.rundir import WRITTEN, keep_written
 OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16
 TOKENS = {"mix": 32768, "whole": 32768, "more": 131072, "texts": 65536, "raw": 131072, "self": 65536}
-MEASURED = {
-    "mix": 1,
-    "whole": 1,
-    "more": 0.25,
-    "texts": 0,
-    "raw": 0,
-    "self": 0,
-}  # on a share
+MEASURED = {"mix": 1, "whole": 1, "more": 0.25}  # share of them on which losses are measured, else none
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
 LONG = 262144  # tokens of a longer healing, a tenth of them held out
@@ -64,7 +57,7 @@ CONTROL_RATES = {"self": 1e-5, "mix": 1e-4, "web": 1e-4, "texts": 1e-4, "raw": 1
 
 @dataclass(frozen=True)
 class Tuning:
-    """A fine-tuning: flags of `welore finetune`, the text ("self", "mix", "texts", "web"), its tokens, the steps."""
+    """A fine-tuning: flags of `welore finetune`, the text (of CONTROL_RATES), its tokens, the steps."""
 
     flags: str
     text: str = "self"
@@ -77,7 +70,7 @@ class Row:
     """One line of the table: its name in print, the flags of `welore compress`, and what it is calibrated on."""
 
     label: str
-    flags: str = ""  # {mix}, {texts} and {web} stand for the texts
+    flags: str = ""  # {mix}, {texts}, {raw} and {web} stand for the texts
     calibration: str | None = None  # a kind of TOKENS, or None
     tuned: Tuning | None = None
     of: str | None = None  # the control that is compressed instead of the dense model
@@ -286,7 +279,7 @@ class Bench:
             how: tuple[Any, ...] = ("--data", self.sources[kind], "--tokens", self.tokens[kind])
             how = (*how, "--length", LENGTH, "--seed", seed)
             # Its own text is read as compress does it.
-            how = (*how, "--measure", MEASURED[kind], *(() if kind == "self" else ("--dtype", "bfloat16")))
+            how = (*how, "--measure", MEASURED.get(kind, 0), *(() if kind == "self" else ("--dtype", "bfloat16")))
             how = (*how, *(("--no-split",) if kind == "whole" else ()))
             _, cost = welore("calibrate", model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))

@@ -314,10 +314,11 @@ def test_a_plan_makes_the_control_on_the_dense_model(dense: Path, text: str, tmp
 def test_a_distilled_model_comes_closer_to_its_teacher_by_the_factors_alone(
     stored: Path, teacher: Path, text: str, tmp_path: Path, dtype: str
 ) -> None:
-    record = finetune(stored, tmp_path / "run", data=text, distill=teacher, **SHORT | {"steps": 12, "dtype": dtype})
+    steps = 40 if stored.name == "split" else 12  # a larger model than its teacher has further to go
+    record = finetune(stored, tmp_path / "run", data=text, distill=teacher, **SHORT | {"steps": steps, "dtype": dtype})
     n = record.numbers
     losses = [loss for _, loss in n["train_loss"]]
-    assert losses[-1] < 0.95 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     if dtype == "float32":
         assert changed(stored, tmp_path / "run" / "model") == {w for w in weights(stored) if w.endswith(FACTORS)}
     assert n["logits_in_pieces"]

@@ -57,7 +57,8 @@ def analyze(
         common |= {"grids": grids_of(weights, split, scaling)}
         if work_dir is None:
             return analyze_weights(weights, **common)
-        with shared_workspace(work_dir, weights, scaling, split, summary(common["calibration"])) as (workspace, crew):
+        about = scaling, common["grids"], summary(common["calibration"])
+        with shared_workspace(work_dir, weights, *about) as (workspace, crew):
             return analyze_weights(weights, workspace=workspace, crew=crew, **common)
 
 

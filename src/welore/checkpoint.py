@@ -146,14 +146,14 @@ def compress(
         own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.written or (0,))[0]
         heal = _healing(heal, own, alone=alone)
         rests_on = [tokens, seed] if found is None else summary(found)
-        with shared_workspace(_beside(out), source, scaling, split, rests_on) as (workspace, crew):
+        grids = grids_of(source, split, scaling) if plan is None else plan.grids
+        with shared_workspace(_beside(out), source, scaling, grids, rests_on) as (workspace, crew):
             place = None if device == "cpu" else device  # where the tensors of a checkpoint come in anyway
             how = {"device": place, "workers": workers, "progress": progress}
             if plan is None:
                 if found is None and scaling != NONE:
                     text = {"tokens": tokens, "seed": seed, "device": place, "progress": progress}
                     found = _own_calibration(directory, workspace, crew, **text, **patterns)
-                grids = grids_of(source, split, scaling)
                 keep = place is None and _fits_on_disk(in_blocks(source.targets, grids), Path(out))
                 kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep}
                 spectra = analyze_weights(source, scaling=scaling, calibration=found, grids=grids, **kept, **how)

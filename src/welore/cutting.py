@@ -127,10 +127,15 @@ def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace, trained: T
             steps.append(copied(source, key, name))
             continue
         if name.removesuffix(".weight") in cut:
-            steps.append(Step({name: (dtype, (0,))}, partial(dict, {name: []})))
+            steps.append(_tombstone(name, dtype))
         steps += [matrix(target, a, dtype) for target, a in layers.pop(name)]
     assert not layers, f"planned but not in the checkpoint: {sorted(layers)}"
     return steps
+
+
+def _tombstone(name: str, dtype: torch.dtype) -> Step:
+    """The empty weight of a layer that is stored in blocks."""
+    return Step({name: (dtype, (0,))}, lambda: {name: []})
 
 
 def _kept(a: Allocation) -> str:

@@ -1,6 +1,6 @@
 """What is decomposed: the matrix of a layer, or one of the equal blocks that it is split in."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from welore.errors import WeLoreError
@@ -60,19 +60,29 @@ def in_blocks(targets: Iterable[Target], grids: Mapping[str, Grid]) -> list[Targ
             continue
         m, n = target.shape
         try:
-            count, shape = blocks_of(m, n, grid)
+            shape = block_shape(m, n, grid)
         except WeLoreError as error:
             raise WeLoreError(f"{target.name}: {error}") from error
-        found += [Target(f"{target.name}.{i}", shape, target.transposed, grid) for i in range(count)]
+        found += [Target(name, shape, target.transposed, grid) for name in block_names(target.name, grid)]
     return found
 
 
-def blocks_of(m: int, n: int, grid: Grid) -> tuple[int, tuple[int, int]]:
-    """How many blocks W (m, n) has in this grid, and their shape; WeLoreError if it does not divide W."""
+def block_names(layer: str, grid: Grid) -> list[str]:
+    """Names of the blocks of a layer, row by row."""
+    return [f"{layer}.{index}" for index in range(grid[0] * grid[1])]
+
+
+def block_shape(m: int, n: int, grid: Grid) -> tuple[int, int]:
+    """Shape of the blocks of W (m, n) in this grid; WeLoreError if it does not divide W."""
     down, across = grid
     if down < 1 or across < 1 or m % down or n % across:
         raise WeLoreError(f"a matrix of shape {(m, n)} has no {down} x {across} equal blocks")
-    return down * across, (m // down, n // across)
+    return m // down, n // across
+
+
+def read_grids(content: Mapping[str, Sequence[int]]) -> dict[str, Grid]:
+    """Grids as JSON gives them back; ValueError or TypeError if they are something else."""
+    return {layer: (down, across) for layer, (down, across) in content.items()}
 
 
 def split_layers(grids: Mapping[str, Grid], ranks: Iterable[str]) -> dict[str, Grid]:

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from welore.errors import WeLoreError, choose
 from welore.forms import FACTORED, FORMS, PIVOTED
-from welore.grids import Grid, split_layers
+from welore.grids import Grid, block_names, read_grids, split_layers
 from welore.lowrank import PivotedLinear
 from welore.plan import MinRatio, Plan
 from welore.surgery import compress_model, has_module, replace_module, split_module
@@ -68,8 +68,8 @@ class WeLoreConfig(QuantizationConfigMixin):
         for form in (forms or {}).values():
             choose("form", form, FORMS)
         self.forms = {name: form for name, form in (forms or {}).items() if form != FACTORED}
-        self.grids: dict[str, Grid] = {name: (down, across) for name, (down, across) in (grids or {}).items()}
-        self.version = 3 if split_layers(self.grids, self.ranks or {}) else 2 if self.forms else 1
+        self.grids: dict[str, Grid] = read_grids(grids or {})
+        self.version = 3 if self.grids else 2 if self.forms else 1
         self.include, self.exclude = list(include), list(exclude)
         self.wish: dict[str, Any] = {
             "rank_reduction": rank_reduction,
@@ -177,8 +177,8 @@ def check_factors(config: WeLoreConfig, files: Sequence[str | Path], prefix: str
         return shape
 
     ranks = config.ranks or {}
-    for layer, (down, across) in split_layers(config.grids, ranks).items():
-        for name in (f"{layer}.{index}" for index in range(down * across)):
+    for layer, grid in split_layers(config.grids, ranks).items():
+        for name in block_names(layer, grid):
             shape_of(f"{name}.weight")  # of a dense block the matrix, of others the tombstone
     for name, rank in ranks.items():
         form = config.forms.get(name, FACTORED)

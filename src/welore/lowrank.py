@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from welore.errors import WeLoreError
 from welore.forms import FACTORED, PIVOTED
-from welore.grids import Grid, blocks_of
+from welore.grids import Grid, block_shape
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -56,7 +56,7 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shapes, as nn.Linear prints them."""
-        return _shapes(self)
+        return _shapes(self, f"rank={self.rank}")
 
 
 class PivotedLinear(nn.Module):
@@ -110,7 +110,7 @@ class PivotedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shapes, as nn.Linear prints them."""
-        return _shapes(self)
+        return _shapes(self, f"rank={self.rank}")
 
 
 class SplitLinear(nn.Module):
@@ -132,10 +132,10 @@ class SplitLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        count, (m, n) = blocks_of(out_features, in_features, grid)
+        m, n = block_shape(out_features, in_features, grid)
         super().__init__()
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
-        for index in range(count):
+        for index in range(grid[0] * grid[1]):
             self.add_module(str(index), nn.Linear(n, m, bias=False, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
@@ -155,10 +155,7 @@ class SplitLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shapes, as nn.Linear prints them."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, grid={self.grid}, "
-            f"bias={self.bias is not None}"
-        )
+        return _shapes(self, f"grid={self.grid}")
 
 
 def _lay_by_column(tall: nn.Linear, x: Tensor) -> None:
@@ -191,8 +188,7 @@ LowRank = LowRankLinear | PivotedLinear
 LAYERS: dict[str, type[LowRank]] = {FACTORED: LowRankLinear, PIVOTED: PivotedLinear}
 
 
-def _shapes(layer: LowRank) -> str:
+def _shapes(layer: LowRank | SplitLinear, inside: str) -> str:
     return (
-        f"in_features={layer.in_features}, out_features={layer.out_features}, rank={layer.rank}, "
-        f"bias={layer.bias is not None}"
+        f"in_features={layer.in_features}, out_features={layer.out_features}, {inside}, bias={layer.bias is not None}"
     )

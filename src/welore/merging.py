@@ -12,7 +12,7 @@ from welore.directory import SHARD_SIZE, Step, copied, write_config, write_weigh
 from welore.errors import WeLoreError
 from welore.files import refuse_existing, refuse_source, whole_directory
 from welore.forms import FACTORED, FORMS
-from welore.grids import split_layers
+from welore.grids import block_names, split_layers
 from welore.integration import METHOD, WeLoreConfig, check_factors
 from welore.locate import locate
 from welore.pivot import product
@@ -64,13 +64,11 @@ def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
     """What the dense checkpoint holds: the product where there were factors, everything else as it is."""
     ranks = config.ranks or {}
     cut = split_layers(config.grids, ranks)
-    blocks = {layer: [f"{layer}.{i}" for i in range(down * across)] for layer, (down, across) in cut.items()}
-    inside = {name for names in blocks.values() for name in names}
     forms = {name: config.forms.get(name, FACTORED) for name in ranks}
 
     def matrix(name: str) -> Tensor:
         if name in cut:
-            return joined([matrix(block) for block in blocks[name]], cut[name])
+            return joined([matrix(block) for block in block_names(name, cut[name])], cut[name])
         if name not in forms:
             return source.tensor(f"{name}.weight")
         return product({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]]}, forms[name])
@@ -82,7 +80,7 @@ def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
         return {f"{name}.weight": [W.to(dtype).flatten()]}
 
     gone = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form]}
-    gone |= {f"{name}.weight" for name in inside}
+    gone |= {f"{name}.weight" for layer, grid in cut.items() for name in block_names(layer, grid)}
     steps = []
     for key in source.keys():  # noqa: SIM118 - a method of ours
         name = key.removesuffix(".weight")

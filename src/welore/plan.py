@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from welore.errors import WeLoreError, choose
 from welore.forms import DENSE, FACTORED, FORMS, PIVOTED, STORAGES, cost, form_of
-from welore.grids import Grid, split_layers
+from welore.grids import Grid, block_names, read_grids, split_layers
 from welore.records import read_json, write_json
 from welore.spectra import NONE, Identity, Spectra, Values
 from welore.strategies import BREAK_EVEN, STRATEGIES, MinRatio, Scores, Strategy, stored
@@ -170,10 +170,10 @@ class Plan:
                 raise WeLoreError(f"{path} has format {content['format']!r}, this version reads {FORMAT!r}")
             if not content["matrices"]:
                 raise WeLoreError(f"{path} plans no matrix: make it again with `welore allocate`")
-            grids = {layer: (down, across) for layer, (down, across) in content.get("grids", {}).items()}
+            grids = read_grids(content.get("grids", {}))
             names = {matrix["name"] for matrix in content["matrices"]}
-            for layer, (down, across) in grids.items():
-                lost = {f"{layer}.{index}" for index in range(down * across)} - names
+            for layer, grid in grids.items():
+                lost = set(block_names(layer, grid)) - names
                 if lost:
                     raise WeLoreError(f"{path} splits {layer} and says nothing of {min(lost)}: make it again")
             return cls(

@@ -24,7 +24,7 @@ ASVD_ALPHA = 0.5
 
 def asvd(calibration: Calibration, target: Target) -> Metric:
     """Columns scaled by E[|x_j|]^alpha. ASVD, arXiv 2312.05821, with its alpha of 0.5."""
-    magnitudes = _known(calibration.magnitudes(target.layer), calibration, target.layer)[target.columns]
+    magnitudes = _known(calibration.magnitudes(target.layer), calibration, target.layer)[target.columns].double()
     scale = (magnitudes + DAMPING_INPUTS * magnitudes.mean()) ** ASVD_ALPHA
     return Metric(torch.ones(target.shape[0]), scale**2)
 
@@ -75,19 +75,19 @@ def outliers(W: Tensor, calibration: Calibration, target: Target) -> float:
 def _entering(calibration: Calibration, target: Target) -> Tensor:
     """E[x x^T] of what enters W."""
     found = _known(calibration.inputs(target.layer), calibration, target.layer)
-    return found[target.columns, target.columns]
+    return found[target.columns, target.columns].double()
 
 
 def _leaving(calibration: Calibration, target: Target) -> Tensor:
     """E[g g^T] of what leaves W."""
     found = _known(calibration.outputs(target.layer), calibration, target.layer)
-    return found[target.rows, target.rows]
+    return found[target.rows, target.rows].double()
 
 
 def _known(statistic: Tensor | None, calibration: Calibration, name: str) -> Tensor:
     if statistic is None:
         raise WeLoreError(f"the calibration of {calibration.model.name} has no {name}: make it with the same targets")
-    return statistic.double()
+    return statistic
 
 
 def _damped(moments: Tensor, damping: float) -> Tensor:

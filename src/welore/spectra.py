@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from welore.errors import WeLoreError
 from welore.files import whole_file
+from welore.grids import Grid, read_grids
 
 Values = NDArray[np.float64]
 FORMAT = "welore.spectra/1"
@@ -67,7 +68,7 @@ class Spectra:
     outliers: Mapping[str, float] = field(default_factory=dict)
     losses: Mapping[str, Values] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
-    grids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
     def normalised(self) -> dict[str, Values]:
         """Name -> normalised spectrum s (k,), see `normalise`."""
@@ -111,7 +112,7 @@ class Spectra:
             include, exclude = (tuple(json.loads(about[name])) for name in ("include", "exclude"))
             calibrated = {name: json.loads(about.get(name, "{}")) for name in ("calibration", "outliers")}
             unreached = tuple(json.loads(about.get("unreached", "[]")))
-            grids = {layer: (down, across) for layer, (down, across) in json.loads(about.get("grids", "{}")).items()}
+            grids = read_grids(json.loads(about.get("grids", "{}")))
         except SafetensorError as error:
             raise WeLoreError(f"{path} is not a readable safetensors file ({error})") from error
         except (KeyError, ValueError) as error:

@@ -80,12 +80,8 @@ def compress_model(
     known = opened_calibration(calibration, weights)
     if plan is None:
         how: dict[str, Any] = {"workers": workers, "progress": progress}
-        plan = allocate(
-            analyze_weights(
-                weights, scaling=scaling, calibration=known, grids=grids_of(weights, split, scaling), **how
-            ),
-            **target,
-        )
+        how |= {"scaling": scaling, "calibration": known, "grids": grids_of(weights, split, scaling)}
+        plan = allocate(analyze_weights(weights, **how), **target)
     else:
         check_plan(plan, weights, known)
     chosen = {a.name: a for a in plan.allocations if a.factored}

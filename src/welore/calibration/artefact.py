@@ -12,6 +12,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from welore.errors import WeLoreError
 from welore.files import whole_file
-from welore.grids import Grid, Target, in_blocks
+from welore.grids import Grid, Target, in_blocks, read_grids
 from welore.records import Record
 from welore.spectra import Identity
 from welore.tensorfile import TensorReader, TensorWriter
@@ -75,7 +76,7 @@ class Calibration:
         E[(g^T a b^T x)^2] with W = sum of a b^T; None where nothing was measured. name: of a matrix, or of a block.
         """
         key = f"{name}.losses"
-        return self.tensors[key] if key in self._measured_losses() else None
+        return self.tensors[key] if key in self._measured_losses else None
 
     def own_text(self) -> Tensor | None:
         """Token ids (windows, length) that the model wrote; None where it read other texts only."""
@@ -96,8 +97,9 @@ class Calibration:
             found[f"{name}.outputs"] = (torch.float32, (m, m))
             found[f"{kept}.inputs"] = (torch.float32, (n, n))
             found[f"{kept}.magnitudes"] = (torch.float32, (n,))
-        return found | self._measured_losses()
+        return found | self._measured_losses
 
+    @cached_property
     def _measured_losses(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         reached = [Target(name, self.shapes[name]) for name in self.shared] if self.measured else []
         return {f"{t.name}.losses": (torch.float32, (min(t.shape),)) for t in in_blocks(reached, self.grids)}
@@ -144,7 +146,7 @@ class Calibration:
                 include=tuple(json.loads(about["include"])),
                 exclude=tuple(json.loads(about["exclude"])),
                 measured=json.loads(about.get("measured", "0")),
-                grids={name: (down, across) for name, (down, across) in json.loads(about.get("grids", "{}")).items()},
+                grids=read_grids(json.loads(about.get("grids", "{}"))),
                 written=tuple(json.loads(about.get("written", "null")) or ()) or None,
             )
             expected = found.layout()
