@@ -15,6 +15,7 @@ from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
 from welore.factors import reduce, singular_values
 from welore.grids import Grid, Target, in_blocks
+from welore.neurons import Neurons
 from welore.parallel import ALONE, Team, spread, team
 from welore.plan import Plan
 from welore.progress import Progress, silent
@@ -114,6 +115,7 @@ def analyze_weights(
     scaling: str = NONE,
     calibration: Calibration | None = None,
     grids: Mapping[str, Grid] | None = None,
+    neurons: Mapping[str, Neurons] | None = None,
     workspace: Workspace | None = None,
     crew: Team = ALONE,
     keep_reductions: bool = False,
@@ -124,13 +126,14 @@ def analyze_weights(
     """Singular values of every targeted matrix; device: where they are computed, default where the matrix is.
 
     workspace: finished matrices are taken from there and put there; keep_reductions: with what the factors need,
-    computed on the CPU. scaling, calibration: see `analyze`. grids: of what is split in blocks.
+    computed on the CPU. scaling, calibration: see `analyze`. grids: of what is split in blocks. neurons: what is left
+    of the MLPs in `weights`, where neurons were taken out.
     """
     grids = grids or {}
     targets = in_blocks(weights.targets, grids)
 
     def compute(target: Target) -> dict[str, Tensor]:
-        found = workspace.fetch(f"{target.name}.values") if workspace else None
+        found = workspace.fetch(f"{target.key}.values") if workspace else None
         if found is not None:
             return found
         W = weights.read(target)
@@ -139,14 +142,14 @@ def analyze_weights(
         if workspace and keep_reductions:
             reduction = reduce(W, norm)
             sigma = reduction.values()
-            workspace.store(f"{target.name}.reduction", reduction.tensors())
+            workspace.store(f"{target.key}.reduction", reduction.tensors())
         else:
             sigma = singular_values(W.to(device) if device else W, norm)
         found = {"sigma": torch.from_numpy(sigma.copy())}
         if calibration:
             found["outliers"] = torch.tensor(outliers(W, calibration, target), dtype=torch.float64)
         if workspace:
-            workspace.store(f"{target.name}.values", found)
+            workspace.store(f"{target.key}.values", found)
         return found
 
     mine = crew.share(targets)
@@ -166,6 +169,7 @@ def analyze_weights(
         outliers={name: float(values["outliers"]) for name, values in every.items()} if calibration else {},
         unreached=tuple(t.name for t in targets if not calibration.counts.get(t.layer)) if calibration else (),
         grids=grids,
+        neurons=neurons or {},
     )
 
 

@@ -29,9 +29,11 @@ from welore.grids import Target, in_blocks
 from welore.integration import WeLoreConfig
 from welore.loading import read_tokenizer
 from welore.locate import locate
+from welore.neurons import as_json
 from welore.parallel import Team, keep_freed_memory, team
 from welore.plan import MinRatio, Plan, allocate, check_settings
 from welore.progress import Progress, silent
+from welore.pruning import without, worth_taking_out
 from welore.records import Record
 from welore.scaling import KFAC, SCALINGS
 from welore.source import Checkpoint
@@ -59,6 +61,7 @@ def compress(
     allow_growth: bool = False,
     rank_multiple: int = 1,
     split: bool | None = None,
+    neurons: float | None = None,
     paper: bool = False,
     calibration: "Calibration | str | Path" = SELF,
     tokens: int = TOKENS,
@@ -80,8 +83,10 @@ def compress(
     scaling.SCALINGS; by default kfac for `params` alone, which is the best we have, and none for the paper's targets
     and for a named strategy. calibration: what a scaling rests on, made by `calibrate`; "self" makes one from `tokens`
     tokens that the model itself writes, so that no data is needed. split: matrices at least twice as long as wide are
-    cut block by block (targets.long_matrices); by default where the scaling is kfac. paper: WeLore as published, which
-    is strategy welore, scaling none, storage factored and nothing split.
+    cut block by block (targets.long_matrices); by default where the scaling is kfac. neurons: the share of the
+    MLPs' neurons that is taken out before the cut (welore.pruning); by default none, but for `params` alone those that
+    cost less than the numbers that they take. paper: WeLore as published, which is strategy welore, scaling none,
+    storage factored and nothing split.
 
     heal: the text on which the factors then learn from the dense model (tuning.healing): "self", what the model wrote
     for the calibration, for at most 64 steps; texts as `calibrate` takes them, of which `tokens` are read, each once,
@@ -108,18 +113,22 @@ def compress(
     }
     alone = params is not None and strategy is None and scaling in (None, KFAC)  # the best we have is asked for
     if plan is None:
-        settings, scaling = _method(settings, scaling, split=split, paper=paper)
+        settings, scaling = _method(settings, scaling, split=split, neurons=neurons, paper=paper)
         check_settings(target, settings["strategy"], settings["storage"], min_ratio, rank_multiple, scaling)
-    elif settings != allocate.__kwdefaults__ or scaling or split or paper or include or exclude:
-        raise WeLoreError("a plan has its own target, strategy, scaling, storage, split and patterns: leave those out")
+    elif settings != allocate.__kwdefaults__ or scaling or split or neurons or paper or include or exclude:
+        raise WeLoreError(
+            "a plan has its own target, strategy, scaling, storage, split, neurons and patterns: leave those out"
+        )
     else:
         include, exclude, scaling = plan.include, plan.exclude, plan.scaling
 
     started = time.perf_counter()
     patterns: dict[str, Any] = {"include": include, "exclude": exclude}
     if isinstance(model, nn.Module):
-        if heal not in (None, NONE):
-            raise WeLoreError("a model in memory is cut, not healed: give a directory to read and one to write")
+        if heal not in (None, NONE) or neurons:
+            raise WeLoreError(
+                "a model in memory is cut, not healed, and keeps its neurons: give a directory to read and one to write"
+            )
         if calibration == SELF and scaling != NONE:
             raise WeLoreError(
                 f"scaling {scaling} of a model in memory needs calibration=, made by `calibrate`; or scaling='none'"
@@ -145,6 +154,8 @@ def compress(
         found = None if calibration == SELF else opened_calibration(calibration, source)
         own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.written or (0,))[0]
         heal = _healing(heal, own, alone=alone)
+        if neurons and (found is None and scaling == NONE):
+            raise WeLoreError("neurons are chosen by a calibration: give --calibration, or a scaling that needs one")
         rests_on = [tokens, seed] if found is None else summary(found)
         grids = grids_of(source, split, scaling) if plan is None else plan.grids
         with shared_workspace(_beside(out), source, scaling, grids, rests_on) as (workspace, crew):
@@ -155,11 +166,16 @@ def compress(
                     text = {"tokens": tokens, "seed": seed, "device": place, "progress": progress}
                     found = _own_calibration(directory, workspace, crew, **text, **patterns)
                 keep = place is None and _fits_on_disk(in_blocks(source.targets, grids), Path(out))
-                kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep}
-                spectra = analyze_weights(source, scaling=scaling, calibration=found, grids=grids, **kept, **how)
-                plan = allocate(spectra, **settings)
+                kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep, **how}
+                share = neurons if neurons is not None or alone else 0
+                plan = _planned(source, scaling, found, split, share, settings, kept)
             else:
                 check_plan(plan, source, found)
+            if plan.neurons:
+                assert found is not None
+                source, found = without(
+                    source, found, plan.neurons, workspace, crew, workers=workers, progress=progress
+                )
             quality = factor_matrices(source, plan, found, workspace, crew, **how)
             if crew.leads:
                 trained, about = None, None
@@ -177,18 +193,54 @@ def compress(
 
 
 def _method(
-    settings: Mapping[str, Any], scaling: str | None, *, split: bool | None, paper: bool
+    settings: Mapping[str, Any], scaling: str | None, *, split: bool | None, neurons: float | None, paper: bool
 ) -> tuple[dict[str, Any], str]:
     """Settings of `allocate` and the scaling: what was asked for, and what goes with it."""
     found = dict(settings)
     if paper:
-        if found["strategy"] or scaling or found["storage"] or split:
-            raise WeLoreError("--paper is strategy welore, scaling none, storage factored, no split: leave those out")
+        if found["strategy"] or scaling or found["storage"] or split or neurons:
+            raise WeLoreError(
+                "--paper is strategy welore, scaling none, storage factored, no split, all neurons: leave those out"
+            )
         found |= {"strategy": "welore", "storage": FACTORED}
     best = found["params"] is not None and found["strategy"] is None
     scaling = scaling or (KFAC if best else NONE)
     choose("scaling", scaling, SCALINGS)
+    if neurons is not None and not 0 <= neurons < 1:
+        raise WeLoreError(f"neurons is {neurons:g}: it is the share that is taken out, from 0 to below 1")
     return found, scaling
+
+
+def _planned(
+    source: Checkpoint,
+    scaling: str,
+    calibration: Calibration | None,
+    split: bool | None,
+    share: float | None,
+    settings: Mapping[str, Any],
+    how: dict[str, Any],
+) -> Plan:
+    """The plan for the matrices as they came, or as they are when neurons were taken out, where that is worth it.
+
+    share: of the neurons; None: as many as are worth less than what a number costs in the first of the two plans.
+    how: settings of `analyze_weights` that both have.
+    """
+    common: dict[str, Any] = {"scaling": scaling, **how}
+    if share is None or not share:
+        grids = grids_of(source, split, scaling)
+        plan = allocate(analyze_weights(source, calibration=calibration, grids=grids, **common), **settings)
+        if share is not None or calibration is None:
+            return plan
+    assert calibration is not None
+    shared = {name: how[name] for name in ("workspace", "crew", "workers", "progress")}
+    price = None if share else plan.threshold
+    neurons = worth_taking_out(source, calibration, share=share, price=price, **shared)
+    if not neurons:
+        return plan
+    small, calibration = without(source, calibration, neurons, **shared)
+    grids = grids_of(small, split, scaling)
+    spectra = analyze_weights(small, calibration=calibration, grids=grids, neurons=neurons, **common)
+    return allocate(spectra, **settings)
 
 
 def _own_calibration(directory: Path, workspace: Workspace, crew: Team, **how: Any) -> Calibration:
@@ -246,7 +298,7 @@ def _healed(
     """Let the cut model learn from the dense one, in the workspace: its factors, None if that did harm."""
     from welore.tuning import healing  # the Trainer: seconds of imports that a cut alone does not need
 
-    about = json.dumps([plan.ranks, plan.forms, digest(windows), own, seed])
+    about = json.dumps([plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), own, seed])
     place = workspace.directory / f"healing-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
     cut = place / "cut"
     if not cut.is_dir():
@@ -286,6 +338,7 @@ def _record(plan: Plan, started: float, sizes: dict[str, Any], healing: dict[str
         "allow_growth": plan.allow_growth,
         "rank_multiple": plan.rank_multiple,
         "split": len(plan.grids),
+        "neurons": sum(n.width - len(n.kept) for n in plan.neurons.values()),
         "include": list(plan.include),
         "exclude": list(plan.exclude),
         "healing": healing,

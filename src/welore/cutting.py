@@ -12,7 +12,7 @@ from welore.calibration.artefact import Calibration
 from welore.directory import PLAN, Step, copied, write_config, write_weights
 from welore.factors import Reduction, factorise
 from welore.forms import FORMS, shapes
-from welore.grids import Target, in_blocks
+from welore.grids import Target, in_blocks, kept_as
 from welore.integration import WeLoreConfig
 from welore.parallel import Team, spread
 from welore.pivot import tensors
@@ -43,7 +43,7 @@ def factor_matrices(
     def compute(a: Allocation) -> dict[str, Tensor]:
         found = workspace.fetch(_kept(a))
         if found is None:
-            kept = workspace.fetch(f"{a.name}.reduction") if device is None else None
+            kept = workspace.fetch(f"{kept_as(a.name, a.shape)}.reduction") if device is None else None
             reduction = None if kept is None else Reduction.from_tensors(kept)
             norm = metric(plan.scaling, calibration, targets[a.name])
             # W without a name here: factorise makes its own copy and lets this one go.
@@ -56,7 +56,7 @@ def factor_matrices(
                 "repaired": torch.tensor(factors.repaired),
             }
             workspace.store(_kept(a), found)
-        workspace.drop(f"{a.name}.reduction")
+        workspace.drop(f"{kept_as(a.name, a.shape)}.reduction")
         return {name: found[name] for name in ("excess", "repaired")}
 
     lrcs = [a for a in plan.allocations if a.factored]
@@ -140,15 +140,16 @@ def _tombstone(name: str, dtype: torch.dtype) -> Step:
 
 def _kept(a: Allocation) -> str:
     """Name of the factors of a matrix in the workspace."""
-    return f"{a.name}.{a.form}-{a.kept}"
+    return f"{kept_as(a.name, a.shape)}.{a.form}-{a.kept}"
 
 
 def _sizes_on_disk(source: Checkpoint, plan: Plan, written: int) -> dict[str, Any]:
     found = census(source.skeleton, source.targets)
+    whole = source.whole
     return {
         "bytes_dense": sum(path.stat().st_size for path in weight_files(source.directory)),
         "bytes": written,
-        "parameters_dense": found.total,
+        "parameters_dense": census(whole.skeleton, whole.targets).total,
         "parameters": found.total - found.targeted + plan.numbers()["targeted_parameters"],
         "left_dense_in_blocks": found.blocks_other,
         "left_dense_names": list(found.blocks_other_names),

@@ -28,6 +28,11 @@ class Target:
         return self.name if self.grid == WHOLE else self.name.rpartition(".")[0]
 
     @property
+    def key(self) -> str:
+        """What its results are kept under; another one when neurons were taken out."""
+        return kept_as(self.name, self.shape)
+
+    @property
     def rows(self) -> slice:
         """Which rows of the layer's matrix these are: which of its outputs."""
         return self._share(0)
@@ -65,6 +70,11 @@ def in_blocks(targets: Iterable[Target], grids: Mapping[str, Grid]) -> list[Targ
             raise WeLoreError(f"{target.name}: {error}") from error
         found += [Target(name, shape, target.transposed, grid) for name in block_names(target.name, grid)]
     return found
+
+
+def kept_as(name: str, shape: tuple[int, int]) -> str:
+    """What the results for a matrix of this shape are kept under."""
+    return f"{name}.{shape[0]}x{shape[1]}"
 
 
 def block_names(layer: str, grid: Grid) -> list[str]:

@@ -18,6 +18,7 @@ from welore.errors import WeLoreError, choose
 from welore.forms import FACTORED, FORMS, PIVOTED
 from welore.grids import Grid, block_names, read_grids, split_layers
 from welore.lowrank import PivotedLinear
+from welore.mlps import resize_layers
 from welore.plan import MinRatio, Plan
 from welore.surgery import compress_model, has_module, replace_module, split_module
 from welore.tensorfile import TensorReader
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "welore"
-VERSION = 3  # 1: A and B alone, 2: other forms, 3: blocks; the least is written, for readers that know no more
+# 1: A and B alone, 2: other forms, 3: blocks, 4: smaller MLPs; the least is written, for readers that know no more
+VERSION = 4
 
 
 @register_quantization_config(METHOD)
@@ -37,6 +39,7 @@ class WeLoreConfig(QuantizationConfigMixin):
     forms: module name -> how its factors are stored, where that is not as A and B (forms.FORMS).
     grids: module name -> blocks down and across of the matrices that were cut block by block; a layer of which a block
     NAME.INDEX has a rank is a SplitLinear.
+    shapes: module name -> (m, n) of the layers that are smaller than the architecture says, for neurons were taken out.
     Without ranks, exactly one target (rank_reduction, params, threshold) and the other settings of `allocate`
     make `from_pretrained(dense, quantization_config=WeLoreConfig(rank_reduction=0.3))` compress what it loads.
     """
@@ -46,6 +49,7 @@ class WeLoreConfig(QuantizationConfigMixin):
         ranks: Mapping[str, int] | None = None,
         forms: Mapping[str, str] | None = None,
         grids: Mapping[str, Sequence[int]] | None = None,
+        shapes: Mapping[str, Sequence[int]] | None = None,
         *,
         rank_reduction: float | None = None,
         params: float | None = None,
@@ -69,7 +73,8 @@ class WeLoreConfig(QuantizationConfigMixin):
             choose("form", form, FORMS)
         self.forms = {name: form for name, form in (forms or {}).items() if form != FACTORED}
         self.grids: dict[str, Grid] = read_grids(grids or {})
-        self.version = 3 if self.grids else 2 if self.forms else 1
+        self.shapes = read_grids(shapes or {})
+        self.version = 4 if self.shapes else 3 if self.grids else 2 if self.forms else 1
         self.include, self.exclude = list(include), list(exclude)
         self.wish: dict[str, Any] = {
             "rank_reduction": rank_reduction,
@@ -86,12 +91,12 @@ class WeLoreConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, plan: Plan) -> "WeLoreConfig":
         """The config of a model that was compressed by `plan`."""
-        return cls(plan.ranks, plan.forms, plan.grids, include=plan.include, exclude=plan.exclude)
+        return cls(plan.ranks, plan.forms, plan.grids, plan.shapes, include=plan.include, exclude=plan.exclude)
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
         content: dict[str, Any] = {"quant_method": METHOD, "version": self.version, "ranks": self.ranks}
-        for name in ("forms", "grids", "include", "exclude"):
+        for name in ("forms", "grids", "shapes", "include", "exclude"):
             if getattr(self, name):
                 content[name] = getattr(self, name)
         return content
@@ -119,6 +124,7 @@ class WeLoreQuantizer(HfQuantizer):
         def place(name: str) -> str:
             return name if has_module(model, name) else name.removeprefix(prefix)
 
+        resize_layers(model, {place(name): shape for name, shape in config.shapes.items()})
         for name, grid in cut.items():
             split_module(model, place(name), grid)
         for name, rank in ranks.items():

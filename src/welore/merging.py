@@ -15,11 +15,13 @@ from welore.forms import FACTORED, FORMS
 from welore.grids import block_names, split_layers
 from welore.integration import METHOD, WeLoreConfig, check_factors
 from welore.locate import locate
+from welore.mlps import copies_of, with_zeros
 from welore.pivot import product
 from welore.progress import Progress, silent
 from welore.records import read_json
 from welore.source import Checkpoint, weight_files
 from welore.surgery import joined, merge_model
+from welore.targets import find_targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +66,7 @@ def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
     """What the dense checkpoint holds: the product where there were factors, everything else as it is."""
     ranks = config.ranks or {}
     cut = split_layers(config.grids, ranks)
+    copies = copies_of(source.skeleton, find_targets(source.skeleton)) if config.shapes else {}
     forms = {name: config.forms.get(name, FACTORED) for name in ranks}
 
     def matrix(name: str) -> Tensor:
@@ -73,11 +76,19 @@ def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
             return source.tensor(f"{name}.weight")
         return product({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]]}, forms[name])
 
-    def dense(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, list[Tensor]]:
+    def dense(name: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
         # GPT-2's Conv1D stores W^T
         W = matrix(name).T if isinstance(source.skeleton.get_submodule(name), Conv1D) else matrix(name)
-        assert tuple(W.shape) == shape
-        return {f"{name}.weight": [W.to(dtype).flatten()]}
+        return {f"{name}.weight": [restored(f"{name}.weight", W).to(dtype).flatten()]}
+
+    def larger(key: str) -> dict[str, list[Tensor]]:
+        return {key: [restored(key, source.tensor(key)).flatten()]}
+
+    def restored(key: str, numbers: Tensor) -> Tensor:
+        name = key.rpartition(".")[0]
+        if numbers.shape == source.skeleton.get_parameter(key).shape:
+            return numbers
+        return with_zeros(source.skeleton.get_submodule(name), numbers, copies.get(name, 1))
 
     gone = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form]}
     gone |= {f"{name}.weight" for layer, grid in cut.items() for name in block_names(layer, grid)}
@@ -87,10 +98,11 @@ def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
         if key in gone:
             continue
         if name in cut or name in forms:
-            weight, dtype = source.skeleton.get_submodule(name).weight, source.entry(key).dtype
-            assert isinstance(weight, Tensor)
-            shape = tuple(weight.shape)
-            steps.append(Step({key: (dtype, shape)}, partial(dense, name, shape, dtype)))
+            kind = source.entry(key).dtype, tuple(source.skeleton.get_parameter(key).shape)
+            steps.append(Step({key: kind}, partial(dense, name, kind[0])))
+        elif key.rpartition(".")[0] in config.shapes:
+            kind = source.entry(key).dtype, tuple(source.skeleton.get_parameter(key).shape)
+            steps.append(Step({key: kind}, partial(larger, key)))
         else:
             steps.append(copied(source, key, key))
     return steps

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from welore.errors import WeLoreError, choose
 from welore.forms import DENSE, FACTORED, FORMS, PIVOTED, STORAGES, cost, form_of
 from welore.grids import Grid, block_names, read_grids, split_layers
+from welore.neurons import Neurons, as_json, came_with, read_neurons
 from welore.records import read_json, write_json
 from welore.spectra import NONE, Identity, Spectra, Values
 from welore.strategies import BREAK_EVEN, STRATEGIES, MinRatio, Scores, Strategy, stored
@@ -53,7 +54,7 @@ class Allocation:
 
     @property
     def dense_parameters(self) -> int:
-        """m n."""
+        """m n; of what is left of the MLP, where neurons were taken out of it."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -68,7 +69,8 @@ class Plan:
 
     asked: the target as the user gave it, {"rank_reduction" | "params" | "threshold": value}.
     threshold: the level at which the scores were cut (WeLore's t when the strategy is `welore`).
-    scaling, calibration, grids: as in the spectra that the plan was made from. rank_multiple: as it was asked for.
+    scaling, calibration, grids, neurons: as in the spectra that the plan was made from. rank_multiple: as it was asked
+    for.
     """
 
     model: Identity
@@ -84,6 +86,7 @@ class Plan:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     rank_multiple: int = 1
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    neurons: Mapping[str, Neurons] = field(default_factory=dict)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -107,16 +110,30 @@ class Plan:
         return set(cut) | {name for name in self.ranks if name.rpartition(".")[0] not in cut}
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer -> shape (m, n) of those that are smaller than they came, for neurons were taken out of their MLP."""
+        blocks: dict[str, tuple[int, int]] = {a.name: a.shape for a in self.allocations}
+        for layer, (down, across) in self.grids.items():
+            m, n = blocks[block_names(layer, (down, across))[0]]
+            blocks |= {layer: (down * m, across * n)}
+        split = {block for layer, grid in self.grids.items() for block in block_names(layer, grid)}
+        return {n: s for n, s in blocks.items() if n not in split and n.rpartition(".")[0] in self.neurons}
+
+    @property
     def rank_reduction(self) -> float:
-        """ERR: ranks removed from the LRCs over the full ranks of all targeted matrices."""
+        """ERR: ranks removed from the LRCs over the full ranks of all targeted matrices, as they were when cut."""
         removed = sum(a.full_rank - a.kept for a in self.allocations if a.factored)
         return removed / sum(a.full_rank for a in self.allocations)
 
     @property
     def parameter_ratio(self) -> float:
         """Stored parameters of the targeted matrices, compressed over dense."""
-        dense = sum(a.dense_parameters for a in self.allocations)
-        return sum(a.stored_parameters for a in self.allocations) / dense
+        return sum(a.stored_parameters for a in self.allocations) / sum(map(self.came_with, self.allocations))
+
+    def came_with(self, a: Allocation) -> int:
+        """Parameters of a matrix in the dense model, before neurons were taken out."""
+        layer = a.name.rpartition(".")[0] if a.name.rpartition(".")[0] in self.grids else a.name
+        return came_with(a.dense_parameters, layer, self.neurons)
 
     def numbers(self) -> dict[str, Any]:
         """The achieved figures that stand in every record made with this plan."""
@@ -126,7 +143,7 @@ class Plan:
             "matrices": len(self.allocations),
             "lrcs": len(self.ranks),
             "threshold": self.threshold,
-            "targeted_parameters_dense": sum(a.dense_parameters for a in self.allocations),
+            "targeted_parameters_dense": sum(map(self.came_with, self.allocations)),
             "targeted_parameters": sum(a.stored_parameters for a in self.allocations),
         }
 
@@ -144,6 +161,7 @@ class Plan:
             "allow_growth": self.allow_growth,
             "rank_multiple": self.rank_multiple,
             "grids": dict(self.grids),
+            "neurons": as_json(self.neurons),
             "threshold": self.threshold,
             "include": list(self.include),
             "exclude": list(self.exclude),
@@ -190,6 +208,7 @@ class Plan:
                 calibration=content.get("calibration", {}),
                 rank_multiple=content.get("rank_multiple", 1),
                 grids=grids,
+                neurons=read_neurons(content.get("neurons", {})),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise WeLoreError(f"{path} is not a plan of welore ({error!r}): make one with `welore allocate`") from error
@@ -279,7 +298,10 @@ def allocate(
     if threshold is not None:
         level = float(threshold)
     else:
-        level = _solve(scores, shapes, next(iter(target.items())), storage, min_ratio, allow_growth)
+        layers = {block: layer for layer, grid in spectra.grids.items() for block in block_names(layer, grid)}
+        came = [came_with(m * n, layers.get(name, name), spectra.neurons) for name, (m, n) in spectra.shapes.items()]
+        gone = sum(came) - sum(m * n for m, n in shapes)
+        level = _solve(scores, shapes, gone, next(iter(target.items())), storage, min_ratio, allow_growth)
     allocations = []
     for (name, sigma), shape, s in zip(spectra.values.items(), shapes, scores, strict=True):
         r = max(min(rank_multiple, len(s)), int((s >= level).sum()))
@@ -300,6 +322,7 @@ def allocate(
         calibration=spectra.calibration,
         rank_multiple=rank_multiple,
         grids=spectra.grids,
+        neurons=spectra.neurons,
     )
 
 
@@ -334,6 +357,7 @@ def _factored(
 def _solve(
     scores: Scores,
     shapes: list[tuple[int, int]],
+    gone: int,
     target: tuple[str, float],
     storage: str,
     min_ratio: MinRatio,
@@ -343,7 +367,8 @@ def _solve(
 
     Every level between two neighbouring pooled scores gives the same plan, so there are as many plans as
     distinct scores. Lowering a matrix from rank k to k - j happens at its j-th smallest score; what that adds to
-    the ranks removed and to the parameters stored is an increment, and the curves are cumulative sums.
+    the ranks removed and to the parameters stored is an increment, and the curves are cumulative sums. gone: numbers
+    of the dense matrices that went with neurons.
     """
     pooled, removed, numbers = [], [], []
     for s, (m, n) in zip(scores, shapes, strict=True):
@@ -369,7 +394,7 @@ def _solve(
     lower = np.concatenate([upper[:1], events])
     reachable = np.concatenate([[0], 1 + np.flatnonzero(upper[1:] > lower[1:])])
     name, wanted = target
-    curve = (removed_after / full if name == "rank_reduction" else stored_after / dense)[reachable]
+    curve = (removed_after / full if name == "rank_reduction" else stored_after / (dense + gone))[reachable]
     if not curve.min() <= wanted <= curve.max():
         raise WeLoreError(
             f"{name} {wanted:g} cannot be reached: for this model and min_ratio {min_ratio} it lies between "

@@ -36,14 +36,14 @@ def inputs(calibration: Calibration, target: Target) -> Metric:
     of different matrices comparable.
     """
     gradients = _leaving(calibration, target).diagonal().mean()
-    return Metric(gradients.repeat(target.shape[0]), _damped(_entering(calibration, target), DAMPING_INPUTS))
+    return Metric(gradients.repeat(target.shape[0]), damped(_entering(calibration, target), DAMPING_INPUTS))
 
 
 def kfac(calibration: Calibration, target: Target) -> Metric:
     """Both sides: the rise of the loss, as far as inputs and gradients are independent."""
     return Metric(
-        _damped(_leaving(calibration, target), DAMPING_OUTPUTS),
-        _damped(_entering(calibration, target), DAMPING_INPUTS),
+        damped(_leaving(calibration, target), DAMPING_OUTPUTS),
+        damped(_entering(calibration, target), DAMPING_INPUTS),
     )
 
 
@@ -90,7 +90,7 @@ def _known(statistic: Tensor | None, calibration: Calibration, name: str) -> Ten
     return statistic
 
 
-def _damped(moments: Tensor, damping: float) -> Tensor:
+def damped(moments: Tensor, damping: float) -> Tensor:
     """The matrix of second moments with a share of its mean diagonal added to the diagonal."""
     found = moments.clone()
     found.diagonal().add_(damping * found.diagonal().mean())

@@ -2,8 +2,10 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -70,6 +72,18 @@ class ModelWeights:
 # --- a checkpoint on disk ------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class StandIns:
+    """Tensors in place of those of a checkpoint's files, made when they are read; entries: their dtypes and shapes."""
+
+    entries: Mapping[str, Entry]
+    read: Callable[[str], Tensor]
+
+    def chunks(self, key: str) -> Iterator[Tensor]:
+        """The tensor as one flat piece."""
+        yield self.read(key).flatten()
+
+
 class Checkpoint:
     """A directory with config.json and safetensors, read one tensor at a time. A context manager.
 
@@ -85,7 +99,7 @@ class Checkpoint:
     ) -> None:
         self.directory, self.name = Path(directory), name or str(directory)
         self.include, self.exclude = tuple(include), tuple(exclude)
-        self._readers: dict[str, TensorReader] = {}
+        self._readers: dict[str, TensorReader | StandIns] = {}
         with ExitStack() as stack:  # closes what is open already if a later file is refused
             for path in weight_files(self.directory):
                 reader = stack.enter_context(TensorReader(path))
@@ -144,6 +158,22 @@ class Checkpoint:
         names = [name for name, _ in self.skeleton.named_parameters() if name.startswith(prefix)]
         stripped = any(name.removeprefix(prefix) in self._readers for name in names)
         return prefix if stripped and not any(name in self._readers for name in names) else ""
+
+    @cached_property
+    def whole(self) -> "Checkpoint":
+        """The checkpoint as it lies in the files."""
+        return self
+
+    def with_others(self, skeleton: "PreTrainedModel", others: StandIns) -> "Checkpoint":
+        """A view in which some layers have another size, as in `skeleton`, and other tensors; its identity is the same.
+
+        It lives as long as this one is open.
+        """
+        view = copy(self)
+        view._readers = self._readers | dict.fromkeys(others.entries, others)
+        vars(view).pop("targets", None)
+        vars(view).update(skeleton=skeleton, identity=self.identity, prefix=self.prefix, whole=self)
+        return view
 
     def keys(self) -> Iterator[str]:
         """All tensors of the checkpoint, under the names in the files."""

@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from welore.errors import WeLoreError
 from welore.files import whole_file
 from welore.grids import Grid, read_grids
+from welore.neurons import Neurons, as_json, read_neurons
 
 Values = NDArray[np.float64]
 FORMAT = "welore.spectra/1"
@@ -56,6 +57,7 @@ class Spectra:
     values only predict it.
     unreached: names of the matrices that no token of the calibration reached: nothing is known of what a cut costs.
     grids: layer -> blocks down and across of the matrices that are split; each block is a matrix of its own here.
+    neurons: MLP -> the neurons that were left of it when the values were computed.
     """
 
     model: Identity
@@ -69,6 +71,7 @@ class Spectra:
     losses: Mapping[str, Values] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    neurons: Mapping[str, Neurons] = field(default_factory=dict)
 
     def normalised(self) -> dict[str, Values]:
         """Name -> normalised spectrum s (k,), see `normalise`."""
@@ -88,6 +91,7 @@ class Spectra:
             "outliers": json.dumps(dict(self.outliers)),
             "unreached": json.dumps(self.unreached),
             "grids": json.dumps(dict(self.grids)),
+            "neurons": json.dumps(as_json(self.neurons)),
         }
         with whole_file(path) as partial:
             arrays = {name: np.ascontiguousarray(v) for name, v in self.values.items()}
@@ -113,11 +117,12 @@ class Spectra:
             calibrated = {name: json.loads(about.get(name, "{}")) for name in ("calibration", "outliers")}
             unreached = tuple(json.loads(about.get("unreached", "[]")))
             grids = read_grids(json.loads(about.get("grids", "{}")))
+            neurons = read_neurons(json.loads(about.get("neurons", "{}")))
         except SafetensorError as error:
             raise WeLoreError(f"{path} is not a readable safetensors file ({error})") from error
         except (KeyError, ValueError) as error:
             raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
-        more: dict[str, Any] = {"losses": losses, "unreached": unreached, "grids": grids}
+        more: dict[str, Any] = {"losses": losses, "unreached": unreached, "grids": grids, "neurons": neurons}
         return cls(identity, values, shapes, include, exclude, about.get("scaling", NONE), **calibrated, **more)
 
 

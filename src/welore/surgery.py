@@ -1,5 +1,6 @@
 """Compress and merge a model in memory: linear layers are exchanged in place."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +15,7 @@ from welore.factors import factorise
 from welore.forms import DENSE, FACTORED, ORDER_BYTES, cost
 from welore.grids import Grid, Target, in_blocks
 from welore.lowrank import LAYERS, LowRank, PivotedLinear, SplitLinear
+from welore.mlps import copies_of, with_zeros
 from welore.parallel import spread
 from welore.pivot import product, tensors
 from welore.plan import Plan, allocate
@@ -74,6 +76,8 @@ def compress_model(
     """
     if plan is not None:
         include, exclude = plan.include, plan.exclude
+        if plan.neurons:
+            raise WeLoreError("this plan takes neurons out, which needs a model in a directory, not one in memory")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise WeLoreError("this model is spread over several devices: load it on one to compress it in memory")
     weights = ModelWeights(model, include, exclude)
@@ -109,17 +113,36 @@ def compress_model(
 def merge_model(model: "PreTrainedModel") -> None:
     """Make a compressed model in memory dense again, in place: every low-rank layer becomes its product."""
     skeleton = dense_skeleton(model.config, type(model))
+    shapes = _config(model).get("shapes", {})
+    copies = copies_of(skeleton, find_targets(skeleton)) if shapes else {}
     inside: set[nn.Module] = set()
+    done: set[str] = set()
     for name, layer in list(model.named_modules()):
         if layer in inside or not isinstance(layer, SplitLinear | LowRank):
             continue
         inside.update(layer.modules())
+        done.add(name)
         dense = skeleton.get_submodule(name)  # nn.Linear, or GPT-2's Conv1D, which stores W^T
         W = _matrix(layer).to(next(next(layer.children()).parameters()).dtype)
-        dense.weight = nn.Parameter(W if isinstance(dense, nn.Linear) else W.T.contiguous())
-        dense.register_parameter("bias", layer.bias)
-        dense.train(layer.training)
-        model.set_submodule(name, dense)
+        _make_dense(model, name, dense, W if isinstance(dense, nn.Linear) else W.T.contiguous(), copies.get(name, 1))
+    for name in shapes:
+        if name not in done:
+            weight = model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            _make_dense(model, name, skeleton.get_submodule(name), weight.detach(), copies.get(name, 1))
+
+
+def _make_dense(model: nn.Module, name: str, dense: nn.Module, weight: Tensor, copies: int) -> None:
+    """Put the layer `dense` of the skeleton in its place, with this weight; zeros stand for neurons that are gone."""
+    old = model.get_submodule(name)
+    bias, full = (layer._parameters.get("bias") for layer in (old, dense))
+    if bias is not None and full is not None and full.shape != bias.shape:
+        bias = nn.Parameter(with_zeros(dense, bias.detach(), copies), requires_grad=bias.requires_grad)
+    size = dense.get_parameter("weight").shape
+    dense.weight = nn.Parameter(weight if weight.shape == size else with_zeros(dense, weight, copies))
+    dense.register_parameter("bias", bias)
+    dense.train(old.training)
+    model.set_submodule(name, dense)
 
 
 def _matrix(layer: nn.Module) -> Tensor:
@@ -144,11 +167,9 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
     parameters, bytes: everything that is stored, tied weights once, in the dtype of the model; in the bytes also the
     orders of pivoted layers.
     """
-    config: Any = getattr(model.config, "quantization_config", None)
-    about = dict(config) if isinstance(config, Mapping) else config.to_dict() if config is not None else {}
+    about = {"include": (), "exclude": ()} | _config(model)
     ranks_removed = full_ranks = stored = dense = orders = 0
-    targets = find_targets(model, about.get("include", ()), about.get("exclude", ()))
-    for target in in_blocks(targets, about.get("grids", {})):
+    for target in in_blocks(find_targets(model, about["include"], about["exclude"]), about.get("grids", {})):
         m, n = target.shape
         layer = model.get_submodule(target.name) if has_module(model, target.name) else None
         rank, form = (layer.rank, layer.form) if isinstance(layer, LowRank) else (min(m, n), DENSE)
@@ -157,12 +178,21 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
         stored += cost(m, n, rank, form)
         ranks_removed += min(m, n) - rank
         orders += ORDER_BYTES * m if isinstance(layer, PivotedLinear) else 0
+    if about.get("shapes"):  # neurons were taken out
+        whole = find_targets(dense_skeleton(model.config, type(model)), about["include"], about["exclude"])
+        dense = sum(math.prod(target.shape) for target in whole)
     return {
         "rank_reduction": ranks_removed / full_ranks,
         "parameter_ratio": stored / dense,
         "parameters": sum(p.numel() for p in model.parameters()),
         "bytes": sum(p.numel() * p.element_size() for p in model.parameters()) + orders,
     }
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """What the configuration of a model says of its compression."""
+    config: Any = getattr(model.config, "quantization_config", None)
+    return dict(config) if isinstance(config, Mapping) else config.to_dict() if config is not None else {}
 
 
 def has_module(model: nn.Module, name: str) -> bool:

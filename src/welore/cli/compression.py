@@ -219,6 +219,13 @@ def compress(
     allow_growth: AllowGrowth = False,
     rank_multiple: RankMultiple = 1,
     split: Split = None,
+    neurons: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the MLPs' neurons that is taken out before the cut. [default: for --params alone as many "
+            "as are worth less than the numbers they take, else 0]"
+        ),
+    ] = None,
     paper: Annotated[
         bool,
         typer.Option("--paper", help="WeLore as published: strategy welore, scaling none, storage factored."),
@@ -282,6 +289,7 @@ def compress(
                 allow_growth=allow_growth,
                 rank_multiple=rank_multiple,
                 split=split,
+                neurons=neurons,
                 paper=paper,
                 calibration=calibration,
                 tokens=tokens,

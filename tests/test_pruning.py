@@ -1,0 +1,262 @@
+"""Neurons taken out before the cut: which ones, what the others become, and all the way to a checkpoint and back."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import welore
+from conftest import build, logits
+from toys import checkpoint
+from welore.calibration.artefact import Calibration
+from welore.errors import WeLoreError
+from welore.mlps import find_mlps, resize_layers
+from welore.neurons import Neurons, as_json, came_with, read_neurons
+from welore.plan import Plan
+from welore.pruning import refit, removal
+from welore.source import Checkpoint
+from welore.surgery import merge_model, sizes
+from welore.targets import find_targets
+
+
+def moments(size: int, seed: int) -> Tensor:
+    draws = torch.randn(3 * size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    draws *= torch.linspace(0.2, 2, size)
+    return draws.T @ draws / len(draws)
+
+
+def test_costs_are_those_of_the_refitted_matrix() -> None:
+    W = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    G, H = moments(5, 1), moments(12, 2)
+    order, costs = removal(W, G, H)
+    assert len(order) == len(costs) == 10  # a sixth is always kept
+    assert len(set(order.tolist())) == len(order)
+
+    def loss(gone: list[int]) -> float:
+        kept = torch.tensor([i for i in range(12) if i not in gone])
+        error = W.clone()
+        error[:, kept] -= refit(W, H, kept)
+        return float(torch.trace(G @ error @ H @ error.T))
+
+    for count in range(1, 11):
+        assert float(costs[:count].sum()) == pytest.approx(loss(order[:count].tolist()), rel=1e-3)
+    assert int(order[0]) == min(range(12), key=lambda i: loss([i]))
+
+
+def test_refit_is_the_least_squares_of_what_the_neurons_said() -> None:
+    x = torch.randn(400, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 7] = x[:, 1] - 2 * x[:, 3]  # what neuron 7 says, 1 and 3 say together
+    W = torch.randn(4, 8, dtype=torch.float64)
+    kept = torch.tensor([0, 1, 2, 3, 4, 5, 6])
+    H = x.T @ x / len(x) + 1e-9 * torch.eye(8)
+    torch.testing.assert_close(x[:, kept] @ refit(W, H, kept).T, x @ W.T, rtol=1e-5, atol=1e-5)
+    order, costs = removal(W, torch.eye(4), H)
+    assert int(order[0]) in (1, 3, 7)
+    assert float(costs[0]) < 1e-3 * float(costs[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gpt_neox", "gemma3_text", "starcoder2"])
+def test_mlps_are_found_in_the_model_itself(family: str) -> None:
+    model = build(family)
+    found = find_mlps(model, find_targets(model))
+    assert [mlp.name.rpartition(".")[2] for mlp in found] == ["mlp"] * model.config.num_hidden_layers
+    assert {mlp.width for mlp in found} == {128 if family == "gpt2" else 56}
+    assert {sum(map(mlp.copies, mlp.makers)) for mlp in found} == {1 if "gpt" in family or "star" in family else 2}
+
+
+def test_what_only_looks_like_an_mlp_is_none() -> None:
+    # the four matrices of this attention have the shapes of three makers and a reader
+    model = build("qwen3", head_dim=16, num_key_value_heads=4)
+    targets = find_targets(model)
+    assert {t.shape for t in targets if "self_attn" in t.name} == {(64, 32), (32, 64)}
+    assert all(mlp.name.endswith(".mlp") for mlp in find_mlps(model, targets))
+    # a layer that is not targeted cannot be made smaller
+    assert find_mlps(model, find_targets(model, exclude=["layers.0.mlp.up_proj"]))[0].name == "model.layers.1.mlp"
+
+    class Normed(nn.Module):
+        """As the MLP, with a norm of its neurons."""
+
+        def __init__(self, mlp: nn.Module, norm: nn.Module | None) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj, self.norm = mlp.gate_proj, mlp.up_proj, mlp.down_proj, norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.gate_proj(x) * self.up_proj(x)
+            return self.down_proj(self.norm(y) if self.norm else y.softmax(-1))
+
+    for norm in (nn.LayerNorm(56), None):
+        model.model.layers[0].mlp = Normed(model.model.layers[0].mlp, norm)
+        assert [mlp.name for mlp in find_mlps(model, targets)] == ["model.layers.1.mlp"]
+
+
+def test_resized_layers_keep_their_kind() -> None:
+    for family, name in (("gpt2", "transformer.h.0.mlp.c_fc"), ("gpt_neox", "gpt_neox.layers.0.mlp.dense_h_to_4h")):
+        model = build(family)
+        old = model.get_submodule(name)
+        resize_layers(model, {name: (20, 32)})
+        new = model.get_submodule(name)
+        assert type(new) is type(old)
+        assert new.bias.shape == (20,)
+        assert new(torch.zeros(2, 32)).shape == (2, 20)
+        assert old.bias.shape[0] in (128, 56)
+
+
+def calibrated(directory: Path, family: str = "llama", **changes: Any) -> tuple[Path, Path]:
+    """A small model and its calibration on text of its own."""
+    sizes = {} if family == "gpt2" else {"intermediate_size": 128}
+    model, statistics = checkpoint(directory / "model", None, family, **sizes, **changes), directory / "C.safetensors"
+    welore.calibrate(model, "self", statistics, tokens=1024, length=64)
+    return model, statistics
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma3_text"])
+def test_from_a_model_to_a_smaller_one_and_back(tmp_path: Path, family: str, tokens: Tensor) -> None:
+    source, statistics = calibrated(tmp_path, family)
+    small = tmp_path / "small"
+    record = welore.compress(source, small, params=0.6, neurons=0.3, calibration=statistics, heal="none")
+    plan = Plan.load(small / "plan.json")
+    gone = sum(n.width - len(n.kept) for n in plan.neurons.values())
+    assert record.settings["neurons"] == gone == pytest.approx(0.3 * 2 * 128, abs=2)
+    assert record.numbers["parameter_ratio"] == pytest.approx(0.6, abs=0.01)
+    about = json.loads((small / "config.json").read_text())["quantization_config"]
+    assert about["version"] == 4
+    assert set(about["shapes"]) == set(plan.shapes)
+
+    model = AutoModelForCausalLM.from_pretrained(small)
+    for name, (m, n) in plan.shapes.items():
+        layer = model.get_submodule(name)
+        assert (m, n) == (
+            getattr(layer, "out_features", None) or layer.nf,
+            getattr(layer, "in_features", None) or layer.nx,
+        )
+    found = sizes(model)
+    for name in ("rank_reduction", "parameter_ratio", "parameters"):
+        assert found[name] == pytest.approx(record.numbers[name])
+    dense = AutoModelForCausalLM.from_pretrained(source)
+    assert record.numbers["parameters_dense"] == sum(p.numel() for p in dense.parameters())
+
+    said = logits(model, tokens)
+    welore.merge(small, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not hasattr(merged.config, "quantization_config")
+    torch.testing.assert_close(logits(merged, tokens), said, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), tokens), said)
+    merge_model(model)
+    assert {name: p.shape for name, p in model.named_parameters()} == {n: p.shape for n, p in dense.named_parameters()}
+    torch.testing.assert_close(logits(model, tokens), said, rtol=1e-4, atol=1e-4)
+
+    welore.compress(source, tmp_path / "planned", plan=plan, calibration=statistics)
+    name = "model.safetensors"
+    assert (tmp_path / "planned" / name).read_bytes() == (small / name).read_bytes()
+
+
+def test_neurons_that_do_nothing_go_first_and_nothing_is_lost(tmp_path: Path, tokens: Tensor) -> None:
+    model = build("llama", intermediate_size=64)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:, ::4] = 0
+    model.save_pretrained(tmp_path / "model")
+    ids = torch.randint(0, 90, (8, 32), generator=torch.Generator().manual_seed(0))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(map(str, ids.flatten().tolist())))
+    source, statistics = tmp_path / "model", tmp_path / "C.safetensors"
+    checkpoint(tmp_path / "with_tokenizer", None)
+    for path in (tmp_path / "with_tokenizer").glob("token*"):
+        path.rename(source / path.name)
+    welore.calibrate(source, str(text), statistics, tokens=256, length=32, measure=0)
+    kept = 1 - 2 * 16 * 3 * 32 / sum(m * n for m, n in Calibration.load(statistics).shapes.values())
+    record = welore.compress(source, tmp_path / "small", params=kept, neurons=0.25, calibration=statistics, heal="none")
+    plan = Plan.load(tmp_path / "small" / "plan.json")
+    for found in plan.neurons.values():
+        assert found.kept == tuple(i for i in range(64) if i % 4)
+    assert record.numbers["lrcs"] == 0
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    torch.testing.assert_close(logits(small, tokens), logits(model, tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_params_alone_takes_out_what_is_worth_it(tmp_path: Path) -> None:
+    source, statistics = calibrated(tmp_path)
+    alone = {"calibration": statistics, "heal": "none"}
+    taken = {
+        params: welore.compress(source, tmp_path / str(params), params=params, **alone).settings["neurons"]
+        for params in (0.98, 0.4)
+    }
+    assert taken[0.98] == 0 < taken[0.4]
+    asked = welore.compress(source, tmp_path / "none", params=0.4, neurons=0, **alone)
+    assert asked.settings["neurons"] == 0
+    named = welore.compress(source, tmp_path / "named", params=0.4, strategy="waterfill", scaling="kfac", **alone)
+    assert named.settings["neurons"] == 0
+
+
+def test_a_smaller_mlp_is_healed_and_resumed_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tensor
+) -> None:
+    source, statistics = calibrated(tmp_path)
+    how: dict[str, Any] = {"params": 0.6, "neurons": 0.3, "calibration": statistics, "heal": "self"}
+    whole = welore.compress(source, tmp_path / "whole", **how)
+    assert "held_out_loss" in whole.numbers
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("welore.checkpoint.factor_matrices", killed)
+        with pytest.raises(KeyboardInterrupt):
+            welore.compress(source, tmp_path / "resumed", **how)
+    assert (tmp_path / "resumed.work").is_dir()
+    # other sizes of the same matrices may lie there: they are not taken for these
+    welore.compress(source, tmp_path / "resumed", **(how | {"neurons": 0.5, "params": 0.4, "heal": "none"}))
+    other = welore.compress(source, tmp_path / "other", **(how | {"neurons": 0.5, "params": 0.4, "heal": "none"}))
+    name = "model.safetensors"
+    assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    assert other.numbers["parameter_ratio"] < whole.numbers["parameter_ratio"]
+    with monkeypatch.context() as patch:
+        patch.setattr("welore.checkpoint.factor_matrices", killed)
+        with pytest.raises(KeyboardInterrupt):
+            welore.compress(source, tmp_path / "again", **how)
+    welore.compress(source, tmp_path / "again", **how)
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "again")(tokens)
+
+
+def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -> None:
+    source, statistics = calibrated(tmp_path)
+    out = tmp_path / "out"
+    for match, how in {
+        "neurons is 1.5": {"params": 0.6, "neurons": 1.5},
+        "neurons are chosen by a calibration": {"rank_reduction": 0.5, "neurons": 0.2},
+        "all neurons: leave those out": {"params": 0.6, "neurons": 0.2, "paper": True},
+        "neurons is too large": {"params": 0.6, "neurons": 0.9, "calibration": statistics},
+        "cannot be reached": {"params": 0.9, "neurons": 0.5, "calibration": statistics},
+    }.items():
+        with pytest.raises(WeLoreError, match=match):
+            welore.compress(source, out, **how)
+    assert not out.exists()
+    with pytest.raises(WeLoreError, match="keeps its neurons"):
+        welore.compress(build("llama"), params=0.6, neurons=0.2)
+
+    welore.compress(source, out, params=0.6, neurons=0.3, calibration=statistics, heal="none")
+    plan = Plan.load(out / "plan.json")
+    with pytest.raises(WeLoreError, match="leave those out"):
+        welore.compress(source, tmp_path / "x", plan=plan, neurons=0.2, calibration=statistics)
+    with pytest.raises(WeLoreError, match="needs a model in a directory"):
+        welore.compress(AutoModelForCausalLM.from_pretrained(source), plan=plan, calibration=statistics)
+    with pytest.raises(WeLoreError, match="this model is compressed already"), Checkpoint(out) as compressed:
+        _ = compressed.targets
+
+
+def test_kept_neurons_are_written_as_ranges() -> None:
+    found = {"mlp": Neurons(16, (0, 1, 2, 5, 7, 8)), "one": Neurons(3, (2,))}
+    assert as_json(found)["mlp"] == {"width": 16, "kept": "0-2,5,7-8"}
+    assert read_neurons(json.loads(json.dumps(as_json(found)))) == found
+    assert came_with(60, "mlp.down_proj", found) == 160
+    assert came_with(60, "attention.o_proj", found) == 60
+    for kept in ((), (1, 1), (2, 1), (-1, 2), (15, 16)):
+        with pytest.raises(WeLoreError, match="some of 0 to 15, ascending"):
+            Neurons(16, kept)
