@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import build, logits
-from toys import checkpoint
+from toys import characters, checkpoint
 from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
 from welore.mlps import find_mlps, resize_layers
@@ -121,7 +121,7 @@ def test_from_a_model_to_a_smaller_one_and_back(tmp_path: Path, family: str, tok
     record = welore.compress(source, small, params=0.6, neurons=0.3, calibration=statistics, heal="none")
     plan = Plan.load(small / "plan.json")
     gone = sum(n.width - len(n.kept) for n in plan.neurons.values())
-    assert record.settings["neurons"] == gone == pytest.approx(0.3 * 2 * 128, abs=2)
+    assert record.settings["neurons"] == gone == pytest.approx(0.3 * 2 * 128, abs=4)
     assert record.numbers["parameter_ratio"] == pytest.approx(0.6, abs=0.01)
     about = json.loads((small / "config.json").read_text())["quantization_config"]
     assert about["version"] == 4
@@ -240,6 +240,13 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
     assert not out.exists()
     with pytest.raises(WeLoreError, match="keeps its neurons"):
         welore.compress(build("llama"), params=0.6, neurons=0.2)
+
+    opt, other = saved("opt"), tmp_path / "opt.safetensors"
+    characters().save_pretrained(opt)
+    welore.calibrate(opt, "self", other, tokens=256, length=32, measure=0)
+    with pytest.raises(WeLoreError, match="has no MLP whose neurons could be taken out"):
+        welore.compress(opt, tmp_path / "x", params=0.6, neurons=0.2, calibration=other)
+    assert welore.compress(opt, tmp_path / "y", params=0.6, calibration=other, heal="none").settings["neurons"] == 0
 
     welore.compress(source, out, params=0.6, neurons=0.3, calibration=statistics, heal="none")
     plan = Plan.load(out / "plan.json")

@@ -29,7 +29,7 @@ from welore.grids import Target, in_blocks
 from welore.integration import WeLoreConfig
 from welore.loading import read_tokenizer
 from welore.locate import locate
-from welore.neurons import as_json
+from welore.neurons import Neurons, as_json
 from welore.parallel import Team, keep_freed_memory, team
 from welore.plan import MinRatio, Plan, allocate, check_settings
 from welore.progress import Progress, silent
@@ -225,22 +225,21 @@ def _planned(
     share: of the neurons; None: as many as are worth less than what a number costs in the first of the two plans.
     how: settings of `analyze_weights` that both have.
     """
-    common: dict[str, Any] = {"scaling": scaling, **how}
-    if share is None or not share:
-        grids = grids_of(source, split, scaling)
-        plan = allocate(analyze_weights(source, calibration=calibration, grids=grids, **common), **settings)
-        if share is not None or calibration is None:
-            return plan
-    assert calibration is not None
+
+    def planned(weights: Checkpoint, known: Calibration | None, neurons: Mapping[str, Neurons]) -> Plan:
+        about: dict[str, Any] = {"scaling": scaling, "calibration": known, "neurons": neurons}
+        return allocate(analyze_weights(weights, grids=grids_of(weights, split, scaling), **about, **how), **settings)
+
+    first = None if share else planned(source, calibration, {})
+    if share == 0 or calibration is None:
+        assert first is not None
+        return first
     shared = {name: how[name] for name in ("workspace", "crew", "workers", "progress")}
-    price = None if share else plan.threshold
+    price = None if first is None else first.threshold
     neurons = worth_taking_out(source, calibration, share=share, price=price, **shared)
-    if not neurons:
-        return plan
-    small, calibration = without(source, calibration, neurons, **shared)
-    grids = grids_of(small, split, scaling)
-    spectra = analyze_weights(small, calibration=calibration, grids=grids, neurons=neurons, **common)
-    return allocate(spectra, **settings)
+    if first is not None and not neurons:
+        return first
+    return planned(*without(source, calibration, neurons, **shared), neurons)
 
 
 def _own_calibration(directory: Path, workspace: Workspace, crew: Team, **how: Any) -> Calibration:

@@ -29,10 +29,8 @@ from welore.workspace import Workspace
 
 AT_ONCE = 96  # groups that the neurons of an MLP are taken out in
 MOST = 5 / 6  # of the neurons of one MLP
-WORTH = (
-    0.4  # what is predicted is too little: next to a cut, a neuron costs two and a half times as much (docs/diary.md)
-)
-LEAST = 0.05  # of all neurons: fewer are not worth layers of another size
+WORTH = 0.4  # what neurons cost is predicted two and a half times worse than what cuts cost (docs/diary.md)
+LEAST = 0.02  # of all neurons: fewer are not worth layers of another size
 
 
 def removal(W: Tensor, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,12 +75,17 @@ def worth_taking_out(
     workers: int | None,
     progress: Progress,
 ) -> dict[str, Neurons]:
-    """MLP -> the neurons that it keeps; {} where none is worth it, or the calibration has not reached the MLPs.
+    """MLP -> the neurons that it keeps; {} where none is worth taking out.
 
     share: of all neurons, those that cost least. Without it those that cost less than the numbers that they take, at
-    the price of one stored number (the level of a plan by water-filling).
+    the price of one stored number (the level of a plan by water-filling). An MLP that no token of the calibration has
+    reached keeps all.
     """
     mlps = [mlp for mlp in find_mlps(source.skeleton, source.targets) if _reached(mlp, calibration)]
+    if not mlps:
+        if share:
+            raise WeLoreError(f"{source.name} has no MLP whose neurons could be taken out: leave neurons out")
+        return {}
 
     def compute(mlp: Mlp) -> dict[str, Tensor]:
         found = workspace.fetch(f"{mlp.name}.removal")
