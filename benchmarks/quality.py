@@ -8,13 +8,12 @@ Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language r
 tokens of each. Calibrated rows read 32k tokens in bfloat16 and measure losses on all of them: half of the part of the
 reference that is not evaluated, half of --calibrate-on (FILE, or the training part of WikiText-2); ours-more reads 128k
 and measures on a quarter. Data-free rows read what the model writes, 64k as by default, and heal on it, unless they are
-only cut; ours-mix heals on 64k tokens of its texts, ours-web on as many of --heal-on, texts of neither of the two kinds
-that are tested. One row is trained longer: on 256k other tokens of the model's own, each about once. Controls are the
-dense model, all of it trained on the same blocks in the same order, the text itself its labels. ours-tuned is made of
-such a control, its teacher, on 240k tokens, two parts of --calibrate-on and one of the reference; as it reads them
-twice, a second control does, too. ours-million takes raw text, --heal-on and a quarter of a part of the reference: a
-teacher tuned on 229k tokens heals on 688k; its control reads those for as many steps as both. Rows that say so leave
-long matrices whole (--no-split), as all did once. Learning rates were chosen on other texts.
+only cut; ours-web heals on 64k tokens of --heal-on, texts of neither of the two kinds that are tested. Controls are the
+dense model, all of it trained on the same blocks in the same order (on 256k tokens of its own where what is compared
+reads 64k of them), the text itself its labels. ours-million takes raw text, --heal-on and a quarter of a part of
+the reference: a teacher, tuned on 229k tokens, is cut and heals on 688k; its control reads those for as many steps as
+both. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did once. Learning rates were
+chosen on other texts.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -43,26 +42,22 @@ from welore.tuning.rundir import WRITTEN, keep_written
 
 OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16
-TOKENS = {"mix": 32768, "whole": 32768, "more": 131072, "texts": 65536, "raw": 131072, "self": 65536}
+TOKENS = {"mix": 32768, "whole": 32768, "more": 131072, "raw": 131072, "self": 65536}
 MEASURED = {"mix": 1, "whole": 1, "more": 0.25}  # share of them on which losses are measured, else none
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
-LONG = 262144  # tokens of a longer healing, a tenth of them held out
 AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
-RATES = {0.9: 1.5e-5, 0.8: 3e-5, 0.7: 4e-5, 0.6: 6e-5, 0.5: 6e-5}  # the more is cut, the larger
-FIRST = (245760, 216)  # tokens and steps of a model that learns the texts before it is cut: each window once
 RAW, RAW_FIRST = (688128, 605), (229376, 202)  # what is healed on, and a third of it, what is learned first
-CONTROL_RATES = {"self": 1e-5, "mix": 1e-4, "web": 1e-4, "texts": 1e-4, "raw": 1e-4}  # of 1e-5, 3e-5 and 1e-4
+CONTROL_RATES = {"self": 1e-5, "web": 1e-4, "raw": 1e-4}  # of 1e-5, 3e-5 and 1e-4
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A fine-tuning: flags of `welore finetune`, the text (of CONTROL_RATES), its tokens, the steps."""
+    """A full fine-tuning: the text (of CONTROL_RATES), its tokens, a tenth of which is held out, and the steps."""
 
-    flags: str
-    text: str = "self"
-    tokens: int = LONG
-    steps: int = 256
+    text: str
+    tokens: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ class Row:
     """One line of the table: its name in print, the flags of `welore compress`, and what it is calibrated on."""
 
     label: str
-    flags: str = ""  # {mix}, {texts}, {raw} and {web} stand for the texts
+    flags: str = ""  # {raw} and {web} stand for the texts
     calibration: str | None = None  # a kind of TOKENS, or None
     tuned: Tuning | None = None
     of: str | None = None  # the control that is compressed instead of the dense model
@@ -84,30 +79,20 @@ ROWS = {
     "asvd": Row("ASVD, uniform", "--scaling asvd --strategy uniform --storage factored", "mix"),
     "svd-llm": Row("input-whitened, uniform", "--scaling input --strategy uniform --storage factored", "mix"),
     "input-waterfill": Row("input-whitened, water-filling", "--scaling input --storage factored", "mix"),
-    "kfac-factored": Row("K-FAC, water-filling, factored", "--scaling kfac --storage factored --no-split", "whole"),
-    "ours-whole": Row("ours, calibrated, only cut, nothing split", "--heal none --no-split", "whole"),
-    "ours": Row("ours, calibrated, only cut", "--heal none", "mix"),
+    "kfac-factored": Row(
+        "K-FAC, water-filling, factored", "--scaling kfac --storage factored --no-split --neurons 0", "whole"
+    ),
+    "ours-whole": Row(
+        "ours, calibrated, only cut, nothing split, all neurons", "--heal none --no-split --neurons 0", "whole"
+    ),
     "ours-more": Row("ours, calibrated on 128k tokens, only cut", "--heal none", "more"),
     "ours-self": Row("ours, data-free, only cut (`--heal none`)", "--heal none", "self"),
     "ours-default": Row("ours, data-free (`--params` alone)", "", "self"),
     "ours-web": Row(
-        "ours, cut data-free, healed on 64k tokens of web pages, nothing split",
-        "--heal {web} --no-split",
+        "ours, cut data-free, healed on 64k tokens of web pages",
+        "--heal {web}",
         "self",
         controls=("dense-tuned-web",),
-    ),
-    "ours-mix": Row(
-        "ours, calibrated, healed on 64k tokens of the same texts, nothing split",
-        "--heal {mix} --no-split",
-        "whole",
-        controls=("dense-tuned-mix",),
-    ),
-    "ours-tuned": Row(
-        "ours, of the dense model tuned on 240k tokens of texts, healed on the same, nothing split",
-        f"--heal {{texts}} --tokens {FIRST[0]} --no-split",
-        "texts",
-        of="dense-tuned-texts",
-        controls=("dense-tuned-texts", "dense-tuned-twice"),
     ),
     "ours-million": Row(
         "ours, of the dense model tuned on 229k tokens of web pages and the reference, healed on 688k",
@@ -116,33 +101,16 @@ ROWS = {
         of="dense-tuned-first",
         controls=("dense-tuned-first", "dense-tuned-raw"),
     ),
-    "ours-healed": Row(
-        "ours, data-free, healed on 256k tokens of its own, nothing split",
-        "--heal none --no-split",
-        "self",
-        Tuning("--method lrc --distill"),
-        controls=("dense-tuned",),
-    ),
 }
 CONTROLS = {  # the dense model, all of it tuned in the same way
-    "dense-tuned": Row("dense, tuned on the same 256k tokens", tuned=Tuning("--method full")),
-    "dense-tuned-mix": Row(
-        "dense, tuned on the same 64k tokens of texts", tuned=Tuning("--method full", "mix", *AS_HEALED)
-    ),
-    "dense-tuned-web": Row(
-        "dense, tuned on the same 64k tokens of web pages", tuned=Tuning("--method full", "web", *AS_HEALED)
-    ),
-    "dense-tuned-texts": Row("dense, tuned on the same 240k tokens", tuned=Tuning("--method full", "texts", *FIRST)),
-    "dense-tuned-twice": Row(
-        "dense, tuned on the same 240k tokens, twice over",
-        tuned=Tuning("--method full", "texts", FIRST[0], 2 * FIRST[1]),
-    ),
+    "dense-tuned": Row("dense, tuned on the same 256k tokens", tuned=Tuning("self", 262144, 256)),
+    "dense-tuned-web": Row("dense, tuned on the same 64k tokens of web pages", tuned=Tuning("web", *AS_HEALED)),
     "dense-tuned-first": Row(
-        "dense, tuned on 229k tokens of web pages and the reference", tuned=Tuning("--method full", "raw", *RAW_FIRST)
+        "dense, tuned on 229k tokens of web pages and the reference", tuned=Tuning("raw", *RAW_FIRST)
     ),
     "dense-tuned-raw": Row(
         "dense, tuned on the same 688k tokens, for as many steps as tuning and healing",
-        tuned=Tuning("--method full", "raw", RAW[0], RAW[1] + RAW_FIRST[1]),
+        tuned=Tuning("raw", RAW[0], RAW[1] + RAW_FIRST[1]),
     ),
 }
 
@@ -189,7 +157,6 @@ class Bench:
         self.sources = {"self": "self", "web": given.heal_on}
         self.sources["mix"] = self.sources["whole"] = self.sources["more"] = f"{given.calibrate_on}:1,pydoc:1"
         self.sources["raw"] = f"{given.heal_on},pydoc:0.25"
-        self.sources["texts"] = f"{given.calibrate_on}:2,pydoc:1"  # the reference has no more
         self.tokens = TOKENS | {"self": given.self_tokens}
 
     def cell(self, name: str, row: Row, ratio: float, seed: int) -> None:
@@ -206,14 +173,15 @@ class Bench:
                 about, numbers = self.compressed(row, small, ratio, seed)
                 settings |= about
             if row.tuned:
-                small, cost = self.tuned(row.tuned, small, f"{name}-{ratio:g}-{seed}", ratio, seed)
+                small, cost = self.tuned(row.tuned, f"{name}-{ratio:g}-{seed}", seed)
                 numbers |= {f"tuning_{key}": value for key, value in cost.items()}
-                how = f"{row.tuned.flags} --steps {row.tuned.steps} {HEALING}"
-                settings |= {"tuned": how, "lr": rate(row.tuned, ratio), "text": named(self.sources[row.tuned.text])}
-            for text, source in self.texts.items():
+                how = f"--method full --steps {row.tuned.steps} {HEALING}"
+                text = row.tuned.text
+                settings |= {"tuned": how, "lr": CONTROL_RATES[text], "text": named(self.sources[text])}
+            for kind, source in self.texts.items():
                 windows = ("--length", LENGTH, "--windows", WINDOWS, "--dtype", "float32")
                 found, _ = welore("evaluate", small, "--data", source, *windows)
-                numbers[f"perplexity_{text}"] = found["numbers"]["perplexity"]
+                numbers[f"perplexity_{kind}"] = found["numbers"]["perplexity"]
                 numbers.setdefault("bytes", found["numbers"]["bytes"])
         inputs = {"row": name, "label": row.label, "model": self.name}
         Record("quality", inputs, settings | {"length": LENGTH, "windows": WINDOWS}, numbers).save(path)
@@ -239,7 +207,7 @@ class Bench:
         made, cost = welore("compress", model, out, "--params", ratio, "--seed", seed, *flags)
         keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
         numbers |= {key: made["numbers"][key] for key in keys} | cost
-        settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio")}
+        settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio", "neurons")}
         if made["settings"]["healing"]:
             healing = made["settings"]["healing"]
             settings["healing"] = healing | {"text": named(healing["text"])}
@@ -247,17 +215,17 @@ class Bench:
             numbers |= {key: made["numbers"][key] for key in kinds}
         return settings, numbers
 
-    def tuned(self, tuning: Tuning, model: Path, name: str, ratio: float, seed: int) -> tuple[Path, dict[str, Any]]:
-        """A model fine-tuned on a text that is the same for every row with this seed; and what that took."""
+    def tuned(self, tuning: Tuning, name: str, seed: int) -> tuple[Path, dict[str, Any]]:
+        """The dense model, fine-tuned on a text that is the same for every row with this seed; and what that took."""
         text, run = self.work / f"{tuning.text}-text-{tuning.tokens}-{seed}" / WRITTEN, self.work / name
-        flags = [*tuning.flags.split(), *([self.model] if "--distill" in tuning.flags else []), *HEALING.split()]
+        flags: list[Any] = ["--method", "full", *HEALING.split()]
         if tuning.text != "self" and not text.is_file():
             _, texts = draw(self.sources[tuning.text], tuning.tokens, read_tokenizer(self.model), LENGTH, seed=seed)
             keep_written(text.parent, torch.cat([source.windows for source in texts]))
         flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", tuning.tokens]
-        flags += ["--steps", tuning.steps, "--lr", rate(tuning, ratio), "--seed", seed]
+        flags += ["--steps", tuning.steps, "--lr", CONTROL_RATES[tuning.text], "--seed", seed]
         flags += ["--save-every", 0, "--overwrite"]
-        found, cost = welore("finetune", model, run, *flags)
+        found, cost = welore("finetune", self.model, run, *flags)
         if not text.is_file():
             text.parent.mkdir(exist_ok=True)
             shutil.copyfile(run / WRITTEN, text)
@@ -269,7 +237,7 @@ class Bench:
         made, tuning = self.work / f"{name}-1-{seed}" / "model", CONTROLS[name].tuned
         assert tuning
         if not made.is_dir():
-            self.tuned(tuning, self.model, f"{name}-1-{seed}", 1.0, seed)
+            self.tuned(tuning, f"{name}-1-{seed}", seed)
         return made
 
     def calibration(self, kind: str, seed: int, model: Path) -> Path:
@@ -289,11 +257,6 @@ class Bench:
 def named(texts: str) -> str:
     """A mixture of texts as a record names it, without the folders of its files."""
     return re.sub(r"[^,:]*/", "", texts)
-
-
-def rate(tuning: Tuning, ratio: float) -> float:
-    """The peak learning rate of a compressed model, or of the control."""
-    return RATES[ratio] if ratio < 1 else CONTROL_RATES[tuning.text]
 
 
 def welore(*arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Neurons taken out of the MLPs before their matrices are cut: which ones, and what is left of a checkpoint.
 
-A cut gives every neuron of an MLP up a little. Below some 70 % of the parameters it costs less to give some of them up
+A cut gives every neuron of an MLP up a little. Below some 75 % of the parameters it costs less to give some of them up
 altogether, with a row of each maker (gate and up) and a column of the reader (down), whose other columns then stand in
 for it. What that costs, and what the others have to be, is Optimal Brain Surgeon's answer (Hassibi & Stork 1993) for
 columns, in the norm of K-FAC.
@@ -30,7 +30,7 @@ from welore.workspace import Workspace
 AT_ONCE = 96  # groups that the neurons of an MLP are taken out in
 MOST = 5 / 6  # of the neurons of one MLP
 WORTH = 0.4  # what neurons cost is predicted two and a half times worse than what cuts cost (docs/diary.md)
-LEAST = 0.02  # of all neurons: fewer are not worth layers of another size
+LEAST = 0.05  # of all neurons: fewer are not worth layers of another size
 
 
 def removal(W: Tensor, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
