@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from welore import figures
 from welore.errors import WeLoreError
 from welore.figures import Result
+from welore.neurons import Neurons
 from welore.plan import Plan, allocate
 from welore.spectra import Identity, Spectra, gaussian_null
 
@@ -118,6 +120,16 @@ def test_every_dense_matrix_is_hatched_and_no_lrc_is(plan: Plan) -> None:
     dense = {(place[a.name].kind, place[a.name].layer) for a in plan.allocations if not a.factored}
     assert cells == dense
     assert 0 < len(dense) < len(plan.allocations)
+
+
+def test_neurons_that_are_gone_have_a_row_of_their_own(plan: Plan) -> None:
+    mlp = next(a.name for a in plan.allocations if a.name.endswith("down_proj")).rpartition(".")[0]
+    ax = drawn(figures.reduction_heatmap(replace(plan, neurons={mlp: Neurons(13, tuple(range(10)))}))).axes[0]
+    mesh = next(c.get_array() for c in ax.collections if c.get_array() is not None)
+    assert mesh is not None
+    assert ax.get_yticklabels()[-1].get_text() == "neurons out"
+    assert mesh[-1].tolist() == [3 / 13, *([0] * (mesh.shape[1] - 1))]
+    assert drawn(figures.reduction_heatmap(plan)).axes[0].get_yticklabels()[-1].get_text() != "neurons out"
 
 
 def test_heat_map_shows_each_reduction_ratio_and_the_nulls_share(plan: Plan) -> None:

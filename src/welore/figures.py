@@ -143,7 +143,8 @@ def normalised_spectra(spectra: Spectra, plan: Plan | None = None, *, title: str
 def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     """Reduction ratio p / k of every matrix, module kind x layer; N-LRCs are hatched, as they stay dense.
 
-    A `welore` plan gets a last column: what its threshold takes from a Gaussian matrix of the same shape.
+    A `welore` plan gets a last column: what its threshold takes from a Gaussian matrix of the same shape. Where neurons
+    were taken out before the cut, a last row shows their share of the MLP.
     """
     kinds = summarise(plan)
     row = {k.kind: i for i, k in enumerate(kinds)}
@@ -153,9 +154,14 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     cells = {a.name: (row[place[a.name].kind], layers.index(place[a.name].layer)) for a in plan.allocations}
     for a in plan.allocations:
         ratio[cells[a.name]] = a.reduction_ratio
+    gone = {_without_layer(name)[1]: 1 - len(n.kept) / n.width for name, n in plan.neurons.items()}
+    names = [plain(k.kind) for k in kinds]
+    if gone:
+        names.append("neurons out")
+        ratio = np.vstack([ratio, [gone.get(layer, 0.0) for layer in layers]])
 
     width = min(16.0, 3.2 + max(0.24 * len(layers), 3.0))
-    fig = new_figure(width, max(2.8, 1.6 + 0.34 * len(kinds)), title)
+    fig = new_figure(width, max(2.8, 1.6 + 0.34 * len(names)), title)
     ax = fig.subplots()
     ax.set_facecolor(PALE)  # shows where a model has no such matrix
     mesh = _cells(ax, np.arange(len(layers) + 1.0), ratio)
@@ -165,7 +171,7 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
         ticks[len(layers) + 1.5] = "Gaussian\nnull"
     hatch(ax, [cells[a.name] for a in plan.allocations if not a.factored])
     ax.set_xticks(list(ticks), labels=list(ticks.values()), fontsize=7)
-    ax.set_yticks(np.arange(len(kinds)) + 0.5, labels=[plain(k.kind) for k in kinds], fontsize=8)
+    ax.set_yticks(np.arange(len(names)) + 0.5, labels=names, fontsize=8)
     ax.invert_yaxis()
     ax.tick_params(length=0)
     ax.set_xlabel("layer", fontsize=9)
