@@ -238,13 +238,16 @@ def test_killed_process_continues(saved, tmp_path: Path) -> None:
     assert files_of(out) == files_of(tmp_path / "undisturbed")
 
 
-@pytest.mark.parametrize("label", ["the model writes", "blocks, forward", "blocks, backward", "singular values"])
+@pytest.mark.parametrize(
+    "label",
+    ["the model writes", "blocks, forward", "blocks, backward", "neurons", "neurons refitted", "singular values"],
+)
 def test_run_that_makes_its_own_calibration_continues_to_the_same_bytes(
     saved, tokenizer, tmp_path: Path, label: str
 ) -> None:
     source = saved("llama")
     tokenizer.save_pretrained(source)
-    ours: dict[str, Any] = {"params": 0.7, "tokens": 256, "workers": 1}
+    ours: dict[str, Any] = {"params": 0.6, "neurons": 0.2, "tokens": 256, "workers": 1}
     welore.compress(source, tmp_path / "undisturbed", **ours)
 
     def stopping(items: Iterable[tuple[Any, float]], what: str, total: float) -> Iterator[Any]:
@@ -261,7 +264,11 @@ def test_run_that_makes_its_own_calibration_continues_to_the_same_bytes(
     assert not (tmp_path / "out.work").exists()
 
 
-@pytest.mark.parametrize("settings", [{"rank_reduction": 0.4}, {"params": 0.7, "tokens": 128}], ids=["paper", "ours"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"rank_reduction": 0.4}, {"params": 0.7, "tokens": 128}, {"params": 0.6, "tokens": 128, "neurons": 0.3}],
+    ids=["paper", "ours", "neurons"],
+)
 def test_two_processes_of_torchrun_write_the_same_bytes_as_one(
     saved, tokenizer, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
