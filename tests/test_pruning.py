@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import welore
 from conftest import build, logits
@@ -147,6 +148,10 @@ def test_from_a_model_to_a_smaller_one_and_back(tmp_path: Path, family: str, tok
     torch.testing.assert_close(logits(merged, tokens), said, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), tokens), said)
+    if family == "llama":
+        bare = AutoModel.from_pretrained(small)
+        merge_model(bare)
+        assert bare.layers[0].mlp.down_proj.weight.shape == (32, 128)
     merge_model(model)
     assert {name: p.shape for name, p in model.named_parameters()} == {n: p.shape for n, p in dense.named_parameters()}
     torch.testing.assert_close(logits(model, tokens), said, rtol=1e-4, atol=1e-4)
@@ -254,6 +259,15 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
         welore.compress(source, tmp_path / "x", plan=plan, neurons=0.2, calibration=statistics)
     with pytest.raises(WeLoreError, match="needs a model in a directory"):
         welore.compress(AutoModelForCausalLM.from_pretrained(source), plan=plan, calibration=statistics)
+    one, *others = plan.neurons.items()
+    fewer = replace(plan, neurons={one[0]: Neurons(one[1].width, one[1].kept[1:]), **dict(others)})
+    with pytest.raises(WeLoreError, match="not those that its neurons leave|has no 2 x 1 equal blocks"):
+        welore.compress(source, tmp_path / "x", plan=fewer, calibration=statistics)
+    with pytest.raises(WeLoreError, match="takes neurons out of elsewhere"):
+        elsewhere = replace(plan, neurons={"elsewhere": one[1]})
+        welore.compress(source, tmp_path / "x", plan=elsewhere, calibration=statistics)
+    with pytest.raises(WeLoreError, match="give the calibration that they were chosen by"):
+        welore.compress(source, tmp_path / "x", plan=replace(plan, scaling="none"))
     with pytest.raises(WeLoreError, match="this model is compressed already"), Checkpoint(out) as compressed:
         _ = compressed.targets
 

@@ -172,10 +172,14 @@ def compress(
             else:
                 check_plan(plan, source, found)
             if plan.neurons:
-                assert found is not None
+                if found is None:
+                    raise WeLoreError("the plan takes neurons out: give the calibration that they were chosen by")
                 source, found = without(
                     source, found, plan.neurons, workspace, crew, workers=workers, progress=progress
                 )
+                left = {target.name: target.shape for target in in_blocks(source.targets, plan.grids)}
+                if left != {a.name: a.shape for a in plan.allocations}:
+                    raise WeLoreError("the plan's matrices are not those that its neurons leave: make it again")
             quality = factor_matrices(source, plan, found, workspace, crew, **how)
             if crew.leads:
                 trained, about = None, None

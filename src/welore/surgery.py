@@ -113,8 +113,9 @@ def compress_model(
 def merge_model(model: "PreTrainedModel") -> None:
     """Make a compressed model in memory dense again, in place: every low-rank layer becomes its product."""
     skeleton = dense_skeleton(model.config, type(model))
-    shapes = _config(model).get("shapes", {})
-    copies = copies_of(skeleton, find_targets(skeleton)) if shapes else {}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # a bare AutoModel's names are without it
+    resized = [n if has_module(model, n) else n.removeprefix(prefix) for n in _config(model).get("shapes", {})]
+    copies = copies_of(skeleton, find_targets(skeleton)) if resized else {}
     inside: set[nn.Module] = set()
     done: set[str] = set()
     for name, layer in list(model.named_modules()):
@@ -125,7 +126,7 @@ def merge_model(model: "PreTrainedModel") -> None:
         dense = skeleton.get_submodule(name)  # nn.Linear, or GPT-2's Conv1D, which stores W^T
         W = _matrix(layer).to(next(next(layer.children()).parameters()).dtype)
         _make_dense(model, name, dense, W if isinstance(dense, nn.Linear) else W.T.contiguous(), copies.get(name, 1))
-    for name in shapes:
+    for name in resized:
         if name not in done:
             weight = model.get_submodule(name).weight
             assert isinstance(weight, Tensor)

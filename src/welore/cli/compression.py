@@ -308,6 +308,8 @@ def compress(
             f"left dense inside the blocks: {numbers['left_dense_in_blocks'] / 1e6:.1f} M parameters "
             f"({', '.join(numbers['left_dense_names'])})"
         )
+    if record.settings.get("neurons"):
+        say(f"{record.settings['neurons']:,} neurons of the MLPs were taken out before the cut")
     if "held_out_loss" in numbers:
         losses = {name: math.exp(min(loss, 700.0)) for name, loss in numbers["held_out_loss"].items()}
         say(
