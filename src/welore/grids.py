@@ -95,6 +95,12 @@ def read_grids(content: Mapping[str, Sequence[int]]) -> dict[str, Grid]:
     return {layer: (down, across) for layer, (down, across) in content.items()}
 
 
+def layer_of(name: str, grids: Mapping[str, Grid]) -> str:
+    """The layer of a matrix: of a block the one that it belongs to."""
+    layer = name.rpartition(".")[0]
+    return layer if layer in grids else name
+
+
 def split_layers(grids: Mapping[str, Grid], ranks: Iterable[str]) -> dict[str, Grid]:
     """Those of the grids of which a block has a rank: the other layers stay as they are."""
     layers = {name.rpartition(".")[0] for name in ranks}

@@ -20,7 +20,7 @@ from welore.grids import Grid, block_names, read_grids, split_layers
 from welore.lowrank import PivotedLinear
 from welore.mlps import resize_layers
 from welore.plan import MinRatio, Plan
-from welore.surgery import compress_model, has_module, replace_module, split_module
+from welore.surgery import compress_model, place, replace_module, split_module
 from welore.tensorfile import TensorReader
 
 if TYPE_CHECKING:
@@ -117,18 +117,13 @@ class WeLoreQuantizer(HfQuantizer):
         if ranks is None:
             return
         cut = split_layers(config.grids, ranks)
-        prefix = model.base_model_prefix + "."  # a bare AutoModel has no such first component in its names
         if checkpoint_files:
-            check_factors(config, checkpoint_files, prefix)
-
-        def place(name: str) -> str:
-            return name if has_module(model, name) else name.removeprefix(prefix)
-
-        resize_layers(model, {place(name): shape for name, shape in config.shapes.items()})
+            check_factors(config, checkpoint_files, model.base_model_prefix + ".")
+        resize_layers(model, {place(model, name): shape for name, shape in config.shapes.items()})
         for name, grid in cut.items():
-            split_module(model, place(name), grid)
+            split_module(model, place(model, name), grid)
         for name, rank in ranks.items():
-            replace_module(model, place(name), rank, forms.get(name, FACTORED))
+            replace_module(model, place(model, name), rank, forms.get(name, FACTORED))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config

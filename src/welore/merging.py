@@ -86,8 +86,6 @@ def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
 
     def restored(key: str, numbers: Tensor) -> Tensor:
         name = key.rpartition(".")[0]
-        if numbers.shape == source.skeleton.get_parameter(key).shape:
-            return numbers
         return with_zeros(source.skeleton.get_submodule(name), numbers, copies.get(name, 1))
 
     gone = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form]}

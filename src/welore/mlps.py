@@ -106,10 +106,12 @@ def copies_of(model: "PreTrainedModel", targets: Sequence[Target]) -> dict[str, 
 def with_zeros(layer: nn.Module, numbers: Tensor, copies: int) -> Tensor:
     """Weight or bias of a layer that has lost neurons, as the dense `layer` holds it: zeros stand for what is gone.
 
-    copies: see `copies_of`; 1 for other layers.
+    copies: see `copies_of`; 1 for other layers. What is whole is given back as it is.
     """
     full = layer.weight if numbers.ndim > 1 else layer.bias
     assert isinstance(full, Tensor)
+    if numbers.shape == full.shape:
+        return numbers
     flip = numbers.ndim > 1 and not isinstance(layer, nn.Linear)  # GPT-2's Conv1D stores W^T
     found = numbers.new_zeros(full.shape[::-1] if flip else full.shape)
     some = (numbers.T if flip else numbers).unflatten(0, (copies, -1))

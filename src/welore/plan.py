@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from welore.errors import WeLoreError, choose
 from welore.forms import DENSE, FACTORED, FORMS, PIVOTED, STORAGES, cost, form_of
-from welore.grids import Grid, block_names, read_grids, split_layers
+from welore.grids import WHOLE, Grid, block_names, layer_of, read_grids, split_layers
 from welore.neurons import Neurons, as_json, came_with, read_neurons
 from welore.records import read_json, write_json
 from welore.spectra import NONE, Identity, Spectra, Values
@@ -106,18 +106,18 @@ class Plan:
     @property
     def lrc_layers(self) -> set[str]:
         """The layers that are stored in low rank, all of them or a block."""
-        cut = self.split
-        return set(cut) | {name for name in self.ranks if name.rpartition(".")[0] not in cut}
+        return {layer_of(name, self.grids) for name in self.ranks}
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Layer -> shape (m, n) of those that are smaller than they came, for neurons were taken out of their MLP."""
-        blocks: dict[str, tuple[int, int]] = {a.name: a.shape for a in self.allocations}
-        for layer, (down, across) in self.grids.items():
-            m, n = blocks[block_names(layer, (down, across))[0]]
-            blocks |= {layer: (down * m, across * n)}
-        split = {block for layer, grid in self.grids.items() for block in block_names(layer, grid)}
-        return {n: s for n, s in blocks.items() if n not in split and n.rpartition(".")[0] in self.neurons}
+        found = {}
+        for a in self.allocations:
+            layer = layer_of(a.name, self.grids)
+            if layer.rpartition(".")[0] in self.neurons:
+                down, across = self.grids.get(layer, WHOLE)
+                found[layer] = (down * a.shape[0], across * a.shape[1])
+        return found
 
     @property
     def rank_reduction(self) -> float:
@@ -132,8 +132,7 @@ class Plan:
 
     def came_with(self, a: Allocation) -> int:
         """Parameters of a matrix in the dense model, before neurons were taken out."""
-        layer = a.name.rpartition(".")[0] if a.name.rpartition(".")[0] in self.grids else a.name
-        return came_with(a.dense_parameters, layer, self.neurons)
+        return came_with(a.dense_parameters, layer_of(a.name, self.grids), self.neurons)
 
     def numbers(self) -> dict[str, Any]:
         """The achieved figures that stand in every record made with this plan."""
@@ -298,9 +297,8 @@ def allocate(
     if threshold is not None:
         level = float(threshold)
     else:
-        layers = {block: layer for layer, grid in spectra.grids.items() for block in block_names(layer, grid)}
-        came = [came_with(m * n, layers.get(name, name), spectra.neurons) for name, (m, n) in spectra.shapes.items()]
-        gone = sum(came) - sum(m * n for m, n in shapes)
+        layers = ((layer_of(name, spectra.grids), m * n) for name, (m, n) in spectra.shapes.items())
+        gone = sum(came_with(numbers, layer, spectra.neurons) - numbers for layer, numbers in layers)
         level = _solve(scores, shapes, gone, next(iter(target.items())), storage, min_ratio, allow_growth)
     allocations = []
     for (name, sigma), shape, s in zip(spectra.values.items(), shapes, scores, strict=True):

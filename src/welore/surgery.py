@@ -113,8 +113,7 @@ def compress_model(
 def merge_model(model: "PreTrainedModel") -> None:
     """Make a compressed model in memory dense again, in place: every low-rank layer becomes its product."""
     skeleton = dense_skeleton(model.config, type(model))
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."  # a bare AutoModel's names are without it
-    resized = [n if has_module(model, n) else n.removeprefix(prefix) for n in _config(model).get("shapes", {})]
+    resized = [place(model, name) for name in _config(model).get("shapes", {})]
     copies = copies_of(skeleton, find_targets(skeleton)) if resized else {}
     inside: set[nn.Module] = set()
     done: set[str] = set()
@@ -139,8 +138,7 @@ def _make_dense(model: nn.Module, name: str, dense: nn.Module, weight: Tensor, c
     bias, full = (layer._parameters.get("bias") for layer in (old, dense))
     if bias is not None and full is not None and full.shape != bias.shape:
         bias = nn.Parameter(with_zeros(dense, bias.detach(), copies), requires_grad=bias.requires_grad)
-    size = dense.get_parameter("weight").shape
-    dense.weight = nn.Parameter(weight if weight.shape == size else with_zeros(dense, weight, copies))
+    dense.weight = nn.Parameter(with_zeros(dense, weight, copies))
     dense.register_parameter("bias", bias)
     dense.train(old.training)
     model.set_submodule(name, dense)
@@ -194,6 +192,11 @@ def _config(model: nn.Module) -> dict[str, Any]:
     """What the configuration of a model says of its compression."""
     config: Any = getattr(model.config, "quantization_config", None)
     return dict(config) if isinstance(config, Mapping) else config.to_dict() if config is not None else {}
+
+
+def place(model: "PreTrainedModel", name: str) -> str:
+    """Where a module of the causal LM lies in `model`: a bare AutoModel has no such first component in its names."""
+    return name if has_module(model, name) else name.removeprefix(model.base_model_prefix + ".")
 
 
 def has_module(model: nn.Module, name: str) -> bool:
