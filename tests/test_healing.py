@@ -173,7 +173,7 @@ def test_what_cannot_heal_is_refused_before_anything_is_written(
         welore.compress(source, tmp_path / "out", heal="self,pydoc", **how)
     with pytest.raises(WeLoreError, match="cut, not healed"):
         welore.compress(build("llama"), heal="self", **how)
-    monkeypatch.setattr(checkpoint, "team", lambda: Team(0, 2))
+    monkeypatch.setattr(healing, "team", lambda: Team(0, 2))
     with pytest.raises(WeLoreError, match="--heal none"):
         welore.compress(source, tmp_path / "out", params=0.6, calibration=own)
     assert not (tmp_path / "out").exists()

@@ -4,33 +4,29 @@ Memory of the cut is bounded by the matrices in work, never by the model (one th
 whole); nothing is written under its final name before it is complete; a killed run continues where it was.
 """
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from welore.analysis import analyze_weights, check_plan, grids_of, opened_calibration, shared_workspace, summary
 from welore.calibration.artefact import Calibration
 from welore.calibration.collection import calibrate
 from welore.calibration.generation import LENGTH, TOKENS
-from welore.calibration.mixture import SELF, digest, draw
-from welore.cutting import Trained, factor_matrices, write_checkpoint
+from welore.calibration.mixture import SELF
+from welore.cutting import factor_matrices, write_checkpoint
 from welore.directory import PLAN, RECORD, SHARD_SIZE
 from welore.errors import WeLoreError, choose
 from welore.files import refuse_existing, refuse_source, whole_directory
 from welore.forms import FACTORED
 from welore.grids import Target, in_blocks
 from welore.integration import WeLoreConfig
-from welore.loading import read_tokenizer
 from welore.locate import locate
-from welore.neurons import Neurons, as_json
-from welore.parallel import Team, keep_freed_memory, team
+from welore.neurons import Neurons
+from welore.parallel import Team
 from welore.plan import MinRatio, Plan, allocate, check_settings
 from welore.progress import Progress, silent
 from welore.pruning import without, worth_taking_out
@@ -39,7 +35,7 @@ from welore.scaling import KFAC, SCALINGS
 from welore.source import Checkpoint
 from welore.spectra import NONE
 from welore.surgery import compress_model, sizes
-from welore.targets import config_of, context_length
+from welore.tuning import healing
 from welore.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -129,14 +125,9 @@ def compress(
             raise WeLoreError(
                 "a model in memory is cut, not healed, and keeps its neurons: give a directory to read and one to write"
             )
-        if calibration == SELF and scaling != NONE:
-            raise WeLoreError(
-                f"scaling {scaling} of a model in memory needs calibration=, made by `calibrate`; or scaling='none'"
-            )
         known = None if calibration == SELF else calibration
         how: dict[str, Any] = {"scaling": scaling, "calibration": known, "workers": workers, "progress": progress}
-        plan = compress_model(model, plan=plan, split=split, **how, **patterns, **settings)
-        model.config.quantization_config = WeLoreConfig.of(plan)
+        plan = _in_memory(model, plan, split=split, **how, **patterns, **settings)
         record = _record(plan, started, sizes(model))
         if out is not None:
             with whole_directory(out, overwrite=overwrite) as unfinished:
@@ -149,11 +140,11 @@ def compress(
         raise WeLoreError("name the directory to write: compress(model, out, ...)")
     directory = locate(model, cache_dir=cache_dir, revision=revision)
     refuse_source(out, directory)
-    windows = None if heal in (None, NONE, SELF) else _text(heal, directory, tokens, seed, cache_dir)
+    windows = None if heal in (None, NONE, SELF) else healing.text(heal, directory, tokens, seed, cache_dir)
     with Checkpoint(directory, str(model), include, exclude) as source:
         found = None if calibration == SELF else opened_calibration(calibration, source)
         own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.written or (0,))[0]
-        heal = _healing(heal, own, alone=alone)
+        heal = healing.chosen(heal, own, alone=alone)
         if neurons and (found is None and scaling == NONE):
             raise WeLoreError("neurons are chosen by a calibration: give --calibration, or a scaling that needs one")
         rests_on = [tokens, seed] if found is None else summary(found)
@@ -188,12 +179,23 @@ def compress(
                         windows = found.own_text()
                     assert windows is not None
                     here: dict[str, Any] = {"own": heal == SELF, "seed": seed, "device": device, "progress": progress}
-                    trained, about, numbers = _healed(source, plan, workspace, windows, **here)
+                    trained, about, numbers = healing.heal(source, plan, workspace, windows, **here)
                     about, quality = {"text": heal} | about, quality | numbers
                 with whole_directory(out, overwrite=overwrite) as unfinished:
                     quality |= write_checkpoint(source, plan, workspace, unfinished, max_shard_size, progress, trained)
                     _record(plan, started, quality, about).save(unfinished / RECORD)
     return Record.load(Path(out) / RECORD)
+
+
+def _in_memory(model: "PreTrainedModel", plan: Plan | None, *, scaling: str, calibration: Any, **how: Any) -> Plan:
+    """Exchange the layers of a model, which then says so in its config: by a plan, or by the one that is made."""
+    if calibration is None and scaling != NONE:
+        raise WeLoreError(
+            f"scaling {scaling} of a model in memory needs calibration=, made by `calibrate`; or scaling='none'"
+        )
+    plan = compress_model(model, plan=plan, scaling=scaling, calibration=calibration, **how)
+    model.config.quantization_config = WeLoreConfig.of(plan)
+    return plan
 
 
 def _method(
@@ -256,65 +258,6 @@ def _own_calibration(directory: Path, workspace: Workspace, crew: Team, **how: A
         calibrate(directory, SELF, made, measure=0, **how)
     crew.wait()
     return Calibration.load(made)
-
-
-def _healing(asked: str | None, own: int, *, alone: bool) -> str:
-    """The text to heal on: what was asked for, or the model's own where `params` stand alone.
-
-    own: windows of it that there are or will be; two are the least to train on and to hold out.
-    """
-    heal = asked or (SELF if alone and own > 1 else NONE)
-    if heal == SELF and own < 2:
-        raise WeLoreError(
-            "--heal self needs a calibration of at least two windows that the model wrote; or name another text"
-        )
-    if heal != NONE and team().size > 1:
-        raise WeLoreError(
-            "several processes cut, but do not heal: pass --heal none, and heal by `welore finetune --distill`"
-        )
-    return heal
-
-
-def _text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Path | None) -> Tensor:
-    """Windows of the texts `data`, drawn as for a calibration."""
-    length = min(LENGTH, context_length(config_of(directory)) or LENGTH)
-    counts, found = draw(data, tokens, read_tokenizer(directory), length, seed=seed, cache_dir=cache_dir)
-    if SELF in counts:
-        raise WeLoreError(f"--heal {data}: {SELF} cannot be mixed with other texts")
-    windows = torch.cat([text.windows for text in found])
-    if len(windows) < 2:
-        raise WeLoreError(f"--heal {data}: tokens is {tokens}, one window; two are the least to train on and hold out")
-    return windows
-
-
-def _healed(
-    source: Checkpoint,
-    plan: Plan,
-    workspace: Workspace,
-    windows: Tensor,
-    *,
-    own: bool,
-    seed: int,
-    device: str | None,
-    progress: Progress,
-) -> tuple[Trained | None, dict[str, Any], dict[str, Any]]:
-    """Let the cut model learn from the dense one, in the workspace: its factors, None if that did harm."""
-    from welore.tuning import healing  # the Trainer: seconds of imports that a cut alone does not need
-
-    about = json.dumps([plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), own, seed])
-    place = workspace.directory / f"healing-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
-    cut = place / "cut"
-    if not cut.is_dir():
-        with whole_directory(cut) as unfinished:
-            write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
-    keep_freed_memory()
-    how: dict[str, Any] = {"own": own, "seed": seed, "device": device, "progress": progress}
-    try:
-        run, record = healing.heal(cut, source.directory, windows, plan, place, **how)
-    except WeLoreError as error:  # the cut is sound, and may have taken an hour
-        return None, {"failed": str(error)}, {"healed": False}
-    settings, numbers = healing.summary(record)
-    return healing.trained(run) if run else None, settings, numbers
 
 
 def _beside(out: str | Path) -> Path:

@@ -5,6 +5,8 @@ what each costs, half of which even biases would take away (docs/diary.md): a sh
 the statistics. A long one is `finetune --distill`.
 """
 
+import hashlib
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -15,14 +17,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from welore.errors import DivergedError
+from welore.calibration.generation import LENGTH
+from welore.calibration.mixture import SELF, digest, draw
+from welore.cutting import Trained, write_checkpoint
+from welore.directory import SHARD_SIZE
+from welore.errors import DivergedError, WeLoreError
+from welore.files import whole_directory
 from welore.forms import FORMS
+from welore.loading import read_tokenizer
+from welore.neurons import as_json
+from welore.parallel import keep_freed_memory, team
 from welore.plan import Plan
-from welore.progress import Progress
+from welore.progress import Progress, silent
 from welore.records import Record
 from welore.source import Checkpoint, weight_files
-from welore.tuning.finetuning import finetune
+from welore.spectra import NONE
+from welore.targets import config_of, context_length
 from welore.tuning.rundir import MODEL, RUN, TUNED, WRITTEN, keep_written
+from welore.workspace import Workspace
 
 BATCH, STEPS, WARM_UP = 2, 64, 8  # windows of a step, each read once; steps at most on text of its own
 RATE = 1 / 1500  # of the root mean square of the factors, times the share of parameters that was cut
@@ -32,47 +44,95 @@ HARM = 0.05  # of what the cut cost
 SAVED, HELD_OUT = 16, 16  # steps between checkpoints; windows held out at most
 
 
+def chosen(asked: str | None, own: int, *, alone: bool) -> str:
+    """The text to heal on: what was asked for, or the model's own where `params` stand alone.
+
+    own: windows of it that there are or will be; two are the least to train on and to hold out.
+    """
+    heal = asked or (SELF if alone and own > 1 else NONE)
+    if heal == SELF and own < 2:
+        raise WeLoreError(
+            "--heal self needs a calibration of at least two windows that the model wrote; or name another text"
+        )
+    if heal != NONE and team().size > 1:
+        raise WeLoreError(
+            "several processes cut, but do not heal: pass --heal none, and heal by `welore finetune --distill`"
+        )
+    return heal
+
+
+def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Path | None) -> Tensor:
+    """Windows of the texts `data`, drawn as for a calibration: token ids (count, length), at least two."""
+    length = min(LENGTH, context_length(config_of(directory)) or LENGTH)
+    counts, found = draw(data, tokens, read_tokenizer(directory), length, seed=seed, cache_dir=cache_dir)
+    if SELF in counts:
+        raise WeLoreError(f"--heal {data}: {SELF} cannot be mixed with other texts")
+    windows = torch.cat([text.windows for text in found])
+    if len(windows) < 2:
+        raise WeLoreError(f"--heal {data}: tokens is {tokens}, one window; two are the least to train on and hold out")
+    return windows
+
+
 def heal(
-    cut: Path,
-    teacher: Path,
-    windows: Tensor,
+    source: Checkpoint,
     plan: Plan,
-    place: Path,
+    workspace: Workspace,
+    windows: Tensor,
     *,
     own: bool,
     seed: int,
     device: str | None,
     progress: Progress,
-) -> tuple[Path | None, Record]:
-    """Train the factors of the checkpoint `cut` in a directory under `place`: the run, and the record of `finetune`.
+) -> tuple[Trained | None, dict[str, Any], dict[str, Any]]:
+    """Let the model that is cut by `plan` learn from the dense one: its factors, settings and numbers for a record.
 
-    teacher: the dense model that it was made from. windows: token ids (count, length), at least two, a tenth of which
-    is held out; the others are read once. own: whether the teacher wrote them; then it alone is the loss, as such text
-    says nothing that it does not, and STEPS are enough. Where the usual rate does harm (see `sound`) or diverges,
-    smaller ones are tried; None if they all do harm. What was killed goes on; what is finished is left as it is.
+    No factors where it did harm, or failed: the cut is sound, and may have taken an hour. windows: token ids (count,
+    length), at least two, a tenth of which is held out; the others are read once. own: whether the model wrote them;
+    then the teacher alone is the loss, as such text says nothing that it does not, and STEPS are enough. All of it lies
+    in the workspace: what was killed goes on, what is finished is left as it is.
     """
+    about = json.dumps([plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), own, seed])
+    place = workspace.directory / f"healing-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+    cut = place / "cut"
+    if not cut.is_dir():
+        with whole_directory(cut) as unfinished:
+            write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
     keep_written(place, windows)
+    keep_freed_memory()
+    usual, how = rate(cut, plan), _training(source.directory, windows, own=own)
+    how |= {"data": str(place / WRITTEN), "seed": seed, "device": device, "progress": progress}
+    try:
+        run, record = _without_harm(cut, place, usual, how)
+    except WeLoreError as error:
+        return None, {"failed": str(error)}, {"healed": False}
+    settings, numbers = summary(record)
+    return trained(run) if run else None, settings, numbers
+
+
+def _training(teacher: Path, windows: Tensor, *, own: bool) -> dict[str, Any]:
+    """Settings of `finetune`, but for the text, its seed and the rate."""
     steps = max(1, (len(windows) - max(1, len(windows) // 10)) // BATCH)
     steps = min(STEPS, steps) if own else steps
-    how: dict[str, Any] = {
-        "data": str(place / WRITTEN),
+    return {
         "distill": teacher,
         "distill_weight": 1.0 if own else TEACHER,
         "steps": steps,
         "warmup": min(WARM_UP, steps // 4),
         "batch_size": BATCH,
         "length": windows.shape[1],
-        "seed": seed,
-        "dtype": _dtype(device),
         "save_dtype": "float32",
         "attention": "eager",
         "eval_every": steps,
         "eval_items": HELD_OUT,
         "save_every": SAVED,
-        "device": device,
-        "progress": progress,
     }
-    usual = rate(cut, plan)
+
+
+def _without_harm(cut: Path, place: Path, usual: float, how: dict[str, Any]) -> tuple[Path | None, Record]:
+    """The run and its record; where the usual rate does harm (see `sound`) or diverges, smaller ones are tried."""
+    from welore.tuning.finetuning import finetune  # the Trainer: seconds of imports that a cut alone does not need
+
+    how |= {"dtype": _dtype(how["device"])}
     for share in SHARES:
         run = place / f"run-{share:g}"
         try:
