@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import FAMILIES, MIXTURES, build, logits
-from welore import checkpoint
 from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
 from welore.parallel import Team

@@ -159,18 +159,10 @@ def compress(
                 keep = place is None and _fits_on_disk(in_blocks(source.targets, grids), Path(out))
                 kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep, **how}
                 share = neurons if neurons is not None or alone else 0
-                plan = _planned(source, scaling, found, split, share, settings, kept)
+                plan, source, found = _planned(source, scaling, found, split, share, settings, kept)
             else:
                 check_plan(plan, source, found)
-            if plan.neurons:
-                if found is None:
-                    raise WeLoreError("the plan takes neurons out: give the calibration that they were chosen by")
-                source, found = without(
-                    source, found, plan.neurons, workspace, crew, workers=workers, progress=progress
-                )
-                left = {target.name: target.shape for target in in_blocks(source.targets, plan.grids)}
-                if left != {a.name: a.shape for a in plan.allocations}:
-                    raise WeLoreError("the plan's matrices are not those that its neurons leave: make it again")
+                source, found = _as_planned(plan, source, found, workspace, crew, workers, progress)
             quality = factor_matrices(source, plan, found, workspace, crew, **how)
             if crew.leads:
                 trained, about = None, None
@@ -225,27 +217,50 @@ def _planned(
     share: float | None,
     settings: Mapping[str, Any],
     how: dict[str, Any],
-) -> Plan:
-    """The plan for the matrices as they came, or as they are when neurons were taken out, where that is worth it.
+) -> tuple[Plan, Checkpoint, Calibration | None]:
+    """The plan, and what it is for: the matrices as they came, or with neurons taken out, where that is worth it.
 
-    share: of the neurons; None: as many as are worth less than what a number costs in the first of the two plans.
-    how: settings of `analyze_weights` that both have.
+    share: of the neurons; None: as many as are worth less than what a number costs in a plan with all of them.
+    how: settings of `analyze_weights` that both plans have.
     """
 
     def planned(weights: Checkpoint, known: Calibration | None, neurons: Mapping[str, Neurons]) -> Plan:
         about: dict[str, Any] = {"scaling": scaling, "calibration": known, "neurons": neurons}
         return allocate(analyze_weights(weights, grids=grids_of(weights, split, scaling), **about, **how), **settings)
 
-    first = None if share else planned(source, calibration, {})
     if share == 0 or calibration is None:
-        assert first is not None
-        return first
+        return planned(source, calibration, {}), source, calibration
+    whole = None if share else planned(source, calibration, {})
     shared = {name: how[name] for name in ("workspace", "crew", "workers", "progress")}
-    price = None if first is None else first.threshold
+    price = None if whole is None else whole.threshold
     neurons = worth_taking_out(source, calibration, share=share, price=price, **shared)
-    if first is not None and not neurons:
-        return first
-    return planned(*without(source, calibration, neurons, **shared), neurons)
+    if whole is not None and not neurons:
+        return whole, source, calibration
+    source, calibration = without(source, calibration, neurons, **shared)
+    return planned(source, calibration, neurons), source, calibration
+
+
+def _as_planned(
+    plan: Plan,
+    source: Checkpoint,
+    calibration: Calibration | None,
+    workspace: Workspace,
+    crew: Team,
+    workers: int | None,
+    progress: Progress,
+) -> tuple[Checkpoint, Calibration | None]:
+    """What a plan that was given is for: the checkpoint and its calibration, without the neurons that it takes out."""
+    if not plan.neurons:
+        return source, calibration
+    if calibration is None:
+        raise WeLoreError("the plan takes neurons out: give the calibration that they were chosen by")
+    source, calibration = without(
+        source, calibration, plan.neurons, workspace, crew, workers=workers, progress=progress
+    )
+    left = {target.name: target.shape for target in in_blocks(source.targets, plan.grids)}
+    if left != {a.name: a.shape for a in plan.allocations}:
+        raise WeLoreError("the plan's matrices are not those that its neurons leave: make it again")
+    return source, calibration
 
 
 def _own_calibration(directory: Path, workspace: Workspace, crew: Team, **how: Any) -> Calibration:
