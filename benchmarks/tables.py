@@ -22,6 +22,17 @@ HERE = ROOT / "docs" / "benchmarks"
 STUDY = ROOT / "docs" / "study"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md", STUDY / "README.md")
 METHODS, ITEMS_SHOWN = HERE / "tuning", 3
+SIZED = "ours-self"  # the row whose sizes stand for all: they differ by what pivoted storage keeps beside the numbers
+REACHING = (  # row, what it is measured against, its name in print
+    ("ours-more", "dense", "calibrated, only cut, to dense"),
+    ("ours-default", "dense", "data-free, to dense"),
+    ("ours-million", "dense-tuned-raw", "healed on raw text, to the dense model that was tuned on it for as long"),
+)
+ASKED = {  # share of the parameters -> at most, in the order of REACHING
+    0.9: ("1.06 / 1.01", "1.07 / 1.06", "1.02"),
+    0.8: ("1.30 / 1.07", "1.33 / 1.33", "1.10"),
+    0.6: ("2.7 / 1.6", "2.8 / 2.8", "1.5"),
+}
 DEMO = ("dense", "welore", "uniform-same-err", "uniform-same-parameters")
 
 
@@ -156,22 +167,30 @@ def study_closed() -> list[Closed]:
     return closed(study_records())
 
 
-def quality(of: str = "quality") -> str:
-    """Perplexity of every method at equal parameters, from benchmarks/quality.py: mean over seeds, and their range."""
+def quality_cells(of: str) -> dict[tuple[str, float], list[Record]]:
+    """(row, share of the parameters) -> the records of benchmarks/quality.py, one for each seed."""
     cells: dict[tuple[str, float], list[Record]] = {}
     for record in map(Record.load, sorted((HERE / of).glob("*.json"))):
         cells.setdefault((record.inputs["row"], record.settings["params"]), []).append(record)
-    ((dense,),) = (found for (row, _), found in cells.items() if row == "dense")
-    ratios = sorted({ratio for _, ratio in cells} - {1.0}, reverse=True)
+    return cells
 
-    def cell(found: list[Record]) -> str:
-        texts = []
-        for text in ("perplexity_wikitext2", "perplexity_pydoc"):
-            ratios = [record.numbers[text] / dense.numbers[text] for record in found]
-            half = (max(ratios) - min(ratios)) / 2
-            spread = f"{half:.2g}" if half < 100 else perplexity_text(half)
-            texts.append(f"x {perplexity_text(sum(ratios) / len(ratios))}" + (f" ± {spread}" if found[1:] else ""))
-        return " / ".join(texts)
+
+def ratios_to(base: Record, found: list[Record]) -> str:
+    """Both perplexities of a cell to those of `base`: mean over seeds, and half their range."""
+    texts = []
+    for text in ("perplexity_wikitext2", "perplexity_pydoc"):
+        ratios = [record.numbers[text] / base.numbers[text] for record in found]
+        half = (max(ratios) - min(ratios)) / 2
+        spread = f"{half:.2g}" if half < 100 else perplexity_text(half)
+        texts.append(f"x {perplexity_text(sum(ratios) / len(ratios))}" + (f" ± {spread}" if found[1:] else ""))
+    return " / ".join(texts)
+
+
+def quality(of: str = "quality") -> str:
+    """Perplexity of every method at equal parameters, from benchmarks/quality.py: mean over seeds, and their range."""
+    cells = quality_cells(of)
+    (dense,) = cells["dense", 1.0]
+    ratios = sorted({ratio for _, ratio in cells} - {1.0}, reverse=True)
 
     def cost(found: list[Record]) -> str:
         n = found[0].numbers
@@ -189,10 +208,26 @@ def quality(of: str = "quality") -> str:
         own = {ratio: cells.get((row, ratio), []) for ratio in ratios}
         measured = [found for found in own.values() if found]
         if measured:
-            shown = " | ".join(cell(found) if found else "" for found in own.values())
+            shown = " | ".join(ratios_to(dense, found) if found else "" for found in own.values())
             lines.append(f"| {measured[0][0].inputs['label']} | {shown} | {cost(measured[-1])} |")
+    sizes = [cells.get((SIZED, ratio), [None])[0] for ratio in ratios]
+    shown = " | ".join(
+        "" if r is None else f"{percent(r.numbers['rank_reduction'])}, {megabytes(r.numbers['bytes'])}" for r in sizes
+    )
+    lines.append(f"| ERR and weights (data-free, only cut; dense {megabytes(dense.numbers['bytes'])}) | {shown} | |")
     for found in (found for (row, _), found in cells.items() if row.startswith("dense-tuned")):
-        lines += ["", f"{found[0].inputs['label']}: {cell(found)}."]
+        lines += ["", f"{found[0].inputs['label']}: {ratios_to(dense, found)}."]
+    return "\n".join(lines)
+
+
+def reached() -> str:
+    """What was asked of our rows at three sizes, in brackets, and what they came to, from benchmarks/quality.py."""
+    cells = quality_cells("quality")
+    head = ["parameters of the targeted matrices kept", *map(percent, ASKED)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for at, (row, base, label) in enumerate(REACHING):
+        shown = [f"{ratios_to(cells[base, 1.0][0], cells[row, ratio])} ({asked[at]})" for ratio, asked in ASKED.items()]
+        lines.append(f"| {label} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -233,6 +268,7 @@ TABLES = {
     "tasks": tasks,
     "quality": quality,
     "quality_gemma3": lambda: quality("quality-gemma3-270m"),
+    "reached": reached,
     "study": lambda: marked_down(claims_table(list(study_records().values()))),
     "study_closing": lambda: marked_down(verdicts(study_closed())),
     "study_cuts": lambda: marked_down(cuts_table(study_closed())),

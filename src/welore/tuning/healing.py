@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +98,17 @@ def heal(
             write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
     keep_written(place, windows)
     keep_freed_memory()
-    usual, how = rate(cut, plan), _training(source.directory, windows, own=own)
-    how |= {"data": str(place / WRITTEN), "seed": seed, "device": device, "progress": progress}
+    usual, how = rate(cut, plan), _training(source.directory, windows, own=own, device=device)
+    how |= {"data": str(place / WRITTEN), "seed": seed, "progress": progress}
     try:
         run, record = _without_harm(cut, place, usual, how)
     except WeLoreError as error:
         return None, {"failed": str(error)}, {"healed": False}
-    settings, numbers = summary(record)
-    return trained(run) if run else None, settings, numbers
+    settings, numbers = _summary(record)
+    return _trained(run) if run else None, settings, numbers
 
 
-def _training(teacher: Path, windows: Tensor, *, own: bool) -> dict[str, Any]:
+def _training(teacher: Path, windows: Tensor, *, own: bool, device: str | None) -> dict[str, Any]:
     """Settings of `finetune`, but for the text, its seed and the rate."""
     steps = max(1, (len(windows) - max(1, len(windows) // 10)) // BATCH)
     steps = min(STEPS, steps) if own else steps
@@ -120,6 +119,8 @@ def _training(teacher: Path, windows: Tensor, *, own: bool) -> dict[str, Any]:
         "warmup": min(WARM_UP, steps // 4),
         "batch_size": BATCH,
         "length": windows.shape[1],
+        "device": device,
+        "dtype": _dtype(device),
         "save_dtype": "float32",
         "attention": "eager",
         "eval_every": steps,
@@ -132,7 +133,6 @@ def _without_harm(cut: Path, place: Path, usual: float, how: dict[str, Any]) -> 
     """The run and its record; where the usual rate does harm (see `sound`) or diverges, smaller ones are tried."""
     from welore.tuning.finetuning import finetune  # the Trainer: seconds of imports that a cut alone does not need
 
-    how |= {"dtype": _dtype(how["device"])}
     for share in SHARES:
         run = place / f"run-{share:g}"
         try:
@@ -161,7 +161,7 @@ def rate(cut: Path, plan: Plan) -> float:
     return RATE * max(removed, 0.01) * math.sqrt(squares / count)
 
 
-def trained(run: Path) -> Callable[[str], Tensor]:
+def _trained(run: Path) -> Trained:
     """Name of a factor -> its numbers after the training, float32."""
     files: dict[str, Any] = {}
     for path in weight_files(run / MODEL):
@@ -180,7 +180,7 @@ def sound(record: Record) -> bool:
     return losses["healed"] <= losses["cut"] + HARM * max(0.0, losses["cut"] - losses["dense"])
 
 
-def summary(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
+def _summary(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings and numbers of a healing, for the record of what was healed."""
     found, numbers = record.settings, record.numbers
     names = ("steps", "batch_size", "length", "lr", "warmup", "dtype", "seed", "distill_weight")
