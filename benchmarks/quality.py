@@ -12,9 +12,8 @@ only cut; ours-web heals on 64k tokens of --heal-on, texts of neither of the two
 dense model, all of it trained on the same blocks in the same order (on 256k tokens of its own where what is compared
 reads 64k of them), the text itself its labels. ours-million takes raw text, --heal-on and a quarter of a part of
 the reference: a teacher, tuned on 229k tokens, is cut and heals on 688k; its control reads those for as many steps as
-both. ours-staged has the same text, teacher and control, and cuts twice: to 80 %, heals on a third of the 688k, is made
-dense, calibrated again, cut to its size and heals on the rest. Rows that say so leave long matrices whole (--no-split)
-and keep all neurons, as all did once. Learning rates were chosen on other texts.
+both. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did once. Learning rates were
+chosen on other texts.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -33,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from welore.calibration.mixture import draw
 from welore.embedded import embedded_model
@@ -47,11 +45,9 @@ LENGTH, WINDOWS = 512, 16
 TOKENS = {"mix": 32768, "whole": 32768, "more": 131072, "raw": 131072, "self": 65536}
 MEASURED = {"mix": 1, "whole": 1, "more": 0.25}  # share of them on which losses are measured, else none
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
-SIZES = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
 AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
 RAW, RAW_FIRST = (688128, 605), (229376, 202)  # what is healed on, and a third of it, what is learned first
-HEALING_RATES = {0.8: 2.7e-5, 0.6: 5.3e-5}  # where a row is cut twice: what `compress --heal` takes at these sizes
 CONTROL_RATES = {"self": 1e-5, "web": 1e-4, "raw": 1e-4}  # of 1e-5, 3e-5 and 1e-4
 
 
@@ -73,8 +69,6 @@ class Row:
     calibration: str | None = None  # a kind of TOKENS, or None
     tuned: Tuning | None = None
     of: str | None = None  # the control that is compressed instead of the dense model
-    through: float | None = None  # the size that it is cut to first
-    sizes: tuple[float, ...] = RATIOS
     controls: tuple[str, ...] = ()  # of CONTROLS
 
 
@@ -105,15 +99,6 @@ ROWS = {
         f"--heal {{raw}} --tokens {RAW[0]}",
         "raw",
         of="dense-tuned-first",
-        controls=("dense-tuned-first", "dense-tuned-raw"),
-    ),
-    "ours-staged": Row(
-        "the same text and teacher, cut to 80 % and healed on a third of it before the cut to its size",
-        "--heal none",
-        "raw",
-        of="dense-tuned-first",
-        through=0.8,
-        sizes=(0.6,),
         controls=("dense-tuned-first", "dense-tuned-raw"),
     ),
 }
@@ -155,7 +140,7 @@ def main() -> None:
             for seed in given.seeds:
                 bench.cell(name, CONTROLS[name], 1.0, seed)
         for ratio in given.params:
-            for name in (name for name in rows if ratio in ROWS[name].sizes):
+            for name in rows:
                 for seed in given.seeds if ROWS[name].calibration else [0]:
                     bench.cell(name, ROWS[name], ratio, seed)
 
@@ -219,11 +204,9 @@ class Bench:
         if row.of:
             spent = Record.load(self.out / f"{row.of}-1-{seed}.json").numbers
             numbers |= {key: spent[key] for key in ("tuning_seconds", "tuning_peak_memory_bytes")}
-        if row.through:
-            about, cost = self.staged(row.through, ratio, model, statistics, out, seed)
-            return settings | about, numbers | cost
         made, cost = welore("compress", model, out, "--params", ratio, "--seed", seed, *flags)
-        numbers |= {key: made["numbers"][key] for key in SIZES} | cost
+        keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
+        numbers |= {key: made["numbers"][key] for key in keys} | cost
         settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio", "neurons")}
         if made["settings"]["healing"]:
             healing = made["settings"]["healing"]
@@ -232,42 +215,13 @@ class Bench:
             numbers |= {key: made["numbers"][key] for key in kinds}
         return settings, numbers
 
-    def staged(
-        self, through: float, ratio: float, teacher: Path, statistics: Path, out: Path, seed: int
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Cut `teacher` to one size, heal, make dense, calibrate, cut to the next, heal; what is finished is kept."""
-        kept = self.work / f"staged-{ratio:g}-{seed}"
-        kept.mkdir(exist_ok=True)
-        windows = next(iter(load_file(self.text(Tuning("raw", *RAW), seed)).values()))
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-        third, model = len(windows) // 3, teacher
-        costs = []
-        for size, read in ((through, order[:third]), (ratio, order[third:])):
-            cut, text, run = (kept / f"{name}-{size:g}" for name in ("cut", "text", "run"))
-            flags = ("--params", size, "--calibration", statistics, "--heal", "none", "--seed", seed, "--overwrite")
-            costs.append(once(cut, "compress", model, cut, *flags))
-            keep_written(text, windows[read])
-            how: tuple[Any, ...] = ("--data", text / WRITTEN, "--distill", teacher, "--distill-weight", 0.5)
-            how = (*how, "--lr", HEALING_RATES[size], "--warmup", 8, *HEALING.split(), "--seed", seed, "--overwrite")
-            steps = (len(read) - len(read) // 10) // 2  # a tenth is held out
-            costs.append(once(run, "finetune", cut, run, "--method", "lrc", "--steps", steps, *how))
-            if size != ratio:
-                model, statistics = kept / "dense", kept / "dense.safetensors"
-                costs.append(once(model, "merge", run / "model", model, "--overwrite"))
-                how = ("--tokens", TOKENS["raw"], "--length", LENGTH, "--seed", seed, "--measure", 0.25)
-                how = ("--data", self.sources["raw"], *how, "--dtype", "bfloat16", "-o", statistics)
-                costs.append(once(statistics, "calibrate", model, *how))
-        shutil.copytree(run / "model", out)
-        made = Record.load(cut / "compression.json").numbers
-        numbers = {key: made[key] for key in SIZES}
-        numbers["seconds"] = sum(cost["seconds"] for cost in costs)
-        numbers["peak_memory_bytes"] = max(cost["peak_memory_bytes"] for cost in costs)
-        return {"through": through, "rates": HEALING_RATES}, numbers
-
     def tuned(self, tuning: Tuning, name: str, seed: int) -> tuple[Path, dict[str, Any]]:
         """The dense model, fine-tuned on a text that is the same for every row with this seed; and what that took."""
-        text, run = self.text(tuning, seed), self.work / name
+        text, run = self.work / f"{tuning.text}-text-{tuning.tokens}-{seed}" / WRITTEN, self.work / name
         flags: list[Any] = ["--method", "full", *HEALING.split()]
+        if tuning.text != "self" and not text.is_file():
+            _, texts = draw(self.sources[tuning.text], tuning.tokens, read_tokenizer(self.model), LENGTH, seed=seed)
+            keep_written(text.parent, torch.cat([source.windows for source in texts]))
         flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", tuning.tokens]
         flags += ["--steps", tuning.steps, "--lr", CONTROL_RATES[tuning.text], "--seed", seed]
         flags += ["--save-every", 0, "--overwrite"]
@@ -277,14 +231,6 @@ class Bench:
             shutil.copyfile(run / WRITTEN, text)
         keys = ("tokens", "trainable_parameters", "tokens_per_second", "train_loss", "evaluation")
         return run / "model", {key: found["numbers"][key] for key in keys} | cost
-
-    def text(self, tuning: Tuning, seed: int) -> Path:
-        """The windows that a fine-tuning reads, drawn once; of the model's own they are there after the first run."""
-        text = self.work / f"{tuning.text}-text-{tuning.tokens}-{seed}" / WRITTEN
-        if tuning.text != "self" and not text.is_file():
-            _, texts = draw(self.sources[tuning.text], tuning.tokens, read_tokenizer(self.model), LENGTH, seed=seed)
-            keep_written(text.parent, torch.cat([source.windows for source in texts]))
-        return text
 
     def control(self, name: str, seed: int) -> Path:
         """A control's model: made again if it is no longer there."""
@@ -306,14 +252,6 @@ class Bench:
             _, cost = welore("calibrate", model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))
         return path
-
-
-def once(made: Path, *command: Any) -> dict[str, Any]:
-    """Run a verb that makes this, unless it has; the seconds and the peak memory that it took lie beside it."""
-    cost = made.with_name(f"{made.name}.cost.json")
-    if not cost.is_file():
-        cost.write_text(json.dumps(welore(*command)[1]))
-    return dict(json.loads(cost.read_text()))
 
 
 def named(texts: str) -> str:

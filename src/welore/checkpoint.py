@@ -63,7 +63,6 @@ def compress(
     tokens: int = TOKENS,
     seed: int = 0,
     heal: str | None = None,
-    teacher: str | Path | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     cache_dir: str | Path | None = None,
@@ -88,8 +87,7 @@ def compress(
     heal: the text on which the factors then learn from the dense model (tuning.healing): "self", what the model wrote
     for the calibration, for at most 64 steps; texts as `calibrate` takes them, of which `tokens` are read, each once,
     and whose own words are half of the loss; or "none". By default "self" for `params` alone where there is such a
-    text. It needs model and teacher whole in memory. teacher: who the factors learn from, with the vocabulary of MODEL;
-    by default MODEL itself. A model that was cut, healed, made dense and is cut again learns from what it was at first.
+    text. It needs model and teacher whole in memory.
 
     The directory holds plan.json and the returned record (compression.json) beside the weights. A model in memory is
     changed in place, and saved when `out` is given. Raises WeLoreError before anything is written.
@@ -123,7 +121,7 @@ def compress(
     started = time.perf_counter()
     patterns: dict[str, Any] = {"include": include, "exclude": exclude}
     if isinstance(model, nn.Module):
-        if heal not in (None, NONE) or teacher or neurons:
+        if heal not in (None, NONE) or neurons:
             raise WeLoreError(
                 "a model in memory is cut, not healed, and keeps its neurons: give a directory to read and one to write"
             )
@@ -147,7 +145,6 @@ def compress(
         found = None if calibration == SELF else opened_calibration(calibration, source)
         own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.written or (0,))[0]
         heal = healing.chosen(heal, own, alone=alone)
-        teaches = directory if teacher is None else healing.teacher_of(directory, teacher, heal, cache_dir)
         if neurons and (found is None and scaling == NONE):
             raise WeLoreError("neurons are chosen by a calibration: give --calibration, or a scaling that needs one")
         rests_on = [tokens, seed] if found is None else summary(found)
@@ -174,9 +171,8 @@ def compress(
                         windows = found.own_text()
                     assert windows is not None
                     here: dict[str, Any] = {"own": heal == SELF, "seed": seed, "device": device, "progress": progress}
-                    trained, about, numbers = healing.heal(source, teaches, plan, workspace, windows, **here)
-                    named = {"text": heal} | ({"teacher": str(teacher)} if teacher else {})
-                    about, quality = named | about, quality | numbers
+                    trained, about, numbers = healing.heal(source, plan, workspace, windows, **here)
+                    about, quality = {"text": heal} | about, quality | numbers
                 with whole_directory(out, overwrite=overwrite) as unfinished:
                     quality |= write_checkpoint(source, plan, workspace, unfinished, max_shard_size, progress, trained)
                     _record(plan, started, quality, about).save(unfinished / RECORD)

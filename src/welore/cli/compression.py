@@ -242,9 +242,6 @@ def compress(
             "texts as in calibrate; or none.  [default: self for --params alone]"
         ),
     ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Who the factors learn from, with the vocabulary of MODEL.  [default: MODEL]")
-    ] = None,
     include: Include = None,
     exclude: Exclude = None,
     cache_dir: CacheDir = None,
@@ -298,7 +295,6 @@ def compress(
                 tokens=tokens,
                 seed=seed,
                 heal=heal,
-                teacher=teacher,
                 include=include or (),
                 exclude=exclude or (),
                 device=device_of(device),

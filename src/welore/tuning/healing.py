@@ -24,7 +24,6 @@ from welore.errors import DivergedError, WeLoreError
 from welore.files import whole_directory
 from welore.forms import FORMS
 from welore.loading import read_tokenizer
-from welore.locate import locate
 from welore.neurons import as_json
 from welore.parallel import keep_freed_memory, team
 from welore.plan import Plan
@@ -61,19 +60,6 @@ def chosen(asked: str | None, own: int, *, alone: bool) -> str:
     return heal
 
 
-def teacher_of(directory: Path, name: str | Path, heal: str, cache_dir: str | Path | None) -> Path:
-    """The directory of the teacher `name`; WeLoreError where there is nothing to teach, or tokens are not the model's.
-
-    directory: of the model that is cut. heal: as `chosen`.
-    """
-    if heal == NONE:
-        raise WeLoreError("a teacher has nothing to teach where nothing is healed: leave --teacher out, or give --heal")
-    found = locate(name, cache_dir=cache_dir)
-    if read_tokenizer(found).get_vocab() != read_tokenizer(directory).get_vocab():
-        raise WeLoreError(f"the teacher {name} has another vocabulary: healing needs the tokens of the model")
-    return found
-
-
 def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Path | None) -> Tensor:
     """Windows of the texts `data`, drawn as for a calibration: token ids (count, length), at least two."""
     length = min(LENGTH, context_length(config_of(directory)) or LENGTH)
@@ -88,7 +74,6 @@ def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Pa
 
 def heal(
     source: Checkpoint,
-    teacher: Path,
     plan: Plan,
     workspace: Workspace,
     windows: Tensor,
@@ -98,14 +83,14 @@ def heal(
     device: str | None,
     progress: Progress,
 ) -> tuple[Trained | None, dict[str, Any], dict[str, Any]]:
-    """Let the model that is cut by `plan` learn from `teacher`: its factors, settings and numbers for a record.
+    """Let the model that is cut by `plan` learn from the dense one: its factors, settings and numbers for a record.
 
     No factors where it did harm, or failed: the cut is sound, and may have taken an hour. windows: token ids (count,
     length), at least two, a tenth of which is held out; the others are read once. own: whether the model wrote them;
     then the teacher alone is the loss, as such text says nothing that it does not, and STEPS are enough. All of it lies
     in the workspace: what was killed goes on, what is finished is left as it is.
     """
-    about = json.dumps([plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), own, seed, str(teacher)])
+    about = json.dumps([plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), own, seed])
     place = workspace.directory / f"healing-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
     cut = place / "cut"
     if not cut.is_dir():
@@ -113,7 +98,7 @@ def heal(
             write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
     keep_written(place, windows)
     keep_freed_memory()
-    usual, how = rate(cut, plan), _training(teacher, windows, own=own, device=device)
+    usual, how = rate(cut, plan), _training(source.directory, windows, own=own, device=device)
     how |= {"data": str(place / WRITTEN), "seed": seed, "progress": progress}
     try:
         run, record = _without_harm(cut, place, usual, how)
