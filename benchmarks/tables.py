@@ -210,10 +210,8 @@ def quality(of: str = "quality") -> str:
         if measured:
             shown = " | ".join(ratios_to(dense, found) if found else "" for found in own.values())
             lines.append(f"| {measured[0][0].inputs['label']} | {shown} | {cost(measured[-1])} |")
-    sizes = [cells.get((SIZED, ratio), [None])[0] for ratio in ratios]
-    shown = " | ".join(
-        "" if r is None else f"{percent(r.numbers['rank_reduction'])}, {megabytes(r.numbers['bytes'])}" for r in sizes
-    )
+    sizes = [cells[SIZED, ratio][0].numbers for ratio in ratios]
+    shown = " | ".join(f"{percent(n['rank_reduction'])}, {megabytes(n['bytes'])}" for n in sizes)
     lines.append(f"| ERR and weights (data-free, only cut; dense {megabytes(dense.numbers['bytes'])}) | {shown} | |")
     for found in (found for (row, _), found in cells.items() if row.startswith("dense-tuned")):
         lines += ["", f"{found[0].inputs['label']}: {ratios_to(dense, found)}."]
@@ -223,12 +221,11 @@ def quality(of: str = "quality") -> str:
 def reached() -> str:
     """What was asked of our rows at three sizes, in brackets, and what they came to, from benchmarks/quality.py."""
     cells = quality_cells("quality")
-    head = ["parameters of the targeted matrices kept", *map(percent, ASKED)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for at, (row, base, label) in enumerate(REACHING):
         shown = [f"{ratios_to(cells[base, 1.0][0], cells[row, ratio])} ({asked[at]})" for ratio, asked in ASKED.items()]
-        lines.append(f"| {label} | {' | '.join(shown)} |")
-    return "\n".join(lines)
+        rows.append([label, *shown])
+    return marked_down(Table("", ["parameters of the targeted matrices kept", *map(percent, ASKED)], rows))
 
 
 def take(source: Path, target: Path, root: Path | None = None) -> None:

@@ -125,10 +125,8 @@ def compress(
             raise WeLoreError(
                 "a model in memory is cut, not healed, and keeps its neurons: give a directory to read and one to write"
             )
-        known = None if calibration == SELF else calibration
-        how: dict[str, Any] = {"scaling": scaling, "calibration": known, "workers": workers, "progress": progress}
-        plan = _in_memory(model, plan, split=split, **how, **patterns, **settings)
-        record = _record(plan, started, sizes(model))
+        how: dict[str, Any] = {"scaling": scaling, "split": split, "workers": workers, "progress": progress}
+        plan, record = _in_memory(model, plan, calibration, started, **how, **patterns, **settings)
         if out is not None:
             with whole_directory(out, overwrite=overwrite) as unfinished:
                 model.save_pretrained(unfinished, max_shard_size=max_shard_size)
@@ -179,15 +177,18 @@ def compress(
     return Record.load(Path(out) / RECORD)
 
 
-def _in_memory(model: "PreTrainedModel", plan: Plan | None, *, scaling: str, calibration: Any, **how: Any) -> Plan:
-    """Exchange the layers of a model, which then says so in its config: by a plan, or by the one that is made."""
-    if calibration is None and scaling != NONE:
+def _in_memory(
+    model: "PreTrainedModel", plan: Plan | None, calibration: Any, started: float, *, scaling: str, **how: Any
+) -> tuple[Plan, Record]:
+    """Exchange the layers of a model, which then says so in its config: by the plan, or by one that is made."""
+    if calibration == SELF and scaling != NONE:
         raise WeLoreError(
             f"scaling {scaling} of a model in memory needs calibration=, made by `calibrate`; or scaling='none'"
         )
-    plan = compress_model(model, plan=plan, scaling=scaling, calibration=calibration, **how)
+    known = None if calibration == SELF else calibration
+    plan = compress_model(model, plan=plan, scaling=scaling, calibration=known, **how)
     model.config.quantization_config = WeLoreConfig.of(plan)
-    return plan
+    return plan, _record(plan, started, sizes(model))
 
 
 def _method(

@@ -98,10 +98,10 @@ def heal(
             write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
     keep_written(place, windows)
     keep_freed_memory()
-    usual, how = rate(cut, plan), _training(source.directory, windows, own=own, device=device)
+    how = _training(source.directory, windows, own=own, device=device)
     how |= {"data": str(place / WRITTEN), "seed": seed, "progress": progress}
     try:
-        run, record = _without_harm(cut, place, usual, how)
+        run, record = _without_harm(cut, place, rate(cut, plan), how)
     except WeLoreError as error:
         return None, {"failed": str(error)}, {"healed": False}
     settings, numbers = _summary(record)

@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from welore.directory import PLAN, RECORD
@@ -108,6 +107,8 @@ def gathered(model: "PreTrainedModel") -> dict[str, Tensor] | None:
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
     once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # of tied tensors the first name
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # slow, seldom needed
+
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole: dict[str, Any] = get_model_state_dict(model, options=options)
     return {name: tensor for name, tensor in whole.items() if name in once}
