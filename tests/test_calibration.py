@@ -7,19 +7,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 import welore
 import welore.loading
 from conftest import FAMILIES, MIXTURES, build
 from toys import checkpoint
-from welore.calibration import sweep
+from welore.calibration import collection, sweep
 from welore.calibration.artefact import Calibration
-from welore.calibration.mixture import seed_of
+from welore.calibration.mixture import SELF, draw, seed_of
 from welore.calibration.moments import Moments
+from welore.corpus import keep_windows
 from welore.errors import WeLoreError
 from welore.grids import in_blocks
+from welore.loading import read_tokenizer
 from welore.parallel import Team
 from welore.scaling import metric
 from welore.source import ModelWeights
@@ -405,6 +407,39 @@ def test_a_mixture_is_drawn_in_proportion_and_named_in_the_record(tmp_path: Path
         assert torch.equal(value, statistics(second)[name])
     other = welore.calibrate(directory, data, tmp_path / "3.safetensors", seed=1, **how)
     assert other.record.inputs["sources"][2]["sha256"] != first.record.inputs["sources"][2]["sha256"]
+
+
+def test_a_file_of_windows_is_read_as_it_is(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "model", rank_reduction=None)
+    ids = torch.randint(3, 40, (5, 16), generator=torch.Generator().manual_seed(7))
+    kept = tmp_path / "some.safetensors"
+    keep_windows(kept, ids)
+    keep_windows(kept, ids + 1)  # what is there stays
+    found = welore.calibrate(directory, str(kept), tmp_path / "file.safetensors", tokens=48, length=16)
+    expected = welore.calibrate(directory, ids[:3], tmp_path / "ids.safetensors")
+    for name, value in statistics(found).items():
+        assert torch.equal(value, statistics(expected)[name])
+    with pytest.raises(WeLoreError, match="has 5 windows of 16 tokens, 6 are wanted"):
+        welore.calibrate(directory, str(kept), tmp_path / "more.safetensors", tokens=96, length=16)
+    with pytest.raises(WeLoreError, match="has windows of 16 tokens, not of 8"):
+        welore.calibrate(directory, str(kept), tmp_path / "more.safetensors", tokens=48, length=8)
+    mixed = draw(f"{kept}:1,pydoc:1", 64, read_tokenizer(directory), 16, seed=0)[1]
+    assert torch.equal(mixed[0].windows, ids[:2])
+
+
+def test_on_a_cpu_a_model_in_half_precision_writes_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = checkpoint(tmp_path / "model", rank_reduction=None)
+    half = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    half.save_pretrained(directory)
+    seen = []
+    usual = collection.generate_text
+    monkeypatch.setattr(
+        collection, "generate_text", lambda m, *args, **how: seen.append(m.dtype) or usual(m, *args, **how)
+    )
+    found = welore.calibrate(directory, "self", tmp_path / "c.safetensors", tokens=64, length=16, measure=0)
+    expected = usual(half.float(), read_tokenizer(directory), tokens=64, length=16, seed=seed_of(0, SELF))
+    assert seen == [torch.float32]
+    assert torch.equal(found.own_text(), expected)
 
 
 class Killed(BaseException):

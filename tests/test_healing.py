@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import welore
 from conftest import FAMILIES, MIXTURES, build, logits
 from welore.calibration.artefact import Calibration
+from welore.corpus import keep_windows
 from welore.errors import WeLoreError
 from welore.parallel import Team
 from welore.tuning import healing
@@ -157,6 +158,19 @@ def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path, monkeypa
     assert record.settings["healing"]["distill_weight"] == 0.5  # the text's own words are the other half
     assert record.numbers["healing_tokens"] == 256  # 10 windows of 32, one held out, in pairs
     assert welore.compress(source, tmp_path / "plain", **how).settings["healing"] is None
+
+
+def test_a_tenth_of_every_text_is_held_out(source: Path, tmp_path: Path) -> None:
+    for name, word in (("a", "w5 "), ("b", "w7 ")):
+        (tmp_path / f"{name}.txt").write_text(word * 4000, encoding="utf-8")
+    texts = ",".join(str(tmp_path / f"{name}.txt") for name in "ab")
+    windows = healing.text(texts, source, 100 * 64, 0, None)
+    assert windows.shape[1] == 64
+    assert {int(window[0]) for window in windows[: len(windows) // 10]} == {5, 7}
+    assert torch.equal(windows, healing.text(texts, source, 100 * 64, 0, None))
+    kept = tmp_path / "kept.safetensors"
+    keep_windows(kept, windows)
+    assert torch.equal(healing.text(str(kept), source, 100 * 64, 0, None), windows)  # a file of windows stays as it is
 
 
 def test_what_cannot_heal_is_refused_before_anything_is_written(

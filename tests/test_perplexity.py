@@ -158,6 +158,31 @@ def test_chosen_dtype_is_used(directory: Callable[..., Path], text: str) -> None
     assert welore.evaluate(path, text, length=LENGTH).numbers["nll"] != pytest.approx(sum(losses) / 20, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("can", "slow"),
+    [
+        ({"architecture": "x86_64"}, True),
+        ({"architecture": "x86_64", "avx512_bf16": True}, False),
+        ({"architecture": "aarch64"}, False),  # not known
+        ({}, False),
+    ],
+)
+def test_half_precision_on_a_processor_without_it_is_called_slow(
+    directory: Callable[..., Path],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    can: dict[str, Any],
+    slow: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    path = directory(dtype=torch.bfloat16)
+    welore.evaluate(path, text, length=LENGTH, dtype="float32", device="cpu")
+    assert not caplog.text
+    welore.evaluate(path, text, length=LENGTH, device="cpu")
+    assert ("no instructions for bfloat16: --dtype float32 is several times faster" in caplog.text) == slow
+
+
 def test_unknown_dtype_is_answered_with_the_nearest(text: str) -> None:
     with pytest.raises(WeLoreError, match="unknown dtype 'bfloat61'; did you mean 'bfloat16'?"):
         welore.evaluate("model", text, dtype="bfloat61")

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import binomtest
 
 from welore.errors import WeLoreError, choose
-from welore.loading import DTYPES, made_ready
+from welore.loading import DTYPES, made_ready, warn_if_slow
 from welore.progress import Progress, counted, silent
 from welore.records import Record
 from welore.surgery import sizes
@@ -55,6 +55,7 @@ def score(
     ready = made_ready(
         model, tokenizer, dtype=dtype, device=device, cache_dir=cache_dir, revision=revision, label=label
     )
+    warn_if_slow(ready.model.dtype, ready.model.device)
     model = ready.model
 
     started = time.perf_counter()

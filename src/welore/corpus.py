@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from welore.errors import WeLoreError, choose
+from welore.errors import WeLoreError, choose, first_line
+from welore.files import whole_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +39,7 @@ def pydoc(cache_dir: str | Path | None = None) -> str:
 
 CORPORA: dict[str, Callable[[str | Path | None], str]] = {"wikitext2": wikitext2, "c4": c4, "pydoc": pydoc}
 FILES = (".txt", ".jsonl", ".parquet")
+WINDOWS = ".safetensors"  # a file of windows: tokens, not text
 
 
 def read_text(data: str, *, cache_dir: str | Path | None = None) -> str:
@@ -71,6 +75,29 @@ def windows(tokenizer: "PreTrainedTokenizerBase", text: str, length: int, limit:
     found = [window for window in ids.split(length) if len(window) > 1][:limit]
     if not found:
         raise WeLoreError("the text is shorter than two tokens")
+    return found
+
+
+def keep_windows(path: Path, found: Tensor) -> None:
+    """Keep windows (count, length) of token ids in a file, so that several read the same; one that is there stays."""
+    if not path.is_file():
+        with whole_file(path) as partial:
+            save_file({"windows": found.to(torch.int32)}, partial)
+
+
+def kept_windows(path: str | Path, length: int | None = None, vocabulary: int | None = None) -> Tensor:
+    """Windows (count, length) of such a file; WeLoreError for another file, another length or another model's tokens.
+
+    length, vocabulary: of who is to read them.
+    """
+    try:
+        found = load_file(path)["windows"].long()
+    except (OSError, KeyError, SafetensorError) as error:
+        raise WeLoreError(f"{path} is no file of windows: {first_line(error)}") from error
+    if found.dim() != 2 or length not in (None, found.shape[1]):
+        raise WeLoreError(f"{path} has windows of {found.shape[-1]} tokens, not of {length}")
+    if vocabulary is not None and not 0 <= int(found.min()) <= int(found.max()) < vocabulary:
+        raise WeLoreError(f"{path} has token {int(found.max())}, this model knows {vocabulary}: another model wrote it")
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from welore.errors import WeLoreError, choose, first_line
-from welore.loading import DTYPES, made_ready
+from welore.loading import DTYPES, made_ready, warn_if_slow
 from welore.records import Record
 from welore.surgery import sizes
 
@@ -59,6 +59,7 @@ def evaluate_tasks(
     ready = made_ready(
         model, tokenizer, dtype=dtype, device=device, cache_dir=cache_dir, revision=revision, label=label
     )
+    warn_if_slow(ready.model.dtype, ready.model.device)
     started = time.perf_counter()
     with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
         engine: Any = HFLM(pretrained=ready.model, tokenizer=ready.tokenizer, batch_size=batch_size)

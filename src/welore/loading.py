@@ -1,5 +1,6 @@
 """A checkpoint or a model in memory -> model and tokenizer, ready to run, and what a record says of them."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,11 @@ DTYPES: dict[str, Any] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+INSTRUCTIONS = {  # of x86 processors
+    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
+    torch.float16: ("avx512_fp16", "amx_fp16"),
+}
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,24 @@ def load(
         raise WeLoreError(f"{directory} lacks {random[0]}, or has it in another shape: it would be random numbers")
     nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, tokenizer
+
+
+def multiplies(dtype: torch.dtype, device: str | torch.device | None) -> bool | None:
+    """Whether a device (None: a GPU if there is one) has instructions for products in this dtype; None: not known."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type != "cpu" or dtype not in INSTRUCTIONS:
+        return True
+    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
+    if can.get("architecture") != "x86_64":
+        return None
+    return any(can.get(name) for name in INSTRUCTIONS[dtype])
+
+
+def warn_if_slow(dtype: torch.dtype, device: str | torch.device | None) -> None:
+    """Say that products in this dtype will crawl, where it is known that they will."""
+    if multiplies(dtype, device) is False:
+        name = str(dtype).removeprefix("torch.")
+        LOG.warning("this processor has no instructions for %s: --dtype float32 is several times faster", name)
 
 
 def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from welore.corpus import read_text, stack, windows
 from welore.errors import WeLoreError, choose
-from welore.loading import DTYPES, made_ready
+from welore.loading import DTYPES, made_ready, warn_if_slow
 from welore.progress import Progress, counted, silent
 from welore.records import Record
 from welore.surgery import sizes
@@ -51,6 +51,7 @@ def evaluate(
     ready = made_ready(
         model, tokenizer, dtype=dtype, device=device, cache_dir=cache_dir, revision=revision, label=label
     )
+    warn_if_slow(ready.model.dtype, ready.model.device)
     model = ready.model
     found = windows(ready.tokenizer, text, length, limit)
     _refuse_misfit(model, found)

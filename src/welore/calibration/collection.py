@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from welore.calibration.artefact import WRITTEN, Calibration
-from welore.calibration.generation import LENGTH, TOKENS, generate_text
+from welore.calibration.generation import LENGTH, TOKENS, dtype_to_write, generate_text
 from welore.calibration.mixture import SELF, Mixture, Source, digest, draw, given, parse_mixture, seed_of
 from welore.calibration.moments import Components, Losses
 from welore.calibration.sweep import gather, kept, placed
@@ -65,9 +65,9 @@ def calibrate(
     (windows, length) of token ids of your own. tokens: read in all, in windows of `length` (by default 512, or
     as many as the model reads), drawn by `seed`.
     temperature, top_k, top_p, first: of "self", see generation.generate_text. batch_size: windows in work at once.
-    dtype: of the computation; the model writes in its own. whole: see sweep.gather. measure: share of the windows on
-    which, when the statistics are there, the loss of cutting every component is measured; 0 leaves that out. split:
-    measure along the components of blocks where `compress` cuts blocks (analysis.analyze).
+    dtype: of the computation; the model writes in its own, on a CPU in float32. whole: see sweep.gather. measure: share
+    of the windows on which, when the statistics are there, the loss of cutting every component is measured; 0 leaves
+    that out. split: measure along the components of blocks where `compress` cuts blocks (analysis.analyze).
     tokenizer: needed for a model in memory that reads or writes a text.
 
     One decoder block is in memory at a time (but a model that writes is whole). Finished steps are kept in
@@ -181,10 +181,10 @@ def calibrate(
 
 
 def _written(model: Any, tokenizer: Any, workspace: Workspace, device: torch.device, how: Mapping[str, Any]) -> Tensor:
-    """What the model writes, in its own dtype: made once, then kept in the workspace."""
+    """What the model writes: made once, then kept in the workspace."""
     found = workspace.fetch(WRITTEN)
     if found is None:
-        found = {WRITTEN: generate_text(placed(model, device, model.dtype), tokenizer, **how).int()}
+        found = {WRITTEN: generate_text(placed(model, device, dtype_to_write(model, device)), tokenizer, **how).int()}
         workspace.store(WRITTEN, found)
     return found[WRITTEN].long()
 

@@ -66,6 +66,14 @@ def generate_text(
     return written
 
 
+def dtype_to_write(model: "PreTrainedModel", device: torch.device) -> torch.dtype:
+    """The model's own; on a CPU float32, as products of a few rows in half precision take several times as long.
+
+    Even where the processor has instructions for them.
+    """
+    return torch.float32 if device.type == "cpu" else model.dtype
+
+
 # --- how a text begins ----------------------------------------------------------------------------------------------
 
 Begin = Callable[[float], list[int]]  # a number in [0, 1) -> the first tokens of a text

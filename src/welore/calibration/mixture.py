@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from welore.batches import blocks_of_text
+from welore.corpus import WINDOWS, kept_windows
 from welore.errors import WeLoreError
 
 if TYPE_CHECKING:
@@ -89,17 +90,25 @@ def drawn(
     """`count` windows of a text, none twice, in an order that depends on the seed alone.
 
     Of a named data set the training part is read, of any other text all but the first tenth, as in fine-tuning: what
-    `welore evaluate` reads first stays unseen.
+    `welore evaluate` reads first stays unseen. Of a file of windows the first are taken as they are.
     """
+    if name.endswith(WINDOWS):
+        ids = kept_windows(name, length, len(tokenizer))
+        _refuse_few(name, len(ids), count, length)
+        return Source(name, weight, ids[:count], digest(ids))
     found = blocks_of_text(name, tokenizer, length, tokens=count * length, eval_items=1, cache_dir=cache_dir)
-    if len(found.train) < count:
-        raise WeLoreError(
-            f"{name} has {len(found.train)} windows of {length} tokens, {count} are wanted: take fewer tokens, shorter "
-            "windows or a smaller weight"
-        )
+    _refuse_few(name, len(found.train), count, length)
     order = torch.randperm(len(found.train), generator=torch.Generator().manual_seed(seed_of(seed, name)))
     windows = torch.stack([found.train[int(index)]["input_ids"] for index in order[:count]])
     return Source(name, weight, windows, found.sha256)
+
+
+def _refuse_few(name: str, there: int, wanted: int, length: int) -> None:
+    if there < wanted:
+        raise WeLoreError(
+            f"{name} has {there} windows of {length} tokens, {wanted} are wanted: take fewer tokens, shorter windows "
+            "or a smaller weight"
+        )
 
 
 def draw(

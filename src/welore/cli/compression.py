@@ -134,7 +134,8 @@ def calibrate(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="self (the model writes), or texts with weights: wikitext2:1,pydoc:1,my.txt:2.  [default: self]"
+            help="self (the model writes), texts with weights: wikitext2:1,pydoc:1,my.txt:2, or a file of windows "
+            "(.safetensors).  [default: self]"
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to read, rounded up to whole windows.")] = 65536,

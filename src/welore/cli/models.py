@@ -106,7 +106,7 @@ def finetune(
         str | None,
         typer.Option(
             help="A text: c4, wikitext2, pydoc, a .txt, .jsonl or .parquet file; self: the teacher writes it; "
-            "written.safetensors of such a run: the same again."
+            "a .safetensors file of windows, such as written.safetensors of such a run: the same again."
         ),
     ] = None,
     task: TaskName = None,

@@ -15,7 +15,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from welore.batches import Batch, Material, Sequence_, collate, shuffled
 from welore.files import refuse_source
-from welore.loading import compression_of
+from welore.loading import compression_of, warn_if_slow
 from welore.locate import locate
 from welore.plan import Plan
 from welore.progress import Progress, silent
@@ -109,6 +109,7 @@ def finetune(
     settings = settled({name: given[name] for name in SETTINGS}, device)
     check(settings, save_every, report_to)
     check_launch(os.environ, method, device, distill)
+    warn_if_slow(DTYPES[settings.dtype], device)
     out = Path(out)
     args = arguments(settings, out, save_every, report_to, device)
     leads = args.process_index == 0

@@ -17,13 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from welore.calibration.generation import LENGTH
-from welore.calibration.mixture import SELF, digest, draw
+from welore.calibration.mixture import SELF, digest, draw, seed_of
 from welore.cutting import Trained, write_checkpoint
 from welore.directory import SHARD_SIZE
 from welore.errors import DivergedError, WeLoreError
 from welore.files import whole_directory
 from welore.forms import FORMS
-from welore.loading import read_tokenizer
+from welore.loading import multiplies, read_tokenizer
 from welore.neurons import as_json
 from welore.parallel import keep_freed_memory, team
 from welore.plan import Plan
@@ -61,7 +61,10 @@ def chosen(asked: str | None, own: int, *, alone: bool) -> str:
 
 
 def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Path | None) -> Tensor:
-    """Windows of the texts `data`, drawn as for a calibration: token ids (count, length), at least two."""
+    """Windows of the texts `data`, drawn as for a calibration: token ids (count, length), at least two.
+
+    Those of several texts are shuffled: the tenth that is held out is of all of them.
+    """
     length = min(LENGTH, context_length(config_of(directory)) or LENGTH)
     counts, found = draw(data, tokens, read_tokenizer(directory), length, seed=seed, cache_dir=cache_dir)
     if SELF in counts:
@@ -69,6 +72,9 @@ def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Pa
     windows = torch.cat([text.windows for text in found])
     if len(windows) < 2:
         raise WeLoreError(f"--heal {data}: tokens is {tokens}, one window; two are the least to train on and hold out")
+    if len(found) > 1:
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed_of(seed, "heal")))
+        windows = windows[order]
     return windows
 
 
@@ -120,7 +126,7 @@ def _training(teacher: Path, windows: Tensor, *, own: bool, device: str | None) 
         "batch_size": BATCH,
         "length": windows.shape[1],
         "device": device,
-        "dtype": _dtype(device),
+        "dtype": "bfloat16" if multiplies(torch.bfloat16, device) else "float32",
         "save_dtype": "float32",
         "attention": "eager",
         "eval_every": steps,
@@ -201,11 +207,3 @@ def _losses(record: Record) -> dict[str, float]:
 def _factors(plan: Plan) -> list[str]:
     """Names of the tensors that are trained."""
     return [f"{name}.{part}" for name, form in plan.forms.items() for part in FORMS[form] if part != "order"]
-
-
-def _dtype(device: str | None) -> str:
-    """bfloat16 where the processor multiplies it."""
-    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu":
-        return "bfloat16"
-    can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
-    return "bfloat16" if can.get("avx512_bf16") or can.get("amx_bf16") else "float32"

@@ -10,6 +10,7 @@ from transformers import TrainingArguments, set_seed
 
 from welore.batches import Material, blocks_of_text, blocks_of_windows, blocks_to_write, questions_of_task
 from welore.calibration.mixture import SELF, seed_of
+from welore.corpus import WINDOWS, kept_windows
 from welore.errors import WeLoreError, first_line
 from welore.loading import load
 from welore.lowrank import LowRank, PivotedLinear, SplitLinear
@@ -18,7 +19,7 @@ from welore.progress import Progress
 from welore.targets import context_length, refuse_longer
 from welore.tuning.activations import keep_wide_products
 from welore.tuning.methods import METHODS, Marked, known_warnings, matrices
-from welore.tuning.rundir import WRITTEN, fingerprint, read_windows
+from welore.tuning.rundir import fingerprint
 from welore.tuning.settings import DTYPES, Settings
 from welore.tuning.teacher import load_teacher, write_text
 from welore.tuning.trainer import ClockedTrainer
@@ -110,9 +111,9 @@ def _material(
             cache_dir=cache_dir,
         )
     assert settings.data is not None
-    if settings.data.endswith(Path(WRITTEN).suffix):
-        windows = read_windows(settings.data, settings.length, len(tokenizer))
-        return blocks_of_windows(windows, "text that a model wrote", eval_items=settings.eval_items)
+    if settings.data.endswith(WINDOWS):
+        windows = kept_windows(settings.data, settings.length, len(tokenizer))
+        return blocks_of_windows(windows, "a file of windows", eval_items=settings.eval_items)
     tokens = items_read(settings, processes) * settings.length
     return blocks_of_text(
         settings.data, tokenizer, settings.length, tokens=tokens, eval_items=settings.eval_items, cache_dir=cache_dir

@@ -13,15 +13,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from welore.corpus import keep_windows, kept_windows
 from welore.directory import PLAN, RECORD
-from welore.errors import WeLoreError, first_line
-from welore.files import refuse_existing, whole_directory, whole_file
+from welore.errors import WeLoreError
+from welore.files import refuse_existing, whole_directory
 from welore.records import read_json, write_json
 
 if TYPE_CHECKING:
@@ -62,29 +60,12 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
 
 def keep_written(out: Path, windows: Tensor) -> None:
     """Keep token ids (windows, length) that the teacher wrote, so that a resumed run reads the same."""
-    if not (out / WRITTEN).is_file():
-        with whole_file(out / WRITTEN) as partial:
-            save_file({"windows": windows.to(torch.int32)}, partial)
+    keep_windows(out / WRITTEN, windows)
 
 
 def written(out: Path) -> Tensor | None:
     """What the teacher wrote for the run in `out`, None if it is not there."""
-    return _windows(out / WRITTEN) if (out / WRITTEN).is_file() else None
-
-
-def read_windows(path: str, length: int, vocabulary: int) -> Tensor:
-    """Token ids (windows, length) of a file WRITTEN; WeLoreError for anything else, or tokens of another model."""
-    try:
-        windows = _windows(path)
-    except (OSError, KeyError, SafetensorError) as error:
-        raise WeLoreError(f"{path} is no {WRITTEN} of an earlier run: {first_line(error)}") from error
-    if windows.dim() != 2 or windows.shape[1] != length:
-        raise WeLoreError(f"{path} has windows of {windows.shape[-1]} tokens: give --length {windows.shape[-1]}")
-    if not 0 <= int(windows.min()) <= int(windows.max()) < vocabulary:
-        raise WeLoreError(
-            f"{path} has token {int(windows.max())}, this model knows {vocabulary}: another model wrote it"
-        )
-    return windows
+    return kept_windows(out / WRITTEN) if (out / WRITTEN).is_file() else None
 
 
 def last_checkpoint(out: Path) -> Path | None:
@@ -140,10 +121,6 @@ def fingerprint(model: "PreTrainedModel") -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().reshape(-1)[:1024].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _windows(path: str | Path) -> Tensor:
-    return load_file(path)["windows"].long()
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
