@@ -12,10 +12,10 @@ import sys
 from pathlib import Path, PurePath
 
 from welore.comparisons import Table, task_table
-from welore.figures import megabytes, percent, perplexity_text
 from welore.records import Record
 from welore.study.claims import claims_table
 from welore.study.closing import Closed, closed, cuts_table, tunings_table, verdicts
+from welore.wording import megabytes, percent, perplexity_text
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "docs" / "benchmarks"

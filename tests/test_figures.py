@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from welore import figures
+from welore.canvas import N_LRC
 from welore.errors import WeLoreError
 from welore.figures import Result
+from welore.kinds import places, summarise
 from welore.neurons import Neurons
 from welore.plan import Plan, allocate
 from welore.spectra import Identity, Spectra, gaussian_null
+from welore.wording import perplexity_text
 
 pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
@@ -59,7 +62,7 @@ def plan(spectra: Spectra) -> Plan:
 
 def test_kind_is_the_name_without_the_layer_and_as_short_as_it_can_be() -> None:
     names = ["h.0.attn.c_proj", "h.1.mlp.c_proj", "h.1.mlp.c_fc", "h.1.moe.0.w", "h.1.moe.1.w", "lm_head"]
-    found = {name: (place.kind, place.layer) for name, place in figures.places(names).items()}
+    found = {name: (place.kind, place.layer) for name, place in places(names).items()}
     assert found == {
         "h.0.attn.c_proj": ("attn.c_proj", 0),
         "h.1.mlp.c_proj": ("mlp.c_proj", 1),
@@ -71,8 +74,8 @@ def test_kind_is_the_name_without_the_layer_and_as_short_as_it_can_be() -> None:
 
 
 def test_a_kind_that_ends_another_kind_stays_distinct() -> None:
-    places = figures.places(["layers.0.proj", "layers.0.out.proj", "encoder.layers.0.q", "decoder.layers.0.q"])
-    assert len({place.kind for place in places.values()}) == 4
+    found = places(["layers.0.proj", "layers.0.out.proj", "encoder.layers.0.q", "decoder.layers.0.q"])
+    assert len({place.kind for place in found.values()}) == 4
 
 
 def test_spectra_has_a_panel_per_kind_a_line_per_layer_and_the_plans_threshold(spectra: Spectra, plan: Plan) -> None:
@@ -112,11 +115,11 @@ def test_spectra_of_another_model_are_refused(plan: Plan) -> None:
 
 def test_every_dense_matrix_is_hatched_and_no_lrc_is(plan: Plan) -> None:
     ax = drawn(figures.reduction_heatmap(plan)).axes[0]
-    (hatched,) = [c for c in ax.collections if c.get_gid() == figures.N_LRC]
+    (hatched,) = [c for c in ax.collections if c.get_gid() == N_LRC]
     assert hatched.get_hatch()
     rows = [label.get_text() for label in ax.get_yticklabels()]
     cells = {(rows[int(box.y0)], int(box.x0)) for box in (path.get_extents() for path in hatched.get_paths())}
-    place = figures.places(a.name for a in plan.allocations)
+    place = places(a.name for a in plan.allocations)
     dense = {(place[a.name].kind, place[a.name].layer) for a in plan.allocations if not a.factored}
     assert cells == dense
     assert 0 < len(dense) < len(plan.allocations)
@@ -138,7 +141,7 @@ def test_heat_map_shows_each_reduction_ratio_and_the_nulls_share(plan: Plan) -> 
     assert mesh is not None
     assert null is not None
     rows = [label.get_text() for label in ax.get_yticklabels()]
-    place = figures.places(a.name for a in plan.allocations)
+    place = places(a.name for a in plan.allocations)
     for a in plan.allocations:
         assert mesh[rows.index(place[a.name].kind), place[a.name].layer] == a.reduction_ratio
     assert null[rows.index("down_proj"), 0] == np.mean(gaussian_null(8, 13) < plan.threshold)
@@ -154,7 +157,7 @@ def test_bars_are_millions_of_parameters_with_their_ratio(spectra: Spectra) -> N
     plan = allocate(spectra, rank_reduction=0.2, strategy="uniform", allow_growth=True)
     ax = drawn(figures.parameters_by_module(plan)).axes[0]
     heights = [bar.get_height() * 1e6 for bar in ax.patches]
-    kinds = figures.summarise(plan)
+    kinds = summarise(plan)
     assert heights == pytest.approx([k.dense_parameters for k in kinds] + [k.stored_parameters for k in kinds])
     assert sum(heights[3:]) / sum(heights[:3]) == pytest.approx(plan.parameter_ratio)
     assert [t.get_text() for t in ax.texts] == [f"{100 * k.parameter_ratio:.0f} %" for k in kinds]
@@ -233,7 +236,7 @@ def test_odd_models_are_drawn_whole(spectra: Spectra) -> None:
     ("value", "text"), [(30.19, "30.19"), (1836.62, "1,837"), (5.4e6, "5.4e6"), (None, "not finite")]
 )
 def test_perplexities_are_written_with_the_figures_that_mean_something(value: float | None, text: str) -> None:
-    assert figures.perplexity_text(value) == text
+    assert perplexity_text(value) == text
 
 
 def test_sizes_always_stand_together() -> None:

@@ -10,9 +10,10 @@ from pathlib import PurePath
 from typing import Any
 
 from welore.errors import WeLoreError
-from welore.figures import DENSE, Result, megabytes, percent, perplexity_text
+from welore.figures import DENSE, Result
 from welore.records import Record
 from welore.tasks import TASKS
+from welore.wording import megabytes, percent, perplexity_text
 
 # the order of methods in tables and figures
 METHOD_ORDER = ("full", "lrc", "nlrc", "lora", "galore")

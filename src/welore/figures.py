@@ -1,60 +1,29 @@
 """7 - One function per figure: an artefact -> a matplotlib Figure.
 
-Needs the extra `report`; matplotlib is imported when a figure is drawn. Colours are safe for the colour-blind and
-fall or rise evenly in grey, so that they survive a printer.
+Needs the extra `report`; matplotlib is imported when a figure is drawn.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from welore.canvas import BLACK, BLUE, GREY, HATCH, PALE, STYLES, VERMILION, hatch, legend, log_ticks, new_figure, plain
 from welore.errors import WeLoreError
-from welore.plan import Allocation, Plan
+from welore.kinds import places, summarise
+from welore.plan import Plan
 from welore.spectra import Spectra, gaussian_null, normalise
+from welore.wording import megabytes, percent, perplexity_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-INSTALL = "figures and reports need matplotlib and jinja2: pip install 'welore[report]'"
-# Okabe and Ito's colours; a marker of its own for each, for printers without colour
-STYLES = (("#000000", "D"), ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"), ("#56B4E9", "P"))
-BLACK, BLUE, VERMILION = (STYLES[i][0] for i in range(3))
-GREY, PALE, HATCH = "#A0A0A0", "#E4E4E4", "#404040"
 DENSE = "dense"
 NULL = "Gaussian null: noise of the same shape"
-N_LRC = "n-lrc"  # names the hatched cells in the drawing
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a matrix sits: its kind is its name without the layer; layer None: outside the blocks."""
-
-    kind: str
-    layer: int | None
-
-
-@dataclass(frozen=True)
-class KindSummary:
-    """One module kind in a plan: means over its matrices; null is the Gaussian share (`welore` plans only)."""
-
-    kind: str
-    matrices: int
-    lrcs: int
-    reduction_ratio: float
-    null: float | None
-    dense_parameters: int
-    stored_parameters: int
-
-    @property
-    def parameter_ratio(self) -> float:
-        """Stored over dense parameters."""
-        return self.stored_parameters / self.dense_parameters
 
 
 @dataclass(frozen=True)
@@ -77,34 +46,6 @@ class Result:
         """ERR, parameter ratio and bytes, which are always told together."""
         err, ratio = percent(self.rank_reduction), percent(self.parameter_ratio)
         return f"ERR {err}, parameters {ratio}, {megabytes(self.bytes)}"
-
-
-def places(names: Iterable[str]) -> dict[str, Place]:
-    """Name -> place. A kind is shortened to the fewest last components that tell it from all other kinds."""
-    parted = {name: _without_layer(name) for name in names}
-    kinds = {kind for kind, _ in parted.values()}
-    short = {kind: _shortest(kind, kinds) for kind in kinds}
-    return {name: Place(short[kind], layer) for name, (kind, layer) in parted.items()}
-
-
-def summarise(plan: Plan) -> list[KindSummary]:
-    """One line per module kind, in the model's order."""
-    place = places(a.name for a in plan.allocations)
-    members: dict[str, list[Allocation]] = {}
-    for a in plan.allocations:
-        members.setdefault(place[a.name].kind, []).append(a)
-    return [
-        KindSummary(
-            kind=kind,
-            matrices=len(group),
-            lrcs=sum(a.factored for a in group),
-            reduction_ratio=float(np.mean([a.reduction_ratio for a in group])),
-            null=_null_share(group, plan.threshold) if plan.strategy == "welore" else None,
-            dense_parameters=sum(map(plan.came_with, group)),
-            stored_parameters=sum(a.stored_parameters for a in group),
-        )
-        for kind, group in members.items()
-    ]
 
 
 # --- the figures -----------------------------------------------------------------------------------------------
@@ -154,7 +95,9 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     cells = {a.name: (row[place[a.name].kind], layers.index(place[a.name].layer)) for a in plan.allocations}
     for a in plan.allocations:
         ratio[cells[a.name]] = a.reduction_ratio
-    gone = {_without_layer(name)[1]: 1 - len(n.kept) / n.width for name, n in plan.neurons.items()}
+    gone = {
+        p.layer: 1 - len(plan.neurons[mlp].kept) / plan.neurons[mlp].width for mlp, p in places(plan.neurons).items()
+    }
     names = [plain(k.kind) for k in kinds]
     if gone:
         names.append("neurons out")
@@ -235,69 +178,7 @@ def perplexities(texts: Mapping[str, Sequence[Result]], *, title: str = "") -> "
     return fig
 
 
-# --- how numbers are written, here and in tables ---------------------------------------------------------------
-
-
-def percent(fraction: float) -> str:
-    """A fraction 0..1 as per cent."""
-    return f"{100 * fraction:.1f} %"
-
-
-def megabytes(size: float) -> str:
-    """Bytes as MB = 1e6 bytes."""
-    return f"{size / 1e6:,.1f} MB"
-
-
-def perplexity_text(value: float | None) -> str:
-    """Four figures where they mean something, a power of ten where only the order does."""
-    if value is None:
-        return "not finite"
-    if value >= 1e6:
-        return f"{value:.2g}".replace("e+0", "e").replace("e+", "e")
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
 # --- pieces ----------------------------------------------------------------------------------------------------
-
-
-def _without_layer(name: str) -> tuple[str, int | None]:
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    if at is None:
-        return name, None
-    return ".".join(parts[:at] + parts[at + 1 :]), int(parts[at])
-
-
-def _shortest(kind: str, kinds: Iterable[str]) -> str:
-    parts = kind.split(".")
-    others = [f".{other}" for other in kinds if other != kind]
-    # an ending that starts with an expert's number tells a reader nothing
-    endings = (".".join(parts[-n:]) for n in range(1, len(parts)) if not parts[-n].isdecimal())
-    return next((end for end in endings if not any(o.endswith(f".{end}") for o in others)), kind)
-
-
-def _null_share(group: Sequence[Allocation], threshold: float) -> float:
-    return float(np.mean([(gaussian_null(*a.shape) < threshold).mean() for a in group]))
-
-
-def new_figure(width: float, height: float, title: str) -> "Figure":
-    """An empty figure, inches; WeLoreError if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise WeLoreError(INSTALL) from error
-    # letters are not equally wide in SVG and PNG: without a margin one of the two is cut at the edge
-    fig = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.07))
-    if title:
-        fig.suptitle(plain(title), fontsize=10)
-    return fig
-
-
-def plain(text: str) -> str:
-    """Text of a user's, for a label."""
-    # a dollar sign in a user's label must not start a formula
-    return text.replace("$", r"\$")
 
 
 def _draw_spectrum(ax: "Axes", s: NDArray[np.float64], **style: Any) -> None:
@@ -354,17 +235,6 @@ def _draw_null(ax: "Axes", layers: int, shares: Sequence[float | None]) -> None:
         ax.text(layers + 1.5, i + 0.5, f"{100 * value:.0f} %", ha="center", va="center", fontsize=7, color=colour)
 
 
-def hatch(ax: "Axes", cells: Iterable[tuple[int, int]]) -> None:
-    """Hatch the unit cells (row, column) of a heat map."""
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    patches = [Rectangle((column, row), 1, 1) for row, column in cells]
-    ax.add_collection(
-        PatchCollection(patches, hatch="/////", facecolor="none", edgecolor=HATCH, linewidth=0, gid=N_LRC)
-    )
-
-
 def _heat_legend(fig: "Figure", *, holes: bool, columns: int) -> None:
     from matplotlib.patches import Patch
 
@@ -401,28 +271,3 @@ def _draw_perplexities(ax: "Axes", group: Sequence[Result], style: Mapping[str, 
     ax.grid(axis="y", color=PALE)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-
-
-def log_ticks(axis: "Axis") -> None:
-    """Ticks in plain numbers on a logarithmic axis whose limits are known: a few, however wide or narrow it is."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator, NullLocator
-
-    low, high = axis.get_view_interval()
-    locator: Locator = MaxNLocator(5, steps=[1, 2, 5, 10])
-    if math.log10(high) - math.log10(low) > 1:  # not matplotlib's LogLocator, which overflows where models are broken
-        first, last = math.floor(math.log10(low)), math.floor(math.log10(high))
-        factors = (1, 2, 5) if last - first < 3 else (1,)
-        decades = range(first, last + 1, 1 + (last - first) // 10)
-        ticks = [factor * 10.0**decade for decade in decades for factor in factors]
-        locator = FixedLocator([tick for tick in ticks if low <= tick <= high])
-    axis.set_major_locator(locator)
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: perplexity_text(value)))
-    axis.set_tick_params(labelsize=8)
-
-
-def legend(fig: "Figure", *axes: "Axes") -> None:
-    """One legend below the figure for all axes, every label once."""
-    pairs = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
-    distinct = {label: handle for handle, label in pairs}
-    fig.legend(list(distinct.values()), list(distinct), loc="outside lower center", ncols=4, fontsize=8, frameon=False)

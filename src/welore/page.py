@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from welore import figures
 from welore.artefacts import NEEDED, Artefact, find_artefacts
+from welore.canvas import INSTALL
 from welore.comparisons import Comparison, Table, comparisons, last_name, results, task_tables
 from welore.errors import WeLoreError
-from welore.figures import INSTALL, KindSummary
 from welore.files import whole_file
+from welore.kinds import KindSummary, summarise
 from welore.plan import Plan
 from welore.records import Record
 from welore.spectra import Spectra
@@ -22,6 +23,7 @@ from welore.study.closing import closed, verdicts
 from welore.study.figures import FIGURES, settling
 from welore.study.trace import Trace
 from welore.tuning.figures import FIGURE_1, FIGURE_5, fine_tuning
+from welore.wording import megabytes, percent, perplexity_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,9 +104,9 @@ def report(directories: Sequence[str | Path], out: str | Path) -> Path:
     content, pictures = _content(find_artefacts(directories))
     jinja = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     jinja.filters |= {
-        "percent": figures.percent,
-        "megabytes": figures.megabytes,
-        "perplexity": figures.perplexity_text,
+        "percent": percent,
+        "megabytes": megabytes,
+        "perplexity": perplexity_text,
         "last_name": last_name,
         "asked": _asked,
     }
@@ -224,13 +226,13 @@ def _sections(plans: Mapping[Path, Plan], names: Mapping[Path, str], spectra: Se
         slug = re.sub(r"[^\w.-]+", "-", names[path]).strip("-.") or "plan"
         if any(section.reduction.file == f"{slug}-reduction.png" for section in sections):
             slug += f"-{len(sections) + 1}"
-        sizes = f"ERR {figures.percent(plan.rank_reduction)}, parameters {figures.percent(plan.parameter_ratio)}"
+        sizes = f"ERR {percent(plan.rank_reduction)}, parameters {percent(plan.parameter_ratio)}"
         title = f"{names[path]}: {plan.strategy}, {sizes}"
         own = next((s for s in spectra if s.model.fingerprint == plan.model.fingerprint), None)
         section = PlanSection(
             name=names[path],
             plan=plan,
-            kinds=figures.summarise(plan),
+            kinds=summarise(plan),
             spectra=_picture(figures.normalised_spectra(own, plan, title=title), f"{slug}-spectra")
             if own and plan.strategy == "welore"
             else None,
@@ -279,8 +281,7 @@ def _figure_of_the_paper(runs: Sequence[Record]) -> str:
 def _asked(target: Mapping[str, float]) -> str:
     short = {"rank_reduction": "ERR", "params": "parameters"}
     return ", ".join(
-        f"{short[name]} {figures.percent(value)}" if name in short else f"{name} {value:.4g}"
-        for name, value in target.items()
+        f"{short[name]} {percent(value)}" if name in short else f"{name} {value:.4g}" for name, value in target.items()
     )
 
 

@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 from welore.comparisons import Table
 from welore.errors import WeLoreError
-from welore.figures import Place, places
+from welore.kinds import Place, places
 from welore.plan import Allocation
 from welore.records import Record
 from welore.study.trace import COSINE, OVERLAPS, Array, Matrix, Trace

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from welore.comparisons import Table
-from welore.figures import megabytes, percent, perplexity_text
 from welore.records import Record
 from welore.study.claims import FAILS, HOLDS, OPEN, run_of
+from welore.wording import megabytes, percent, perplexity_text
 
 ALIKE = 0.02  # two held-out losses that differ by no more match each other
 WELORE, UNIFORM, DENSE = "welore-", "uniform-", "dense"

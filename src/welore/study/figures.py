@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from welore import figures
+from welore.canvas import BLACK, GREY, HATCH, PALE, STYLES, hatch, legend, log_ticks, new_figure, plain
 from welore.errors import WeLoreError
-from welore.figures import BLACK, GREY, PALE, STYLES, legend, log_ticks, new_figure, places, plain
+from welore.kinds import places
 from welore.records import Record
 from welore.study.claims import (
     RANK_AXIS,
@@ -98,7 +99,7 @@ def partition(trace: Trace, *, title: str = "") -> "Figure":
     fig = new_figure(8.0, max(3.0, 1.6 + 0.13 * len(names)), title)
     ax = fig.subplots()
     mesh = ax.pcolormesh(ratio, cmap="YlGnBu", vmin=0, vmax=1, rasterized=True)
-    figures.hatch(ax, zip(*np.nonzero(~lrc), strict=True))
+    hatch(ax, zip(*np.nonzero(~lrc), strict=True))
     kinds = [place[name].kind for name in names]
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     ax.hlines(first[1:], 0, len(trace.steps), color="white", linewidth=2.5, zorder=1.5)
@@ -113,7 +114,7 @@ def partition(trace: Trace, *, title: str = "") -> "Figure":
     from matplotlib.patches import Patch
 
     fig.legend(
-        handles=[Patch(facecolor="white", edgecolor=figures.HATCH, hatch="/////", label="N-LRC, the others are LRCs")],
+        handles=[Patch(facecolor="white", edgecolor=HATCH, hatch="/////", label="N-LRC, the others are LRCs")],
         **BELOW,
     )
     return fig

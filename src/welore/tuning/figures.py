@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from welore.canvas import PALE, STYLES, legend, log_ticks, new_figure, plain
 from welore.comparisons import METHOD_ORDER, run_name
 from welore.errors import WeLoreError
-from welore.figures import PALE, STYLES, legend, log_ticks, new_figure, plain
 from welore.records import Record
 
 if TYPE_CHECKING:
