@@ -21,12 +21,13 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from floor import operations, speeds
+from welore.allocation import allocate
 from welore.checkpoint import compress
 from welore.embedded import embedded_model
 from welore.factors import Reduction, factorise, reduce
 from welore.locate import locate
 from welore.parallel import return_freed_memory
-from welore.plan import Plan, allocate
+from welore.plan import Plan
 from welore.records import Record
 from welore.source import opened
 from welore.spectra import Spectra, normalise

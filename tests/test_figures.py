@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from welore import figures
+from welore.allocation import allocate
 from welore.canvas import N_LRC
 from welore.errors import WeLoreError
 from welore.figures import Result
 from welore.kinds import places, summarise
 from welore.neurons import Neurons
-from welore.plan import Plan, allocate
+from welore.plan import Plan
 from welore.spectra import Identity, Spectra, gaussian_null
 from welore.wording import perplexity_text
 

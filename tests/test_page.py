@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from welore.allocation import allocate
 from welore.comparisons import results
 from welore.errors import WeLoreError
 from welore.page import report
-from welore.plan import Plan, allocate
+from welore.plan import Plan
 from welore.records import Record
 from welore.spectra import Identity, Spectra
 

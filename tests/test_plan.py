@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from welore.allocation import allocate
 from welore.errors import WeLoreError
 from welore.forms import STORAGES
-from welore.plan import Plan, allocate
+from welore.plan import Plan
 from welore.spectra import Identity, Spectra, Values
 from welore.strategies import STRATEGIES
 

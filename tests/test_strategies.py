@@ -4,9 +4,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from welore.allocation import allocate
 from welore.errors import WeLoreError
 from welore.forms import FACTORED, PIVOTED, STORAGES, cost
-from welore.plan import Plan, allocate
+from welore.plan import Plan
 from welore.spectra import ASVD, Identity, Spectra, Values, block_of
 from welore.strategies import OWL_SPREAD, STRATEGIES, stored
 

@@ -15,7 +15,7 @@ from typing import Any
 
 _PUBLIC = {
     "analyze": "welore.analysis",
-    "allocate": "welore.plan",
+    "allocate": "welore.allocation",
     "calibrate": "welore.calibration.collection",
     "compress": "welore.checkpoint",
     "merge": "welore.merging",

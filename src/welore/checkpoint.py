@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from welore.allocation import MinRatio, allocate, check_settings
 from welore.analysis import analyze_weights, check_plan, grids_of, opened_calibration, shared_workspace, summary
 from welore.calibration.artefact import Calibration
 from welore.calibration.collection import calibrate
@@ -27,7 +28,7 @@ from welore.integration import WeLoreConfig
 from welore.locate import locate
 from welore.neurons import Neurons
 from welore.parallel import Team
-from welore.plan import MinRatio, Plan, allocate, check_settings
+from welore.plan import Plan
 from welore.progress import Progress, silent
 from welore.pruning import without, worth_taking_out
 from welore.records import Record

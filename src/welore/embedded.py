@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from welore.allocation import allocate
 from welore.analysis import analyze
 from welore.checkpoint import compress
 from welore.directory import PLAN, RECORD
@@ -13,7 +14,7 @@ from welore.errors import WeLoreError
 from welore.locate import locate
 from welore.page import report
 from welore.perplexity import evaluate
-from welore.plan import Plan, allocate
+from welore.plan import Plan
 from welore.progress import Progress, counted, silent
 from welore.records import Record, read_json
 from welore.source import Checkpoint

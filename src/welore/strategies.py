@@ -1,6 +1,6 @@
 """How singular values of different matrices are compared: a strategy gives every one of them a score.
 
-One level then cuts the scores of the whole model (`plan.allocate`). Functions of arrays: sigma (k,) descending of
+One level then cuts the scores of the whole model (`allocation.allocate`). Functions of arrays: sigma (k,) descending of
 every matrix in, scores (k,) not ascending out. Where the spectra are those of scaled matrices (`scaling.SCALINGS`),
 squares are predicted losses, in one unit for the whole model; plain ones tell only what share of a matrix is lost.
 """
@@ -26,7 +26,7 @@ MinRatio = float | Literal["break-even"]
 
 @dataclass(frozen=True)
 class Strategy:
-    """How scores are made, and which matrices may be factored by default (`min_ratio` of `plan.allocate`)."""
+    """How scores are made, and which matrices may be factored by default (`min_ratio` of `allocation.allocate`)."""
 
     scores: Callable[[Spectra, str], Scores]
     min_ratio: MinRatio

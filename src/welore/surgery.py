@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from welore.allocation import allocate
 from welore.analysis import analyze_weights, check_plan, grids_of, opened_calibration
 from welore.calibration.artefact import Calibration
 from welore.errors import WeLoreError
@@ -18,7 +19,7 @@ from welore.lowrank import LAYERS, LowRank, PivotedLinear, SplitLinear
 from welore.mlps import copies_of, with_zeros
 from welore.parallel import spread
 from welore.pivot import product, tensors
-from welore.plan import Plan, allocate
+from welore.plan import Plan
 from welore.progress import Progress, silent
 from welore.scaling import metric
 from welore.source import ModelWeights

@@ -109,7 +109,7 @@ def allocate(
     as_json: AsJson = False,
 ) -> None:
     """Spectra and a target -> the rank of every matrix, plan.json."""
-    from welore.plan import allocate
+    from welore.allocation import allocate
     from welore.spectra import Spectra
 
     plan = allocate(

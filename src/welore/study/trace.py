@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from welore.allocation import allocate
 from welore.errors import WeLoreError
 from welore.files import whole_file
-from welore.plan import Plan, allocate
+from welore.plan import Plan
 from welore.spectra import Identity, Spectra
 
 Array = NDArray[np.float64]
