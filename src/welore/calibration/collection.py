@@ -15,7 +15,8 @@ from welore.calibration.artefact import WRITTEN, Calibration
 from welore.calibration.generation import LENGTH, TOKENS, dtype_to_write, generate_text
 from welore.calibration.mixture import SELF, Mixture, Source, digest, draw, given, parse_mixture, seed_of
 from welore.calibration.moments import Components, Losses
-from welore.calibration.sweep import gather, kept, placed
+from welore.calibration.parts import placed
+from welore.calibration.sweep import gather, kept
 from welore.errors import WeLoreError, choose
 from welore.factors import factorise
 from welore.grids import Grid, Target, in_blocks

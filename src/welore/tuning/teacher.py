@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from welore.calibration.generation import dtype_to_write, generate_text
-from welore.calibration.sweep import placed
+from welore.calibration.parts import placed
 from welore.errors import WeLoreError
 from welore.loading import load
 from welore.locate import locate
