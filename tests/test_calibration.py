@@ -409,6 +409,19 @@ def test_a_mixture_is_drawn_in_proportion_and_named_in_the_record(tmp_path: Path
     assert other.record.inputs["sources"][2]["sha256"] != first.record.inputs["sources"][2]["sha256"]
 
 
+def test_what_is_drawn_from_a_file_does_not_depend_on_its_folder(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "model", rank_reduction=None)
+    (tmp_path / "else" / "where").mkdir(parents=True)
+    many = " ".join(f"{n} pears." for n in range(200))
+    here, there = (text(folder, "pears.txt", many) for folder in (tmp_path, tmp_path / "else" / "where"))
+    one, same, other = (
+        draw(path, 64, read_tokenizer(directory), 16, seed=seed)[1][0].windows
+        for path, seed in ((here, 0), (there, 0), (here, 1))
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
 def test_a_file_of_windows_is_read_as_it_is(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path / "model", rank_reduction=None)
     ids = torch.randint(3, 40, (5, 16), generator=torch.Generator().manual_seed(7))

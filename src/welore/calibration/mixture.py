@@ -87,7 +87,7 @@ def drawn(
     seed: int,
     cache_dir: str | Path | None = None,
 ) -> Source:
-    """`count` windows of a text, none twice, in an order that depends on the seed alone.
+    """`count` windows of a text, none twice, in an order that depends on the seed and the name, not on a file's folder.
 
     Of a named data set the training part is read, of any other text all but the first tenth, as in fine-tuning: what
     `welore evaluate` reads first stays unseen. Of a file of windows the first are taken as they are.
@@ -98,7 +98,7 @@ def drawn(
         return Source(name, weight, ids[:count], digest(ids))
     found = blocks_of_text(name, tokenizer, length, tokens=count * length, eval_items=1, cache_dir=cache_dir)
     _refuse_few(name, len(found.train), count, length)
-    order = torch.randperm(len(found.train), generator=torch.Generator().manual_seed(seed_of(seed, name)))
+    order = torch.randperm(len(found.train), generator=torch.Generator().manual_seed(seed_of(seed, Path(name).name)))
     windows = torch.stack([found.train[int(index)]["input_ids"] for index in order[:count]])
     return Source(name, weight, windows, found.sha256)
 
