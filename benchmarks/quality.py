@@ -5,15 +5,15 @@ python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8
                              [--model MODEL --name NAME] [--self-tokens 65536]
 
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
-tokens of each. Calibrated rows read 32k tokens in bfloat16 and measure losses on all of them: half of the part of the
-reference that is not evaluated, half of --calibrate-on (FILE, or the training part of WikiText-2); ours-more reads 128k
-and measures on a quarter. Data-free rows read what the model writes, 64k as by default, and heal on it, unless they are
-only cut; ours-web heals on 64k tokens of --heal-on, texts of neither of the two kinds that are tested. Controls are the
-dense model, all of it trained on the same blocks in the same order (on 256k tokens of its own where what is compared
-reads 64k of them), the text itself its labels. ours-million takes raw text, --heal-on and a quarter of a part of
-the reference: a teacher, tuned on 229k tokens, is cut and heals on 688k; its control reads those for as many steps as
-both. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did once. Learning rates were
-chosen on other texts.
+tokens of each. Calibrated rows read 32k tokens, in bfloat16 where the processor has it, and measure losses on all: half
+of the part of the reference that is not evaluated, half of --calibrate-on (FILE, or the training part of WikiText-2);
+ours-more reads 128k and measures on a quarter. Data-free rows read what the model writes, 64k as by default, and heal
+on it, unless they are only cut; ours-web heals on 64k tokens of --heal-on, texts of neither of the two kinds that are
+tested. Controls are the dense model, all of it trained on the same blocks in the same order (on 256k tokens of its own
+where what is compared reads 64k of them), the text itself its labels. ours-million takes raw text, --heal-on and a
+quarter of a part of the reference: a teacher, tuned on 229k tokens, is cut and heals on 688k; its control reads those
+for as many steps as both. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did
+once. Learning rates were chosen on other texts.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -35,7 +35,7 @@ import torch
 
 from welore.calibration.mixture import draw
 from welore.embedded import embedded_model
-from welore.loading import read_tokenizer
+from welore.loading import multiplies, read_tokenizer
 from welore.locate import locate
 from welore.records import Record
 from welore.tuning.rundir import WRITTEN, keep_written
@@ -45,7 +45,8 @@ LENGTH, WINDOWS = 512, 16
 TOKENS = {"mix": 32768, "whole": 32768, "more": 131072, "raw": 131072, "self": 65536}
 MEASURED = {"mix": 1, "whole": 1, "more": 0.25}  # share of them on which losses are measured, else none
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
-HEALING = f"--batch-size 2 --length {LENGTH} --dtype bfloat16 --attention eager --eval-every 64 --eval-items 8"
+DTYPE = "bfloat16" if multiplies(torch.bfloat16, "cpu") else "float32"  # what the processor is fast in
+HEALING = f"--batch-size 2 --length {LENGTH} --dtype {DTYPE} --attention eager --eval-every 64 --eval-items 8"
 AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
 RAW, RAW_FIRST = (688128, 605), (229376, 202)  # what is healed on, and a third of it, what is learned first
 CONTROL_RATES = {"self": 1e-5, "web": 1e-4, "raw": 1e-4}  # of 1e-5, 3e-5 and 1e-4
@@ -247,7 +248,7 @@ class Bench:
             how: tuple[Any, ...] = ("--data", self.sources[kind], "--tokens", self.tokens[kind])
             how = (*how, "--length", LENGTH, "--seed", seed)
             # Its own text is read as compress does it.
-            how = (*how, "--measure", MEASURED.get(kind, 0), *(() if kind == "self" else ("--dtype", "bfloat16")))
+            how = (*how, "--measure", MEASURED.get(kind, 0), *(() if kind == "self" else ("--dtype", DTYPE)))
             how = (*how, *(("--no-split",) if kind == "whole" else ()))
             _, cost = welore("calibrate", model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))
