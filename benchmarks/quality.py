@@ -2,7 +2,7 @@
 
 python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8 ...] [--seeds 0 1 2]
                              [--wikitext FILE] [--calibrate-on FILE] [--heal-on FILE:1,FILE:1,...] [--work DIRECTORY]
-                             [--learn FILE:1,FILE:1,...] [--model MODEL --name NAME] [--self-tokens 65536]
+                             [--model MODEL --name NAME] [--self-tokens 65536]
 
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
 tokens of each. Calibrated rows read 32k tokens, in bfloat16 where the processor has it, and measure losses on all: half
@@ -10,11 +10,10 @@ of the part of the reference that is not evaluated, half of --calibrate-on (FILE
 ours-more reads 128k and measures on a quarter. Data-free rows read what the model writes, 64k as by default, and heal
 on it, unless they are only cut; ours-web heals on 64k tokens of --heal-on, texts of neither of the two kinds that are
 tested. Controls are the dense model, all of it trained on the same blocks in the same order (on 256k tokens of its own
-where what is compared reads 64k of them), the text itself its labels. ours-million takes a million tokens of raw text,
---learn and a part of the reference, and reads each once: a teacher, tuned on 688k, is cut and heals on the other 312k;
-its control reads them all. Where WikiText-2's raw training part cannot be fetched, benchmarks/respell.py makes text of
-its kind from articles of Wikipedia. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as
-all did once. Learning rates were chosen on other texts.
+where what is compared reads 64k of them), the text itself its labels. ours-million takes raw text, --heal-on and a
+quarter of a part of the reference: a teacher, tuned on 229k tokens, is cut and heals on 688k; its control reads those
+for as many steps as both. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did
+once. Learning rates were chosen on other texts.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -34,14 +33,12 @@ from typing import Any
 
 import torch
 
-from welore.batches import HELD_OUT
 from welore.calibration.mixture import draw
-from welore.corpus import keep_windows
 from welore.embedded import embedded_model
 from welore.loading import multiplies, read_tokenizer
 from welore.locate import locate
 from welore.records import Record
-from welore.tuning.rundir import WRITTEN
+from welore.tuning.rundir import WRITTEN, keep_written
 
 OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16
@@ -51,21 +48,17 @@ RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 DTYPE = "bfloat16" if multiplies(torch.bfloat16, "cpu") else "float32"  # what the processor is fast in
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype {DTYPE} --attention eager --eval-every 64 --eval-items 8"
 AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
-RAW = {"first": 1344, "rest": 609, "whole": 1953}  # windows that are learned first, healed on, and both: 1M tokens
+RAW, RAW_FIRST = (688128, 605), (229376, 202)  # what is healed on, and a third of it, what is learned first
 CONTROL_RATES = {"self": 1e-5, "web": 1e-4, "raw": 1e-4}  # of 1e-5, 3e-5 and 1e-4
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A full fine-tuning: the text (of CONTROL_RATES), its tokens, a tenth of which is held out, and the steps.
-
-    part: of RAW, where the text is raw.
-    """
+    """A full fine-tuning: the text (of CONTROL_RATES), its tokens, a tenth of which is held out, and the steps."""
 
     text: str
     tokens: int
     steps: int
-    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,21 +96,22 @@ ROWS = {
         controls=("dense-tuned-web",),
     ),
     "ours-million": Row(
-        "ours, of the dense model tuned on 688k tokens, healed on 312k others",
-        f"--heal {{rest}} --tokens {RAW['rest'] * LENGTH}",
+        "ours, of the dense model tuned on 229k tokens of web pages and the reference, healed on 688k",
+        f"--heal {{raw}} --tokens {RAW[0]}",
         "raw",
-        of="dense-tuned-two-thirds",
-        controls=("dense-tuned-two-thirds", "dense-tuned-million"),
+        of="dense-tuned-first",
+        controls=("dense-tuned-first", "dense-tuned-raw"),
     ),
 }
 CONTROLS = {  # the dense model, all of it tuned in the same way
     "dense-tuned": Row("dense, tuned on the same 256k tokens", tuned=Tuning("self", 262144, 256)),
     "dense-tuned-web": Row("dense, tuned on the same 64k tokens of web pages", tuned=Tuning("web", *AS_HEALED)),
-    "dense-tuned-two-thirds": Row(
-        "dense, tuned on the same 688k tokens", tuned=Tuning("raw", RAW["first"] * LENGTH, 605, "first")
+    "dense-tuned-first": Row(
+        "dense, tuned on 229k tokens of web pages and the reference", tuned=Tuning("raw", *RAW_FIRST)
     ),
-    "dense-tuned-million": Row(
-        "dense, tuned on the same million tokens", tuned=Tuning("raw", RAW["whole"] * LENGTH, 879, "whole")
+    "dense-tuned-raw": Row(
+        "dense, tuned on the same 688k tokens, for as many steps as tuning and healing",
+        tuned=Tuning("raw", RAW[0], RAW[1] + RAW_FIRST[1]),
     ),
 }
 
@@ -131,7 +125,6 @@ def main() -> None:
     arguments.add_argument("--wikitext", default="wikitext2")
     arguments.add_argument("--calibrate-on", default="wikitext2")
     arguments.add_argument("--heal-on", default="c4")
-    arguments.add_argument("--learn", default="wikitext2:7,c4:10.5")
     arguments.add_argument("--work", type=Path, default=None, help="where calibrations are kept between calls")
     arguments.add_argument("--self-tokens", type=int, default=TOKENS["self"])
     arguments.add_argument("--model", default=None)
@@ -164,7 +157,7 @@ class Bench:
         self.texts = {"wikitext2": given.wikitext, "pydoc": "pydoc"}
         self.sources = {"self": "self", "web": given.heal_on}
         self.sources["mix"] = self.sources["whole"] = self.sources["more"] = f"{given.calibrate_on}:1,pydoc:1"
-        self.sources["raw"] = f"{given.learn},pydoc:1"
+        self.sources["raw"] = f"{given.heal_on},pydoc:0.25"
         self.tokens = TOKENS | {"self": given.self_tokens}
 
     def cell(self, name: str, row: Row, ratio: float, seed: int) -> None:
@@ -201,7 +194,7 @@ class Bench:
         """Write the row's model of this size: what it was made with, and what came of it."""
         settings: dict[str, Any] = {}
         numbers: dict[str, Any] = {}
-        flags = row.flags.format(**self.sources, rest=self.raw("rest", seed) if row.of else None).split()
+        flags = row.flags.format(**self.sources).split()
         model = self.control(row.of, seed) if row.of else self.model
         if row.calibration:
             statistics = self.calibration(row.calibration, seed, model)
@@ -218,7 +211,7 @@ class Bench:
         settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio", "neurons")}
         if made["settings"]["healing"]:
             healing = made["settings"]["healing"]
-            settings["healing"] = healing | {"text": named(self.sources["raw"] if row.of else healing["text"])}
+            settings["healing"] = healing | {"text": named(healing["text"])}
             kinds = ("healed", "healing_tokens", "healing_seconds", "held_out_loss")
             numbers |= {key: made["numbers"][key] for key in kinds}
         return settings, numbers
@@ -227,10 +220,9 @@ class Bench:
         """The dense model, fine-tuned on a text that is the same for every row with this seed; and what that took."""
         text, run = self.work / f"{tuning.text}-text-{tuning.tokens}-{seed}" / WRITTEN, self.work / name
         flags: list[Any] = ["--method", "full", *HEALING.split()]
-        if tuning.part:
-            text = self.raw(tuning.part, seed)
-        elif tuning.text != "self":
-            keep_windows(text, self.drawn(tuning.text, tuning.tokens, seed))
+        if tuning.text != "self" and not text.is_file():
+            _, texts = draw(self.sources[tuning.text], tuning.tokens, read_tokenizer(self.model), LENGTH, seed=seed)
+            keep_written(text.parent, torch.cat([source.windows for source in texts]))
         flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", tuning.tokens]
         flags += ["--steps", tuning.steps, "--lr", CONTROL_RATES[tuning.text], "--seed", seed]
         flags += ["--save-every", 0, "--overwrite"]
@@ -240,24 +232,6 @@ class Bench:
             shutil.copyfile(run / WRITTEN, text)
         keys = ("tokens", "trainable_parameters", "tokens_per_second", "train_loss", "evaluation")
         return run / "model", {key: found["numbers"][key] for key in keys} | cost
-
-    def drawn(self, text: str, tokens: int, seed: int) -> torch.Tensor:
-        """Windows of a text (windows, LENGTH), one source after the other."""
-        _, sources = draw(self.sources[text], tokens, read_tokenizer(self.model), LENGTH, seed=seed)
-        return torch.cat([source.windows for source in sources])
-
-    def raw(self, part: str, seed: int) -> Path:
-        """A part of the raw text: a file of windows, in random order. What is held out of the parts is of the whole."""
-        at = self.work / f"raw-text-{seed}"
-        if not (at / "whole.safetensors").is_file():
-            windows = self.drawn("raw", RAW["whole"] * LENGTH, seed)
-            windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
-            first, rest = windows[: RAW["first"]], windows[RAW["first"] :]
-            held = [len(part) // HELD_OUT for part in (first, rest)]
-            whole = torch.cat([first[: held[0]], rest[: held[1] + 1], first[held[0] :], rest[held[1] + 1 :]])
-            for name, found in {"first": first, "rest": rest, "whole": whole}.items():
-                keep_windows(at / f"{name}.safetensors", found)
-        return at / f"{part}.safetensors"
 
     def control(self, name: str, seed: int) -> Path:
         """A control's model: made again if it is no longer there."""
@@ -271,8 +245,7 @@ class Bench:
         """The statistics for a seed, made once; what that took lies beside them."""
         path = self.work / f"{kind}-{seed}.safetensors"
         if not path.is_file():
-            text = self.raw("first", seed) if kind == "raw" else self.sources[kind]
-            how: tuple[Any, ...] = ("--data", text, "--tokens", self.tokens[kind])
+            how: tuple[Any, ...] = ("--data", self.sources[kind], "--tokens", self.tokens[kind])
             how = (*how, "--length", LENGTH, "--seed", seed)
             # Its own text is read as compress does it.
             how = (*how, "--measure", MEASURED.get(kind, 0), *(() if kind == "self" else ("--dtype", DTYPE)))
