@@ -402,7 +402,10 @@ def test_what_a_teacher_wrote_is_read_by_another_run(model: Path, dense: Path, t
 
     other = tmp_path / "other.safetensors"
     save_file({"windows": torch.full((4, 48), 10**6)}, other)
+    flat = tmp_path / "flat.safetensors"
+    save_file({"windows": torch.full((48,), 1)}, flat)
     cases = [
+        ({"data": str(flat)}, r"is no file of windows: its tensor has the shape \(48,\)"),
         ({"data": str(written), "length": 32}, "has windows of 48 tokens, not of 32"),
         ({"data": str(other)}, "has token 1000000, this model knows .*: another model wrote it"),
         ({"data": str(dense / "model.safetensors")}, "is no file of windows"),

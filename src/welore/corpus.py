@@ -94,7 +94,9 @@ def kept_windows(path: str | Path, length: int | None = None, vocabulary: int | 
         found = load_file(path)["windows"].long()
     except (OSError, KeyError, SafetensorError) as error:
         raise WeLoreError(f"{path} is no file of windows: {first_line(error)}") from error
-    if found.dim() != 2 or length not in (None, found.shape[1]):
+    if found.dim() != 2 or not found.numel():
+        raise WeLoreError(f"{path} is no file of windows: its tensor has the shape {tuple(found.shape)}")
+    if length not in (None, found.shape[1]):
         raise WeLoreError(f"{path} has windows of {found.shape[-1]} tokens, not of {length}")
     if vocabulary is not None and not 0 <= int(found.min()) <= int(found.max()) < vocabulary:
         raise WeLoreError(f"{path} has token {int(found.max())}, this model knows {vocabulary}: another model wrote it")
