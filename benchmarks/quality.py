@@ -31,21 +31,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from welore.calibration.mixture import draw
+from welore.corpus import keep_windows
 from welore.embedded import embedded_model
-from welore.loading import multiplies, read_tokenizer
+from welore.loading import fast_dtype
 from welore.locate import locate
 from welore.records import Record
-from welore.tuning.rundir import WRITTEN, keep_written
+from welore.tuning import healing
+from welore.tuning.rundir import WRITTEN
 
 OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16
 TOKENS = {"mix": 32768, "whole": 32768, "more": 131072, "raw": 131072, "self": 65536}
 MEASURED = {"mix": 1, "whole": 1, "more": 0.25}  # share of them on which losses are measured, else none
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
-DTYPE = "bfloat16" if multiplies(torch.bfloat16, "cpu") else "float32"  # what the processor is fast in
+DTYPE = fast_dtype("cpu")
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype {DTYPE} --attention eager --eval-every 64 --eval-items 8"
 AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
 RAW, RAW_FIRST = (688128, 605), (229376, 202)  # what is healed on, and a third of it, what is learned first
@@ -221,8 +220,7 @@ class Bench:
         text, run = self.work / f"{tuning.text}-text-{tuning.tokens}-{seed}" / WRITTEN, self.work / name
         flags: list[Any] = ["--method", "full", *HEALING.split()]
         if tuning.text != "self" and not text.is_file():
-            _, texts = draw(self.sources[tuning.text], tuning.tokens, read_tokenizer(self.model), LENGTH, seed=seed)
-            keep_written(text.parent, torch.cat([source.windows for source in texts]))
+            keep_windows(text, healing.text(self.sources[tuning.text], self.model, tuning.tokens, seed, None))
         flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", tuning.tokens]
         flags += ["--steps", tuning.steps, "--lr", CONTROL_RATES[tuning.text], "--seed", seed]
         flags += ["--save-every", 0, "--overwrite"]

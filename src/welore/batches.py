@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from welore.corpus import C4_DOCUMENTS, hub_rows, read_text
+from welore.corpus import C4_DOCUMENTS, digest, hub_rows, read_text
 from welore.errors import WeLoreError, choose
 from welore.tasks import TASKS, Item, items
 
@@ -89,7 +89,7 @@ def blocks_of_windows(windows: Tensor, name: str, *, eval_items: int) -> Materia
     """Windows (count, length) of token ids that a model has written, as material; the first tenth is held out."""
     held, train, split = _first_tenth(list(windows.long()))
     counts = {"train_blocks": len(train), "held_out_blocks": len(held), "tokens_unused": 0}
-    sha256 = hashlib.sha256(windows.long().numpy().tobytes()).hexdigest()
+    sha256 = digest(windows.long())
     return Material(_labelled(train), _labelled(held[:eval_items]), f"{name}: {split}", counts, sha256)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from welore.allocation import MinRatio, allocate, check_settings
+from welore.allocation import allocate, check_settings
 from welore.analysis import analyze_weights, check_plan, grids_of, opened_calibration, shared_workspace, summary
 from welore.calibration.artefact import Calibration
 from welore.calibration.collection import calibrate
@@ -35,6 +35,7 @@ from welore.records import Record
 from welore.scaling import KFAC, SCALINGS
 from welore.source import Checkpoint
 from welore.spectra import NONE
+from welore.strategies import MinRatio
 from welore.surgery import compress_model, sizes
 from welore.tuning import healing
 from welore.workspace import Workspace

@@ -1,5 +1,6 @@
 """Text: a data set of the hub, a local file or the built-in reference -> windows of tokens."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -101,6 +102,11 @@ def kept_windows(path: str | Path, length: int | None = None, vocabulary: int | 
     if vocabulary is not None and not 0 <= int(found.min()) <= int(found.max()) < vocabulary:
         raise WeLoreError(f"{path} has token {int(found.max())}, this model knows {vocabulary}: another model wrote it")
     return found
+
+
+def digest(ids: Tensor) -> str:
+    """SHA-256 of token ids, int64."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def _read_file(path: Path) -> str:

@@ -19,7 +19,8 @@ from welore.forms import FACTORED, FORMS, PIVOTED
 from welore.grids import Grid, block_names, read_grids, split_layers
 from welore.lowrank import PivotedLinear
 from welore.mlps import resize_layers
-from welore.plan import MinRatio, Plan
+from welore.plan import Plan
+from welore.strategies import MinRatio
 from welore.surgery import compress_model, place, replace_module, split_module
 from welore.tensorfile import TensorReader
 

@@ -110,6 +110,11 @@ def multiplies(dtype: torch.dtype, device: str | torch.device | None) -> bool | 
     return any(can.get(name) for name in INSTRUCTIONS[dtype])
 
 
+def fast_dtype(device: str | torch.device | None) -> str:
+    """bfloat16 where it is known to be multiplied, else float32."""
+    return "bfloat16" if multiplies(torch.bfloat16, device) else "float32"
+
+
 def warn_if_slow(dtype: torch.dtype, device: str | torch.device | None) -> None:
     """Say that products in this dtype will crawl, where it is known that they will."""
     if multiplies(dtype, device) is False:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from welore.calibration.artefact import WRITTEN, Calibration
-from welore.calibration.generation import LENGTH, TOKENS, dtype_to_write, generate_text
-from welore.calibration.mixture import SELF, Mixture, Source, digest, draw, given, parse_mixture, seed_of
+from welore.calibration.generation import LENGTH, TOKENS, generate_text, writer
+from welore.calibration.mixture import SELF, Mixture, Source, draw, given, parse_mixture, seed_of
 from welore.calibration.moments import Components, Losses
-from welore.calibration.parts import placed
 from welore.calibration.sweep import gather, kept
+from welore.corpus import digest
 from welore.errors import WeLoreError, choose
 from welore.factors import factorise
 from welore.grids import Grid, Target, in_blocks
@@ -185,7 +185,7 @@ def _written(model: Any, tokenizer: Any, workspace: Workspace, device: torch.dev
     """What the model writes: made once, then kept in the workspace."""
     found = workspace.fetch(WRITTEN)
     if found is None:
-        found = {WRITTEN: generate_text(placed(model, device, dtype_to_write(model, device)), tokenizer, **how).int()}
+        found = {WRITTEN: generate_text(writer(model, device), tokenizer, **how).int()}
         workspace.store(WRITTEN, found)
     return found[WRITTEN].long()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from welore.calibration.parts import placed
 from welore.errors import WeLoreError, choose
 from welore.progress import Progress, counted, silent
 
@@ -66,12 +67,12 @@ def generate_text(
     return written
 
 
-def dtype_to_write(model: "PreTrainedModel", device: torch.device) -> torch.dtype:
-    """The model's own; on a CPU float32, as products of a few rows in half precision take several times as long.
+def writer(model: "PreTrainedModel", device: torch.device) -> Any:
+    """A frozen copy that writes on a device: in the model's own dtype, on a CPU in float32.
 
-    Even where the processor has instructions for them.
+    There products of a few rows in half precision take several times as long, even with instructions for them.
     """
-    return torch.float32 if device.type == "cpu" else model.dtype
+    return placed(model, device, torch.float32 if device.type == "cpu" else model.dtype)
 
 
 # --- how a text begins ----------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from welore.batches import blocks_of_text
-from welore.corpus import WINDOWS, kept_windows
+from welore.corpus import WINDOWS, digest, kept_windows
 from welore.errors import WeLoreError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def drawn(
         return Source(name, weight, ids[:count], digest(ids))
     found = blocks_of_text(name, tokenizer, length, tokens=count * length, eval_items=1, cache_dir=cache_dir)
     _refuse_few(name, len(found.train), count, length)
-    order = torch.randperm(len(found.train), generator=torch.Generator().manual_seed(seed_of(seed, Path(name).name)))
+    order = order_of(len(found.train), seed, Path(name).name)
     windows = torch.stack([found.train[int(index)]["input_ids"] for index in order[:count]])
     return Source(name, weight, windows, found.sha256)
 
@@ -133,11 +133,11 @@ def given(ids: Tensor) -> Source:
     return Source("token ids", 1.0, ids.cpu().long(), digest(ids.cpu().long()))
 
 
-def digest(ids: Tensor) -> str:
-    """SHA-256 of token ids."""
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-
-
 def seed_of(seed: int, purpose: str) -> int:
     """Independent random numbers for every purpose, from one seed."""
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:7])
+
+
+def order_of(count: int, seed: int, purpose: str) -> Tensor:
+    """A random order (count,) of what is read for a purpose."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_of(seed, purpose)))

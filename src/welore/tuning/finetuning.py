@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from welore.batches import Batch, Material, Sequence_, collate, shuffled
+from welore.corpus import keep_windows
 from welore.files import refuse_source
 from welore.loading import compression_of, warn_if_slow
 from welore.locate import locate
@@ -25,7 +26,7 @@ from welore.tuning.distillation import Distillation
 from welore.tuning.headloss import shrink_head
 from welore.tuning.methods import Marked, known_warnings
 from welore.tuning.preparation import Prepared, cast, items_read, prepare
-from welore.tuning.rundir import TUNED, begin, check_out, gathered, keep_written, last_checkpoint, save_result, written
+from welore.tuning.rundir import TUNED, WRITTEN, begin, check_out, gathered, last_checkpoint, save_result, written
 from welore.tuning.settings import ADAMW, DTYPES, SETTINGS, Settings, arguments, check, check_launch, settled
 from welore.tuning.teacher import share_frozen
 from welore.tuning.trainer import ClockedTrainer, StepCallback, peak_memory
@@ -122,7 +123,7 @@ def finetune(
     if leads:
         begin(out, _identity(prepared, settings, args.world_size), resume=resume)
         if prepared.written is not None:
-            keep_written(out, prepared.written)
+            keep_windows(out / WRITTEN, prepared.written)
     last = last_checkpoint(out) if resume else None
 
     started = time.perf_counter()

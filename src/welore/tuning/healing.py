@@ -17,13 +17,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from welore.calibration.generation import LENGTH
-from welore.calibration.mixture import SELF, digest, draw, seed_of
+from welore.calibration.mixture import SELF, draw, order_of
+from welore.corpus import digest, keep_windows
 from welore.cutting import Trained, write_checkpoint
 from welore.directory import SHARD_SIZE
 from welore.errors import DivergedError, WeLoreError
 from welore.files import whole_directory
 from welore.forms import FORMS
-from welore.loading import multiplies, read_tokenizer
+from welore.loading import fast_dtype, read_tokenizer
 from welore.neurons import as_json
 from welore.parallel import keep_freed_memory, team
 from welore.plan import Plan
@@ -32,7 +33,7 @@ from welore.records import Record
 from welore.source import Checkpoint, weight_files
 from welore.spectra import NONE
 from welore.targets import config_of, context_length
-from welore.tuning.rundir import MODEL, RUN, TUNED, WRITTEN, keep_written
+from welore.tuning.rundir import MODEL, RUN, TUNED, WRITTEN
 from welore.workspace import Workspace
 
 BATCH, STEPS, WARM_UP = 2, 64, 8  # windows of a step, each read once; steps at most on text of its own
@@ -73,8 +74,7 @@ def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Pa
     if len(windows) < 2:
         raise WeLoreError(f"--heal {data}: tokens is {tokens}, one window; two are the least to train on and hold out")
     if len(found) > 1:
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed_of(seed, "heal")))
-        windows = windows[order]
+        windows = windows[order_of(len(windows), seed, "heal")]
     return windows
 
 
@@ -102,7 +102,7 @@ def heal(
     if not cut.is_dir():
         with whole_directory(cut) as unfinished:
             write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
-    keep_written(place, windows)
+    keep_windows(place / WRITTEN, windows)
     keep_freed_memory()
     how = _training(source.directory, windows, own=own, device=device)
     how |= {"data": str(place / WRITTEN), "seed": seed, "progress": progress}
@@ -126,7 +126,7 @@ def _training(teacher: Path, windows: Tensor, *, own: bool, device: str | None) 
         "batch_size": BATCH,
         "length": windows.shape[1],
         "device": device,
-        "dtype": "bfloat16" if multiplies(torch.bfloat16, device) else "float32",
+        "dtype": fast_dtype(device),
         "save_dtype": "float32",
         "attention": "eager",
         "eval_every": steps,

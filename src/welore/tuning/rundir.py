@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from welore.corpus import keep_windows, kept_windows
+from welore.corpus import kept_windows
 from welore.directory import PLAN, RECORD
 from welore.errors import WeLoreError
 from welore.files import refuse_existing, whole_directory
@@ -56,11 +56,6 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
                 f"{out} holds another run: its {name} is {before.get(name)!r}, now it is {now.get(name)!r}; resume it "
                 "with its own settings, or choose another directory"
             )
-
-
-def keep_written(out: Path, windows: Tensor) -> None:
-    """Keep token ids (windows, length) that the teacher wrote, so that a resumed run reads the same."""
-    keep_windows(out / WRITTEN, windows)
 
 
 def written(out: Path) -> Tensor | None:

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from welore.calibration.generation import dtype_to_write, generate_text
-from welore.calibration.parts import placed
+from welore.calibration.generation import generate_text, writer
 from welore.errors import WeLoreError
 from welore.loading import load
 from welore.locate import locate
@@ -80,8 +79,8 @@ def write_text(
     progress: Progress,
 ) -> Tensor:
     """Windows (count, length) of text that the teacher writes on `device`, the same in every process."""
-    writer = placed(teacher, device, dtype_to_write(teacher, device))
-    windows = generate_text(writer, tokenizer, tokens=tokens, length=length, seed=seed, progress=progress)
+    size: dict[str, Any] = {"tokens": tokens, "length": length, "seed": seed}
+    windows = generate_text(writer(teacher, device), tokenizer, **size, progress=progress)
     if not torch.distributed.is_initialized():
         return windows
     # Every process writes, so that none waits for long; two GPUs may differ in a last bit, and then in a word.
