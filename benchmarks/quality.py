@@ -13,7 +13,8 @@ tested. Controls are the dense model, all of it trained on the same blocks in th
 where what is compared reads 64k of them), the text itself its labels. ours-million takes raw text, --heal-on and a
 quarter of a part of the reference: a teacher, tuned on 229k tokens, is cut and heals on 688k; its control reads those
 for as many steps as both. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did
-once. Learning rates were chosen on other texts.
+once. Learning rates were chosen on other texts. With --work, a cell that was killed goes on where it was; its seconds
+are then those of the last part.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -33,19 +34,20 @@ from typing import Any
 
 from welore.corpus import keep_windows
 from welore.embedded import embedded_model
-from welore.loading import fast_dtype
+from welore.loading import fastest
 from welore.locate import locate
 from welore.records import Record
 from welore.tuning import healing
-from welore.tuning.rundir import WRITTEN
+from welore.tuning.rundir import RUN, TUNED, WRITTEN
 
 OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16
 TOKENS = {"mix": 32768, "whole": 32768, "more": 131072, "raw": 131072, "self": 65536}
 MEASURED = {"mix": 1, "whole": 1, "more": 0.25}  # share of them on which losses are measured, else none
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
-DTYPE = fast_dtype("cpu")
-HEALING = f"--batch-size 2 --length {LENGTH} --dtype {DTYPE} --attention eager --eval-every 64 --eval-items 8"
+FAST = fastest("cpu")
+DTYPE, ATTENTION = FAST["dtype"], FAST["attention"] or "sdpa"
+HEALING = f"--batch-size 2 --length {LENGTH} --dtype {DTYPE} --attention {ATTENTION} --eval-every 64 --eval-items 8"
 AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
 RAW, RAW_FIRST = (688128, 605), (229376, 202)  # what is healed on, and a third of it, what is learned first
 CONTROL_RATES = {"self": 1e-5, "web": 1e-4, "raw": 1e-4}  # of 1e-5, 3e-5 and 1e-4
@@ -166,25 +168,25 @@ class Bench:
             return
         settings: dict[str, Any] = {"params": ratio, "seed": seed, "flags": row.flags, "calibration": row.calibration}
         numbers: dict[str, Any] = {}
-        with tempfile.TemporaryDirectory(dir=self.work) as scratch:
-            small = self.model
-            if ratio < 1:
-                small = Path(scratch) / "small"
-                about, numbers = self.compressed(row, small, ratio, seed)
-                settings |= about
-            if row.tuned:
-                small, cost = self.tuned(row.tuned, f"{name}-{ratio:g}-{seed}", seed)
-                numbers |= {f"tuning_{key}": value for key, value in cost.items()}
-                how = f"--method full --steps {row.tuned.steps} {HEALING}"
-                text = row.tuned.text
-                settings |= {"tuned": how, "lr": CONTROL_RATES[text], "text": named(self.sources[text])}
-            for kind, source in self.texts.items():
-                windows = ("--length", LENGTH, "--windows", WINDOWS, "--dtype", "float32")
-                found, _ = welore("evaluate", small, "--data", source, *windows)
-                numbers[f"perplexity_{kind}"] = found["numbers"]["perplexity"]
-                numbers.setdefault("bytes", found["numbers"]["bytes"])
+        small, made = self.model, self.work / f"{name}-{ratio:g}-{seed}-small"
+        if ratio < 1:
+            small = made
+            about, numbers = self.compressed(row, small, ratio, seed)
+            settings |= about
+        if row.tuned:
+            small, cost = self.tuned(row.tuned, f"{name}-{ratio:g}-{seed}", seed)
+            numbers |= {f"tuning_{key}": value for key, value in cost.items()}
+            how = f"--method full --steps {row.tuned.steps} {HEALING}"
+            text = row.tuned.text
+            settings |= {"tuned": how, "lr": CONTROL_RATES[text], "text": named(self.sources[text])}
+        for kind, source in self.texts.items():
+            windows = ("--length", LENGTH, "--windows", WINDOWS, "--dtype", "float32")
+            found, _ = welore("evaluate", small, "--data", source, *windows)
+            numbers[f"perplexity_{kind}"] = found["numbers"]["perplexity"]
+            numbers.setdefault("bytes", found["numbers"]["bytes"])
         inputs = {"row": name, "label": row.label, "model": self.name}
         Record("quality", inputs, settings | {"length": LENGTH, "windows": WINDOWS}, numbers).save(path)
+        shutil.rmtree(made, ignore_errors=True)
         print(
             name, ratio, seed, f"{numbers['perplexity_wikitext2']:.4g} / {numbers['perplexity_pydoc']:.4g}", flush=True
         )
@@ -204,7 +206,7 @@ class Bench:
         if row.of:
             spent = Record.load(self.out / f"{row.of}-1-{seed}.json").numbers
             numbers |= {key: spent[key] for key in ("tuning_seconds", "tuning_peak_memory_bytes")}
-        made, cost = welore("compress", model, out, "--params", ratio, "--seed", seed, *flags)
+        made, cost = welore("compress", model, out, "--params", ratio, "--seed", seed, "--overwrite", *flags)
         keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
         numbers |= {key: made["numbers"][key] for key in keys} | cost
         settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio", "neurons")}
@@ -223,13 +225,18 @@ class Bench:
             keep_windows(text, healing.text(self.sources[tuning.text], self.model, tuning.tokens, seed, None))
         flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", tuning.tokens]
         flags += ["--steps", tuning.steps, "--lr", CONTROL_RATES[tuning.text], "--seed", seed]
-        flags += ["--save-every", 0, "--overwrite"]
-        found, cost = welore("finetune", self.model, run, *flags)
+        flags += ["--save-every", 64, "--resume" if (run / RUN).is_file() else "--overwrite"]
+        if not (run / TUNED).is_file():
+            welore("finetune", self.model, run, *flags)
         if not text.is_file():
             text.parent.mkdir(exist_ok=True)
             shutil.copyfile(run / WRITTEN, text)
         keys = ("tokens", "trainable_parameters", "tokens_per_second", "train_loss", "evaluation")
-        return run / "model", {key: found["numbers"][key] for key in keys} | cost
+        numbers = Record.load(run / TUNED).numbers
+        return run / "model", {key: numbers[key] for key in keys} | {
+            "seconds": numbers["seconds_per_step"] * tuning.steps,
+            "peak_memory_bytes": numbers["peak_memory_bytes"],
+        }
 
     def control(self, name: str, seed: int) -> Path:
         """A control's model: made again if it is no longer there."""

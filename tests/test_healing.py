@@ -12,6 +12,7 @@ from conftest import FAMILIES, MIXTURES, build, logits
 from welore.calibration.artefact import Calibration
 from welore.corpus import keep_windows
 from welore.errors import WeLoreError
+from welore.loading import fastest
 from welore.parallel import Team
 from welore.tuning import healing
 from welore.tuning.trainer import ClockedTrainer
@@ -205,3 +206,18 @@ def test_a_calibration_keeps_what_the_model_wrote(source: Path, own: Calibration
     again = Calibration.load(own.tensors.path).own_text()  # type: ignore[attr-defined]
     assert again is not None
     assert torch.equal(again, windows)
+
+
+@pytest.mark.parametrize(
+    ("device", "can", "dtype", "attention"),
+    [
+        ("cpu", {"architecture": "x86_64", "avx512_bf16": True}, "bfloat16", "eager"),
+        ("cpu", {"architecture": "x86_64"}, "float32", None),
+        ("cuda", {"architecture": "x86_64"}, "bfloat16", None),  # what the processor lacks does not matter there
+    ],
+)
+def test_it_trains_in_what_the_device_is_fast_in(
+    monkeypatch: pytest.MonkeyPatch, device: str, can: dict[str, Any], dtype: str, attention: str | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    assert fastest(device) == {"dtype": dtype, "attention": attention}

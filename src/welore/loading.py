@@ -95,14 +95,17 @@ def load(
     random = sorted({*about["missing_keys"], *(key for key, *_ in about["mismatched_keys"])})
     if random:
         raise WeLoreError(f"{directory} lacks {random[0]}, or has it in another shape: it would be random numbers")
-    nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    nn.Module.to(model, _place(device))
     return model, tokenizer
+
+
+def _place(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def multiplies(dtype: torch.dtype, device: str | torch.device | None) -> bool | None:
     """Whether a device (None: a GPU if there is one) has instructions for products in this dtype; None: not known."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if place.type != "cpu" or dtype not in INSTRUCTIONS:
+    if _place(device).type != "cpu" or dtype not in INSTRUCTIONS:
         return True
     can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
     if can.get("architecture") != "x86_64":
@@ -110,9 +113,14 @@ def multiplies(dtype: torch.dtype, device: str | torch.device | None) -> bool | 
     return any(can.get(name) for name in INSTRUCTIONS[dtype])
 
 
-def fast_dtype(device: str | torch.device | None) -> str:
-    """bfloat16 where it is known to be multiplied, else float32."""
-    return "bfloat16" if multiplies(torch.bfloat16, device) else "float32"
+def fastest(device: str | torch.device | None) -> dict[str, Any]:
+    """Settings of `finetune` with which a device trains fastest: dtype, and attention (None: transformers' choice).
+
+    bfloat16 where it is known to be multiplied. On a CPU not with torch's flash kernel, which multiplies it at the
+    speed of float32 (docs/method.md).
+    """
+    dtype = "bfloat16" if multiplies(torch.bfloat16, device) else "float32"
+    return {"dtype": dtype, "attention": "eager" if dtype == "bfloat16" and _place(device).type == "cpu" else None}
 
 
 def warn_if_slow(dtype: torch.dtype, device: str | torch.device | None) -> None:

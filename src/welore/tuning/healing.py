@@ -24,7 +24,7 @@ from welore.directory import SHARD_SIZE
 from welore.errors import DivergedError, WeLoreError
 from welore.files import whole_directory
 from welore.forms import FORMS
-from welore.loading import fast_dtype, read_tokenizer
+from welore.loading import fastest, read_tokenizer
 from welore.neurons import as_json
 from welore.parallel import keep_freed_memory, team
 from welore.plan import Plan
@@ -126,13 +126,11 @@ def _training(teacher: Path, windows: Tensor, *, own: bool, device: str | None) 
         "batch_size": BATCH,
         "length": windows.shape[1],
         "device": device,
-        "dtype": fast_dtype(device),
         "save_dtype": "float32",
-        "attention": "eager",
         "eval_every": steps,
         "eval_items": HELD_OUT,
         "save_every": SAVED,
-    }
+    } | fastest(device)
 
 
 def _without_harm(cut: Path, place: Path, usual: float, how: dict[str, Any]) -> tuple[Path | None, Record]:
