@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from welore.cli.compression import allocate, analyze, calibrate, compress, merge
+from welore.cli.analysis import allocate, analyze, calibrate
+from welore.cli.compression import compress, merge
 from welore.cli.models import evaluate, finetune, pretrain, score
 from welore.cli.results import demo, report
 from welore.errors import WeLoreError

@@ -1,9 +1,11 @@
-"""Arguments and options that several verbs take."""
+"""Arguments and options that several verbs take, and how they are read."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from welore.errors import WeLoreError
 
 Model = Annotated[str, typer.Argument(help="Hub id, local directory or .gguf file.", show_default=False)]
 Out = Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)]
@@ -71,3 +73,13 @@ TaskData = Annotated[
 GradientCheckpointing = Annotated[
     bool, typer.Option("--gradient-checkpointing", help="Compute twice, remember less; the same losses.")
 ]
+
+
+def ratio_of(text: str | None) -> Any:
+    """A --min-ratio as the library takes it."""
+    if text is None or text == "break-even":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise WeLoreError(f"min-ratio is {text!r}: it is a fraction such as 0.5, or break-even") from error

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -33,6 +33,15 @@ def say(line: str) -> None:
 def leads() -> bool:
     """Whether this is the only process, or the first of those that torchrun or accelerate started."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def achieved(asked: Mapping[str, Any], numbers: dict[str, Any]) -> str:
+    """What was asked for and what came of it, of a plan's numbers."""
+    wish = ", ".join(f"asked {name} {value:g}" for name, value in asked.items()) or "imported"
+    return (
+        f"{wish}; achieved ERR {numbers['rank_reduction']:.2%}, parameters {numbers['parameter_ratio']:.2%} "
+        f"of the targeted matrices, {numbers['lrcs']} of {numbers['matrices']} factored"
+    )
 
 
 def plain(record: "Record") -> dict[str, Any]:
