@@ -13,8 +13,8 @@ tested. Controls are the dense model, all of it trained on the same blocks in th
 where what is compared reads 64k of them), the text itself its labels. ours-million takes raw text, --heal-on and a
 quarter of a part of the reference: a teacher, tuned on 229k tokens, is cut and heals on 688k; its control reads those
 for as many steps as both. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did
-once. Learning rates were chosen on other texts. With --work, a cell that was killed goes on where it was; its seconds
-are then those of the last part.
+once. Learning rates were chosen on other texts. With --work, what is finished there is taken as it is, and what was
+killed goes on where it was; its seconds are then those of the last part.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -168,9 +168,9 @@ class Bench:
             return
         settings: dict[str, Any] = {"params": ratio, "seed": seed, "flags": row.flags, "calibration": row.calibration}
         numbers: dict[str, Any] = {}
-        small, made = self.model, self.work / f"{name}-{ratio:g}-{seed}-small"
+        made = self.work / f"{name}-{ratio:g}-{seed}-small"
+        small = made if ratio < 1 else self.model
         if ratio < 1:
-            small = made
             about, numbers = self.compressed(row, small, ratio, seed)
             settings |= about
         if row.tuned:
@@ -231,20 +231,15 @@ class Bench:
         if not text.is_file():
             text.parent.mkdir(exist_ok=True)
             shutil.copyfile(run / WRITTEN, text)
-        keys = ("tokens", "trainable_parameters", "tokens_per_second", "train_loss", "evaluation")
-        numbers = Record.load(run / TUNED).numbers
-        return run / "model", {key: numbers[key] for key in keys} | {
-            "seconds": numbers["seconds_per_step"] * tuning.steps,
-            "peak_memory_bytes": numbers["peak_memory_bytes"],
-        }
+        keys = ("tokens", "trainable_parameters", "tokens_per_second", "train_loss", "evaluation", "seconds")
+        numbers = Record.load(run / TUNED).numbers  # without a speed where only the saving was left to do
+        return run / "model", {key: numbers[key] for key in (*keys, "peak_memory_bytes") if key in numbers}
 
     def control(self, name: str, seed: int) -> Path:
         """A control's model: made again if it is no longer there."""
-        made, tuning = self.work / f"{name}-1-{seed}" / "model", CONTROLS[name].tuned
+        tuning = CONTROLS[name].tuned
         assert tuning
-        if not made.is_dir():
-            self.tuned(tuning, f"{name}-1-{seed}", seed)
-        return made
+        return self.tuned(tuning, f"{name}-1-{seed}", seed)[0]
 
     def calibration(self, kind: str, seed: int, model: Path) -> Path:
         """The statistics for a seed, made once; what that took lies beside them."""

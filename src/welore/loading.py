@@ -95,17 +95,18 @@ def load(
     random = sorted({*about["missing_keys"], *(key for key, *_ in about["mismatched_keys"])})
     if random:
         raise WeLoreError(f"{directory} lacks {random[0]}, or has it in another shape: it would be random numbers")
-    nn.Module.to(model, _place(device))
+    nn.Module.to(model, device or default_device())
     return model, tokenizer
 
 
-def _place(device: str | torch.device | None) -> torch.device:
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+def default_device() -> str:
+    """Where a model goes if nobody says: a GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def multiplies(dtype: torch.dtype, device: str | torch.device | None) -> bool | None:
     """Whether a device (None: a GPU if there is one) has instructions for products in this dtype; None: not known."""
-    if _place(device).type != "cpu" or dtype not in INSTRUCTIONS:
+    if torch.device(device or default_device()).type != "cpu" or dtype not in INSTRUCTIONS:
         return True
     can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
     if can.get("architecture") != "x86_64":
@@ -119,8 +120,10 @@ def fastest(device: str | torch.device | None) -> dict[str, Any]:
     bfloat16 where it is known to be multiplied. On a CPU not with torch's flash kernel, which multiplies it at the
     speed of float32 (docs/method.md).
     """
-    dtype = "bfloat16" if multiplies(torch.bfloat16, device) else "float32"
-    return {"dtype": dtype, "attention": "eager" if dtype == "bfloat16" and _place(device).type == "cpu" else None}
+    if not multiplies(torch.bfloat16, device):
+        return {"dtype": "float32", "attention": None}
+    on_cpu = torch.device(device or default_device()).type == "cpu"
+    return {"dtype": "bfloat16", "attention": "eager" if on_cpu else None}
 
 
 def warn_if_slow(dtype: torch.dtype, device: str | torch.device | None) -> None:

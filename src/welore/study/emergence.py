@@ -12,10 +12,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from welore.batches import training_texts
 from welore.errors import WeLoreError
+from welore.loading import default_device
 from welore.progress import Progress, silent
 from welore.records import Record
 from welore.study.claims import measured
@@ -87,7 +86,7 @@ def pretrain(
     training = {name: given[name] for name in SHARED} | {"eval_every": steps}
     asked = {name: given[name] for name in ("tokenizer", "data", "seed", "probes", "probe_items")}
     asked |= {"size": about(wanted), "vocabulary": vocabulary if tokenizer is None else None}
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = device or default_device()
     check(settled(dict.fromkeys(SETTINGS) | {"method": METHOD} | training, where), save_every, report_to)
     _check(steps, probes, probe_items, eval_items)
     processes = _processes(where)

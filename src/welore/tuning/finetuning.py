@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from welore.batches import Batch, Material, Sequence_, collate, shuffled
 from welore.corpus import keep_windows
 from welore.files import refuse_source
-from welore.loading import compression_of, warn_if_slow
+from welore.loading import compression_of, default_device, warn_if_slow
 from welore.locate import locate
 from welore.plan import Plan
 from welore.progress import Progress, silent
@@ -106,7 +106,7 @@ def finetune(
     Raises WeLoreError for what cannot work, before anything is written.
     """
     given = dict(locals())
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     settings = settled({name: given[name] for name in SETTINGS}, device)
     check(settings, save_every, report_to)
     check_launch(os.environ, method, device, distill)
