@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_propagation, enable_propagation
 
 import welore
 from toys import characters, checkpoint, weights
@@ -253,6 +254,23 @@ def test_a_killed_run_with_a_teacher_resumes_to_the_same_losses_and_weights(
     assert resumed["train_loss"] == whole["train_loss"]
     assert resumed["evaluation"] == whole["evaluation"]
     assert not changed(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
+
+
+def test_resuming_misses_no_tied_weights(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dense = checkpoint(tmp_path / "dense", None, "qwen2")
+    settings = SHORT | {"save_every": 2, "data": text}
+    finetune(dense, tmp_path / "run", "full", **settings)
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "finished")
+    assert "lm_head.weight" not in weights(tmp_path / "finished")
+    (tmp_path / "run" / "finetune.json").unlink()  # as if killed after the last checkpoint
+    enable_propagation()
+    try:
+        resumed = finetune(dense, tmp_path / "run", "full", resume=True, **settings).numbers
+    finally:
+        disable_propagation()
+    assert resumed["resumed_at"] == 4
+    assert not [record.message for record in caplog.records if "missing keys" in record.message]
+    assert not changed(tmp_path / "finished", tmp_path / "run" / "model")
 
 
 def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:

@@ -191,6 +191,8 @@ def _train(
         show=distillation.show if distillation else None,
     )
     trainer.remove_callback(PrinterCallback)
+    # Tied weights are in no checkpoint; told so, a Trainer that resumes does not miss them.
+    base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *base.all_tied_weights_keys}
     if watch is not None:
         trainer.add_callback(watch(trainer, None if last is None else _step_of(last)))
     with known_warnings(), torch.serialization.safe_globals(_saved_with_galore(settings.method)):
