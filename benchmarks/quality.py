@@ -3,6 +3,7 @@
 python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8 ...] [--seeds 0 1 2]
                              [--wikitext FILE] [--calibrate-on FILE] [--heal-on FILE:1,FILE:1,...] [--work DIRECTORY]
                              [--model MODEL --name NAME] [--self-tokens 65536]
+                             [--kinds stories=FILE,french=FILE,...]
 
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
 tokens of each. Calibrated rows read 32k tokens, in bfloat16 where the processor has it, and measure losses on all: half
@@ -15,6 +16,7 @@ quarter of a part of the reference: a teacher, tuned on 229k tokens, is cut and 
 for as many steps as both. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did
 once. Learning rates were chosen on other texts. With --work, what is finished there is taken as it is, and what was
 killed goes on where it was; its seconds are then those of the last part.
+--kinds evaluates on texts of other kinds instead of those two; their records have a folder of their own, quality-kinds.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
 """
@@ -126,6 +128,7 @@ def main() -> None:
     arguments.add_argument("--wikitext", default="wikitext2")
     arguments.add_argument("--calibrate-on", default="wikitext2")
     arguments.add_argument("--heal-on", default="c4")
+    arguments.add_argument("--kinds", default="", help="texts to evaluate on instead: stories=FILE,french=FILE")
     arguments.add_argument("--work", type=Path, default=None, help="where calibrations are kept between calls")
     arguments.add_argument("--self-tokens", type=int, default=TOKENS["self"])
     arguments.add_argument("--model", default=None)
@@ -153,9 +156,12 @@ class Bench:
     def __init__(self, given: argparse.Namespace, work: Path) -> None:
         self.work, self.name = work / given.name, given.name
         self.work.mkdir(parents=True, exist_ok=True)
-        self.out = OUT if given.model is None else OUT.with_name(f"{OUT.name}-{given.name}")
+        parts = [OUT.name, *([given.name] if given.model else []), *(["kinds"] if given.kinds else [])]
+        self.out = OUT.with_name("-".join(parts))
         self.model = locate(given.model or embedded_model())
         self.texts = {"wikitext2": given.wikitext, "pydoc": "pydoc"}
+        if given.kinds:
+            self.texts = dict(text.split("=", 1) for text in given.kinds.split(","))
         self.sources = {"self": "self", "web": given.heal_on}
         self.sources["mix"] = self.sources["whole"] = self.sources["more"] = f"{given.calibrate_on}:1,pydoc:1"
         self.sources["raw"] = f"{given.heal_on},pydoc:0.25"
@@ -185,11 +191,11 @@ class Bench:
             numbers[f"perplexity_{kind}"] = found["numbers"]["perplexity"]
             numbers.setdefault("bytes", found["numbers"]["bytes"])
         inputs = {"row": name, "label": row.label, "model": self.name}
+        if self.texts.keys() != {"wikitext2", "pydoc"}:
+            settings["texts"] = {kind: named(source) for kind, source in self.texts.items()}
         Record("quality", inputs, settings | {"length": LENGTH, "windows": WINDOWS}, numbers).save(path)
         shutil.rmtree(made, ignore_errors=True)
-        print(
-            name, ratio, seed, f"{numbers['perplexity_wikitext2']:.4g} / {numbers['perplexity_pydoc']:.4g}", flush=True
-        )
+        print(name, ratio, seed, " / ".join(f"{numbers[f'perplexity_{kind}']:.4g}" for kind in self.texts), flush=True)
 
     def compressed(self, row: Row, out: Path, ratio: float, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Write the row's model of this size: what it was made with, and what came of it."""

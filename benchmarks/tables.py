@@ -218,6 +218,20 @@ def quality(of: str = "quality") -> str:
     return "\n".join(lines)
 
 
+def kinds() -> str:
+    """Perplexity on texts of other kinds, from benchmarks/quality.py --kinds: a ratio to the dense model."""
+    cells = quality_cells("quality-kinds")
+    (dense,) = cells.pop(("dense", 1.0))
+    names = list(dense.settings["texts"])
+    base = [dense.numbers[f"perplexity_{name}"] for name in names]
+    rows = [["dense (perplexity)", *map(perplexity_text, base)]]
+    for (_, ratio), found in sorted(cells.items(), key=lambda cell: (cell[0][0], -cell[0][1])):
+        means = [sum(record.numbers[f"perplexity_{name}"] for record in found) / len(found) for name in names]
+        shown = [f"x {perplexity_text(mean / of)}" for mean, of in zip(means, base, strict=True)]
+        rows.append([f"{found[0].inputs['label']}, {percent(ratio)}", *shown])
+    return marked_down(Table("", ["parameters of the targeted matrices kept", *names], rows))
+
+
 def reached() -> str:
     """What was asked of our rows at three sizes, in brackets, and what they came to, from benchmarks/quality.py."""
     cells = quality_cells("quality")
@@ -265,6 +279,7 @@ TABLES = {
     "tasks": tasks,
     "quality": quality,
     "quality_gemma3": lambda: quality("quality-gemma3-270m"),
+    "kinds": kinds,
     "reached": reached,
     "study": lambda: marked_down(claims_table(list(study_records().values()))),
     "study_closing": lambda: marked_down(verdicts(study_closed())),
