@@ -175,15 +175,17 @@ def quality_cells(of: str) -> dict[tuple[str, float], list[Record]]:
     return cells
 
 
+def ratio_to(base: Record, found: list[Record], text: str) -> str:
+    """The perplexity of a cell on a text to that of `base`: mean over seeds, and half their range."""
+    ratios = [record.numbers[f"perplexity_{text}"] / base.numbers[f"perplexity_{text}"] for record in found]
+    half = (max(ratios) - min(ratios)) / 2
+    spread = f"{half:.2g}" if half < 100 else perplexity_text(half)
+    return f"x {perplexity_text(sum(ratios) / len(ratios))}" + (f" ± {spread}" if found[1:] else "")
+
+
 def ratios_to(base: Record, found: list[Record]) -> str:
-    """Both perplexities of a cell to those of `base`: mean over seeds, and half their range."""
-    texts = []
-    for text in ("perplexity_wikitext2", "perplexity_pydoc"):
-        ratios = [record.numbers[text] / base.numbers[text] for record in found]
-        half = (max(ratios) - min(ratios)) / 2
-        spread = f"{half:.2g}" if half < 100 else perplexity_text(half)
-        texts.append(f"x {perplexity_text(sum(ratios) / len(ratios))}" + (f" ± {spread}" if found[1:] else ""))
-    return " / ".join(texts)
+    """Both perplexities of a cell to those of `base`."""
+    return " / ".join(ratio_to(base, found, text) for text in ("wikitext2", "pydoc"))
 
 
 def quality(of: str = "quality") -> str:
@@ -223,11 +225,9 @@ def kinds() -> str:
     cells = quality_cells("quality-kinds")
     (dense,) = cells.pop(("dense", 1.0))
     names = list(dense.settings["texts"])
-    base = [dense.numbers[f"perplexity_{name}"] for name in names]
-    rows = [["dense (perplexity)", *map(perplexity_text, base)]]
+    rows = [["dense (perplexity)", *(perplexity_text(dense.numbers[f"perplexity_{name}"]) for name in names)]]
     for (_, ratio), found in sorted(cells.items(), key=lambda cell: (cell[0][0], -cell[0][1])):
-        means = [sum(record.numbers[f"perplexity_{name}"] for record in found) / len(found) for name in names]
-        shown = [f"x {perplexity_text(mean / of)}" for mean, of in zip(means, base, strict=True)]
+        shown = [ratio_to(dense, found, name) for name in names]
         rows.append([f"{found[0].inputs['label']}, {percent(ratio)}", *shown])
     return marked_down(Table("", ["parameters of the targeted matrices kept", *names], rows))
 
