@@ -2,7 +2,7 @@
 
 python benchmarks/quality.py [--rows plain-uniform welore ...] [--params 0.9 0.8 ...] [--seeds 0 1 2]
                              [--wikitext FILE] [--calibrate-on FILE] [--heal-on FILE:1,FILE:1,...] [--work DIRECTORY]
-                             [--model MODEL --name NAME] [--self-tokens 65536]
+                             [--learn FILE:1,FILE:1,...] [--model MODEL --name NAME] [--self-tokens 65536]
                              [--kinds stories=FILE,french=FILE,...]
 
 Texts: WikiText-2 raw test (from the hub, or --wikitext FILE) and the language reference of Python; 16 windows of 512
@@ -11,11 +11,12 @@ of the part of the reference that is not evaluated, half of --calibrate-on (FILE
 ours-more reads 128k and measures on a quarter. Data-free rows read what the model writes, 64k as by default, and heal
 on it, unless they are only cut; ours-web heals on 64k tokens of --heal-on, texts of neither of the two kinds that are
 tested. Controls are the dense model, all of it trained on the same blocks in the same order (on 256k tokens of its own
-where what is compared reads 64k of them), the text itself its labels. ours-million takes raw text, --heal-on and a
-quarter of a part of the reference: a teacher, tuned on 229k tokens, is cut and heals on 688k; its control reads those
-for as many steps as both. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did
-once. Learning rates were chosen on other texts. With --work, what is finished there is taken as it is, and what was
-killed goes on where it was; its seconds are then those of the last part.
+where what is compared reads 64k of them), the text itself its labels. ours-raw takes 771k tokens of raw text,
+--learn and a part of the reference, and reads each once: a teacher, tuned on 459k, is cut by 128k of them and heals on
+the other 312k, on which its control is the teacher, tuned on. Where WikiText-2's raw training part cannot be fetched,
+benchmarks/respell.py makes text of its kind from articles of Wikipedia. Rows that say so leave long matrices whole
+(--no-split) and keep all neurons, as all did once. Learning rates were chosen on other texts. With --work, what is
+finished there is taken as it is, and what was killed goes on where it was; its seconds are then those of the last part.
 --kinds evaluates on texts of other kinds instead of those two; their records have a folder of their own, quality-kinds.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
@@ -51,17 +52,22 @@ FAST = fastest("cpu")
 DTYPE, ATTENTION = FAST["dtype"], FAST["attention"] or "sdpa"
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype {DTYPE} --attention {ATTENTION} --eval-every 64 --eval-items 8"
 AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
-RAW, RAW_FIRST = (688128, 605), (229376, 202)  # what is healed on, and a third of it, what is learned first
-CONTROL_RATES = {"self": 1e-5, "web": 1e-4, "raw": 1e-4}  # of 1e-5, 3e-5 and 1e-4
+RAW = {"first": 896, "rest": 609}  # windows that are learned first, and healed on
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A full fine-tuning: the text (of CONTROL_RATES), its tokens, a tenth of which is held out, and the steps."""
+    """A full fine-tuning: a text of the benchmark, its tokens, a tenth of which is held out, steps and learning rate.
+
+    of: the control that is tuned on, instead of the dense model; part: of RAW, where the text is raw.
+    """
 
     text: str
     tokens: int
     steps: int
+    rate: float
+    of: str | None = None
+    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,23 +104,24 @@ ROWS = {
         "self",
         controls=("dense-tuned-web",),
     ),
-    "ours-million": Row(
-        "ours, of the dense model tuned on 229k tokens of web pages and the reference, healed on 688k",
-        f"--heal {{raw}} --tokens {RAW[0]}",
+    "ours-raw": Row(
+        "ours, of the dense model tuned on 459k tokens of raw text, healed on 312k others",
+        f"--heal {{rest}} --tokens {RAW['rest'] * LENGTH}",
         "raw",
         of="dense-tuned-first",
-        controls=("dense-tuned-first", "dense-tuned-raw"),
+        controls=("dense-tuned-first", "dense-tuned-on"),
     ),
 }
-CONTROLS = {  # the dense model, all of it tuned in the same way
-    "dense-tuned": Row("dense, tuned on the same 256k tokens", tuned=Tuning("self", 262144, 256)),
-    "dense-tuned-web": Row("dense, tuned on the same 64k tokens of web pages", tuned=Tuning("web", *AS_HEALED)),
+CONTROLS = {  # the dense model, all of it tuned in the same way, at the best of 1e-5, 3e-5 and 1e-4
+    "dense-tuned": Row("dense, tuned on the same 256k tokens", tuned=Tuning("self", 262144, 256, 1e-5)),
+    "dense-tuned-web": Row("dense, tuned on the same 64k tokens of web pages", tuned=Tuning("web", *AS_HEALED, 1e-4)),
     "dense-tuned-first": Row(
-        "dense, tuned on 229k tokens of web pages and the reference", tuned=Tuning("raw", *RAW_FIRST)
+        "dense, tuned on the same 459k tokens of raw text",
+        tuned=Tuning("raw", RAW["first"] * LENGTH, 403, 1e-4, part="first"),
     ),
-    "dense-tuned-raw": Row(
-        "dense, tuned on the same 688k tokens, for as many steps as tuning and healing",
-        tuned=Tuning("raw", RAW[0], RAW[1] + RAW_FIRST[1]),
+    "dense-tuned-on": Row(
+        "dense, tuned on the 459k and then on the same 312k",
+        tuned=Tuning("raw", RAW["rest"] * LENGTH, 274, 1e-4, of="dense-tuned-first", part="rest"),
     ),
 }
 
@@ -128,6 +135,7 @@ def main() -> None:
     arguments.add_argument("--wikitext", default="wikitext2")
     arguments.add_argument("--calibrate-on", default="wikitext2")
     arguments.add_argument("--heal-on", default="c4")
+    arguments.add_argument("--learn", default="wikitext2:7,c4:10.5")
     arguments.add_argument("--kinds", default="", help="texts to evaluate on instead: stories=FILE,french=FILE")
     arguments.add_argument("--work", type=Path, default=None, help="where calibrations are kept between calls")
     arguments.add_argument("--self-tokens", type=int, default=TOKENS["self"])
@@ -164,7 +172,7 @@ class Bench:
             self.texts = dict(text.split("=", 1) for text in given.kinds.split(","))
         self.sources = {"self": "self", "web": given.heal_on}
         self.sources["mix"] = self.sources["whole"] = self.sources["more"] = f"{given.calibrate_on}:1,pydoc:1"
-        self.sources["raw"] = f"{given.heal_on},pydoc:0.25"
+        self.sources["raw"] = f"{given.learn},pydoc:1"
         self.tokens = TOKENS | {"self": given.self_tokens}
 
     def cell(self, name: str, row: Row, ratio: float, seed: int) -> None:
@@ -183,8 +191,7 @@ class Bench:
             small, cost = self.tuned(row.tuned, f"{name}-{ratio:g}-{seed}", seed)
             numbers |= {f"tuning_{key}": value for key, value in cost.items()}
             how = f"--method full --steps {row.tuned.steps} {HEALING}"
-            text = row.tuned.text
-            settings |= {"tuned": how, "lr": CONTROL_RATES[text], "text": named(self.sources[text])}
+            settings |= {"tuned": how, "lr": row.tuned.rate, "text": named(self.sources[row.tuned.text])}
         for kind, source in self.texts.items():
             windows = ("--length", LENGTH, "--windows", WINDOWS, "--dtype", "float32")
             found, _ = welore("evaluate", small, "--data", source, *windows)
@@ -201,7 +208,7 @@ class Bench:
         """Write the row's model of this size: what it was made with, and what came of it."""
         settings: dict[str, Any] = {}
         numbers: dict[str, Any] = {}
-        flags = row.flags.format(**self.sources).split()
+        flags = row.flags.format(**self.sources, rest=self.raw("rest", seed) if row.of else None).split()
         model = self.control(row.of, seed) if row.of else self.model
         if row.calibration:
             statistics = self.calibration(row.calibration, seed, model)
@@ -218,7 +225,7 @@ class Bench:
         settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio", "neurons")}
         if made["settings"]["healing"]:
             healing = made["settings"]["healing"]
-            settings["healing"] = healing | {"text": named(healing["text"])}
+            settings["healing"] = healing | {"text": named(self.sources["raw"] if row.of else healing["text"])}
             kinds = ("healed", "healing_tokens", "healing_seconds", "held_out_loss")
             numbers |= {key: made["numbers"][key] for key in kinds}
         return settings, numbers
@@ -227,19 +234,32 @@ class Bench:
         """The dense model, fine-tuned on a text that is the same for every row with this seed; and what that took."""
         text, run = self.work / f"{tuning.text}-text-{tuning.tokens}-{seed}" / WRITTEN, self.work / name
         flags: list[Any] = ["--method", "full", *HEALING.split()]
-        if tuning.text != "self" and not text.is_file():
+        if tuning.part:
+            text = self.raw(tuning.part, seed)
+        elif tuning.text != "self" and not text.is_file():
             keep_windows(text, healing.text(self.sources[tuning.text], self.model, tuning.tokens, seed, None))
         flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", tuning.tokens]
-        flags += ["--steps", tuning.steps, "--lr", CONTROL_RATES[tuning.text], "--seed", seed]
+        flags += ["--steps", tuning.steps, "--lr", tuning.rate, "--seed", seed]
         flags += ["--save-every", 64, "--resume" if (run / RUN).is_file() else "--overwrite"]
+        model = self.control(tuning.of, seed) if tuning.of else self.model
         if not (run / TUNED).is_file():
-            welore("finetune", self.model, run, *flags)
+            welore("finetune", model, run, *flags)
         if not text.is_file():
             text.parent.mkdir(exist_ok=True)
             shutil.copyfile(run / WRITTEN, text)
         keys = ("tokens", "trainable_parameters", "tokens_per_second", "train_loss", "evaluation", "seconds")
         numbers = Record.load(run / TUNED).numbers  # without a speed where only the saving was left to do
         return run / "model", {key: numbers[key] for key in (*keys, "peak_memory_bytes") if key in numbers}
+
+    def raw(self, part: str, seed: int) -> Path:
+        """A part of the raw text: a file of windows, in random order, that are in no other part."""
+        at = self.work / f"raw-text-{seed}"
+        if not (at / f"{part}.safetensors").is_file():
+            tokens = sum(RAW.values()) * LENGTH
+            windows = healing.text(self.sources["raw"], self.model, tokens, seed, None)
+            for name, found in zip(RAW, windows.split(list(RAW.values())), strict=True):
+                keep_windows(at / f"{name}.safetensors", found)
+        return at / f"{part}.safetensors"
 
     def control(self, name: str, seed: int) -> Path:
         """A control's model: made again if it is no longer there."""
@@ -251,7 +271,8 @@ class Bench:
         """The statistics for a seed, made once; what that took lies beside them."""
         path = self.work / f"{kind}-{seed}.safetensors"
         if not path.is_file():
-            how: tuple[Any, ...] = ("--data", self.sources[kind], "--tokens", self.tokens[kind])
+            text = self.raw("first", seed) if kind == "raw" else self.sources[kind]
+            how: tuple[Any, ...] = ("--data", text, "--tokens", self.tokens[kind])
             how = (*how, "--length", LENGTH, "--seed", seed)
             # Its own text is read as compress does it.
             how = (*how, "--measure", MEASURED.get(kind, 0), *(() if kind == "self" else ("--dtype", DTYPE)))
