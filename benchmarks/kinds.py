@@ -1,4 +1,4 @@
-"""Texts of seven kinds that no setting was chosen on, for `benchmarks/quality.py --kinds`: one file each.
+"""Texts of seven kinds for `benchmarks/quality.py --kinds`, one file each; settings were chosen on none but Python.
 
 python benchmarks/kinds.py OUT --guides DIRECTORY --npm DIRECTORY
 
@@ -14,6 +14,8 @@ import inspect
 from importlib import import_module
 from pathlib import Path
 
+from welore.files import whole_file
+
 CHARACTERS = 60000
 MODULES = ("heapq", "textwrap", "csv", "shlex", "tarfile")
 HEADERS = ("stdlib.h", "stdio.h", "regex.h", "obstack.h")
@@ -22,7 +24,7 @@ CONTENTS, PARAGRAPH = 1500, 200  # lines of the table of contents; characters of
 
 
 def main() -> None:
-    """Write the files."""
+    """Write the files, each whole or not at all."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("out", type=Path)
     arguments.add_argument("--guides", type=Path, required=True)
@@ -38,9 +40,9 @@ def main() -> None:
     }
     for name, language in LANGUAGES.items():
         texts[name] = guide(given.guides / f"debian-reference.{language}.txt.gz")
-    given.out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (given.out / f"{name}.txt").write_text(text[:CHARACTERS], encoding="utf-8")
+        with whole_file(given.out / f"{name}.txt") as partial:
+            partial.write_text(text[:CHARACTERS], encoding="utf-8")
     print(",".join(f"{name}={given.out / name}.txt" for name in texts))
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from sacremoses import MosesTokenizer
 
+from welore.files import whole_file
+
 HEADING, VERBS = 80, re.compile(r"\b(is|was|are|were)\b")
 NUMBER = re.compile(r"(?<=\d)([.,])(?=\d)")
 MOSES = MosesTokenizer("en")
@@ -25,9 +27,8 @@ def main() -> None:
     articles, out = map(Path, sys.argv[1:])
     with articles.open(encoding="utf-8") as file:
         text = "\n".join(line for record in file for line in article(**json.loads(record)))
-    partial = out.with_name(out.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(out)
+    with whole_file(out) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def article(title: str, text: str, **_: object) -> Iterator[str]:
