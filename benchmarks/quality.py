@@ -295,7 +295,7 @@ def named(texts: str) -> str:
 def welore(*arguments: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run a verb in a process of its own: its --json, and the seconds and the peak memory that it took."""
     started = time.perf_counter()
-    command = [sys.executable, "-c", "from welore.cli import main; main()", *map(str, arguments), "--json"]
+    command = [sys.executable, "-m", "welore", *map(str, arguments), "--json"]
     with tempfile.TemporaryFile() as out:
         child = subprocess.Popen(command, stdout=out)
         _, status, used = os.wait4(child.pid, 0)

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,15 @@ def test_help_of_every_verb_has_an_example_that_parses(command: Command, verb: s
 def test_every_verb_has_json(command: Command) -> None:
     for verb in VERBS:
         assert "--json" in command(verb, "--help").out, verb
+
+
+def test_runs_as_a_module(tmp_path: Path) -> None:
+    """Every refusal included: one sentence, status 2."""
+    run = [sys.executable, "-m", "welore"]
+    answer = subprocess.run([*run, "--version"], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout.strip()) == (0, metadata.version("welore"))
+    answer = subprocess.run([*run, "merge", tmp_path, tmp_path / "out"], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout, answer.stderr.count("\n")) == (2, "", 1)
 
 
 def test_help_does_not_wait_for_torch() -> None:
