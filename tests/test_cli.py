@@ -79,7 +79,7 @@ def test_every_verb_has_json(command: Command) -> None:
 
 
 def test_runs_as_a_module(tmp_path: Path) -> None:
-    """Every refusal included: one sentence, status 2."""
+    """A refusal, too: one sentence, status 2."""
     run = [sys.executable, "-m", "welore"]
     answer = subprocess.run([*run, "--version"], capture_output=True, text=True, check=False)
     assert (answer.returncode, answer.stdout.strip()) == (0, metadata.version("welore"))
