@@ -149,6 +149,41 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
+def test_a_kill_under_another_rate_is_not_gone_on_with(
+    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = welore.compress(source, tmp_path / "straight", params=0.5, calibration=own)
+    step = ClockedTrainer.training_step
+
+    def killed(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as earlier:
+        earlier.setattr(healing, "RATE", 1 / 1000)
+        earlier.setattr(healing, "SAVED", 2)
+        earlier.setattr(ClockedTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
+    record = welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
+    assert record.settings["healing"]["lr"] == straight.settings["healing"]["lr"]
+    assert weights(tmp_path / "killed").keys() == weights(tmp_path / "straight").keys()
+    for name, value in weights(tmp_path / "straight").items():
+        assert torch.equal(weights(tmp_path / "killed")[name], value)
+
+
+def test_a_long_healing_has_a_higher_rate(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "my.txt"
+    text.write_text("the matrix is cut where the loss feels it least and learns again " * 200, encoding="utf-8")
+    how: dict[str, Any] = {"params": 0.6, "strategy": "waterfill", "scaling": "none", "heal": str(text), "tokens": 320}
+    rates = {}
+    for most in (64, 2, 1):  # the steps that the usual rate is for; two are taken
+        monkeypatch.setattr(healing, "STEPS", most)
+        rates[most] = welore.compress(source, tmp_path / str(most), **how).settings["healing"]["lr"]
+    assert rates[64] == rates[2] == pytest.approx(rates[1] / 2**0.5)
+
+
 def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(healing, "STEPS", 3)  # the limit of the model's own text
     text = tmp_path / "my.txt"
@@ -157,7 +192,7 @@ def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path, monkeypa
     record = welore.compress(source, tmp_path / "small", heal=str(text), **how)
     assert record.settings["healing"]["text"] == str(text)
     assert record.settings["healing"]["distill_weight"] == 0.5  # the text's own words are the other half
-    assert record.numbers["healing_tokens"] == 256  # 10 windows of 32, one held out, in pairs
+    assert record.numbers["healing_tokens"] == 256  # 5 windows of 64, one held out, in pairs
     assert welore.compress(source, tmp_path / "plain", **how).settings["healing"] is None
 
 

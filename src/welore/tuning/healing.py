@@ -37,7 +37,7 @@ from welore.tuning.rundir import MODEL, RUN, TUNED, WRITTEN
 from welore.workspace import Workspace
 
 BATCH, STEPS, WARM_UP = 2, 64, 8  # windows of a step, each read once; steps at most on text of its own
-RATE = 1 / 1500  # of the root mean square of the factors, times the share of parameters that was cut
+RATE = 1 / 1500  # of the root mean square of the factors, times the share of parameters that was cut; for STEPS steps
 SHARES = (1.0, 0.25, 0.0625)  # of that rate, tried in turn until one does no harm
 TEACHER = 0.5  # its share of the loss on a text that others wrote, which the model is to learn as well
 HARM = 0.05  # of what the cut cost
@@ -107,7 +107,7 @@ def heal(
     how = _training(source.directory, windows, own=own, device=device)
     how |= {"data": str(place / WRITTEN), "seed": seed, "progress": progress}
     try:
-        run, record = _without_harm(cut, place, rate(cut, plan), how)
+        run, record = _without_harm(cut, place, rate(cut, plan, how["steps"]), how)
     except WeLoreError as error:
         return None, {"failed": str(error)}, {"healed": False}
     settings, numbers = _summary(record)
@@ -138,7 +138,7 @@ def _without_harm(cut: Path, place: Path, usual: float, how: dict[str, Any]) -> 
     from welore.tuning.finetuning import finetune  # the Trainer: seconds of imports that a cut alone does not need
 
     for share in SHARES:
-        run = place / f"run-{share:g}"
+        run = place / f"run-{share * usual:.6g}"  # not the share: another version may have left a run at another rate
         try:
             if (run / TUNED).is_file():
                 record = Record.load(run / TUNED)
@@ -154,15 +154,19 @@ def _without_harm(cut: Path, place: Path, usual: float, how: dict[str, Any]) -> 
     return None, record
 
 
-def rate(cut: Path, plan: Plan) -> float:
-    """The peak learning rate: the more is cut and the larger the numbers, the larger."""
+def rate(cut: Path, plan: Plan, steps: int) -> float:
+    """The peak learning rate: the more is cut, the larger the numbers and the more steps there are, the larger.
+
+    With the square root of the steps, once there are more than STEPS: the noise that the higher rate leaves is gone
+    when the schedule ends, and a short run lacks the time for that (docs/diary.md).
+    """
     squares, count = 0.0, 0
     with Checkpoint(cut) as source:
         for name in _factors(plan):
             factor = source.tensor(name).float()
             squares, count = squares + float(factor.square().sum(dtype=torch.float64)), count + factor.numel()
     removed = 1 - plan.numbers()["parameter_ratio"]
-    return RATE * max(removed, 0.01) * math.sqrt(squares / count)
+    return RATE * max(removed, 0.01) * math.sqrt(squares / count) * math.sqrt(max(1, steps / STEPS))
 
 
 def _trained(run: Path) -> Trained:
