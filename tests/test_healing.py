@@ -173,15 +173,21 @@ def test_a_kill_under_another_rate_is_not_gone_on_with(
         assert torch.equal(weights(tmp_path / "killed")[name], value)
 
 
-def test_a_long_healing_has_a_higher_rate(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_healing_of_a_small_cut_has_a_higher_rate(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = tmp_path / "my.txt"
     text.write_text("the matrix is cut where the loss feels it least and learns again " * 200, encoding="utf-8")
-    how: dict[str, Any] = {"params": 0.6, "strategy": "waterfill", "scaling": "none", "heal": str(text), "tokens": 320}
-    rates = {}
-    for most in (64, 2, 1):  # the steps that the usual rate is for; two are taken
-        monkeypatch.setattr(healing, "STEPS", most)
-        rates[most] = welore.compress(source, tmp_path / str(most), **how).settings["healing"]["lr"]
-    assert rates[64] == rates[2] == pytest.approx(rates[1] / 2**0.5)
+    how: dict[str, Any] = {"strategy": "waterfill", "scaling": "none", "heal": str(text), "tokens": 320}
+    rates: dict[float, list[float]] = {0.9: [], 0.6: []}
+    for params, found in rates.items():
+        for most in (64, 2, 1):  # the steps that the usual rate is for; two are taken
+            monkeypatch.setattr(healing, "STEPS", most)
+            record = welore.compress(source, tmp_path / f"{params}-{most}", params=params, **how)
+            found.append(record.settings["healing"]["lr"])
+    usual, just, longer = rates[0.9]
+    assert usual == just == pytest.approx(longer / 2**0.5)
+    assert len(set(rates[0.6])) == 1
 
 
 def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,8 @@ from welore.tuning.rundir import MODEL, RUN, TUNED, WRITTEN
 from welore.workspace import Workspace
 
 BATCH, STEPS, WARM_UP = 2, 64, 8  # windows of a step, each read once; steps at most on text of its own
-RATE = 1 / 1500  # of the root mean square of the factors, times the share of parameters that was cut; for STEPS steps
+RATE = 1 / 1500  # of the root mean square of the factors, times the share of parameters that was cut
+LARGEST = 0.2  # of such shares that a run of more than STEPS steps may be taken to have cut instead
 SHARES = (1.0, 0.25, 0.0625)  # of that rate, tried in turn until one does no harm
 TEACHER = 0.5  # its share of the loss on a text that others wrote, which the model is to learn as well
 HARM = 0.05  # of what the cut cost
@@ -155,18 +156,19 @@ def _without_harm(cut: Path, place: Path, usual: float, how: dict[str, Any]) -> 
 
 
 def rate(cut: Path, plan: Plan, steps: int) -> float:
-    """The peak learning rate: the more is cut, the larger the numbers and the more steps there are, the larger.
+    """The peak learning rate: the more is cut and the larger the numbers, the larger.
 
-    With the square root of the steps, once there are more than STEPS: the noise that the higher rate leaves is gone
-    when the schedule ends, and a short run lacks the time for that (docs/diary.md).
+    A small cut, which bears a small rate, bears more in a run of more than STEPS steps: with the square root of their
+    number, up to the rate of LARGEST (docs/diary.md).
     """
     squares, count = 0.0, 0
     with Checkpoint(cut) as source:
         for name in _factors(plan):
             factor = source.tensor(name).float()
             squares, count = squares + float(factor.square().sum(dtype=torch.float64)), count + factor.numel()
-    removed = 1 - plan.numbers()["parameter_ratio"]
-    return RATE * max(removed, 0.01) * math.sqrt(squares / count) * math.sqrt(max(1, steps / STEPS))
+    removed = max(1 - plan.numbers()["parameter_ratio"], 0.01)
+    longer = min(LARGEST, removed * math.sqrt(max(1, steps / STEPS)))
+    return RATE * max(removed, longer) * math.sqrt(squares / count)
 
 
 def _trained(run: Path) -> Trained:
