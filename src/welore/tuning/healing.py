@@ -167,7 +167,7 @@ def rate(cut: Path, plan: Plan, steps: int) -> float:
             factor = source.tensor(name).float()
             squares, count = squares + float(factor.square().sum(dtype=torch.float64)), count + factor.numel()
     removed = max(1 - plan.numbers()["parameter_ratio"], 0.01)
-    longer = min(LARGEST, removed * math.sqrt(max(1, steps / STEPS)))
+    longer = min(LARGEST, removed * math.sqrt(steps / STEPS))
     return RATE * max(removed, longer) * math.sqrt(squares / count)
 
 
