@@ -44,8 +44,8 @@ def test_five_lines_are_python() -> None:
 
 def test_tree_lists_every_module() -> None:
     tree = README.split("## The tree")[1].split("```")[1]
-    listed = set(re.findall(r"\b(\w+)\.py\b", tree))
-    assert listed == {path.stem for path in (ROOT / "src" / "welore").rglob("*.py")} - {"__init__"}
+    listed = sorted(re.findall(r"\b(\w+)\.py\b", tree))  # two may have one name, in two rooms
+    assert listed == sorted(path.stem for path in (ROOT / "src" / "welore").rglob("*.py") if path.stem != "__init__")
 
 
 def test_commands_of_the_front_page_are_targets_of_make() -> None:
