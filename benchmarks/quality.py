@@ -13,11 +13,12 @@ on it, unless they are only cut; ours-web heals on 64k tokens of --heal-on, text
 tested. Controls are the dense model, all of it trained on the same blocks in the same order (on 256k tokens of its own
 where what is compared reads 64k of them), the text itself its labels. ours-raw takes 771k tokens of raw text,
 --learn and a part of the reference, and reads each once: a teacher, tuned on 459k, is cut by 128k of them and heals on
-the other 312k, on which its control is the teacher, tuned on, at two rates. Where WikiText-2's raw training part cannot
-be fetched, benchmarks/respell.py makes text of its kind from articles of Wikipedia. Rows that say so leave long
-matrices whole (--no-split) and keep all neurons, as all did once. Learning rates were chosen on other texts. With
---work, what is finished there is taken as it is, and what was killed goes on where it was; its seconds are then those
-of the last part.
+the other 312k, on which its control is the teacher, tuned on, at two rates. Those 128k are of the kinds that are
+tested, as in the other calibrated rows: what the teacher learned of the reference, and of the first text of --learn.
+Where WikiText-2's raw training part cannot be fetched, benchmarks/respell.py makes text of its kind from articles of
+Wikipedia. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did once. Learning rates
+were chosen on other texts. With --work, what is finished there is taken as it is, and what was killed goes on where it
+was; its seconds are then those of the last part.
 --kinds evaluates on texts of other kinds instead of those two; their records have a folder of their own, quality-kinds.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
@@ -36,9 +37,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from welore.calibration.mixture import draw, order_of, parse_mixture
 from welore.corpus import keep_windows
 from welore.embedded import embedded_model
-from welore.loading import fastest
+from welore.loading import fastest, read_tokenizer
 from welore.locate import locate
 from welore.records import Record
 from welore.tuning import healing
@@ -219,7 +223,9 @@ class Bench:
             statistics = self.calibration(row.calibration, seed, model)
             flags += ["--calibration", str(statistics)]
             spent = json.loads(statistics.with_suffix(".json").read_text())
-            settings = {"tokens": self.tokens[row.calibration]} | ({"of": row.of} if row.of else {})
+            settings = {"tokens": self.tokens[row.calibration]}
+            if row.of:
+                settings |= {"of": row.of, "text": named(",".join(self.tested()))}
             numbers = {f"calibration_{key}": value for key, value in spent.items()}
         if row.of:
             spent = Record.load(self.out / f"{row.of}-1-{seed}.json").numbers
@@ -257,14 +263,28 @@ class Bench:
         return run / "model", {key: numbers[key] for key in (*keys, "peak_memory_bytes") if key in numbers}
 
     def raw(self, part: str, seed: int) -> Path:
-        """A part of the raw text: a file of windows, in random order, that are in no other part."""
+        """A part of the raw text: a file of windows in random order.
+
+        Those of `first` and of `rest` are in no other; `tested` are those of `first` that are calibrated on.
+        """
         at = self.work / f"raw-text-{seed}"
         if not (at / f"{part}.safetensors").is_file():
             tokens = sum(RAW.values()) * LENGTH
-            windows = healing.text(self.sources["raw"], self.model, tokens, seed, None)
-            for name, found in zip(RAW, windows.split(list(RAW.values())), strict=True):
-                keep_windows(at / f"{name}.safetensors", found)
+            _, found = draw(self.sources["raw"], tokens, read_tokenizer(self.model), LENGTH, seed=seed)
+            windows = torch.cat([text.windows for text in found])
+            kinds = [text.name for text in found for _ in text.windows]
+            order = order_of(len(windows), seed, "heal").tolist()
+            first, rest = order[: RAW["first"]], order[RAW["first"] :]
+            prose, reference = ([index for index in first if kinds[index] == name] for name in self.tested())
+            tested = prose[: self.tokens["raw"] // LENGTH - len(reference)] + reference
+            for name, chosen in {"first": first, "rest": rest, "tested": tested}.items():
+                keep_windows(at / f"{name}.safetensors", windows[chosen])
         return at / f"{part}.safetensors"
+
+    def tested(self) -> tuple[str, str]:
+        """The raw texts that are of the kinds of the test: as WikiText-2, and the reference."""
+        first, *_, last = parse_mixture(self.sources["raw"])
+        return first, last
 
     def control(self, name: str, seed: int) -> Path:
         """A control's model: made again if it is no longer there."""
@@ -276,7 +296,7 @@ class Bench:
         """The statistics for a seed, made once; what that took lies beside them."""
         path = self.work / f"{kind}-{seed}.safetensors"
         if not path.is_file():
-            text = self.raw("first", seed) if kind == "raw" else self.sources[kind]
+            text = self.raw("tested", seed) if kind == "raw" else self.sources[kind]
             how: tuple[Any, ...] = ("--data", text, "--tokens", self.tokens[kind])
             how = (*how, "--length", LENGTH, "--seed", seed)
             # Its own text is read as compress does it.
