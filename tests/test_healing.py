@@ -113,7 +113,7 @@ def test_a_rate_that_diverges_gives_way_to_a_smaller_one(
     monkeypatch.setattr(healing, "RATE", 1 / 50)
     record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own)
     assert record.numbers["healed"]
-    assert record.settings["healing"]["lr"] == pytest.approx(rates[0] / 4)
+    assert record.settings["healing"]["lr"] == pytest.approx(rates[0] / 4, rel=1e-5)  # six digits
 
 
 def test_a_failed_healing_does_not_take_the_cut_with_it(
@@ -143,14 +143,23 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
     with pytest.raises(KeyboardInterrupt):
         welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
     assert not (tmp_path / "killed").exists()
+    rate = healing.rate  # another number of threads sums in another order
+    monkeypatch.setattr(healing, "rate", lambda *args: rate(*args) * (1 + 1e-15))
     welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
     assert taken == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
     for name in ("model.safetensors", "plan.json"):
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-def test_a_kill_under_another_rate_is_not_gone_on_with(
-    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RATE", 1 / 1000),  # of another version
+        ("fastest", lambda _: {"dtype": "bfloat16", "attention": "eager"}),  # on another device
+    ],
+)
+def test_what_was_killed_under_other_settings_begins_anew(
+    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
     straight = welore.compress(source, tmp_path / "straight", params=0.5, calibration=own)
     step = ClockedTrainer.training_step
@@ -161,15 +170,15 @@ def test_a_kill_under_another_rate_is_not_gone_on_with(
         return step(trainer, *args, **kwargs)
 
     with monkeypatch.context() as earlier:
-        earlier.setattr(healing, "RATE", 1 / 1000)
+        earlier.setattr(healing, name, value)
         earlier.setattr(healing, "SAVED", 2)
         earlier.setattr(ClockedTrainer, "training_step", killed)
         with pytest.raises(KeyboardInterrupt):
             welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
     record = welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
-    assert record.settings["healing"]["lr"] == straight.settings["healing"]["lr"]
-    for name in ("model.safetensors", "plan.json"):
-        assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+    assert record.settings["healing"] == straight.settings["healing"]
+    for file in ("model.safetensors", "plan.json"):
+        assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
 
 
 def test_a_long_healing_of_a_small_cut_has_a_higher_rate(
@@ -185,7 +194,7 @@ def test_a_long_healing_of_a_small_cut_has_a_higher_rate(
             record = welore.compress(source, tmp_path / f"{params}-{most}", params=params, **how)
             found.append(record.settings["healing"]["lr"])
     usual, just, longer = rates[0.9]
-    assert usual == just == pytest.approx(longer / 2**0.5)
+    assert usual == just == pytest.approx(longer / 2**0.5, rel=1e-5)
     assert len(set(rates[0.6])) == 1
 
 

@@ -95,9 +95,11 @@ def heal(
     No factors where it did harm, or failed: the cut is sound, and may have taken an hour. windows: token ids (count,
     length), at least two, a tenth of which is held out; the others are read once. own: whether the model wrote them;
     then the teacher alone is the loss, as such text says nothing that it does not, and STEPS are enough. All of it lies
-    in the workspace: what was killed goes on, what is finished is left as it is.
+    in the workspace: what was killed goes on, what is finished is left as it is, and what was begun with other
+    settings, as on another device, begins anew.
     """
-    about = json.dumps([plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), own, seed])
+    how = _training(source.directory.resolve(), windows, own=own, device=device)
+    about = json.dumps([plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), own, seed, how], default=str)
     place = workspace.directory / f"healing-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
     cut = place / "cut"
     if not cut.is_dir():
@@ -105,7 +107,6 @@ def heal(
             write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
     keep_windows(place / WRITTEN, windows)
     keep_freed_memory()
-    how = _training(source.directory, windows, own=own, device=device)
     how |= {"data": str(place / WRITTEN), "seed": seed, "progress": progress}
     try:
         run, record = _without_harm(cut, place, rate(cut, plan, how["steps"]), how)
@@ -139,12 +140,13 @@ def _without_harm(cut: Path, place: Path, usual: float, how: dict[str, Any]) -> 
     from welore.tuning.finetuning import finetune  # the Trainer: seconds of imports that a cut alone does not need
 
     for share in SHARES:
-        run = place / f"run-{share * usual:.6g}"  # not the share: another version may have left a run at another rate
+        lr = float(f"{share * usual:.6g}")  # the last digits depend on the number of threads that summed
+        run = place / f"run-{lr:g}"  # not the share: another version may have left a run at another rate
         try:
             if (run / TUNED).is_file():
                 record = Record.load(run / TUNED)
             else:
-                record = finetune(cut, run, "lrc", lr=share * usual, resume=(run / RUN).is_file(), **how)
+                record = finetune(cut, run, "lrc", lr=lr, resume=(run / RUN).is_file(), **how)
         except DivergedError:
             if share == SHARES[-1]:
                 raise
