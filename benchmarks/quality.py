@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 
-from welore.calibration.mixture import draw, order_of, parse_mixture
+from welore.calibration.mixture import draw, mixed, parse_mixture
 from welore.corpus import keep_windows
 from welore.embedded import embedded_model
 from welore.loading import fastest, read_tokenizer
@@ -271,14 +271,12 @@ class Bench:
         if not (at / f"{part}.safetensors").is_file():
             tokens = sum(RAW.values()) * LENGTH
             _, found = draw(self.sources["raw"], tokens, read_tokenizer(self.model), LENGTH, seed=seed)
-            windows = torch.cat([text.windows for text in found])
-            kinds = [text.name for text in found for _ in text.windows]
-            order = order_of(len(windows), seed, "heal").tolist()
-            first, rest = order[: RAW["first"]], order[RAW["first"] :]
-            prose, reference = ([index for index in first if kinds[index] == name] for name in self.tested())
-            tested = prose[: self.tokens["raw"] // LENGTH - len(reference)] + reference
+            windows, names = mixed(found, seed)
+            first, rest = windows.split(list(RAW.values()))
+            prose, reference = (first[[n == kind for n in names[: len(first)]]] for kind in self.tested())
+            tested = torch.cat([prose[: self.tokens["raw"] // LENGTH - len(reference)], reference])
             for name, chosen in {"first": first, "rest": rest, "tested": tested}.items():
-                keep_windows(at / f"{name}.safetensors", windows[chosen])
+                keep_windows(at / f"{name}.safetensors", chosen)
         return at / f"{part}.safetensors"
 
     def tested(self) -> tuple[str, str]:

@@ -124,6 +124,15 @@ def draw(
     return counts, found
 
 
+def mixed(found: Sequence[Source], seed: int) -> tuple[Tensor, list[str]]:
+    """Windows (count, length) of all texts in random order, and the name of the text of each; of one text as drawn."""
+    windows, names = torch.cat([text.windows for text in found]), [text.name for text in found for _ in text.windows]
+    if len(found) == 1:
+        return windows, names
+    order = order_of(len(windows), seed, "heal")
+    return windows[order], [names[index] for index in order.tolist()]
+
+
 def given(ids: Tensor) -> Source:
     """Windows of token ids (windows, length) that the caller has made."""
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or ids.is_floating_point():

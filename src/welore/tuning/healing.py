@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from welore.calibration.generation import LENGTH
-from welore.calibration.mixture import SELF, draw, order_of
+from welore.calibration.mixture import SELF, draw, mixed
 from welore.corpus import digest, keep_windows
 from welore.cutting import Trained, write_checkpoint
 from welore.directory import SHARD_SIZE
@@ -71,11 +71,9 @@ def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Pa
     counts, found = draw(data, tokens, read_tokenizer(directory), length, seed=seed, cache_dir=cache_dir)
     if SELF in counts:
         raise WeLoreError(f"--heal {data}: {SELF} cannot be mixed with other texts")
-    windows = torch.cat([text.windows for text in found])
+    windows, _ = mixed(found, seed)
     if len(windows) < 2:
         raise WeLoreError(f"--heal {data}: tokens is {tokens}, one window; two are the least to train on and hold out")
-    if len(found) > 1:
-        windows = windows[order_of(len(windows), seed, "heal")]
     return windows
 
 
@@ -107,7 +105,7 @@ def heal(
             write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
     keep_windows(place / WRITTEN, windows)
     keep_freed_memory()
-    how |= {"data": str(place / WRITTEN), "seed": seed, "progress": progress}
+    how |= {"data": str(place / WRITTEN), "seed": seed, "device": device, "progress": progress}
     try:
         run, record = _without_harm(cut, place, rate(cut, plan, how["steps"]), how)
     except WeLoreError as error:
@@ -117,7 +115,7 @@ def heal(
 
 
 def _training(teacher: Path, windows: Tensor, *, own: bool, device: str | None) -> dict[str, Any]:
-    """Settings of `finetune`, but for the text, its seed and the rate."""
+    """Settings of `finetune`, but for the text, its seed, the rate and the device itself."""
     steps = max(1, (len(windows) - max(1, len(windows) // 10)) // BATCH)
     steps = min(STEPS, steps) if own else steps
     return {
@@ -127,7 +125,6 @@ def _training(teacher: Path, windows: Tensor, *, own: bool, device: str | None) 
         "warmup": min(WARM_UP, steps // 4),
         "batch_size": BATCH,
         "length": windows.shape[1],
-        "device": device,
         "save_dtype": "float32",
         "eval_every": steps,
         "eval_items": HELD_OUT,
@@ -140,8 +137,8 @@ def _without_harm(cut: Path, place: Path, usual: float, how: dict[str, Any]) -> 
     from welore.tuning.finetuning import finetune  # the Trainer: seconds of imports that a cut alone does not need
 
     for share in SHARES:
-        lr = float(f"{share * usual:.6g}")  # the last digits depend on the number of threads that summed
-        run = place / f"run-{lr:g}"  # not the share: another version may have left a run at another rate
+        lr = float(f"{share * usual:.9g}")  # the last digits depend on the number of threads that summed
+        run = place / f"run-{lr}"  # not the share: another version may have left a run at another rate
         try:
             if (run / TUNED).is_file():
                 record = Record.load(run / TUNED)
