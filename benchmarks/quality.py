@@ -13,12 +13,12 @@ on it, unless they are only cut; ours-web heals on 64k tokens of --heal-on, text
 tested. Controls are the dense model, all of it trained on the same blocks in the same order (on 256k tokens of its own
 where what is compared reads 64k of them), the text itself its labels. ours-raw takes 771k tokens of raw text,
 --learn and a part of the reference, and reads each once: a teacher, tuned on 459k, is cut by 128k of them and heals on
-the other 312k, on which its control is the teacher, tuned on, at two rates. Those 128k are of the kinds that are
-tested, as in the other calibrated rows: what the teacher learned of the reference, and of the first text of --learn.
-Where WikiText-2's raw training part cannot be fetched, benchmarks/respell.py makes text of its kind from articles of
-Wikipedia. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did once. Learning rates
-were chosen on other texts. With --work, what is finished there is taken as it is, and what was killed goes on where it
-was; its seconds are then those of the last part.
+the other 312k, on which its control is the teacher, tuned on, at two rates. Those 128k are of all that it learned; in
+ours-raw-tested of the two kinds that are tested, as in the other calibrated rows: of the first text of --learn, and of
+the reference. Where WikiText-2's raw training part cannot be fetched, benchmarks/respell.py makes text of its kind from
+articles of Wikipedia. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did once.
+Learning rates were chosen on other texts. With --work, what is finished there is taken as it is, and what was killed
+goes on where it was; its seconds are then those of the last part.
 --kinds evaluates on texts of other kinds instead of those two; their records have a folder of their own, quality-kinds.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
@@ -50,7 +50,7 @@ from welore.tuning.rundir import RUN, TUNED, WRITTEN
 
 OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16
-TOKENS = {"mix": 32768, "whole": 32768, "more": 131072, "raw": 131072, "self": 65536}
+TOKENS = {"mix": 32768, "whole": 32768, "more": 131072, "raw": 131072, "tested": 131072, "self": 65536}
 MEASURED = {"mix": 1, "whole": 1, "more": 0.25}  # share of them on which losses are measured, else none
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 FAST = fastest("cpu")
@@ -58,6 +58,8 @@ DTYPE, ATTENTION = FAST["dtype"], FAST["attention"] or "sdpa"
 HEALING = f"--batch-size 2 --length {LENGTH} --dtype {DTYPE} --attention {ATTENTION} --eval-every 64 --eval-items 8"
 AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
 RAW = {"first": 896, "rest": 609}  # windows that are learned first, and healed on
+READ = {"raw": "first", "tested": "tested"}  # what calibrations read of the raw text: see Bench.raw
+HEALED_RAW = f"--heal {{rest}} --tokens {RAW['rest'] * LENGTH}"
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,15 @@ ROWS = {
     ),
     "ours-raw": Row(
         "ours, of the dense model tuned on 459k tokens of raw text, healed on 312k others",
-        f"--heal {{rest}} --tokens {RAW['rest'] * LENGTH}",
+        HEALED_RAW,
         "raw",
+        of="dense-tuned-first",
+        controls=("dense-tuned-first", "dense-tuned-on", "dense-tuned-on-fast"),
+    ),
+    "ours-raw-tested": Row(
+        "ours, of the same tuned model, cut by statistics of the two kinds that are tested, healed on the same 312k",
+        HEALED_RAW,
+        "tested",
         of="dense-tuned-first",
         controls=("dense-tuned-first", "dense-tuned-on", "dense-tuned-on-fast"),
     ),
@@ -225,7 +234,8 @@ class Bench:
             spent = json.loads(statistics.with_suffix(".json").read_text())
             settings = {"tokens": self.tokens[row.calibration]}
             if row.of:
-                settings |= {"of": row.of, "text": named(",".join(self.tested()))}
+                text = ",".join(self.tested()) if row.calibration == "tested" else self.sources["raw"]
+                settings |= {"of": row.of, "text": named(text)}
             numbers = {f"calibration_{key}": value for key, value in spent.items()}
         if row.of:
             spent = Record.load(self.out / f"{row.of}-1-{seed}.json").numbers
@@ -265,7 +275,7 @@ class Bench:
     def raw(self, part: str, seed: int) -> Path:
         """A part of the raw text: a file of windows in random order.
 
-        Those of `first` and of `rest` are in no other; `tested` are those of `first` that are calibrated on.
+        Those of `first` and of `rest` are in no other; `tested` are those of `first` that are of the kinds of the test.
         """
         at = self.work / f"raw-text-{seed}"
         if not (at / f"{part}.safetensors").is_file():
@@ -274,7 +284,7 @@ class Bench:
             windows, names = mixed(found, seed)
             first, rest = windows.split(list(RAW.values()))
             prose, reference = (first[[n == kind for n in names[: len(first)]]] for kind in self.tested())
-            tested = torch.cat([prose[: self.tokens["raw"] // LENGTH - len(reference)], reference])
+            tested = torch.cat([prose[: self.tokens["tested"] // LENGTH - len(reference)], reference])
             for name, chosen in {"first": first, "rest": rest, "tested": tested}.items():
                 keep_windows(at / f"{name}.safetensors", chosen)
         return at / f"{part}.safetensors"
@@ -294,7 +304,7 @@ class Bench:
         """The statistics for a seed, made once; what that took lies beside them."""
         path = self.work / f"{kind}-{seed}.safetensors"
         if not path.is_file():
-            text = self.raw("tested", seed) if kind == "raw" else self.sources[kind]
+            text = self.raw(READ[kind], seed) if kind in READ else self.sources[kind]
             how: tuple[Any, ...] = ("--data", text, "--tokens", self.tokens[kind])
             how = (*how, "--length", LENGTH, "--seed", seed)
             # Its own text is read as compress does it.
