@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from welore.checkpoint import compress
-from welore.factors import factorise, singular_values
-from welore.parallel import return_freed_memory
-from welore.source import Checkpoint
+from welore.compression.pipeline import compress
+from welore.io.parallel import return_freed_memory
+from welore.linalg.svd import factorise, singular_values
+from welore.models.source import Checkpoint
 
 Item = TypeVar("Item")
 

@@ -24,12 +24,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import welore
-from welore.embedded import embedded_model
-from welore.forms import DENSE, FACTORED, PIVOTED, cost
-from welore.locate import locate
-from welore.lowrank import LowRankLinear, PivotedLinear
+from welore.compression.in_memory import merge_model
+from welore.io.hub import locate
+from welore.layers.low_rank import LowRankLinear, PivotedLinear
+from welore.layers.registry import DENSE, FACTORED, PIVOTED, cost
+from welore.models.embedded import embedded_model
+from welore.models.replace import sizes
 from welore.records import Record
-from welore.surgery import merge_model, sizes
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 SHAPES = ((2048, 2048), (5504, 2048), (4096, 4096))

@@ -14,7 +14,7 @@ import inspect
 from importlib import import_module
 from pathlib import Path
 
-from welore.files import whole_file
+from welore.io.atomic import whole_file
 
 CHARACTERS = 60000
 MODULES = ("heapq", "textwrap", "csv", "shlex", "tarfile")

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from footprint import measured
-from welore.embedded import embedded_model
-from welore.locate import locate
+from welore.io.checkpoint import weight_files
+from welore.io.hub import locate
+from welore.models.embedded import embedded_model
 from welore.records import Record
-from welore.source import weight_files
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 RANK_REDUCTION = 0.5

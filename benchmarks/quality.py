@@ -39,14 +39,14 @@ from typing import Any
 
 import torch
 
-from welore.calibration.mixture import draw, mixed, parse_mixture
-from welore.corpus import keep_windows
-from welore.embedded import embedded_model
-from welore.loading import fastest, read_tokenizer
-from welore.locate import locate
+from welore.compression import recovery as healing
+from welore.data.mixture import draw, mixed, parse_mixture
+from welore.data.windows import keep_windows
+from welore.io.hub import locate
+from welore.models.embedded import embedded_model
+from welore.models.load import fastest, read_tokenizer
 from welore.records import Record
-from welore.tuning import healing
-from welore.tuning.rundir import RUN, TUNED, WRITTEN
+from welore.training.run_dir import RUN, TUNED, WRITTEN
 
 OUT, EMBEDDED = Path(__file__).parents[1] / "docs" / "benchmarks" / "quality", "SmolLM2-135M-Instruct"
 LENGTH, WINDOWS = 512, 16

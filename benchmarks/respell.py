@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sacremoses import MosesTokenizer
 
-from welore.files import whole_file
+from welore.io.atomic import whole_file
 
 HEADING, VERBS = 80, re.compile(r"\b(is|was|are|were)\b")
 NUMBER = re.compile(r"(?<=\d)([.,])(?=\d)")

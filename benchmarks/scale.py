@@ -27,12 +27,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from floor import operations, speeds
 from footprint import measured
-from welore.factors import factorise, reduce
-from welore.grids import Target
-from welore.records import Record, write_json
-from welore.source import INDEX
-from welore.targets import dense_skeleton
-from welore.tensorfile import TensorWriter
+from welore.io.atomic import write_json
+from welore.io.checkpoint import INDEX
+from welore.io.safetensors_stream import TensorWriter
+from welore.linalg.svd import factorise, reduce
+from welore.models.skeleton import dense_skeleton
+from welore.models.targets import Target
+from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 LAYERS_7B = 32

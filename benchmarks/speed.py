@@ -21,16 +21,17 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from floor import operations, speeds
-from welore.allocation import allocate
-from welore.checkpoint import compress
-from welore.embedded import embedded_model
-from welore.factors import Reduction, factorise, reduce
-from welore.locate import locate
-from welore.parallel import return_freed_memory
-from welore.plan import Plan
+from welore.allocation.plan import Plan
+from welore.allocation.solver import allocate
+from welore.allocation.spectra import Spectra
+from welore.compression.pipeline import compress
+from welore.io.hub import locate
+from welore.io.parallel import return_freed_memory
+from welore.linalg.spectrum import normalise
+from welore.linalg.svd import Reduction, factorise, reduce
+from welore.models.embedded import embedded_model
+from welore.models.source import opened
 from welore.records import Record
-from welore.source import opened
-from welore.spectra import Spectra, normalise
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 RANK_REDUCTION, ROUNDS = 0.5, 5

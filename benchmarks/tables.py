@@ -11,11 +11,11 @@ import shutil
 import sys
 from pathlib import Path, PurePath
 
-from welore.comparisons import Table, task_table
+from welore.emergence.claims import claims_table
+from welore.emergence.downstream_checks import Closed, closed, cuts_table, tunings_table, verdicts
 from welore.records import Record
-from welore.study.claims import claims_table
-from welore.study.closing import Closed, closed, cuts_table, tunings_table, verdicts
-from welore.wording import megabytes, percent, perplexity_text
+from welore.reporting.formatting import megabytes, percent, perplexity_text
+from welore.reporting.tables import Table, task_table
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "docs" / "benchmarks"

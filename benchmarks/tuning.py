@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import welore
-from welore.embedded import embedded_model
+from welore.models.embedded import embedded_model
 from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -47,8 +47,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 CHILD = """
 import json, os, sys, time
-import torch, transformers.models.llama.modeling_llama, welore.tuning.finetuning
-from welore.tuning import activations, trainer
+import torch, transformers.models.llama.modeling_llama, welore.training.finetune
+from welore.training import activations, trainer
 
 resident = trainer.forget_peak_memory(torch.device("cpu"))
 trainer.ClockedTrainer.now = lambda self: time.process_time()

@@ -8,7 +8,7 @@
 # What is finished is kept when the command is given again.
 set -euo pipefail
 out=${1:-runs/compare}
-model=${MODEL:-$(python -c "from welore.embedded import embedded_model; print(embedded_model())")}
+model=${MODEL:-$(python -c "from welore.models.embedded import embedded_model; print(embedded_model())")}
 steps=${STEPS:-40}
 mkdir -p "$out"
 
@@ -42,7 +42,7 @@ python - "$out" <<'PYTHON'
 import sys
 from pathlib import Path
 from welore import Record
-from welore.tuning.figures import FIGURE_1, FIGURE_5, fine_tuning
+from welore.reporting.training_figures import FIGURE_1, FIGURE_5, fine_tuning
 
 out = Path(sys.argv[1])
 best = {}

@@ -31,7 +31,7 @@ python - "$out" <<'PYTHON'
 import sys
 from pathlib import Path
 from welore import Record
-from welore.comparisons import task_table
+from welore.reporting.tables import task_table
 
 headings, rows = task_table([Record.load(path) for path in sorted(Path(sys.argv[1]).glob("*.score.json"))])
 for row in (headings, ["---"] * len(headings), *rows):

@@ -7,7 +7,7 @@
 # DATA=TEXT heals on a text instead. A million tokens: STEPS=976. What is stopped goes on when the same
 # command is given again.
 set -euo pipefail
-model=${1:-$(python -c "from welore.embedded import embedded_model; print(embedded_model())")}
+model=${1:-$(python -c "from welore.models.embedded import embedded_model; print(embedded_model())")}
 out=${2:-runs/heal}
 mkdir -p "$out"
 

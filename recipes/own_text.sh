@@ -9,7 +9,7 @@
 # names another text. What is stopped goes on when the same command is given again.
 set -euo pipefail
 text=${DATA:?name the text: DATA=my.txt}
-model=${1:-$(python -c "from welore.embedded import embedded_model; print(embedded_model())")}
+model=${1:-$(python -c "from welore.models.embedded import embedded_model; print(embedded_model())")}
 out=${2:-runs/own_text}
 tokens=${TOKENS:-245760} batch=${BATCH:-2} length=${LENGTH:-512}
 mkdir -p "$out"

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import welore
-from welore.cli import main
+from welore.cli.main import main
 from welore.errors import WeLoreError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -111,8 +111,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Directory of the embedded model, converted once per machine."""
-    from welore.embedded import embedded_model
-    from welore.locate import locate
+    from welore.io.hub import locate
+    from welore.models.embedded import embedded_model
 
     try:
         model = embedded_model()

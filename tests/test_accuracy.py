@@ -6,9 +6,9 @@ import torch
 
 import welore
 from toys import characters, checkpoint
-from welore.accuracy import NEW_TOKENS, answers, grade, score
 from welore.errors import WeLoreError
-from welore.tasks import TASKS, Item, items
+from welore.evaluation.accuracy import NEW_TOKENS, answers, grade, score
+from welore.evaluation.tasks import TASKS, Item, items
 
 
 def test_unparsable_answer_counts_as_wrong() -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 import welore
 from conftest import build
 from welore.errors import WeLoreError
-from welore.tuning.activations import PRODUCTS, keep_wide_products
+from welore.training.activations import PRODUCTS, keep_wide_products
 
 IDS = torch.tensor([[5, 17, 3, 88, 42, 9, 61], [7, 7, 1, 90, 2, 4, 95]])
 
@@ -78,8 +78,8 @@ def test_a_large_block_that_is_freed_goes_back_to_the_system() -> None:
     if platform.libc_ver()[0] != "glibc":
         pytest.skip("glibc's allocator is meant")
     code = """
-from welore.tuning.activations import return_large_blocks
-from welore.tuning.trainer import _status
+from welore.training.activations import return_large_blocks
+from welore.training.trainer import _status
 import torch
 return_large_blocks()
 blocks, between = [], []

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from toys import characters
-from welore import batches
-from welore.batches import IGNORED, blocks_of_text, collate, questions_of_task, shuffled
+from welore.data import packing as batches
+from welore.data.packing import blocks_of_text
 from welore.errors import WeLoreError
+from welore.training.data import IGNORED, collate, questions_of_task, shuffled
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 TASK: dict[str, Any] = {"seed": 0, "loss_on_prompt": False, "eval_items": 64}

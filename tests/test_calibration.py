@@ -11,23 +11,23 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 import welore
-import welore.loading
+import welore.models.load
 from conftest import FAMILIES, MIXTURES, build
 from toys import checkpoint
-from welore.calibration import collection, sweep
-from welore.calibration.artefact import Calibration
-from welore.calibration.mixture import SELF, draw, seed_of
-from welore.calibration.moments import Moments
-from welore.corpus import keep_windows
+from welore.calibration import collect as collection
+from welore.calibration import layerwise as sweep
+from welore.calibration.hooks import Moments
+from welore.calibration.scaling import metric
+from welore.calibration.statistics import Calibration
+from welore.data.mixture import SELF, draw, seed_of
+from welore.data.windows import keep_windows
 from welore.errors import WeLoreError
-from welore.grids import in_blocks
-from welore.loading import read_tokenizer
-from welore.parallel import Team
-from welore.scaling import metric
-from welore.source import ModelWeights
-from welore.targets import find_targets
-from welore.tensorfile import TensorReader
-from welore.workspace import Workspace
+from welore.io.parallel import Team
+from welore.io.resume import Workspace
+from welore.io.safetensors_stream import TensorReader
+from welore.models.load import read_tokenizer
+from welore.models.source import ModelWeights
+from welore.models.targets import find_targets, in_blocks
 
 IDS = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(1))
 
@@ -133,7 +133,7 @@ def test_losses_of_components_are_measured(family: str, split: bool, tmp_path: P
     assert found.measured == IDS.numel()
     assert bool(found.grids) == split
     seen = by_hand(model, IDS, seed_of(0, "measured"))
-    with welore.source.opened(model) as weights:
+    with welore.models.source.opened(model) as weights:
         for target in in_blocks(weights.targets, found.grids):
             norm, losses = metric("kfac", found, target), found.losses(target.name)
             assert norm is not None
@@ -381,7 +381,7 @@ def test_a_directory_gives_what_the_same_model_in_memory_gives(tmp_path: Path) -
     pears = text(tmp_path, "pears.txt", "Ann has 3 pears and 14 plums. ")
     how: dict[str, Any] = {"tokens": 64, "length": 16}
     streamed = welore.calibrate(directory, pears, tmp_path / "a.safetensors", **how)
-    model, tokenizer = welore.loading.load(directory, "auto", "cpu")
+    model, tokenizer = welore.models.load.load(directory, "auto", "cpu")
     in_memory = welore.calibrate(model, pears, tmp_path / "b.safetensors", tokenizer=tokenizer, **how)
     assert streamed.model.fingerprint == in_memory.model.fingerprint
     for name, value in statistics(streamed).items():
@@ -553,7 +553,7 @@ def test_a_model_whose_calls_another_library_has_taken_over_is_refused(tmp_path:
 def test_several_processes_are_refused(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("welore.parallel.team", lambda: Team(0, 2))
+    monkeypatch.setattr("welore.io.parallel.team", lambda: Team(0, 2))
     sentence = refused("calibrate", tmp_path, "-o", tmp_path / "c.safetensors")
     assert "calibrate works in one process: start it without torchrun" in sentence
 

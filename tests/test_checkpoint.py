@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 import welore
 from conftest import FAMILIES, MIXTURES, build, logits
 from welore.errors import WeLoreError
-from welore.lowrank import LAYERS, LowRankLinear
-from welore.surgery import sizes
+from welore.layers.low_rank import LAYERS, LowRankLinear
+from welore.models.replace import sizes
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:

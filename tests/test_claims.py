@@ -7,9 +7,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from toys import trace
-from welore.errors import WeLoreError
-from welore.records import Record
-from welore.study.claims import (
+from welore.emergence.claims import (
     CLAIMS,
     claims_table,
     effective_rank,
@@ -21,7 +19,9 @@ from welore.study.claims import (
     settling,
     verdict,
 )
-from welore.study.trace import OVERLAPS, Trace
+from welore.emergence.trace import OVERLAPS, Trace
+from welore.errors import WeLoreError
+from welore.records import Record
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_noise_is_taken_out_of_overlaps(found: Trace) -> None:
 def test_a_matrix_settles_after_it_was_unlike_the_end_for_the_last_time(
     found: Trace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("welore.study.claims.overlap_with_last", lambda matrix: np.array(matrix))
+    monkeypatch.setattr("welore.emergence.claims.overlap_with_last", lambda matrix: np.array(matrix))
     steps = np.array([0.0, 10, 20, 30, 40])
     assert settling(np.array([0.9, 0.9, 0.9, 0.9, 1.0]), steps) == 0  # type: ignore[arg-type]
     assert settling(np.array([0.1, 0.9, 0.4, 0.6, 1.0]), steps) == 0.75  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import welore
 from conftest import Command, build, done
-from welore.cli import app, main
+from welore.cli.main import app, main
 
 VERBS = (
     "analyze",
@@ -90,7 +90,7 @@ def test_runs_as_a_module(tmp_path: Path) -> None:
 def test_help_does_not_wait_for_torch() -> None:
     code = """
 import sys
-from welore.cli import main
+from welore.cli.main import main
 sys.argv = ["welore", "--help"]
 try:
     main()
@@ -448,8 +448,8 @@ def test_output_that_is_a_directory_is_refused_before_the_work(
     def worked(*_: object, **__: object) -> None:
         raise AssertionError("hours of work would be lost")
 
-    monkeypatch.setattr("welore.analysis.analyze", worked)
-    monkeypatch.setattr("welore.perplexity.evaluate", worked)
+    monkeypatch.setattr("welore.compression.analysis.analyze", worked)
+    monkeypatch.setattr("welore.evaluation.perplexity.evaluate", worked)
     for arguments in (("analyze", model), ("calibrate", model), ("evaluate", model, "--data", text)):
         answer = command(*arguments, "-o", tmp_path)
         assert answer.status == 2
@@ -462,7 +462,7 @@ def test_our_own_mistake_shows_its_traceback(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("welore.checkpoint.compress", broken)
+    monkeypatch.setattr("welore.compression.pipeline.compress", broken)
     monkeypatch.setattr(sys, "argv", ["welore", "compress", str(model), str(tmp_path / "out"), "--params", "0.8"])
     with pytest.raises(ZeroDivisionError):
         main()
@@ -488,7 +488,7 @@ KILLED_AT_EVERY_MOMENT = """
 import itertools, json, os, shutil, signal, sys
 from pathlib import Path
 import welore
-from welore.tensorfile import TensorWriter
+from welore.io.safetensors_stream import TensorWriter
 
 model, out = sys.argv[1:]
 welore.compress(model, out + "-before", rank_reduction=0.4)  # all imports are done then

@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
+from welore.emergence.downstream_checks import closed, cuts_table, tunings_table, verdicts
 from welore.records import Record
-from welore.study.closing import closed, cuts_table, tunings_table, verdicts
 
 
 def perplexity(label: str, value: float | None) -> Record:

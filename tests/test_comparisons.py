@@ -2,9 +2,9 @@ from typing import Any
 
 import pytest
 
-from welore.comparisons import comparisons, run_name, task_table, task_tables
 from welore.errors import WeLoreError
 from welore.records import Record
+from welore.reporting.tables import comparisons, run_name, task_table, task_tables
 
 
 def run(method: str = "lrc", label: str | None = None, loss: float = 3.0, err: float = 0.5, **settings: Any) -> Record:

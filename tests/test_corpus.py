@@ -10,7 +10,8 @@ import torch
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
-from welore.corpus import read_text, stack, windows
+from welore.data.text import read_text
+from welore.data.windows import stack, windows
 from welore.errors import WeLoreError
 
 # What guessing readers spoil: dates, numbers, line ends of Unicode inside a record, empty records.

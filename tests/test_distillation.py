@@ -7,8 +7,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from conftest import build
-from welore.tuning import distillation
-from welore.tuning.distillation import Distillation
+from welore.training import distillation
+from welore.training.distillation import Distillation
 
 IDS = torch.tensor([[5, 17, 3, 88, 42, 9, 61, 30], [7, 7, 1, 90, 2, 4, 95, 50]])
 MASKED = torch.where(torch.arange(8) < torch.tensor([[4], [0]]), -100, IDS)  # a prompt of four tokens in the first row

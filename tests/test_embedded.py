@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from toys import checkpoint
-from welore import embedded
+from welore.cli import demo as embedded
 from welore.records import Record
 
 pytest.importorskip("matplotlib")

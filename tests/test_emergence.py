@@ -14,14 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from conftest import Command, done, everything
 from toys import weights
-from welore.batches import blocks_of_text, collate
+from welore.data.packing import blocks_of_text
+from welore.emergence.claims import CLAIMS
+from welore.emergence.pretrain import pretrain
+from welore.emergence.probe import probed_steps
+from welore.emergence.trace import Trace
 from welore.errors import WeLoreError
 from welore.records import Record
-from welore.study.claims import CLAIMS
-from welore.study.emergence import pretrain
-from welore.study.probe import probed_steps
-from welore.study.trace import Trace
-from welore.tuning import finetune
+from welore.training.data import collate
+from welore.training.finetune import finetune
 
 TOY: dict[str, Any] = {
     "size": "32/3/4/56",
@@ -206,7 +207,7 @@ def test_the_command_says_what_came_out(text: str, tmp_path: Path, command: Comm
 
 def test_report_shows_claims_and_figures(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    from welore.page import report
+    from welore.reporting.page import report
 
     page = report([run], tmp_path / "report").read_text()
     assert "how weights become low rank" in page
@@ -220,7 +221,7 @@ def test_two_processes_record_the_trace_of_one(run: Path, text: str, tmp_path: P
     script = tmp_path / "main.py"
     changes = TOY | {"batch_size": 4}
     call = f"pretrain({str(tmp_path / 'run')!r}, data={text!r}, **{changes!r})"
-    script.write_text(f"from welore.study.emergence import pretrain\n{call}\n")
+    script.write_text(f"from welore.emergence.pretrain import pretrain\n{call}\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)

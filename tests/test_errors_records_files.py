@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from welore.errors import WeLoreError, choose
-from welore.files import refuse_source, whole_directory, whole_file
-from welore.records import Record, read_json, write_json
+from welore.io.atomic import read_json, refuse_source, whole_directory, whole_file, write_json
+from welore.records import Record
 
 
 def names(directory: Path) -> list[str]:
@@ -224,7 +224,7 @@ def test_model_that_is_read_is_never_replaced(tmp_path: Path) -> None:
 KILLED_AT_EVERY_MOMENT = """
 import itertools, json, os, signal, sys
 from pathlib import Path
-from welore.files import whole_directory
+from welore.io.atomic import whole_directory
 
 NAMES = ("config.json", "tokenizer.json", "weights")
 out = Path(sys.argv[1]) / "out"

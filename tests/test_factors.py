@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from welore import factors
 from welore.errors import WeLoreError
-from welore.factors import Factors, Metric, Reduction, factorise, reduce, residual, singular_values
+from welore.linalg import svd as factors
+from welore.linalg.svd import Factors, Metric, Reduction, factorise, reduce, residual, singular_values
 
 SHAPES = [(7, 5), (5, 7), (1, 9), (9, 1), (64, 64), (33, 150), (150, 33)]
 

@@ -9,16 +9,18 @@ from io import BytesIO
 import numpy as np
 import pytest
 
-from welore import figures
-from welore.allocation import allocate
-from welore.canvas import N_LRC
+from welore.allocation.neurons import Neurons
+from welore.allocation.plan import Plan
+from welore.allocation.solver import allocate
+from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
-from welore.figures import Result
-from welore.kinds import places, summarise
-from welore.neurons import Neurons
-from welore.plan import Plan
-from welore.spectra import Identity, Spectra, gaussian_null
-from welore.wording import perplexity_text
+from welore.linalg.spectrum import gaussian_null
+from welore.records import Identity
+from welore.reporting import figures
+from welore.reporting.figures import Result
+from welore.reporting.formatting import perplexity_text
+from welore.reporting.module_types import places, summarise
+from welore.reporting.style import N_LRC
 
 pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
@@ -246,7 +248,7 @@ def test_sizes_always_stand_together() -> None:
 
 def test_neither_figures_nor_report_import_torch_or_transformers() -> None:
     code = (
-        "import sys, welore.figures, welore.page;"
+        "import sys, welore.reporting.figures, welore.reporting.page;"
         "print([m for m in ('torch', 'transformers', 'matplotlib', 'jinja2') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from welore.errors import WeLoreError
-from welore.forms import DENSE, FACTORED, FORMS, PIVOTED, cost, form_of, shapes
+from welore.layers.registry import DENSE, FACTORED, FORMS, PIVOTED, cost, form_of, shapes
 
 
 @pytest.mark.parametrize(("m", "n"), [(7, 5), (5, 7), (6, 6), (9, 1)])

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from toys import checkpoint
+from welore.emergence.init_model import SIZES, Size, fresh_model, known_tokenizer, save_fresh, size_of, vocabulary
 from welore.errors import WeLoreError
-from welore.study.fresh import SIZES, Size, fresh_model, known_tokenizer, save_fresh, size_of, vocabulary
 
 TEXT = "\n".join(f"The number after {n} is {n + 1}." for n in range(200))
 

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from conftest import build
 from toys import ALPHABET, characters
-from welore.calibration.generation import BEGINNINGS, generate_text
+from welore.data.self_generated import BEGINNINGS, generate_text
 from welore.errors import WeLoreError
 
 END = 1  # of `characters`

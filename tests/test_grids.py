@@ -11,17 +11,18 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import build, logits
-from welore.analysis import analyze_weights, grids_of
-from welore.calibration.artefact import Calibration
+from welore.allocation.spectra import Spectra
+from welore.calibration.statistics import Calibration
+from welore.compression.analysis import analyze_weights, grids_of
+from welore.compression.in_memory import merge_model
 from welore.errors import WeLoreError
-from welore.forms import FACTORED, PIVOTED
-from welore.grids import Grid, in_blocks
-from welore.lowrank import SplitLinear
-from welore.source import ModelWeights
-from welore.spectra import Spectra
-from welore.surgery import merge_model, replace_module, sizes
-from welore.targets import find_targets, long_matrices
-from welore.tuning.methods import matrices
+from welore.layers.block_grid import Grid
+from welore.layers.low_rank import SplitLinear
+from welore.layers.registry import FACTORED, PIVOTED
+from welore.models.replace import replace_module, sizes
+from welore.models.source import ModelWeights
+from welore.models.targets import find_targets, in_blocks, long_matrices
+from welore.training.methods import matrices
 
 GATE = "model.layers.0.mlp.gate_proj"
 

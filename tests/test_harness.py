@@ -13,7 +13,7 @@ import welore
 from conftest import Command
 from toys import characters, checkpoint
 from welore.errors import WeLoreError
-from welore.harness import evaluate_tasks
+from welore.evaluation.lm_eval import evaluate_tasks
 
 ABSENT = importlib.util.find_spec("lm_eval") is None
 needs_lm_eval = pytest.mark.skipif(ABSENT, reason="lm-eval is absent: pip install -e '.[eval]'")
@@ -118,7 +118,7 @@ def test_data_that_cannot_be_read_are_one_sentence(model: Path, tasks_dir: Path)
 
 
 def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("welore.harness.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("welore.evaluation.lm_eval.importlib.util.find_spec", lambda name: None)
     with pytest.raises(WeLoreError, match=r"need the package lm-eval: pip install 'welore\[eval\]'"):
         evaluate_tasks("nowhere", ["boolq"])
 

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from conftest import build
-from welore.tuning.headloss import shrink_head
+from welore.training.chunked_loss import shrink_head
 
 pytestmark = pytest.mark.skipif(
     not hasattr(nn, "LinearCrossEntropyOptions"), reason="this torch has no linear_cross_entropy in pieces (2.13)"

@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import FAMILIES, MIXTURES, build, logits
-from welore.calibration.artefact import Calibration
-from welore.corpus import keep_windows
+from welore.calibration.statistics import Calibration
+from welore.compression import recovery as healing
+from welore.data.windows import keep_windows
 from welore.errors import WeLoreError
-from welore.loading import fastest
-from welore.parallel import Team
-from welore.tuning import healing
-from welore.tuning.trainer import ClockedTrainer
+from welore.io.parallel import Team
+from welore.models.load import fastest
+from welore.training.trainer import ClockedTrainer
 
 IDS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(3))
 

@@ -12,9 +12,8 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArgum
 import welore
 from conftest import build, logits
 from welore.errors import WeLoreError
-from welore.forms import FORMS
-from welore.lowrank import LowRank
-from welore.pivot import product
+from welore.layers.low_rank import LowRank, product
+from welore.layers.registry import FORMS
 
 
 @pytest.fixture
@@ -57,7 +56,7 @@ def test_without_the_package_loading_fails_instead_of_making_random_weights(smal
 
 
 def test_importing_the_package_is_enough_in_either_order(small: Path) -> None:
-    for imports in ("import welore, transformers", "import transformers, welore", "import welore.integration"):
+    for imports in ("import welore, transformers", "import transformers, welore", "import welore.models.quantizer"):
         code = (
             f"{imports}\nfrom transformers import AutoModelForCausalLM as M\n"
             f"m = M.from_pretrained({str(small)!r}); print(sum('LowRank' in type(x).__name__ for x in m.modules()))"

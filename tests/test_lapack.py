@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from welore import lapack
+from welore.linalg import _lapack as lapack
 
 
 def symmetric(k: int, kind: type) -> np.ndarray:

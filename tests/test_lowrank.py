@@ -7,9 +7,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from welore.errors import WeLoreError
-from welore.forms import FORMS, PIVOTED
-from welore.lowrank import LAYERS, LowRank, PivotedLinear
-from welore.pivot import product, tensors
+from welore.layers.low_rank import LAYERS, LowRank, PivotedLinear, product, tensors
+from welore.layers.registry import FORMS, PIVOTED
 
 SHAPES = [(5, 7, 3), (7, 5, 3), (4, 9, 4), (6, 6, 1)]  # n, m, r
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from welore.allocation import allocate
-from welore.comparisons import results
+from welore.allocation.plan import Plan
+from welore.allocation.solver import allocate
+from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
-from welore.page import report
-from welore.plan import Plan
-from welore.records import Record
-from welore.spectra import Identity, Spectra
+from welore.records import Identity, Record
+from welore.reporting.page import report
+from welore.reporting.tables import results
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
@@ -429,7 +429,7 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("welore.figures.parameters_by_module", fail)
+    monkeypatch.setattr("welore.reporting.figures.parameters_by_module", fail)
     with pytest.raises(RuntimeError, match="no ink"):
         report([run], tmp_path / "out")
     assert page.read_bytes() == before

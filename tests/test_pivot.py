@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from welore.errors import WeLoreError
-from welore.forms import FORMS, PIVOTED, shapes
-from welore.pivot import LARGEST, Pivoted, pivoted, product, tensors
+from welore.layers.low_rank import product, tensors
+from welore.layers.registry import FORMS, PIVOTED, shapes
+from welore.linalg.interpolative import LARGEST, Pivoted, pivoted
 
 SHAPES = [(7, 5, 3), (5, 7, 3), (9, 4, 1), (9, 4, 4), (4, 9, 3), (6, 6, 5), (40, 30, 25)]
 ALL_ROWS = [(4, 9, 4), (6, 6, 6), (1, 5, 1)]  # r = m

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from welore.allocation import allocate
+from welore.allocation.plan import Plan
+from welore.allocation.solver import allocate
+from welore.allocation.spectra import Spectra
+from welore.allocation.strategies import STRATEGIES
 from welore.errors import WeLoreError
-from welore.forms import STORAGES
-from welore.plan import Plan
-from welore.spectra import Identity, Spectra, Values
-from welore.strategies import STRATEGIES
+from welore.layers.registry import STORAGES
+from welore.linalg.spectrum import Values
+from welore.records import Identity
 
 SHAPES = {"a": (7, 5), "b": (12, 12), "c": (6, 20), "d": (20, 6), "e": (3, 3), "one": (1, 9)}
 

@@ -14,15 +14,16 @@ from transformers import AutoModel, AutoModelForCausalLM
 import welore
 from conftest import build, logits
 from toys import characters, checkpoint
-from welore.calibration.artefact import Calibration
+from welore.allocation.neurons import Neurons, as_json, came_with, read_neurons
+from welore.allocation.plan import Plan
+from welore.calibration.statistics import Calibration
+from welore.compression.in_memory import merge_model
 from welore.errors import WeLoreError
-from welore.mlps import find_mlps, resize_layers
-from welore.neurons import Neurons, as_json, came_with, read_neurons
-from welore.plan import Plan
-from welore.pruning import refit, removal
-from welore.source import Checkpoint
-from welore.surgery import merge_model, sizes
-from welore.targets import find_targets
+from welore.linalg.brain_surgeon import refit, removal
+from welore.models.mlp import find_mlps, resize_layers
+from welore.models.replace import sizes
+from welore.models.source import Checkpoint
+from welore.models.targets import find_targets
 
 
 def moments(size: int, seed: int) -> Tensor:
@@ -211,7 +212,7 @@ def test_a_smaller_mlp_is_healed_and_resumed_to_the_same_bytes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("welore.checkpoint.factor_matrices", killed)
+        patch.setattr("welore.compression.pipeline.factor_matrices", killed)
         with pytest.raises(KeyboardInterrupt):
             welore.compress(source, tmp_path / "resumed", **how)
     assert (tmp_path / "resumed.work").is_dir()
@@ -222,7 +223,7 @@ def test_a_smaller_mlp_is_healed_and_resumed_to_the_same_bytes(
     assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
     assert other.numbers["parameter_ratio"] < whole.numbers["parameter_ratio"]
     with monkeypatch.context() as patch:
-        patch.setattr("welore.checkpoint.factor_matrices", killed)
+        patch.setattr("welore.compression.pipeline.factor_matrices", killed)
         with pytest.raises(KeyboardInterrupt):
             welore.compress(source, tmp_path / "again", **how)
     welore.compress(source, tmp_path / "again", **how)

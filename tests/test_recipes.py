@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import typer.main
 
-import welore.cli
+import welore.cli.main
 from toys import checkpoint
-from welore.embedded import PACKAGE, embedded_model
 from welore.errors import WeLoreError
+from welore.evaluation.tasks import TASKS
+from welore.models.embedded import PACKAGE, embedded_model
 from welore.records import Record
-from welore.tasks import TASKS
-from welore.tuning.settings import CONTINUAL, DOWNSTREAM
+from welore.training.settings import CONTINUAL, DOWNSTREAM
 
 ROOT = Path(__file__).resolve().parents[1]
 Answer = tuple[int, str]  # exit status, output
@@ -76,7 +76,7 @@ def obeyed(command: Sequence[str]) -> Answer:
     sys.argv = ["welore", *command]
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            welore.cli.main()
+            welore.cli.main.main()
     except SystemExit as end:
         status = int(end.code or 0)
     finally:
@@ -94,7 +94,7 @@ def noted(command: Sequence[str]) -> Answer:
 
 
 def parsed(command: Sequence[str]) -> dict[str, Any]:
-    parser: Any = typer.main.get_command(welore.cli.app)
+    parser: Any = typer.main.get_command(welore.cli.main.app)
     return parser.commands[command[0]].make_context(command[0], list(command[1:])).params
 
 

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 import welore
 from conftest import build, logits
+from welore.compression.reference_import import import_checkpoint, import_singular_values
 from welore.errors import WeLoreError
-from welore.reference import import_checkpoint, import_singular_values
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -7,12 +7,11 @@ import torch
 
 import welore
 from conftest import build, logits
-from welore.calibration.artefact import Calibration
+from welore.calibration.scaling import SCALINGS, metric
+from welore.calibration.statistics import Calibration
 from welore.errors import WeLoreError
-from welore.grids import Target
-from welore.records import Record
-from welore.scaling import SCALINGS, metric
-from welore.spectra import Identity
+from welore.models.targets import Target
+from welore.records import Identity, Record
 
 SCALED = sorted(SCALINGS.keys() - {"none"})
 WINDOWS = torch.randint(0, 96, (6, 32), generator=torch.Generator().manual_seed(0))

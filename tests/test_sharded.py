@@ -12,18 +12,18 @@ import torch
 
 import welore
 from toys import checkpoint, weights
-from welore.batches import IGNORED
 from welore.errors import WeLoreError
-from welore.tuning import finetune
-from welore.tuning.settings import check_launch
-from welore.tuning.trainer import share
+from welore.training.data import IGNORED
+from welore.training.finetune import finetune
+from welore.training.settings import check_launch
+from welore.training.trainer import share
 
 # accelerate uses FSDP on GPUs only. Told that these processes have some, it goes the same way on CPUs: its own code and
 # the Trainer's, from here on.
 COMMAND = """
 import json, sys
 from accelerate.utils import DistributedType
-from welore.tuning import finetuning
+from welore.training import finetune as finetuning
 
 usual = finetuning.arguments
 def arguments(*given):

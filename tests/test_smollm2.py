@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import logits
-from welore.factors import factorise
-from welore.source import opened
-from welore.spectra import normalise
+from welore.linalg.spectrum import normalise
+from welore.linalg.svd import factorise
+from welore.models.source import opened
 
 pytestmark = pytest.mark.smollm2
 

@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import FAMILIES, MIXTURES, build
 from welore.errors import WeLoreError
-from welore.locate import locate
-from welore.source import Checkpoint, ModelWeights, opened
-from welore.targets import census, find_targets
+from welore.io.hub import locate
+from welore.models.source import Checkpoint, ModelWeights, opened
+from welore.models.targets import census, find_targets
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])

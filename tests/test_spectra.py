@@ -3,8 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
-from welore.spectra import Identity, Spectra, gaussian_null, normalise
+from welore.linalg.spectrum import gaussian_null, normalise
+from welore.records import Identity
 
 
 def test_normalised_spectrum_is_the_min_max_rule() -> None:

@@ -4,12 +4,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from welore.allocation import allocate
+from welore.allocation.plan import Plan
+from welore.allocation.solver import allocate
+from welore.allocation.spectra import Spectra, block_of
+from welore.allocation.strategies import OWL_SPREAD, STRATEGIES, stored
+from welore.config import ASVD
 from welore.errors import WeLoreError
-from welore.forms import FACTORED, PIVOTED, STORAGES, cost
-from welore.plan import Plan
-from welore.spectra import ASVD, Identity, Spectra, Values, block_of
-from welore.strategies import OWL_SPREAD, STRATEGIES, stored
+from welore.layers.registry import FACTORED, PIVOTED, STORAGES, cost
+from welore.linalg.spectrum import Values
+from welore.records import Identity
 
 SHAPES = {"model.layers.0.q": (6, 4), "model.layers.0.up": (9, 5), "model.layers.1.q": (5, 5)}
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from toys import trace
+from welore.emergence.claims import measured, rank_correlation
+from welore.emergence.figures import FIGURES, gradient_cosines, gradient_values, settling
+from welore.emergence.trace import Trace
 from welore.errors import WeLoreError
 from welore.records import Record
-from welore.study.claims import measured, rank_correlation
-from welore.study.figures import FIGURES, gradient_cosines, gradient_values, settling
-from welore.study.trace import Trace
 
 pytest.importorskip("matplotlib")
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from welore.study.subspace import leading, overlaps, unit_rows
+from welore.emergence.subspace import leading, overlaps, unit_rows
 
 
 def basis(k: int, r: int, seed: int) -> torch.Tensor:

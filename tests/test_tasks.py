@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from welore.errors import WeLoreError, choose
-from welore.tasks import TASKS, Item, items, majority_rate
-from welore.tasks import hub_items as rows_of
+from welore.evaluation.tasks import TASKS, Item, items, majority_rate
+from welore.evaluation.tasks import hub_items as rows_of
 
 FILES = {
     "commonsense_qa": ("x_train_rand_split.jsonl", "x_dev_rand_split.jsonl"),

@@ -8,9 +8,9 @@ import welore
 from conftest import build
 from toys import characters, checkpoint
 from welore.errors import WeLoreError
-from welore.loading import load
-from welore.progress import silent
-from welore.tuning.teacher import load_teacher, refuse_other_vocabulary, share_frozen, write_text
+from welore.io.progress import silent
+from welore.models.load import load
+from welore.training.teacher import load_teacher, refuse_other_vocabulary, share_frozen, write_text
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: the head is tied to the embeddings

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from welore.errors import WeLoreError
-from welore.tensorfile import CHUNK, DTYPES, TensorReader, TensorWriter
+from welore.io.safetensors_stream import CHUNK, DTYPES, TensorReader, TensorWriter
 
 
 def some_tensors() -> dict[str, torch.Tensor]:

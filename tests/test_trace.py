@@ -6,8 +6,8 @@ import pytest
 
 from conftest import everything
 from toys import trace
+from welore.emergence.trace import LINES, WORK, Trace, Writer, file_of, finish, read_lines
 from welore.errors import WeLoreError
-from welore.study.trace import LINES, WORK, Trace, Writer, file_of, finish, read_lines
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_propagation, enable_propagation
 import welore
 from toys import characters, checkpoint, weights
 from welore.errors import WeLoreError
-from welore.tuning import finetune
+from welore.training.finetune import finetune
 
 SHORT: dict[str, Any] = {
     "steps": 4,
@@ -164,7 +164,7 @@ def test_record_says_how_it_was_and_what_it_took(model: Path, text: str, tmp_pat
 
 
 def test_padding_is_not_counted_as_tokens_read(model: Path, tmp_path: Path) -> None:
-    from welore.tasks import TASKS, items
+    from welore.evaluation.tasks import TASKS, items
 
     settings = SHORT | {"length": 400, "steps": 1, "batch_size": 315, "warmup": 0, "eval_every": 0}
     record = finetune(model, tmp_path / "run", task="coin_flip", task_data="generated", **settings)
@@ -200,8 +200,8 @@ def test_learning_rate_warms_up_and_ends_at_a_tenth(model: Path, text: str, tmp_
 COMMAND = """
 import os, signal, sys
 from pathlib import Path
-from welore.tuning import finetune
-from welore.tuning.trainer import StepCallback
+from welore.training.finetune import finetune
+from welore.training.trainer import StepCallback
 
 model, text, out, method, *teacher = sys.argv[1:]
 ended = StepCallback.on_step_end
@@ -274,7 +274,7 @@ def test_resuming_misses_no_tied_weights(text: str, tmp_path: Path, caplog: pyte
 
 
 def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    from welore.tuning.rundir import last_checkpoint
+    from welore.training.run_dir import last_checkpoint
 
     for step, state in ((2, "{}"), (4, '{"half'), (10, None)):
         directory = tmp_path / "checkpoints" / f"checkpoint-{step}"
@@ -390,7 +390,7 @@ def test_questions_are_distilled_on_their_answers(model: Path, teacher: Path, tm
 
 
 def test_the_teacher_writes_what_the_steps_read_and_a_tenth_more(model: Path, dense: Path, tmp_path: Path) -> None:
-    from welore.tuning.rundir import written
+    from welore.training.run_dir import written
 
     record = finetune(model, tmp_path / "run", data="self", distill=dense, **SHORT)
     windows = written(tmp_path / "run")
@@ -531,7 +531,7 @@ def test_a_method_with_nothing_to_train_is_refused(dense: Path, model: Path, tex
 
 
 def test_missing_packages_are_named(model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("welore.tuning.methods.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("welore.training.methods.importlib.util.find_spec", lambda name: None)
     with pytest.raises(WeLoreError, match=r"galore needs galore_torch, bitsandbytes: pip install 'welore\[galore\]'"):
         finetune(model, tmp_path / "run", "galore", data=text, **SHORT)
 

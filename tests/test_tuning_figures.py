@@ -8,7 +8,7 @@ import pytest
 
 from welore.errors import WeLoreError
 from welore.records import Record
-from welore.tuning.figures import FIGURE_1, FIGURE_5, fine_tuning
+from welore.reporting.training_figures import FIGURE_1, FIGURE_5, fine_tuning
 
 pytest.importorskip("matplotlib")
 
@@ -97,5 +97,5 @@ def test_a_run_without_evaluation_is_drawn_without_it() -> None:
 
 
 def test_figures_are_drawn_without_torch() -> None:
-    code = "import sys, welore.tuning.figures; sys.exit('torch' in sys.modules)"
+    code = "import sys, welore.reporting.training_figures; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -16,9 +16,9 @@ import torch
 
 import welore
 from welore.errors import WeLoreError
-from welore.parallel import Team, spread
-from welore.progress import silent
-from welore.workspace import Workspace
+from welore.io.parallel import Team, spread
+from welore.io.progress import silent
+from welore.io.resume import Workspace
 
 
 def test_group_comes_back_and_can_be_dropped(tmp_path: Path) -> None:
@@ -97,8 +97,8 @@ def test_freed_matrices_go_back_to_the_system_whatever_was_freed_before() -> Non
         pytest.skip("glibc's allocator is meant")
     code = """
 from pathlib import Path
-from welore.parallel import return_freed_memory, spread
-from welore.progress import silent
+from welore.io.parallel import return_freed_memory, spread
+from welore.io.progress import silent
 import numpy as np
 
 def resident():
@@ -276,7 +276,7 @@ def test_two_processes_of_torchrun_write_the_same_bytes_as_one(
     tokenizer.save_pretrained(source)
     welore.compress(source, tmp_path / "undisturbed", **settings)
     script = tmp_path / "main.py"
-    script.write_text("import welore.cli\nwelore.cli.main()\n")
+    script.write_text("import welore.cli.main\nwelore.cli.main.main()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511"]
     command += [str(script), "compress", str(source), str(tmp_path / "out")]
     command += [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -290,7 +290,7 @@ def test_two_processes_of_torchrun_write_the_same_bytes_as_one(
 
 
 def test_checkpoint_is_read_rightly_by_several_threads(saved) -> None:
-    from welore.source import opened
+    from welore.models.source import opened
 
     with opened(saved("llama")) as weights:
         expected = {t.name: weights.read(t) for t in weights.targets}

@@ -49,7 +49,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def trace(directory: Path, checkpoints: int = 6, layers: int = 3, seed: int = 0) -> Path:
     """A trace as `pretrain` writes it, of random numbers; q, k, gate and o grow lower in rank with time."""
-    from welore.study.trace import COMPARED, OTHER, SAME, Writer, key
+    from welore.emergence.trace import COMPARED, OTHER, SAME, Writer, key
 
     draws = np.random.default_rng(seed)
     shapes = {"q": (12, 12), "k": (12, 12), "v": (12, 12), "o": (12, 12)}

@@ -14,26 +14,26 @@ from types import ModuleType
 from typing import Any
 
 _PUBLIC = {
-    "analyze": "welore.analysis",
-    "allocate": "welore.allocation",
-    "calibrate": "welore.calibration.collection",
-    "compress": "welore.checkpoint",
-    "merge": "welore.merging",
-    "evaluate": "welore.perplexity",
-    "finetune": "welore.tuning.finetuning",
-    "score": "welore.accuracy",
-    "pretrain": "welore.study.emergence",
-    "report": "welore.page",
-    "demo": "welore.embedded",
-    "Spectra": "welore.spectra",
-    "Plan": "welore.plan",
-    "Calibration": "welore.calibration.artefact",
-    "Trace": "welore.study.trace",
+    "analyze": "welore.compression.analysis",
+    "allocate": "welore.allocation.solver",
+    "calibrate": "welore.calibration.collect",
+    "compress": "welore.compression.pipeline",
+    "merge": "welore.compression.merge",
+    "evaluate": "welore.evaluation.perplexity",
+    "finetune": "welore.training.finetune",
+    "score": "welore.evaluation.accuracy",
+    "pretrain": "welore.emergence.pretrain",
+    "report": "welore.reporting.page",
+    "demo": "welore.cli.demo",
+    "Spectra": "welore.allocation.spectra",
+    "Plan": "welore.allocation.plan",
+    "Calibration": "welore.calibration.statistics",
+    "Trace": "welore.emergence.trace",
     "Record": "welore.records",
-    "LowRankLinear": "welore.lowrank",
-    "PivotedLinear": "welore.lowrank",
-    "SplitLinear": "welore.lowrank",
-    "WeLoreConfig": "welore.integration",
+    "LowRankLinear": "welore.layers.low_rank",
+    "PivotedLinear": "welore.layers.low_rank",
+    "SplitLinear": "welore.layers.low_rank",
+    "WeLoreConfig": "welore.models.quantizer",
     "WeLoreError": "welore.errors",
 }
 __all__ = sorted(_PUBLIC)
@@ -52,7 +52,7 @@ def __dir__() -> list[str]:
 
 
 class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
-    """Imports welore.integration right after transformers' table of quantizers, whoever imports that.
+    """Imports welore.models.quantizer right after transformers' table of quantizers, whoever imports that.
 
     Registration needs torch and transformers, ten seconds of imports on a small machine; this way `welore --help`
     does not pay for them.
@@ -70,13 +70,13 @@ class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module("welore.integration")
+                importlib.import_module("welore.models.quantizer")
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 if _QUANTIZERS in sys.modules:
-    importlib.import_module("welore.integration")
+    importlib.import_module("welore.models.quantizer")
 else:
     sys.meta_path.insert(0, _RegisterWithTransformers())

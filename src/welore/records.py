@@ -1,7 +1,6 @@
 """One JSON file per result: what was read, how it was set, what came out, on which machine and versions."""
 
 import dataclasses
-import json
 import os
 import platform
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from welore.errors import WeLoreError
-from welore.files import whole_file
+from welore.io.atomic import read_json, write_json
 
 PACKAGES = ("welore", "torch", "transformers", "safetensors", "numpy", "scipy")
 
@@ -46,23 +45,6 @@ class Record:
         return cls(**content)
 
 
-def write_json(path: str | Path, content: Any) -> None:
-    """Write `content` as indented JSON, whole or not at all. NaN and infinities are refused."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: str | Path) -> Any:
-    """The content of a JSON file; WeLoreError if it is missing or broken."""
-    path = Path(path)
-    if not path.is_file():
-        raise WeLoreError(f"{path} does not exist")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeLoreError(f"{path} is not JSON ({error})") from error
-
-
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
@@ -91,3 +73,19 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which weights an artefact was made from; two models with the same fingerprint have the same weights."""
+
+    name: str
+    fingerprint: str
+
+    def check(self, other: "Identity", what: str) -> None:
+        """Raise WeLoreError when `what` (made from `self`) is about to be used on `other`."""
+        if self.fingerprint != other.fingerprint:
+            raise WeLoreError(
+                f"the {what} was made for another model ({self.name}, fingerprint {self.fingerprint[:12]}), "
+                f"not for {other.name} ({other.fingerprint[:12]}): make it again with this one"
+            )

@@ -50,9 +50,9 @@ def analyze(
     as_json: AsJson = False,
 ) -> None:
     """Singular values of every targeted matrix -> spectra file."""
-    from welore.analysis import analyze
-    from welore.parallel import return_freed_memory
-    from welore.reference import import_singular_values
+    from welore.compression.analysis import analyze
+    from welore.compression.reference_import import import_singular_values
+    from welore.io.parallel import return_freed_memory
 
     return_freed_memory()
     common: dict[str, Any] = {
@@ -105,8 +105,8 @@ def allocate(
     as_json: AsJson = False,
 ) -> None:
     """Spectra and a target -> the rank of every matrix, plan.json."""
-    from welore.allocation import allocate
-    from welore.spectra import Spectra
+    from welore.allocation.solver import allocate
+    from welore.allocation.spectra import Spectra
 
     plan = allocate(
         Spectra.load(spectra),
@@ -161,8 +161,8 @@ def calibrate(
     as_json: AsJson = False,
 ) -> None:
     """Second moments of inputs and output gradients of every targeted matrix -> calibration file."""
-    from welore.calibration.collection import calibrate
-    from welore.parallel import team
+    from welore.calibration.collect import calibrate
+    from welore.io.parallel import team
 
     if team().size > 1:
         raise WeLoreError("calibrate works in one process: start it without torchrun or accelerate")

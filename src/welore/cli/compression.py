@@ -90,10 +90,10 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Analyze, allocate and factor -> a Hugging Face directory that loads with from_pretrained."""
-    from welore.checkpoint import compress
-    from welore.parallel import return_freed_memory
-    from welore.plan import Plan
-    from welore.reference import import_checkpoint
+    from welore.allocation.plan import Plan
+    from welore.compression.pipeline import compress
+    from welore.compression.reference_import import import_checkpoint
+    from welore.io.parallel import return_freed_memory
 
     silence_bitsandbytes()
     return_freed_memory()
@@ -166,7 +166,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """A compressed checkpoint -> a dense one, W = A B, that needs nothing of ours."""
-    from welore.merging import merge
+    from welore.compression.merge import merge
 
     with progress_bars() as progress:
         merge(

@@ -62,9 +62,9 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of any checkpoint, or what it reaches on tasks of lm-eval -> record."""
-    from welore.files import refuse_unwritable
-    from welore.harness import evaluate_tasks
-    from welore.perplexity import evaluate
+    from welore.evaluation.lm_eval import evaluate_tasks
+    from welore.evaluation.perplexity import evaluate
+    from welore.io.atomic import refuse_unwritable
 
     if lm_eval is None and (limit, tasks_dir) != (None, None):
         raise WeLoreError("--limit and --tasks-dir go with --lm-eval; of a text, --windows are read")
@@ -166,8 +166,8 @@ def finetune(
     settings = dict(locals())
     as_json = settings.pop("as_json")
     silence_bitsandbytes()
-    from welore.tuning import finetune
-    from welore.tuning.activations import return_large_blocks
+    from welore.training.activations import return_large_blocks
+    from welore.training.finetune import finetune
 
     if gradient_checkpointing:
         return_large_blocks()
@@ -202,8 +202,8 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Accuracy on a task's evaluation part -> record with every prompt, output and extracted answer."""
-    from welore.accuracy import score
-    from welore.files import refuse_unwritable
+    from welore.evaluation.accuracy import score
+    from welore.io.atomic import refuse_unwritable
 
     if output is not None:
         refuse_unwritable(output)
@@ -280,7 +280,7 @@ def pretrain(
     as_json = settings.pop("as_json")
     if data is None:
         raise WeLoreError("name the text to learn from: --data c4, wikitext2, pydoc or a file")
-    from welore.study.emergence import pretrain
+    from welore.emergence.pretrain import pretrain
 
     with progress_bars() as progress:
         record = pretrain(**settings | {"device": device_of(device)}, progress=progress)

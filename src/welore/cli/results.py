@@ -21,7 +21,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Every record under the directories -> one HTML page and its figures."""
-    from welore.page import report
+    from welore.reporting.page import report
 
     page = report(directories, output)
     tell({"output": str(page)}, as_json, f"report -> {page}")
@@ -33,7 +33,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """The whole pipeline on a real 135M model: analyze, allocate, compress, load back, evaluate, fine-tune, report."""
-    from welore.embedded import demo
+    from welore.cli.demo import demo
 
     with progress_bars() as progress:
         results = demo(out, cache_dir=cache_dir, tell=say, progress=progress)

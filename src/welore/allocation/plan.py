@@ -1,0 +1,219 @@
+"""2 - The rank and the form of every matrix: the artefact `plan.json`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from welore.allocation.neurons import Neurons, as_json, came_with, read_neurons
+from welore.config import NONE, MinRatio
+from welore.errors import WeLoreError, choose
+from welore.io.atomic import read_json, write_json
+from welore.layers.block_grid import WHOLE, Grid, block_names, layer_of, read_grids, split_layers
+from welore.layers.registry import DENSE, FACTORED, FORMS, PIVOTED, cost
+from welore.records import Identity
+
+FORMAT = "welore.plan/1"
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What the plan says of one matrix W (m, n), full rank k = min(m, n).
+
+    kept: how many of its singular values lie at or above the level. factored: True for an LRC, which is stored
+    in low rank; False for an N-LRC, which stays dense and untouched.
+    relative_error: ||W - A B|| / ||W|| of the best factors of that rank, from the spectrum (Eckart-Young); in the norm
+    of the plan's scaling.
+    form: how an LRC is stored, one of forms.FORMS.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kept: int
+    factored: bool
+    relative_error: float
+    form: str = FACTORED
+
+    @property
+    def full_rank(self) -> int:
+        """k = min(m, n)."""
+        return min(self.shape)
+
+    @property
+    def reduction_ratio(self) -> float:
+        """Share of the singular values below the level, p / k; not removed unless the matrix is factored."""
+        return 1 - self.kept / self.full_rank
+
+    @property
+    def dense_parameters(self) -> int:
+        """m n; of what is left of the MLP, where neurons were taken out of it."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def stored_parameters(self) -> int:
+        """What its form costs at this rank when it is an LRC, m n when not."""
+        return int(cost(*self.shape, self.kept, self.form if self.factored else DENSE))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rank and form of every targeted matrix of one model.
+
+    asked: the target as the user gave it, {"rank_reduction" | "params" | "threshold": value}.
+    threshold: the level at which the scores were cut (WeLore's t when the strategy is `welore`).
+    scaling, calibration, grids, neurons: as in the spectra that the plan was made from. rank_multiple: as it was asked
+    for.
+    """
+
+    model: Identity
+    strategy: str
+    asked: Mapping[str, float]
+    min_ratio: MinRatio
+    allow_growth: bool
+    threshold: float
+    allocations: tuple[Allocation, ...]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    scaling: str = NONE
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    rank_multiple: int = 1
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    neurons: Mapping[str, Neurons] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Name -> rank of every matrix that is factored (the LRCs)."""
+        return {a.name: a.kept for a in self.allocations if a.factored}
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """Name -> form of every LRC."""
+        return {a.name: a.form for a in self.allocations if a.factored}
+
+    @property
+    def split(self) -> dict[str, Grid]:
+        """Layer -> grid of those that are stored in blocks, because at least one block is an LRC."""
+        return split_layers(self.grids, self.ranks)
+
+    @property
+    def lrc_layers(self) -> set[str]:
+        """The layers that are stored in low rank, all of them or a block."""
+        return {layer_of(name, self.grids) for name in self.ranks}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer -> shape (m, n) of those that are smaller than they came, for neurons were taken out of their MLP."""
+        found = {}
+        for a in self.allocations:
+            layer = layer_of(a.name, self.grids)
+            if layer.rpartition(".")[0] in self.neurons:
+                down, across = self.grids.get(layer, WHOLE)
+                found[layer] = (down * a.shape[0], across * a.shape[1])
+        return found
+
+    @property
+    def rank_reduction(self) -> float:
+        """ERR: ranks removed from the LRCs over the full ranks of all targeted matrices, as they were when cut."""
+        removed = sum(a.full_rank - a.kept for a in self.allocations if a.factored)
+        return removed / sum(a.full_rank for a in self.allocations)
+
+    @property
+    def parameter_ratio(self) -> float:
+        """Stored parameters of the targeted matrices, compressed over dense."""
+        return sum(a.stored_parameters for a in self.allocations) / sum(map(self.came_with, self.allocations))
+
+    def came_with(self, a: Allocation) -> int:
+        """Parameters of a matrix in the dense model, before neurons were taken out."""
+        return came_with(a.dense_parameters, layer_of(a.name, self.grids), self.neurons)
+
+    def numbers(self) -> dict[str, Any]:
+        """The achieved figures that stand in every record made with this plan."""
+        return {
+            "rank_reduction": self.rank_reduction,
+            "parameter_ratio": self.parameter_ratio,
+            "matrices": len(self.allocations),
+            "lrcs": len(self.ranks),
+            "threshold": self.threshold,
+            "targeted_parameters_dense": sum(map(self.came_with, self.allocations)),
+            "targeted_parameters": sum(a.stored_parameters for a in self.allocations),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write `plan.json`, whole or not at all."""
+        content = {
+            "format": FORMAT,
+            "model": {"name": self.model.name, "fingerprint": self.model.fingerprint},
+            "strategy": self.strategy,
+            "scaling": self.scaling,
+            "calibration": dict(self.calibration),
+            "asked": dict(self.asked),
+            "achieved": self.numbers(),
+            "min_ratio": self.min_ratio,
+            "allow_growth": self.allow_growth,
+            "rank_multiple": self.rank_multiple,
+            "grids": dict(self.grids),
+            "neurons": as_json(self.neurons),
+            "threshold": self.threshold,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "matrices": [
+                {
+                    "name": a.name,
+                    "shape": list(a.shape),
+                    "kept": a.kept,
+                    "factored": a.factored,
+                    "relative_error": a.relative_error,
+                    "form": a.form if a.factored else DENSE,
+                }
+                for a in self.allocations
+            ],
+        }
+        write_json(path, content)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """The plan at `path`; WeLoreError if the file is not one or contradicts itself."""
+        content = read_json(path)
+        try:
+            if content["format"] != FORMAT:
+                raise WeLoreError(f"{path} has format {content['format']!r}, this version reads {FORMAT!r}")
+            if not content["matrices"]:
+                raise WeLoreError(f"{path} plans no matrix: make it again with `welore allocate`")
+            grids = read_grids(content.get("grids", {}))
+            names = {matrix["name"] for matrix in content["matrices"]}
+            for layer, grid in grids.items():
+                lost = set(block_names(layer, grid)) - names
+                if lost:
+                    raise WeLoreError(f"{path} splits {layer} and says nothing of {min(lost)}: make it again")
+            return cls(
+                model=Identity(content["model"]["name"], content["model"]["fingerprint"]),
+                strategy=content["strategy"],
+                asked=content["asked"],
+                min_ratio=content["min_ratio"],
+                allow_growth=content["allow_growth"],
+                threshold=content["threshold"],
+                allocations=tuple(_read_allocation(m, path) for m in content["matrices"]),
+                include=tuple(content["include"]),
+                exclude=tuple(content["exclude"]),
+                scaling=content.get("scaling", NONE),
+                calibration=content.get("calibration", {}),
+                rank_multiple=content.get("rank_multiple", 1),
+                grids=grids,
+                neurons=read_neurons(content.get("neurons", {})),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise WeLoreError(f"{path} is not a plan of welore ({error!r}): make one with `welore allocate`") from error
+
+
+def _read_allocation(entry: Mapping[str, Any], path: str | Path) -> Allocation:
+    (m, n), kept = entry["shape"], entry["kept"]
+    if not all(isinstance(x, int) and x > 0 for x in (m, n, kept)):
+        raise WeLoreError(f"{path}: shape and rank of {entry['name']} must be whole numbers above 0")
+    if not 1 <= kept <= min(m, n):
+        raise WeLoreError(f"{path}: rank {kept} of {entry['name']} must lie between 1 and {min(m, n)}")
+    factored = bool(entry["factored"])
+    form = entry.get("form", FACTORED) if factored else FACTORED  # plans from before there were forms have none
+    choose(f"form of {entry['name']} in {path}:", form, FORMS)
+    if form == PIVOTED and kept == min(m, n):
+        raise WeLoreError(f"{path}: {entry['name']} has full rank {kept}; pivoted storage needs a lower one")
+    return Allocation(entry["name"], (m, n), kept, factored, float(entry["relative_error"]), form)

@@ -1,0 +1,114 @@
+"""1 - Singular values of every targeted matrix: the artefact `spectra.safetensors` and its mathematics.
+
+numpy only. Shapes: W (m, n) = (out_features, in_features); full_rank k = min(m, n); sigma (k,) descending.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from welore.allocation.neurons import Neurons, as_json, read_neurons
+from welore.config import NONE
+from welore.errors import WeLoreError
+from welore.io.atomic import whole_file
+from welore.layers.block_grid import Grid, read_grids
+from welore.linalg.spectrum import Values, normalise
+from welore.records import Identity
+
+FORMAT = "welore.spectra/1"
+LOSSES = ".losses"  # after a name in the file
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Singular values of the targeted matrices of one model, in the model's order.
+
+    values: name -> sigma (k,), float64, descending; shapes: name -> (m, n).
+    include, exclude: the patterns that chose the targets.
+    scaling: of what matrices these are the values (scaling.SCALINGS); the weights themselves under "none".
+    calibration: what the scaling rests on: inputs and settings of the calibration's record, empty without one.
+    outliers: name -> share of the weights whose |W_ij| rms(x_j) exceeds five times the mean of the matrix; calibrated.
+    losses: name -> what cutting each value costs, (k,), where it was measured (scaling "kfac"); the squares of the
+    values only predict it.
+    unreached: names of the matrices that no token of the calibration reached: nothing is known of what a cut costs.
+    grids: layer -> blocks down and across of the matrices that are split; each block is a matrix of its own here.
+    neurons: MLP -> the neurons that were left of it when the values were computed.
+    """
+
+    model: Identity
+    values: Mapping[str, Values]
+    shapes: Mapping[str, tuple[int, int]]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    scaling: str = NONE
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    outliers: Mapping[str, float] = field(default_factory=dict)
+    losses: Mapping[str, Values] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
+    grids: Mapping[str, Grid] = field(default_factory=dict)
+    neurons: Mapping[str, Neurons] = field(default_factory=dict)
+
+    def normalised(self) -> dict[str, Values]:
+        """Name -> normalised spectrum s (k,), see `normalise`."""
+        return {name: normalise(sigma) for name, sigma in self.values.items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the values (float64) with the model's identity in the file's metadata."""
+        about = {
+            "format": FORMAT,
+            "model": self.model.name,
+            "fingerprint": self.model.fingerprint,
+            "shapes": json.dumps({name: list(shape) for name, shape in self.shapes.items()}),
+            "include": json.dumps(self.include),
+            "exclude": json.dumps(self.exclude),
+            "scaling": self.scaling,
+            "calibration": json.dumps(dict(self.calibration)),
+            "outliers": json.dumps(dict(self.outliers)),
+            "unreached": json.dumps(self.unreached),
+            "grids": json.dumps(dict(self.grids)),
+            "neurons": json.dumps(as_json(self.neurons)),
+        }
+        with whole_file(path) as partial:
+            arrays = {name: np.ascontiguousarray(v) for name, v in self.values.items()}
+            save_file(
+                arrays | {name + LOSSES: np.ascontiguousarray(v) for name, v in self.losses.items()}, partial, about
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Spectra":
+        """The spectra at `path`; WeLoreError if the file is missing, broken or something else."""
+        if not Path(path).is_file():
+            raise WeLoreError(f"{path} does not exist: make it with `welore analyze MODEL -o {path}`")
+        try:
+            with safe_open(path, "np") as file:
+                about = file.metadata() or {}
+                if about.get("format") != FORMAT:
+                    raise WeLoreError(f"{path} holds no spectra: make them with `welore analyze MODEL -o FILE`")
+                shapes = {name: (s[0], s[1]) for name, s in json.loads(about["shapes"]).items()}
+                values = {name: file.get_tensor(name) for name in shapes}
+                losses = {n: file.get_tensor(n + LOSSES) for n in shapes if n + LOSSES in file.keys()}  # noqa: SIM118
+            identity = Identity(about["model"], about["fingerprint"])
+            include, exclude = (tuple(json.loads(about[name])) for name in ("include", "exclude"))
+            calibrated = {name: json.loads(about.get(name, "{}")) for name in ("calibration", "outliers")}
+            unreached = tuple(json.loads(about.get("unreached", "[]")))
+            grids = read_grids(json.loads(about.get("grids", "{}")))
+            neurons = read_neurons(json.loads(about.get("neurons", "{}")))
+        except SafetensorError as error:
+            raise WeLoreError(f"{path} is not a readable safetensors file ({error})") from error
+        except (KeyError, ValueError) as error:
+            raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
+        more: dict[str, Any] = {"losses": losses, "unreached": unreached, "grids": grids, "neurons": neurons}
+        return cls(identity, values, shapes, include, exclude, about.get("scaling", NONE), **calibrated, **more)
+
+
+def block_of(name: str) -> str:
+    """The decoder block of a matrix, by its name up to the first number; "" outside of blocks."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return found.group() if found else ""

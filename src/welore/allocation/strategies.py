@@ -1,0 +1,136 @@
+"""How singular values of different matrices are compared: a strategy gives every one of them a score.
+
+One level then cuts the scores of the whole model (`allocation.allocate`). Functions of arrays: sigma (k,) descending of
+every matrix in, scores (k,) not ascending out. Where the spectra are those of scaled matrices (`scaling.SCALINGS`),
+squares are predicted losses, in one unit for the whole model; plain ones tell only what share of a matrix is lost.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from welore.allocation.spectra import Spectra, block_of
+from welore.config import BREAK_EVEN, PLAIN, MinRatio
+from welore.errors import WeLoreError
+from welore.layers.registry import FACTORED, PIVOTED, cost, pivoting_pays
+from welore.linalg.spectrum import Values, normalise
+
+OWL_SPREAD = 0.08  # lambda of OWL: how far the ratio of a block may lie from the mean
+
+Scores = list[Values]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How scores are made, and which matrices may be factored by default (`min_ratio` of `allocation.allocate`)."""
+
+    scores: Callable[[Spectra, str], Scores]
+    min_ratio: MinRatio
+
+
+def welore(spectra: Spectra, storage: str) -> Scores:
+    """The normalised spectrum itself, so that the level is the paper's one threshold. WeLore section 4.1."""
+    return [normalise(sigma) for sigma in spectra.values.values()]
+
+
+def uniform(spectra: Spectra, storage: str) -> Scores:
+    """The position in the spectrum, so that a level f removes the same fraction f of every matrix."""
+    return [_positions(len(sigma)) for sigma in spectra.values.values()]
+
+
+def owl(spectra: Spectra, storage: str) -> Scores:
+    """Uniform inside a block; blocks with more outliers keep more. OWL, arXiv 2310.05175, section 3.
+
+    The fraction removed from a block is that of the model plus at most OWL_SPREAD, less for more outliers; the mean
+    over the blocks is kept. Here an outlier is counted against the mean of its matrix, there of its block.
+    """
+    if not spectra.outliers:
+        raise WeLoreError("strategy owl needs outliers, which are counted with a calibration: give --calibration")
+    blocks: dict[str, list[tuple[float, int]]] = {}
+    for name, (m, n) in spectra.shapes.items():
+        blocks.setdefault(block_of(name), []).append((spectra.outliers[name], m * n))
+    share = {
+        block: sum(x * size for x, size in found) / sum(size for _, size in found) for block, found in blocks.items()
+    }
+    mean = sum(share.values()) / len(share)
+    widest = max(abs(x - mean) for x in share.values()) or 1.0
+    kept_more = {block: OWL_SPREAD * (x - mean) / widest for block, x in share.items()}
+    return [_positions(len(sigma)) + kept_more[block_of(name)] for name, sigma in spectra.values.items()]
+
+
+def energy(spectra: Spectra, storage: str) -> Scores:
+    """The share of the squared norm that is lost with this value and all smaller ones: the same for every matrix."""
+    return [_tails(sigma**2)[:-1] / (float((sigma**2).sum()) or 1.0) for sigma in spectra.values.values()]
+
+
+def waterfill(spectra: Spectra, storage: str) -> Scores:
+    """What a stored number is worth: loss avoided per number, so that one price for all minimises the sum of losses.
+
+    The loss of a matrix at rank r is the sum of the losses of what is cut: measured ones where there are any, else the
+    squares of the values; of plain spectra, as a share of the squared norm. Against the numbers stored it falls along a
+    curve; what is optimal at any price are the corners of its lower convex hull, which ends at the dense matrix (no
+    loss). The score is the slope of the hull, so that all values between two corners share one score and go together.
+    """
+    found = []
+    for name, sigma in spectra.values.items():
+        loss = spectra.losses.get(name, sigma**2)
+        if spectra.scaling in PLAIN:
+            loss = loss / (float(loss.sum()) or 1.0)
+        found.append(_slopes(_tails(loss), stored(np.arange(1, len(loss) + 1), spectra.shapes[name], storage)))
+    return found
+
+
+STRATEGIES = {
+    "welore": Strategy(welore, min_ratio=0.5),
+    "uniform": Strategy(uniform, min_ratio=0.0),
+    "owl": Strategy(owl, min_ratio=0.0),
+    "energy": Strategy(energy, min_ratio=0.0),
+    "waterfill": Strategy(waterfill, min_ratio=BREAK_EVEN),
+}
+
+
+def stored(ranks: NDArray[np.int64], shape: tuple[int, int], storage: str) -> NDArray[np.int64]:
+    """Numbers that W (m, n) takes at each of the `ranks` if it is stored in low rank; dense at full rank."""
+    m, n = shape
+    if storage == "auto":
+        low = np.where(pivoting_pays(m, n, ranks), cost(m, n, ranks, PIVOTED), cost(m, n, ranks, FACTORED))
+    else:
+        low = cost(m, n, ranks, storage)
+    return np.where(ranks == min(m, n), m * n, low)
+
+
+def _positions(k: int) -> Values:
+    return (np.arange(k, 0, -1) - 0.5) / k
+
+
+def _tails(squares: Values) -> Values:
+    """(k + 1,): what is cut at rank 0 .. k."""
+    return np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
+
+
+def _slopes(loss: Values, numbers: NDArray[np.int64]) -> Values:
+    """Score (k,) of every value: the slope of the lower hull of (numbers, loss) over the step that ends at its rank.
+
+    loss: (k + 1,), at rank 0 .. k; numbers: (k,), at rank 1 .. k, the last being dense. Rank 1 is the least, so the
+    first value is worth as much as the second. Ranks that store no less than the dense matrix are no corners.
+    """
+    k = len(numbers)
+    corners: list[int] = []
+    for r in [*np.flatnonzero(numbers[:-1] < numbers[-1]).tolist(), k - 1]:  # index r: rank r + 1
+        while len(corners) > 1 and _steeper(loss[1:], numbers, corners[-2], corners[-1], r):
+            corners.pop()
+        corners.append(r)
+    scores = np.zeros(k)
+    for before, after in itertools.pairwise(corners):
+        scores[before + 1 : after + 1] = (loss[before + 1] - loss[after + 1]) / float(numbers[after] - numbers[before])
+    scores[0] = scores[min(1, k - 1)]
+    return np.minimum.accumulate(scores)  # rounding must not turn the order round
+
+
+def _steeper(loss: Values, numbers: NDArray[np.int64], a: int, b: int, c: int) -> bool:
+    """Whether the way from b to c falls as steeply as that from a to b: then b is no corner."""
+    first = (loss[a] - loss[b]) * float(numbers[c] - numbers[b])
+    return bool((loss[b] - loss[c]) * float(numbers[b] - numbers[a]) >= first)

@@ -1,0 +1,159 @@
+"""Files of the paper's reference scripts: their singular values and their compressed state dict.
+
+Both are torch files; they are read with weights_only=True, so nothing in them is ever executed.
+"""
+
+import pickle
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from welore.allocation.spectra import Spectra
+from welore.errors import WeLoreError
+from welore.io.atomic import refuse_existing, refuse_source, whole_directory
+from welore.io.checkpoint import RECORD, SHARD_SIZE, Step, check_finite, write_config, write_weights
+from welore.io.hub import locate
+from welore.io.progress import Progress, silent
+from welore.models.quantizer import WeLoreConfig
+from welore.models.skeleton import config_of, decoder_blocks, dense_skeleton
+from welore.models.source import opened
+from welore.models.targets import find_targets
+from welore.records import Record
+
+
+def import_singular_values(
+    path: str | Path,
+    model: str | Path,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+) -> Spectra:
+    """Spectra of MODEL from a torch file {layer index: {"self_attn.q_proj": values (k,), ...}}.
+
+    Raises WeLoreError if a targeted matrix is missing there or has another number of values.
+    """
+    content = _load(path)
+    with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
+        blocks, _ = decoder_blocks(weights.skeleton)
+        values = {}
+        for target in weights.targets:
+            layer, _, kind = target.name.removeprefix(blocks + ".").partition(".")
+            found = _entry(content, layer, kind)
+            if not isinstance(found, Tensor):
+                raise WeLoreError(f"{path} has no singular values of layer {layer}, {kind}")
+            sigma = np.sort(found.detach().to(torch.float64).flatten().numpy())[::-1].copy()
+            if len(sigma) != min(target.shape):
+                raise WeLoreError(f"{path}: layer {layer}, {kind} has {len(sigma)} values, not {min(target.shape)}")
+            if not np.isfinite(sigma).all():
+                raise WeLoreError(f"{path}: layer {layer}, {kind} has NaN or Inf among its values")
+            values[target.name] = sigma
+        shapes = {target.name: target.shape for target in weights.targets}
+        return Spectra(weights.identity, values, shapes, weights.include, weights.exclude)
+
+
+def import_checkpoint(
+    path: str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    cache_dir: str | Path | None = None,
+    revision: str | None = None,
+    max_shard_size: str = SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Record:
+    """Write a checkpoint of ours from a state dict whose LRCs are `NAME.U.weight` (m, r), `NAME.V.weight` (r, n).
+
+    model: gives the configuration and the tokenizer; its own weights are not read. U becomes A, V becomes B.
+    Raises WeLoreError if a parameter of the model is missing or has the wrong shape.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    started = time.perf_counter()
+    state = _load(path)
+    directory = locate(model, cache_dir=cache_dir, revision=revision)
+    refuse_source(out, directory)
+    steps, ranks, numbers = _plan_import(state, path, directory)
+    with whole_directory(out, overwrite=overwrite) as unfinished:
+        numbers["bytes"] = write_weights(unfinished, steps, max_shard_size, progress)
+        write_config(directory, unfinished, WeLoreConfig(ranks).to_dict())
+        numbers["seconds"] = time.perf_counter() - started
+        settings: dict[str, Any] = {"strategy": "imported", "asked": {}, "include": [], "exclude": []}
+        record = Record("compression", {"model": str(model), "file": Path(path).name}, settings, numbers)
+        record.save(unfinished / RECORD)
+    return record
+
+
+def _plan_import(
+    state: Mapping[str, Any], path: str | Path, directory: Path
+) -> tuple[list[Step], dict[str, int], dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    skeleton = dense_skeleton(config_of(directory), AutoModelForCausalLM)
+    targets = {target.name: target for target in find_targets(skeleton)}
+    ranks: dict[str, int] = {}
+    steps = []
+    for name, parameter in skeleton.named_parameters():  # tied weights once
+        module = name.removesuffix(".weight")
+        U, V = state.get(f"{module}.U.weight"), state.get(f"{module}.V.weight")
+        if isinstance(U, Tensor) and isinstance(V, Tensor) and module in targets:
+            (m, n), r = targets[module].shape, U.shape[-1]
+            _check_shape(path, f"{module}.U.weight", U, (m, r))
+            _check_shape(path, f"{module}.V.weight", V, (r, n))
+            ranks[module] = r
+            parts = {f"{module}.A.weight": U, f"{module}.B.weight": V, name: torch.empty(0, dtype=U.dtype)}
+        else:
+            tensor = state.get(name)
+            if not isinstance(tensor, Tensor):
+                raise WeLoreError(f"{path} has neither {name} nor its factors {module}.U.weight and {module}.V.weight")
+            _check_shape(path, name, tensor, tuple(parameter.shape))
+            parts = {name: tensor}
+        steps.append(Step({key: (t.dtype, tuple(t.shape)) for key, t in parts.items()}, partial(_checked, parts)))
+    dense = sum(m * n for m, n in (t.shape for t in targets.values()))
+    saved = sum(m * n - ranks[t.name] * (m + n) for t in targets.values() if t.name in ranks for m, n in [t.shape])
+    removed = sum(min(t.shape) - ranks[t.name] for t in targets.values() if t.name in ranks)
+    numbers: dict[str, Any] = {
+        "rank_reduction": removed / sum(min(t.shape) for t in targets.values()),
+        "parameter_ratio": (dense - saved) / dense,
+        "matrices": len(targets),
+        "lrcs": len(ranks),
+        "targeted_parameters_dense": dense,
+        "targeted_parameters": dense - saved,
+    }
+    return steps, ranks, numbers
+
+
+def _checked(parts: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    for name, tensor in parts.items():
+        check_finite(name, tensor)
+    return {name: [tensor.detach().flatten()] if tensor.numel() else [] for name, tensor in parts.items()}
+
+
+def _check_shape(path: str | Path, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise WeLoreError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {shape}")
+
+
+def _entry(content: Mapping[Any, Any], layer: str, kind: str) -> Any:
+    """Layers may be counted by numbers or by text."""
+    found = content.get(int(layer), content.get(layer)) if layer.isdigit() else None
+    return found.get(kind) if isinstance(found, Mapping) else None
+
+
+def _load(path: str | Path) -> Mapping[Any, Any]:
+    if not Path(path).is_file():
+        raise WeLoreError(f"{path} does not exist")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise WeLoreError(f"{path} is not a torch file of plain tensors: nothing else is ever unpickled") from error
+    if not isinstance(content, Mapping):
+        raise WeLoreError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content

@@ -1,0 +1,408 @@
+"""Every setting of the package, in one place: its type, its default, its help text and its check.
+
+A verb takes one of these frozen dataclasses. The command line, `--config file.yaml` and the records are made from
+their fields. Registries (STRATEGIES, SCALINGS, METHODS, ...) have exactly the names of the closed sets below.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypedDict, get_args
+
+from welore.errors import WeLoreError
+
+StrategyName = Literal["welore", "uniform", "owl", "energy", "waterfill"]
+ScalingName = Literal["none", "asvd", "whitening", "kfac"]
+StorageName = Literal["factored", "pivoted", "auto"]
+PresetName = Literal["best", "fast", "paper"]
+MethodName = Literal["lrc", "nlrc", "full", "lora", "galore"]
+TaskName = Literal["commonsense_qa", "svamp", "boolq", "coin_flip", "object_tracking", "strategy_qa"]
+DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+OpeningName = Literal["vocabulary", "word", "nothing", "chat"]
+TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
+MinRatio = float | Literal["break-even"]
+
+NONE, ASVD, WHITENING, KFAC = "none", "asvd", "whitening", "kfac"
+INPUT = "input"
+PLAIN = (NONE, ASVD)  # scalings whose values are not losses in a unit that all matrices share
+BREAK_EVEN: Literal["break-even"] = "break-even"
+SELF = "self"  # a dataset: text that the model (of a fine-tuning, its teacher) writes
+SHARD_SIZE = "5GB"
+NUM_TOKENS, MAX_LENGTH = 65_536, 512  # of calibration
+
+# A text: a name, a hub id, a file, several of them with weights ("wikitext2:1,my.txt:2"), a list of strings, a
+# datasets.Dataset, or windows of token ids (count, length).
+Dataset = str | Path | Sequence[str] | Mapping[str, float] | Any
+
+
+def option(default: Any, help: str, *, panel: str = "Options", **more: Any) -> Any:
+    """A field of a settings class.
+
+    help: one sentence in the imperative, for the command line and the reference. panel: where `--help` shows it.
+    more: `flag`, its name on the command line if that is not the field's; `shown`, a default that depends on others.
+    """
+    factory = {"default_factory": default} if callable(default) else {"default": default}
+    return field(**factory, metadata={"help": help, "panel": panel} | more)
+
+
+# --- what travels through every verb --------------------------------------------------------------------------------
+
+
+class RunOptions(TypedDict, total=False):
+    """The fields of RunConfig, as keyword arguments of every verb."""
+
+    device: str
+    workers: int | None
+    cache_dir: str | Path | None
+    revision: str | None
+    overwrite: bool
+    progress: bool | None
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a verb computes and what it may replace."""
+
+    device: str = option("auto", "Where to compute: auto (a GPU if there is one), cpu, cuda:1, mps.", panel="Run")
+    workers: int | None = option(
+        None, "Matrices in work at once.", panel="Run", shown="one per core on a CPU, one on a GPU"
+    )
+    cache_dir: str | Path | None = option(None, "Where downloads and converted .gguf files are kept.", panel="Run")
+    revision: str | None = option(None, "Branch, tag or commit of a hub model.", panel="Run")
+    overwrite: bool = option(False, "Replace an existing result.", panel="Run")
+    progress: bool | None = option(None, "Show progress.", panel="Run", shown="where the output is a terminal")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, workers=self.workers)
+
+
+# --- compression ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AllocationConfig:
+    """How large the result is, and how ranks are shared out among the matrices."""
+
+    keep: float | None = option(None, "Target: share of the parameters to keep, 0 to 1.", panel="Target")
+    rank_reduction: float | None = option(None, "Target: effective rank reduction (ERR), 0 to 1.", panel="Target")
+    threshold: float | None = option(
+        None, "Target: the threshold on normalised singular values itself.", panel="Target"
+    )
+    strategy: StrategyName | None = option(
+        None,
+        "How to compare singular values of different matrices.",
+        panel="Method",
+        shown="waterfill; welore if plain",
+    )
+    storage: StorageName | None = option(
+        None, "How to store low-rank matrices.", panel="Method", shown="auto, the smaller; factored if plain"
+    )
+    min_ratio: MinRatio | None = option(
+        None,
+        "Factor a matrix only if it loses more than this share of its rank; break-even: if that makes it smaller.",
+        panel="Method",
+        shown="the strategy's own",
+    )
+    allow_growth: bool = option(False, "Also factor matrices that become larger by it.", panel="Method")
+    rank_multiple: int = option(1, "Make ranks multiples of this; 16 suits most kernels.", panel="Method")
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("keep", self.keep),
+            ("rank_reduction", self.rank_reduction),
+            ("threshold", self.threshold),
+        ):
+            # With allow_growth factors may outgrow the matrix, at most twice.
+            if value is not None and not 0 <= value <= (2 if name == "keep" else 1):
+                raise WeLoreError(f"{name} is {value:g}: it is a fraction between 0 and 1 (0.3 means 30 per cent)")
+        if self.min_ratio is not None and self.min_ratio != BREAK_EVEN and not 0 <= float(self.min_ratio) < 1:
+            raise WeLoreError(f"min_ratio is {self.min_ratio}: it is a fraction from 0 to below 1, or {BREAK_EVEN!r}")
+        require_at_least(1, rank_multiple=self.rank_multiple)
+
+    @property
+    def target(self) -> tuple[str, float]:
+        """Name and value of the one target; WeLoreError for none or several."""
+        targets = {name: getattr(self, name) for name in ("rank_reduction", "keep", "threshold")}
+        given = [(name, float(value)) for name, value in targets.items() if value is not None]
+        if len(given) != 1:
+            raise WeLoreError("give exactly one target: keep, rank_reduction or threshold")
+        return given[0]
+
+
+@dataclass(frozen=True)
+class CompressionConfig(AllocationConfig):
+    """What `compress` makes of a model. A field that is None follows the preset, or the scaling without one."""
+
+    preset: PresetName | None = option(
+        None,
+        "best: the lowest loss for the size; fast: the same from few tokens, no recovery; paper: WeLore as published.",
+        panel="Target",
+        shown="best for a size alone",
+    )
+    scaling: ScalingName | None = option(
+        None, "What to decompose: the weights (none), or weights scaled by statistics.", panel="Method", shown="preset"
+    )
+    split: bool | None = option(
+        None, "Cut matrices at least twice as long as wide block by block.", panel="Method", shown="with scaling kfac"
+    )
+    mlp_pruning: float | None = option(
+        None,
+        "Share of the MLP neurons to take out before factorisation.",
+        panel="Method",
+        shown="preset best chooses, else 0",
+    )
+    include: tuple[str, ...] = option((), "Target only modules that match: q_proj, 'layers.*.mlp'.", panel="Targets")
+    exclude: tuple[str, ...] = option((), "Leave modules that match dense.", panel="Targets")
+    max_shard_size: str = option(SHARD_SIZE, "Largest size of one weight file.", panel="Run")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mlp_pruning is not None and not 0 <= self.mlp_pruning < 1:
+            raise WeLoreError(
+                f"mlp_pruning is {self.mlp_pruning:g}: it is the share that is taken out, from 0 to below 1"
+            )
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Which text the statistics are taken from, and how."""
+
+    dataset: Dataset = option(
+        SELF,
+        "self (the model writes), a name, hub id or file, or several with weights: wikitext2:1,my.txt:2.",
+        panel="Calibration",
+    )
+    num_tokens: int = option(NUM_TOKENS, "Tokens to read, rounded up to whole windows.", panel="Calibration")
+    max_length: int | None = option(
+        None, "Tokens of a window.", panel="Calibration", shown="512, or what the model reads"
+    )
+    seed: int = option(0, "Random seed.", panel="Calibration")
+    batch_size: int = option(4, "Windows in work at once.", panel="Calibration")
+    dtype: DtypeName = option("float32", "Data type of the computation.", panel="Calibration")
+    measure_losses: float = option(
+        0.25, "Share of the windows on which the loss of every cut is measured; 0: none.", panel="Calibration"
+    )
+    split: bool = option(True, "Measure losses block by block, as compress cuts.", panel="Calibration")
+    temperature: float = option(1.0, "Sampling temperature of self-written text.", panel="Self-written text")
+    top_k: int = option(0, "Sample from the k likeliest tokens; 0: from all.", panel="Self-written text")
+    top_p: float = option(1.0, "Sample from the likeliest tokens up to this probability.", panel="Self-written text")
+    first: OpeningName = option("vocabulary", "What a self-written text begins with.", panel="Self-written text")
+    whole_model: bool = option(False, "Run the model whole instead of block by block.", panel="Calibration")
+    include: tuple[str, ...] = option((), "Target only modules that match: q_proj, 'layers.*.mlp'.", panel="Targets")
+    exclude: tuple[str, ...] = option((), "Leave modules that match out.", panel="Targets")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, num_tokens=self.num_tokens, batch_size=self.batch_size)
+        require_at_least(2, max_length=self.max_length)
+        if not 0 <= self.measure_losses <= 1:
+            raise WeLoreError(f"measure_losses is {self.measure_losses:g}: it is a share of the windows, 0 to 1")
+        if not 0 < self.temperature < float("inf"):
+            raise WeLoreError(
+                f"temperature is {self.temperature}: it must be above 0 (1 is the model's own distribution)"
+            )
+        if self.top_k < 0:
+            raise WeLoreError(f"top_k is {self.top_k}: it must be at least 1, or 0 for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise WeLoreError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+
+
+@dataclass(frozen=True)
+class RecoveryConfig:
+    """The short training of the factors, from the dense model as teacher, that ends `compress`."""
+
+    dataset: Dataset = option(
+        SELF,
+        "Text for the recovery training: self (what the model wrote), texts as for calibration, or none.",
+        panel="Recovery",
+        flag="recovery",
+        shown="self for preset best",
+    )
+    num_tokens: int | None = option(
+        None, "Tokens to read of a text that people wrote.", panel="Recovery", flag=None, shown="as for calibration"
+    )
+    max_steps: int = option(64, "Steps at most on self-written text.", panel="Recovery", flag="recovery-max-steps")
+    batch_size: int = option(2, "Windows of a step.", panel="Recovery", flag="recovery-batch-size")
+    learning_rate: float | None = option(
+        None, "Peak learning rate.", panel="Recovery", flag="recovery-learning-rate", shown="from the factors' size"
+    )
+    warmup_steps: int = option(8, "Steps up to the peak.", panel="Recovery", flag="recovery-warmup-steps")
+    save_steps: int = option(16, "Steps between checkpoints.", panel="Recovery", flag="recovery-save-steps")
+    max_eval_samples: int = option(16, "Windows held out at most.", panel="Recovery", flag="recovery-max-eval-samples")
+
+    def __post_init__(self) -> None:
+        counts = ("num_tokens", "max_steps", "batch_size", "save_steps", "max_eval_samples")
+        require_at_least(1, **{name: getattr(self, name) for name in counts})
+        require_at_least(0, warmup_steps=self.warmup_steps)
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What a model is measured on: the perplexity of a text, or tasks of lm-eval."""
+
+    dataset: Dataset = option("wikitext2", "A name, hub id or file (.txt, .jsonl, .parquet).", panel="Text")
+    max_length: int = option(2048, "Tokens of a window.", panel="Text")
+    num_windows: int | None = option(None, "Only the first windows.", panel="Text", shown="the whole text")
+    batch_size: int = option(1, "Windows read at once; does not change the result.", panel="Text")
+    dtype: DtypeName = option("auto", "Data type of the weights; auto is that of the checkpoint.", panel="Text")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, batch_size=self.batch_size, num_windows=self.num_windows)
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Which questions of a task a model answers."""
+
+    task: TaskName = option("boolq", "The task.", panel="Task")
+    dataset: str | Path | None = option(
+        None, "The task's original file, or 'generated'.", panel="Task", shown="the hub's data set"
+    )
+    limit: int | None = option(None, "Only the first questions.", panel="Task")
+    batch_size: int = option(8, "Questions answered at once.", panel="Task")
+    dtype: DtypeName = option("auto", "Data type of the weights; auto is that of the checkpoint.", panel="Task")
+    seed: int = option(0, "Random seed of generated questions.", panel="Task")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, batch_size=self.batch_size, limit=self.limit)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """One fine-tuning run. What transformers' TrainingArguments has, too, has its name here."""
+
+    method: MethodName = option("lrc", "What to train.", panel="Method")
+    dataset: Dataset | None = option(
+        None, "A text; self: the teacher writes it; a .safetensors file of windows.", panel="Data"
+    )
+    task: TaskName | None = option(None, "A task to learn in place of a text.", panel="Data")
+    task_dataset: str | Path | None = option(
+        None, "The task's original file, or 'generated'.", panel="Data", shown="the hub's data set"
+    )
+    max_steps: int | None = option(None, "Optimiser steps.", panel="Training", shown="10000; 1000 for a task")
+    learning_rate: float = option(5e-5, "Peak learning rate; a cosine brings it down to a tenth.", panel="Training")
+    warmup_steps: int | None = option(None, "Steps up to the peak.", panel="Training", shown="one in twenty")
+    batch_size: int | None = option(None, "Sequences of a process.", panel="Training", shown="4; 8 for a task")
+    gradient_accumulation_steps: int = option(1, "Batches added up to one step.", panel="Training")
+    max_length: int | None = option(None, "Tokens of a sequence.", panel="Data", shown="1024; 512 for a task")
+    seed: int = option(0, "Random seed.", panel="Training")
+    dtype: DtypeName = option("auto", "Data type of the computation; what is trained stays float32.", panel="Training")
+    save_dtype: DtypeName | None = option(
+        None, "Data type of the result.", panel="Output", shown="that of the computation"
+    )
+    attention: str | None = option(
+        None, "sdpa, eager, flash_attention_2, ...", panel="Training", shown="what transformers chooses"
+    )
+    train_norms: bool = option(False, "Train the norms, too (lrc, nlrc).", panel="Method")
+    loss_on_prompt: bool = option(False, "Learn the questions of a task, too.", panel="Data")
+    rank: int | None = option(None, "Rank of lora or galore.", panel="Method", shown="8; 128")
+    optimizer: str = option("adamw_torch_fused", "Any optimiser of transformers' Trainer.", panel="Training")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", panel="Training")
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: not at all.", panel="Training")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass to save memory.", panel="Memory"
+    )
+    selective_checkpointing: bool = option(
+        False, "Keep attention and wide products, recompute the rest.", panel="Memory"
+    )
+    whole_logits: bool = option(False, "Compute the loss from all logits at once: more memory.", panel="Memory")
+    eval_steps: int = option(500, "Steps between evaluations on held-out data; 0: never.", panel="Output")
+    max_eval_samples: int = option(64, "Held-out sequences to evaluate on.", panel="Output")
+    save_steps: int = option(500, "Steps between checkpoints; 0: none.", panel="Output")
+    distill: str | Path | None = option(
+        None, "A teacher to imitate: the dense model from which MODEL was made.", panel="Distillation"
+    )
+    distill_weight: float | None = option(
+        None, "The teacher's share of the loss; the rest is the text's.", panel="Distillation", shown="1"
+    )
+    distill_temperature: float | None = option(
+        None, "Temperature of both distributions.", panel="Distillation", shown="1"
+    )
+    self_tokens: int | None = option(
+        None, "Tokens that the teacher writes for --dataset self.", panel="Distillation", shown="all that are read"
+    )
+    report_to: TrackerName = option("none", "Experiment tracker.", panel="Output")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A small Llama that is trained from nothing, and what is recorded on the way."""
+
+    size: str = option("9m", "A name (2m, 9m, ...), or hidden/layers/heads/intermediate.", panel="Model")
+    dataset: Dataset | None = option(None, "A text to train on.", panel="Data")
+    tokenizer: str | None = option(
+        None, "Hub model or directory to take the tokenizer from.", panel="Model", shown="a BPE of the text"
+    )
+    vocab_size: int = option(32_000, "Tokens of the BPE.", panel="Model")
+    max_steps: int = option(25_000, "Optimiser steps.", panel="Training")
+    learning_rate: float = option(1e-3, "Peak learning rate; a cosine brings it down to a tenth.", panel="Training")
+    warmup_steps: int | None = option(None, "Steps up to the peak.", panel="Training", shown="one in twenty")
+    batch_size: int = option(32, "Sequences of a process.", panel="Training")
+    gradient_accumulation_steps: int = option(1, "Batches added up to one step.", panel="Training")
+    max_length: int = option(256, "Tokens of a sequence.", panel="Data")
+    seed: int = option(0, "Random seed.", panel="Training")
+    dtype: DtypeName = option("auto", "Data type of the computation.", panel="Training")
+    optimizer: str = option("adamw_torch_fused", "Any optimiser of transformers' Trainer.", panel="Training")
+    weight_decay: float = option(0.0, "Weight decay of AdamW.", panel="Training")
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: not at all.", panel="Training")
+    gradient_checkpointing: bool = option(
+        False, "Recompute activations in the backward pass to save memory.", panel="Training"
+    )
+    probes: int = option(30, "Steps at which gradients and weights are recorded.", panel="Study")
+    probe_items: int = option(32, "Sequences of each of the two batches of a probe.", panel="Study")
+    max_eval_samples: int = option(128, "Held-out sequences to evaluate on.", panel="Study")
+    save_steps: int = option(500, "Steps between checkpoints; 0: none.", panel="Training")
+    report_to: TrackerName = option("none", "Experiment tracker.", panel="Training")
+
+
+# --- checks and records ---------------------------------------------------------------------------------------------
+
+
+def require_at_least(minimum: int, **values: Any) -> None:
+    """Raise WeLoreError for the first value below the minimum; None is passed over."""
+    for name, value in values.items():
+        if value is not None and not value >= minimum:
+            raise WeLoreError(f"{name} is {value}: it must be at least {minimum}")
+
+
+def as_record(config: Any) -> dict[str, Any]:
+    """The fields of a settings class as a record stores them: plain JSON values.
+
+    A dataset that is no name becomes its type's name; what was read stands in the record's inputs with its digest.
+    """
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def from_mapping(kind: Any, content: Mapping[str, Any], source: str) -> Any:
+    """An instance of a settings class from a mapping (of a YAML file); WeLoreError for a field that it has not."""
+    names = {f.name for f in dataclasses.fields(kind)}
+    for name in content:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise WeLoreError(f"{source}: {kind.__name__} has no field {name!r}{hint}")
+    return kind(**content)
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(v) for name, v in value.items()}
+    if isinstance(value, list | tuple) and len(value) <= 64:
+        return [_plain(v) for v in value]
+    return type(value).__name__
+
+
+def choices(literal: Any) -> tuple[str, ...]:
+    """The names of a closed set."""
+    return get_args(literal)

@@ -1,0 +1,301 @@
+"""6 - The claims of the paper about a pre-training: what a trace says of each, and the verdict over several seeds.
+
+Every measure is written so that a positive value is what the paper claims, with a 95 % interval by bootstrap over
+the matrices (the seeds are told apart, never pooled). numpy and scipy only.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from welore.allocation.plan import Allocation
+from welore.emergence.trace import COSINE, OVERLAPS, Array, Matrix, Trace
+from welore.errors import WeLoreError
+from welore.records import Record
+from welore.reporting.module_types import Place, places
+from welore.reporting.tables import Table
+
+RESAMPLED, COVERED = 2000, 0.95
+SETTLED = 0.5  # of the overlap that noise would leave, corrected for chance
+SUBSPACE = 16  # rank of the subspaces by which settling is told
+LOW_KINDS, HIGH_KINDS = ("q_proj", "k_proj", "o_proj", "gate_proj"), ("v_proj", "up_proj", "down_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+RANK_AXIS = {  # numbers of a matrix that are held against its reduction ratio, and how an axis calls them
+    "settles_at": "settling step, as a share of the run",
+    "stable_rank_to_noise": "stable rank of the gradient / that of noise",
+}
+HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """says: the claim; by: what is measured, positive where it is as claimed."""
+
+    says: str
+    by: str
+
+
+CLAIMS = {
+    "C1": Claim(
+        "q, k, gate and o become lower in rank than v, up and down",
+        "mean reduction ratio of q, k, gate, o minus that of v, up, down",
+    ),
+    "C2": Claim(
+        "the first and the last block are lower in rank than those between",
+        "mean reduction ratio of the first and last block minus that of the others",
+    ),
+    "C4a": Claim(
+        "gradients are low rank",
+        "1 - median stable rank of a gradient over that of noise of the same shape, after warm-up, mean over matrices",
+    ),
+    "C4b": Claim(
+        "gradients of the MLPs in the middle fall to rank 1",
+        "2 - the least stable rank of their gradients, mean over these matrices",
+    ),
+    "C4b, later": Claim(
+        "and stay there after warm-up",
+        "2 - median stable rank of their gradients after warm-up, mean over these matrices",
+    ),
+    "C5a": Claim(
+        "gradients of low-rank matrices keep changing, those of the others saturate (v1)",
+        "-(rank correlation of reduction ratio and mean cosine of one batch's gradients in the second half)",
+    ),
+    "C5a, less noise": Claim(
+        "the same, if noise is taken out",
+        "-(the same with cosines of two batches' gradients, over their noise ceiling)",
+    ),
+    "C5b": Claim(
+        "gradient subspaces of low-rank matrices settle sooner (v2)",
+        "-(rank correlation of reduction ratio and settling step)",
+    ),
+    "C5b, within kinds": Claim(
+        "the same among matrices of one kind",
+        "-(the same, each less the mean of its module kind)",
+    ),
+    "C6": Claim(
+        "low-rank weights go together with low-rank gradients",
+        "-(rank correlation of reduction ratio and stable rank of the gradient over that of noise)",
+    ),
+}
+
+
+def measured(trace: Trace) -> dict[str, Any]:
+    """Numbers of a record: the threshold, every matrix, and a value with its interval for each of CLAIMS."""
+    plan, place = trace.plans[-1], places(trace.matrices)
+    rows = [_row(allocation, place[allocation.name], trace) for allocation in plan.allocations]
+    claims = _claims(rows)
+    assert claims.keys() == CLAIMS.keys()
+    return {
+        "threshold": plan.threshold,
+        "rank_reduction": plan.rank_reduction,
+        "parameter_ratio": plan.parameter_ratio,
+        "lrcs": len(plan.ranks),
+        "matrices": rows,
+        "claims": claims,
+    }
+
+
+# --- one matrix ------------------------------------------------------------------------------------------------
+
+
+def _row(allocation: Allocation, place: Place, trace: Trace) -> dict[str, Any]:
+    """One matrix in numbers; steps are shares of the run, 0 to 1."""
+    matrix = trace.matrices[allocation.name]
+    warm = after_warm_up(trace)
+    late = trace.steps >= trace.steps[-1] / 2
+    null = noise_stable_rank(*matrix.shape)
+    return {
+        "name": allocation.name,
+        "kind": place.kind,
+        "layer": place.layer,
+        "reduction_ratio": allocation.reduction_ratio,
+        "lrc": allocation.factored,
+        "stable_rank_first": float(matrix.stable_rank[0]),
+        "stable_rank_least": float(matrix.stable_rank.min()),
+        "stable_rank": float(np.median(matrix.stable_rank[warm])),
+        "stable_rank_to_noise": float(np.median(matrix.stable_rank[warm])) / null,
+        "top1_energy": float(np.median(matrix.top1_energy[warm])),
+        "late_cosine": _off_diagonal(matrix.same[COSINE][np.ix_(late, late)]),
+        "late_cosine_less_noise": _less_noise(matrix.other[COSINE][np.ix_(late, late)]),
+        "late_ceiling": float(np.mean(np.diag(matrix.other[COSINE])[late])),
+        "settles_at": settling(matrix, trace.steps),
+        "settles_at_same_batch": _last_below(corrected(matrix, matrix.same, SUBSPACE)[:, -1], trace.steps),
+        "effective_rank": effective_rank(matrix.weight[-1]),
+        "stable_rank_of_weight": _stable(matrix.weight[-1]),
+        "effective_rank_of_change": effective_rank(matrix.change[-1]),
+        "stable_rank_of_change": _stable(matrix.change[-1]),
+    }
+
+
+def after_warm_up(trace: Trace) -> NDArray[np.bool_]:
+    """Which checkpoints lie behind the step of the highest learning rate."""
+    return trace.steps >= trace.steps[int(np.argmax(trace.learning_rate))]
+
+
+def noise_stable_rank(m: int, n: int) -> float:
+    """Stable rank of a large m x n matrix of independent Gaussian numbers."""
+    return float(m * n / (np.sqrt(m) + np.sqrt(n)) ** 2)
+
+
+def effective_rank(sigma: Array) -> float:
+    """exp of the entropy of the singular values' shares (Roy and Vetterli, 2007); 0 for a zero matrix."""
+    total = sigma.sum()
+    share = sigma[sigma > 0] / total if total > 0 else np.zeros(0)
+    return float(np.exp(-(share * np.log(share)).sum())) if len(share) else 0.0
+
+
+def _stable(sigma: Array) -> float:
+    return float((sigma**2).sum() / sigma[0] ** 2) if sigma[0] > 0 else 0.0
+
+
+def overlap_with_last(matrix: Matrix, rank: int = SUBSPACE) -> Array:
+    """Overlap of the gradient's subspace with that of the last checkpoint, (T,): 0 chance, 1 as noise would leave it.
+
+    Of two batches, chance r / k taken off, divided by what the two agree on at either checkpoint (the correction for
+    attenuation of psychometrics). May exceed 1 by chance; 0 where two batches agree on nothing.
+    """
+    square = corrected(matrix, matrix.other, rank)
+    ceiling = np.sqrt(np.clip(np.diag(square) * square[-1, -1], 0, None))
+    return np.where(ceiling > 0, square[:, -1] / np.maximum(ceiling, 1e-12), 0.0)
+
+
+def settling(matrix: Matrix, steps: Array) -> float:
+    """Share of the run after which `overlap_with_last` never falls below one half again."""
+    return _last_below(overlap_with_last(matrix), steps)
+
+
+def corrected(matrix: Matrix, table: Mapping[str, Array], rank: int) -> Array:
+    """Overlaps (T, T) of `matrix.same` or `matrix.other`, chance taken off: 0 random subspaces, 1 equal ones."""
+    chance = min(rank, matrix.full_rank) / matrix.full_rank
+    return (table[OVERLAPS[rank]] - chance) / max(1 - chance, 1e-12)
+
+
+def _last_below(values: Array, steps: Array) -> float:
+    below = np.flatnonzero(values < SETTLED)
+    at = 0 if not len(below) else min(below[-1] + 1, len(steps) - 1)
+    return float(steps[at] / steps[-1])
+
+
+def _off_diagonal(square: Array) -> float:
+    return float(square[np.triu_indices(len(square), 1)].mean())
+
+
+def _less_noise(square: Array) -> float:
+    ceiling = np.sqrt(np.clip(np.diag(square), 0, None))
+    most = _off_diagonal(np.outer(ceiling, ceiling))
+    return _off_diagonal(square) / most if most > 0 else 0.0
+
+
+# --- all matrices ----------------------------------------------------------------------------------------------
+
+
+def _claims(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Value, lower and upper end of the interval of each of CLAIMS."""
+    ratio, settles, low_rank = (_column(rows, n) for n in ("reduction_ratio", "settles_at", "stable_rank_to_noise"))
+    kind = np.array([row["kind"].rpartition(".")[2] for row in rows])
+    layer = np.array([row["layer"] for row in rows])
+    outer = np.isin(layer, (layer.min(), layer.max()))
+    third = (layer.max() + 1) / 3
+    middle = np.isin(kind, MLP) & (layer >= np.floor(third)) & (layer < np.ceil(2 * third))
+    return {
+        "C1": _difference(ratio[np.isin(kind, LOW_KINDS)], ratio[np.isin(kind, HIGH_KINDS)]),
+        "C2": _difference(ratio[outer], ratio[~outer]) if not outer.all() else [0.0, 0.0, 0.0],
+        "C4a": _mean(1 - low_rank),
+        "C4b": _mean(2 - _column(rows, "stable_rank_least")[middle]),
+        "C4b, later": _mean(2 - _column(rows, "stable_rank")[middle]),
+        "C5a": _against(ratio, _column(rows, "late_cosine")),
+        "C5a, less noise": _against(ratio, _column(rows, "late_cosine_less_noise")),
+        "C5b": _against(ratio, settles),
+        "C5b, within kinds": _against(_less_mean_of(kind, ratio), _less_mean_of(kind, settles)),
+        "C6": _against(ratio, low_rank),
+    }
+
+
+def rank_correlation(x: Array, y: Array) -> list[float]:
+    """Spearman's coefficient of x and y, (n,), with its interval; 0 where one of them is constant."""
+    return _interval([np.arange(len(x))], lambda i: _spearman(x[i], y[i]))
+
+
+def _against(x: Array, y: Array) -> list[float]:
+    value, low, high = rank_correlation(x, y)
+    return [-value, -high, -low]
+
+
+def _spearman(x: Array, y: Array) -> Array:
+    """Along the last axis."""
+    x, y = (rankdata(values, axis=-1) for values in (x, y))
+    x, y = (values - values.mean(-1, keepdims=True) for values in (x, y))
+    spread = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return np.where(spread > 0, (x * y).sum(-1) / np.maximum(spread, 1e-12), 0.0)
+
+
+def _mean(x: Array) -> list[float]:
+    return _interval([np.arange(len(x))], lambda i: x[i].mean(-1))
+
+
+def _difference(x: Array, y: Array) -> list[float]:
+    return _interval([np.arange(len(x)), np.arange(len(y))], lambda i, j: x[i].mean(-1) - y[j].mean(-1))
+
+
+def _interval(groups: Sequence[NDArray[np.int64]], statistic: Callable[..., Array]) -> list[float]:
+    """The statistic of all, and the ends of its percentile bootstrap interval: every group drawn with replacement."""
+    draws = np.random.default_rng(0)
+    drawn = [draws.choice(group, (RESAMPLED, len(group))) for group in groups]
+    ends = np.quantile(statistic(*drawn), [(1 - COVERED) / 2, (1 + COVERED) / 2])
+    return [float(statistic(*groups)), *map(float, ends)]
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Array:
+    return np.array([row[name] for row in rows], dtype=np.float64)
+
+
+def _less_mean_of(group: NDArray[np.str_], values: Array) -> Array:
+    means = {name: values[group == name].mean() for name in np.unique(group)}
+    return values - np.array([means[name] for name in group])
+
+
+# --- several seeds ---------------------------------------------------------------------------------------------
+
+
+def load_pretraining(path: str | Path) -> Record:
+    """The record of a pre-training; WeLoreError if it lacks one of CLAIMS or the numbers of a matrix."""
+    record = Record.load(path)
+    claims, rows = record.numbers.get("claims", {}), record.numbers.get("matrices", [])
+    needed = {"kind", "reduction_ratio", *RANK_AXIS}
+    whole = all(isinstance(claims.get(name), list) and len(claims[name]) == 3 for name in CLAIMS)
+    if not whole or not rows or not all(needed <= row.keys() for row in rows):
+        raise WeLoreError(f"{path} lacks claims or matrices: it is of another version, run `welore pretrain` again")
+    return record
+
+
+def claims_table(records: Sequence[Record]) -> Table:
+    """Claims by runs: value and interval in every run, and the verdict over all of them.
+
+    records: of kind "pretrain", others are passed over. A claim holds where every run's interval lies above 0, and
+    does not where every run's lies below.
+    """
+    runs = [record for record in records if record.kind == "pretrain"]
+    rows = []
+    for name, claim in CLAIMS.items():
+        found = [record.numbers["claims"][name] for record in runs]
+        cells = [f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" for value, low, high in found]
+        rows.append([name, claim.says, claim.by, *cells, verdict(found)])
+    headings = ["", "claim", "measure, above 0 as claimed", *map(run_of, runs), "verdict"]
+    return Table("", headings, rows, names=3)
+
+
+def verdict(found: Sequence[Sequence[float]]) -> str:
+    """Of values with their intervals (value, low, high), one for each run."""
+    if all(low > 0 for _, low, _ in found):
+        return HOLDS
+    return FAILS if all(high < 0 for _, _, high in found) else OPEN
+
+
+def run_of(record: Record) -> str:
+    """The name of a pre-training in tables: its label, or its seed."""
+    return record.inputs["label"] or f"seed {record.settings['seed']}"

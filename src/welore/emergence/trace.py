@@ -1,0 +1,214 @@
+"""6 - What is recorded while a model is pre-trained: the artefact TRACE, a directory of safetensors and JSON lines.
+
+TRACE/trace.jsonl                 a header, then a line per checkpoint: step, tokens, learning rate, held-out loss
+TRACE/step-00000120.safetensors   what was found there, for every matrix, float32
+TRACE/work/                       gradients and bases that later checkpoints are compared with; removed at the end
+
+numpy only. Shapes: T checkpoints, W (m, n), k = min(m, n). The arrays of a checkpoint are written first, its line
+after that: what a killed run leaves behind is a shorter trace, not a broken one.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from welore.allocation.plan import Plan
+from welore.allocation.solver import allocate
+from welore.allocation.spectra import Spectra
+from welore.errors import WeLoreError
+from welore.io.atomic import whole_file
+from welore.records import Identity
+
+Array = NDArray[np.float64]
+FORMAT, LINES, WORK = "welore.trace/1", "trace.jsonl", "work"
+VALUES = 100  # of a gradient are kept
+RANKS = (4, 16)  # of the subspaces that are compared
+ERR = 0.5  # the rank reduction whose threshold parts LRCs from N-LRCs
+COSINE, OVERLAPS = "cosine", {rank: f"overlap{rank}" for rank in RANKS}
+COMPARED = (COSINE, *OVERLAPS.values())
+SAME, OTHER = "same", "other"
+COLUMNS = {"steps": "step", "tokens": "tokens", "learning_rate": "learning_rate", "held_out_loss": "held_out_loss"}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What was recorded of one matrix; T checkpoints, k its full rank.
+
+    gradient: (T, min(k, 100)) largest singular values; gradient_energy: (T,) squared sum of all k of them.
+    weight, change: (T, k) singular values of W and of W - W_0.
+    same, other: each of COMPARED -> (T, T), symmetric. In `same` the gradients of one batch at two steps are
+    compared, so its diagonal is 1; in `other` those of two batches: its diagonal, what two batches agree on at one
+    step, is the noise ceiling.
+    """
+
+    shape: tuple[int, int]
+    gradient: Array
+    gradient_energy: Array
+    weight: Array
+    change: Array
+    same: Mapping[str, Array]
+    other: Mapping[str, Array]
+
+    @property
+    def full_rank(self) -> int:
+        """k = min(m, n)."""
+        return min(self.shape)
+
+    @cached_property
+    def top1_energy(self) -> Array:
+        """Share of the gradient's squared norm in its largest singular value, (T,)."""
+        return 1 / self.stable_rank
+
+    @cached_property
+    def stable_rank(self) -> Array:
+        """Of the gradient, (T,): its squared norm over its squared largest singular value."""
+        return self.gradient_energy / np.maximum(self.gradient[:, 0] ** 2, 1e-300)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A whole trace; steps, tokens, learning_rate, held_out_loss: (T,); matrices in the model's order."""
+
+    about: Mapping[str, Any]
+    steps: Array
+    tokens: Array
+    learning_rate: Array
+    held_out_loss: Array
+    matrices: Mapping[str, Matrix]
+
+    def spectra(self, at: int = -1) -> Spectra:
+        """The singular values of the weights at checkpoint number `at`."""
+        step = int(self.steps[at])
+        identity = Identity(f"{self.about['name']}, step {step}", f"{self.about['fingerprint']}-{step}")
+        values = {name: matrix.weight[at] for name, matrix in self.matrices.items()}
+        return Spectra(identity, values, {name: matrix.shape for name, matrix in self.matrices.items()})
+
+    @cached_property
+    def plans(self) -> list[Plan]:
+        """The paper's plan at ERR 50 % for the weights of every checkpoint."""
+        return [allocate(self.spectra(at), rank_reduction=ERR) for at in range(len(self.steps))]
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Trace":
+        """The trace in the directory `path`, or beside the file `path`; WeLoreError if it is missing or broken."""
+        directory = Path(path).parent if Path(path).name == LINES else Path(path)
+        header, *lines = read_lines(directory)
+        if not lines:
+            raise WeLoreError(f"{directory} holds a trace without a single checkpoint")
+        try:
+            found = [load_file(directory / file_of(line["step"])) for line in lines]
+            matrices = {name: _matrix(name, (s[0], s[1]), found) for name, s in header["shapes"].items()}
+            columns = {name: np.array([line[key] for line in lines], dtype=float) for name, key in COLUMNS.items()}
+        except (OSError, SafetensorError, KeyError) as error:
+            raise WeLoreError(f"the trace in {directory} is broken ({error}): record it again") from error
+        return cls(header, **columns, matrices=matrices)
+
+
+class Writer:
+    """A trace that grows by a checkpoint at a time, and goes on where a killed run stopped.
+
+    directory: made if it is not there; about: what the header says, with the name of the run and the fingerprint of
+    the model that it began with. at: keep the checkpoints up to this step, None for none of them.
+    """
+
+    def __init__(
+        self, directory: Path, about: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], at: int | None = None
+    ) -> None:
+        self.directory, self.work = directory, directory / WORK
+        header = {"format": FORMAT, **about, "shapes": {name: list(shape) for name, shape in shapes.items()}}
+        self.lines: list[dict[str, Any]] = [header]
+        if at is None:
+            shutil.rmtree(directory, ignore_errors=True)
+        else:
+            before, *lines = read_lines(directory)
+            if before != json.loads(json.dumps(header)):
+                raise WeLoreError(f"the trace in {directory} is of another run: choose another directory")
+            self.lines += [line for line in lines if line["step"] <= at]
+        self.work.mkdir(parents=True, exist_ok=True)
+        with whole_file(directory / LINES) as partial:
+            partial.write_text("".join(map(_line, self.lines)), encoding="utf-8")
+
+    @property
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are recorded."""
+        return [line["step"] for line in self.lines[1:]]
+
+    def append(self, line: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+        """One more checkpoint: its numbers, and its arrays by "NAME:FIELD"."""
+        with whole_file(self.directory / file_of(line["step"])) as partial:
+            save_file({k: np.asarray(v, dtype=np.float32, order="C") for k, v in arrays.items()}, partial)
+        with (self.directory / LINES).open("a", encoding="utf-8") as file:
+            file.write(_line(line))
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines.append(dict(line))
+
+
+def finish(directory: Path) -> None:
+    """Remove what only later checkpoints would have needed, and what lines that were cut off have left."""
+    shutil.rmtree(directory / WORK, ignore_errors=True)
+    _, *lines = read_lines(directory)
+    for path in set(directory.glob("step-*.safetensors")) - {directory / file_of(line["step"]) for line in lines}:
+        path.unlink()
+
+
+def read_lines(directory: Path) -> list[dict[str, Any]]:
+    """Header and checkpoints of a trace; a last line that was cut off by a kill is passed over."""
+    path = directory / LINES
+    if not path.is_file():
+        raise WeLoreError(f"{directory} holds no trace: make one with `welore pretrain`")
+    found: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            found.append(json.loads(text) if text.endswith("\n") else {})
+        except ValueError as error:
+            raise WeLoreError(f"{path}, line {len(found) + 1} is not JSON: record the trace again") from error
+    found = [line for line in found if line]
+    if not found or found[0].get("format") != FORMAT:
+        raise WeLoreError(f"{path} is no trace that this version reads ({FORMAT})")
+    return found
+
+
+def file_of(step: int) -> str:
+    """Name of the file with a checkpoint's arrays."""
+    return f"step-{step:08d}.safetensors"
+
+
+def key(name: str, field: str, kind: str = "") -> str:
+    """Name of an array in the file of a checkpoint."""
+    return f"{name}:{field}:{kind}" if kind else f"{name}:{field}"
+
+
+def _line(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, allow_nan=False) + "\n"
+
+
+def _matrix(name: str, shape: tuple[int, int], found: Sequence[Mapping[str, NDArray[Any]]]) -> Matrix:
+    def stacked(field: str) -> Array:
+        return np.stack([arrays[key(name, field)] for arrays in found]).astype(np.float64)
+
+    def symmetric(field: str, kind: str) -> Array:
+        square = np.zeros((len(found), len(found)))
+        for i, arrays in enumerate(found):
+            square[i, : i + 1] = square[: i + 1, i] = arrays[key(name, field, kind)]
+        return square
+
+    return Matrix(
+        shape=shape,
+        gradient=stacked("gradient"),
+        gradient_energy=stacked("gradient_energy"),
+        weight=stacked("weight"),
+        change=stacked("change"),
+        same={field: symmetric(field, SAME) for field in COMPARED},
+        other={field: symmetric(field, OTHER) for field in COMPARED},
+    )

@@ -1,0 +1,183 @@
+"""The six tasks of the paper, one file each: text in, answer out; no tensors.
+
+A new task is one file with a TASK and one entry here. Training and evaluation items are disjoint: `items` cuts them
+apart, and nothing else reads them.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from welore.errors import WeLoreError
+from welore.evaluation.tasks import boolq, coin_flip, commonsense_qa, object_tracking, strategy_qa, svamp
+from welore.evaluation.tasks.task import Item, Task
+
+__all__ = ["GENERATED", "TASKS", "Item", "Part", "Task", "items", "majority_rate"]
+
+Part = Literal["train", "evaluation"]
+GENERATED = "generated"  # in place of a file: records made by our own code
+
+TASKS: dict[str, Task] = {
+    "commonsense_qa": commonsense_qa.TASK,
+    "svamp": svamp.TASK,
+    "boolq": boolq.TASK,
+    "coin_flip": coin_flip.TASK,
+    "object_tracking": object_tracking.TASK,
+    "strategy_qa": strategy_qa.TASK,
+}
+
+
+def items(
+    task: Task,
+    part: Part,
+    data: str | Path | None = None,
+    *,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+) -> list[Item]:
+    """The training or the evaluation items of a task, in their order.
+
+    data: an original file, a directory that holds it, "generated" (coin_flip and object_tracking; from `seed`), or
+    None for the hub's data set. Where one file holds everything, the first share is for training and the rest for
+    evaluation; a generated item belongs to the part that a hash of its text says, whatever the seed.
+    Raises WeLoreError for missing files and fields (file, record, field), and where nothing is left.
+    """
+    if data is None:
+        found = _hub_items(task, part, cache_dir)
+    elif str(data) == GENERATED:
+        found = _generated(task, part, seed)
+    else:
+        found = _file_items(task, part, Path(data).expanduser())
+    if not found:
+        raise WeLoreError(f"{data or task.hub.name} holds no {part} items of {task.name}")
+    return found
+
+
+def majority_rate(found: Sequence[Item]) -> float:
+    """Share of the most frequent answer: what always saying the same would score."""
+    return max(Counter(item.answer for item in found).values()) / len(found)
+
+
+def _cut(task: Task, part: Part, found: Sequence[Item]) -> list[Item]:
+    """The part by position. A question that stands in both (StrategyQA has one) is left out of training."""
+    assert task.train_share is not None
+    border = int(len(found) * task.train_share)
+    evaluation = list(found[border:])
+    if part == "evaluation":
+        return evaluation
+    prompts = {item.prompt for item in evaluation}
+    return [item for item in found[:border] if item.prompt not in prompts]
+
+
+# --- original files -----------------------------------------------------------------------------------------------
+
+
+def _file_items(task: Task, part: Part, path: Path) -> list[Item]:
+    if path.is_dir():
+        path = _file_in(task, part, path)
+    elif task.train_share is None:
+        _refuse_other_part(task, part, path)
+    found = [task.item(record, f"{path}, record {number}") for number, record in enumerate(_records(path), start=1)]
+    return found if task.train_share is None else _cut(task, part, found)
+
+
+def _file_in(task: Task, part: Part, directory: Path) -> Path:
+    found = sorted(directory.glob(task.files[part]))
+    if len(found) != 1:
+        what = f"{len(found)} files" if found else "no file"
+        raise WeLoreError(f"{directory} holds {what} {task.files[part]}: name the {part} file of {task.name} itself")
+    return found[0]
+
+
+def _refuse_other_part(task: Task, part: Part, path: Path) -> None:
+    """The parts of such a task are files of their own: the name must say which, so that they are never mixed up."""
+    wanted = ("train",) if part == "train" else ("dev", "valid")
+    if not any(word in path.name.lower() for word in wanted) or (part == "evaluation" and "train" in path.name.lower()):
+        raise WeLoreError(
+            f"{path.name} is not known to be the {part} part of {task.name}: the file's name must hold "
+            f"{' or '.join(map(repr, wanted))} (training items are never scored)"
+        )
+
+
+def _records(path: Path) -> Iterator[Mapping[str, Any]]:
+    """The records of a .jsonl file, or of a .json file that is a list or has "examples"."""
+    if not path.is_file():
+        raise WeLoreError(f"{path} does not exist")
+    where = str(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            for number, line in enumerate(filter(str.strip, text.split("\n")), start=1):
+                where = f"{path}, record {number}"
+                yield json.loads(line)
+            return
+        content = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WeLoreError(f"{where} is not JSON ({error})") from error
+    records = content.get("examples") if isinstance(content, dict) else content
+    if not isinstance(records, list):
+        raise WeLoreError(f"{path} is neither a list of records nor has a list under 'examples'")
+    yield from records
+
+
+# --- our own records ----------------------------------------------------------------------------------------------
+
+
+def _generated(task: Task, part: Part, seed: int) -> list[Item]:
+    """As many items as the original part has, all different, in an order that depends on the seed alone."""
+    if task.generate is None or task.train_share is None:
+        able = ", ".join(name for name, other in TASKS.items() if other.generate)
+        raise WeLoreError(f"{task.name} cannot be generated, only {able}: give --data FILE, or none for the hub")
+    random = Random(seed)
+    border = round(task.generated_count * task.train_share)
+    count = border if part == "train" else task.generated_count - border
+    found: dict[str, Item] = {}
+    while len(found) < count:
+        item = task.item(task.generate(random), "generated record")
+        if (_fraction(item.prompt) < task.train_share) == (part == "train"):
+            found.setdefault(item.prompt, item)
+    return list(found.values())
+
+
+def _fraction(text: str) -> float:
+    """A number in 0..1 that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
+
+
+# --- the hub ------------------------------------------------------------------------------------------------------
+
+
+def _hub_items(task: Task, part: Part, cache_dir: str | Path | None) -> list[Item]:
+    from datasets import load_dataset
+
+    hub = task.hub
+    split = hub.train if part == "train" else hub.evaluation
+    try:
+        rows = load_dataset(hub.name, hub.subset, split=split, cache_dir=str(cache_dir) if cache_dir else None)
+    except (OSError, ValueError) as error:
+        how = ", or --data generated" if task.generate else ""
+        raise WeLoreError(
+            f"the data set {hub.name} cannot be fetched ({str(error).strip().splitlines()[0]}): connect once, or give "
+            f"the original file by --data{how}"
+        ) from error
+    return hub_items(task, part, list(rows))
+
+
+def hub_items(task: Task, part: Part, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
+    """The items of a hub data set's rows; a split that serves both parts is cut by position."""
+    found = [
+        task.item(row, f"{task.hub.name}, record {number}")
+        for number, row in enumerate(rows, start=1)
+        if _same_kind(task, row)
+    ]
+    return _cut(task, part, found) if task.hub.train == task.hub.evaluation else found
+
+
+def _same_kind(task: Task, row: Mapping[str, Any]) -> bool:
+    """BIG-bench's set mixes three, five and seven objects; the task is the one with three."""
+    choices = row.get("multiple_choice_targets")
+    return task.name != "object_tracking" or choices is None or len(choices) == object_tracking.OBJECTS

@@ -1,0 +1,45 @@
+"""CommonsenseQA (Talmor et al. 2019, arXiv 1811.00937): five choices, common knowledge.
+
+A record of the original files (train_rand_split.jsonl, dev_rand_split.jsonl), one a line:
+
+    {"id": "7c1d", "answerKey": "D", "question": {"question_concept": "umbrella",
+     "stem": "Where would someone leave a wet umbrella before sitting down to dinner?",
+     "choices": [{"label": "A", "text": "suitcase"}, {"label": "B", "text": "garden"}, {"label": "C", "text": "oven"},
+                 {"label": "D", "text": "stand by the door"}, {"label": "E", "text": "bath"}]}}
+
+The hub's rows hold `question` as a text and `choices` as {"label": [...], "text": [...]}.
+Training and evaluation: the train and the dev file (train and validation on the hub).
+"""
+
+from typing import Any
+
+from welore.errors import WeLoreError
+from welore.evaluation.tasks.task import Hub, Row, Task, options
+
+LABELS = "ABCDE"
+
+
+def _read(row: Row) -> tuple[str, str]:
+    if isinstance(row.content.get("question"), dict):
+        question = row.row("question")
+        stem = question.text("stem")
+        choices = [Row(c, f"{row.where}, choices") for c in question.value("choices", list)]
+        found: list[tuple[Any, Any]] = [(choice.text("label"), choice.text("text")) for choice in choices]
+    else:
+        stem = row.text("question")
+        columns = row.row("choices")
+        found = list(zip(columns.value("label", list), columns.value("text", list), strict=True))
+    if "".join(str(label) for label, _ in found) != LABELS:
+        raise WeLoreError(f"{row.where}: the choices are labelled {[label for label, _ in found]}, not A to E")
+    return f"{stem}\n{options([str(text) for _, text in found])}", row.text("answerKey")
+
+
+TASK = Task(
+    name="commonsense_qa",
+    lead="Among A through E, the answer is",
+    answers="[A-E]",
+    read=_read,
+    train_share=None,
+    files={"train": "*train_rand_split.jsonl", "evaluation": "*dev_rand_split.jsonl"},
+    hub=Hub("tau/commonsense_qa", None, "train", "validation"),
+)

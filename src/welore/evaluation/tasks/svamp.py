@@ -1,0 +1,40 @@
+"""SVAMP (Patel et al. 2021, arXiv 2103.07191): arithmetic word problems of one or two steps.
+
+A record of the original file (SVAMP.json, a list); the hub's rows have the same fields:
+
+    {"ID": "chal-0", "Body": "Nora baked 24 rolls and gave 9 of them to her neighbour.",
+     "Question": "How many rolls does she have left?", "Equation": "( 24.0 - 9.0 )", "Answer": 15.0,
+     "Type": "Subtraction"}
+
+Training: the first 70 % of the file. Evaluation: the rest. (The hub has a train and a test split.)
+"""
+
+from welore.errors import WeLoreError
+from welore.evaluation.tasks.task import Hub, Row, Task
+
+
+def _read(row: Row) -> tuple[str, str]:
+    body, question = row.text("Body"), row.text("Question")
+    answer = str(row.value("Answer", int, float, str)).strip()
+    try:
+        float(answer)
+    except ValueError as error:
+        raise WeLoreError(f"{row.where}: field 'Answer' is {answer!r}: it must be a number") from error
+    return f"{body}{'' if body.endswith(('.', '?', '!', ',')) else '.'} {question}", answer
+
+
+def _normal(number: str) -> str:
+    """ "1,200.0" -> "1200": the same number is always the same text."""
+    return f"{float(number.replace(',', '')):.10g}"
+
+
+TASK = Task(
+    name="svamp",
+    lead="The answer (arabic numerals) is",
+    answers=r"-?\d[\d,]*(?:\.\d+)?",
+    read=_read,
+    train_share=0.7,
+    files={"train": "SVAMP.json", "evaluation": "SVAMP.json"},
+    hub=Hub("ChilleD/SVAMP", None, "train", "test"),
+    normal=_normal,
+)

@@ -1,0 +1,92 @@
+"""What travels through every stage of a verb: device, workers, progress, processes, unfinished work."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from welore.config import RunConfig
+from welore.errors import WeLoreError
+from welore.io.parallel import ALONE, Team, default_workers, spread
+from welore.io.progress import Progress, progress_bars, silent
+from welore.io.resume import Workspace
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Where a verb computes, how many matrices at once, who is told, who else works, what an earlier run has left.
+
+    workspace: where finished pieces are kept until all are done; None keeps nothing. processes: those that share the
+    work; the command line joins them, a library never does.
+    """
+
+    device: torch.device
+    workers: int
+    progress: Progress = silent
+    processes: Team = ALONE
+    workspace: Workspace | None = None
+    cache_dir: Path | None = None
+    revision: str | None = None
+    overwrite: bool = False
+
+    @classmethod
+    def create(
+        cls, *, processes: Team = ALONE, progress: bool | Progress | None = None, **options: Any
+    ) -> "RunContext":
+        """The context of a verb, from its keyword options (config.RunOptions); WeLoreError for one that cannot be.
+
+        progress: True or False, None for bars where a person is looking, or a function of the caller's own.
+        """
+        config = RunConfig(**options)
+        device = resolve_device(config.device)
+        return cls(
+            device=device,
+            workers=config.workers or (default_workers() if device.type == "cpu" else 1),
+            progress=progress if callable(progress) else progress_bars(progress),
+            processes=processes,
+            cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
+            revision=config.revision,
+            overwrite=config.overwrite,
+        )
+
+    def within(self, workspace: Workspace | None) -> "RunContext":
+        """The same context with another workspace."""
+        return dataclasses.replace(self, workspace=workspace)
+
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], costs: Sequence[float], label: str
+    ) -> list[Result]:
+        """function(item) of every item, in order, by `workers` threads; costs: relative time of every item."""
+        return spread(function, items, costs, workers=self.workers, progress=self.progress, label=label)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword options with which another verb runs as this one does (config.RunOptions)."""
+        return {
+            "device": str(self.device),
+            "workers": self.workers,
+            "cache_dir": self.cache_dir,
+            "revision": self.revision,
+            "overwrite": self.overwrite,
+            "progress": self.progress,
+        }
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU if there is one (of a launcher's process its own), else the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name).cpu()  # "meta" is a device, too, but nothing comes back from it
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise WeLoreError(f"device {name!r} is not there: use auto, cpu, or a GPU that torch knows") from error
+    return torch.device(name)

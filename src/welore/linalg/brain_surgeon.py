@@ -1,0 +1,40 @@
+"""Optimal Brain Surgeon for columns (Hassibi & Stork 1993): which to take out, and what the others become."""
+
+import torch
+from torch import Tensor
+
+AT_ONCE = 96  # groups that the neurons of an MLP are taken out in
+
+
+MOST = 5 / 6  # of the neurons of one MLP
+
+
+def removal(W: Tensor, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """In which order neurons are taken out, and what each then costs: (count,) and (count,), float32.
+
+    W (d, width) reads the neurons; outputs: G (d, d); inputs: H (width, width), positive definite. A group of them goes
+    at once, those that cost least with the others refitted to what has gone before; each bears its share of the cost.
+    """
+    inverse = torch.linalg.inv(inputs.double()).float()
+    W, G = W.float(), outputs.float()
+    group, left = max(1, W.shape[1] // AT_ONCE), torch.arange(W.shape[1])
+    order: list[Tensor] = []
+    costs: list[float] = []
+    while len(costs) + group <= MOST * len(inputs):
+        each = (W * (G @ W)).sum(0) / inverse.diagonal()
+        gone = each.topk(group, largest=False).indices
+        stay = torch.ones(len(each), dtype=torch.bool).index_fill_(0, gone, False)
+        small = torch.linalg.inv(inverse[gone][:, gone].double())
+        total = float(((W[:, gone].T @ G @ W[:, gone]).double() * small).sum())
+        shared = (small @ inverse[gone].double()).float()
+        order.append(left[gone])
+        costs += [total / group] * group
+        W, inverse = (W - W[:, gone] @ shared)[:, stay], (inverse - inverse[:, gone] @ shared)[stay][:, stay]
+        left = left[stay]
+    return torch.cat(order), torch.tensor(costs)
+
+
+def refit(W: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
+    """W' (d, count) of the neurons `kept`, float64: least squares of W x - W' x_kept; inputs: H = E[x x^T]."""
+    H = inputs.double()
+    return torch.linalg.solve(H[kept][:, kept], H[kept] @ W.double().T).T

@@ -1,0 +1,201 @@
+"""How transformers' from_pretrained and save_pretrained know compressed models.
+
+A quantization config and a quantizer named "welore" are registered when transformers loads its quantizers
+(welore/__init__.py sees to that). Only hooks that exist from transformers 5.18 on are used.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+import welore
+from welore.config import MinRatio
+from welore.errors import WeLoreError, choose
+from welore.io.safetensors_stream import TensorReader
+from welore.layers.block_grid import Grid, block_names, read_grids, split_layers
+from welore.layers.low_rank import PivotedLinear
+from welore.layers.registry import FACTORED, FORMS, PIVOTED
+from welore.models.mlp import resize_layers
+from welore.models.replace import place, replace_module, split_module
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD = "welore"
+# 1: A and B alone, 2: other forms, 3: blocks, 4: smaller MLPs; the least is written, for readers that know no more
+VERSION = 4
+
+
+@register_quantization_config(METHOD)
+class WeLoreConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a compressed checkpoint, or the wish to compress while loading.
+
+    ranks: module name in the causal LM -> rank of its factors; in every saved checkpoint.
+    forms: module name -> how its factors are stored, where that is not as A and B (forms.FORMS).
+    grids: module name -> blocks down and across of the matrices that were cut block by block; a layer of which a block
+    NAME.INDEX has a rank is a SplitLinear.
+    shapes: module name -> (m, n) of the layers that are smaller than the architecture says, for neurons were taken out.
+    Without ranks, exactly one target (rank_reduction, params, threshold) and the other settings of `allocate`
+    make `from_pretrained(dense, quantization_config=WeLoreConfig(rank_reduction=0.3))` compress what it loads.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[str, int] | None = None,
+        forms: Mapping[str, str] | None = None,
+        grids: Mapping[str, Sequence[int]] | None = None,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        *,
+        rank_reduction: float | None = None,
+        params: float | None = None,
+        threshold: float | None = None,
+        strategy: str | None = None,
+        storage: str | None = None,
+        min_ratio: MinRatio | None = None,
+        allow_growth: bool = False,
+        rank_multiple: int = 1,
+        split: bool | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        version: int = 1,
+        quant_method: str = METHOD,
+    ) -> None:
+        if version > VERSION:
+            raise WeLoreError(f"this checkpoint has format {version}, this welore reads up to {VERSION}: upgrade it")
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers lists only its own
+        self.ranks = None if ranks is None else {name: int(rank) for name, rank in ranks.items()}
+        for form in (forms or {}).values():
+            choose("form", form, FORMS)
+        self.forms = {name: form for name, form in (forms or {}).items() if form != FACTORED}
+        self.grids: dict[str, Grid] = read_grids(grids or {})
+        self.shapes = read_grids(shapes or {})
+        self.version = 4 if self.shapes else 3 if self.grids else 2 if self.forms else 1
+        self.include, self.exclude = list(include), list(exclude)
+        self.wish: dict[str, Any] = {
+            "rank_reduction": rank_reduction,
+            "params": params,
+            "threshold": threshold,
+            "strategy": strategy,
+            "storage": storage,
+            "min_ratio": min_ratio,
+            "allow_growth": allow_growth,
+            "rank_multiple": rank_multiple,
+            "split": split,
+        }
+
+    @classmethod
+    def of(cls, plan: Any) -> "WeLoreConfig":
+        """The config of a model that was compressed by `plan`."""
+        return cls(plan.ranks, plan.forms, plan.grids, plan.shapes, include=plan.include, exclude=plan.exclude)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        content: dict[str, Any] = {"quant_method": METHOD, "version": self.version, "ranks": self.ranks}
+        for name in ("forms", "grids", "shapes", "include", "exclude"):
+            if getattr(self, name):
+                content[name] = getattr(self, name)
+        return content
+
+
+@register_quantizer(METHOD)
+class WeLoreQuantizer(HfQuantizer):
+    """Builds low-rank layers before weights are loaded, or factors dense ones after; then steps aside."""
+
+    quantization_config: WeLoreConfig
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(
+        self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        config = self.quantization_config
+        ranks, forms = config.ranks, config.forms
+        if ranks is None:
+            return
+        cut = split_layers(config.grids, ranks)
+        if checkpoint_files:
+            check_factors(config, checkpoint_files, model.base_model_prefix + ".")
+        resize_layers(model, {place(model, name): shape for name, shape in config.shapes.items()})
+        for name, grid in cut.items():
+            split_module(model, place(model, name), grid)
+        for name, rank in ranks.items():
+            replace_module(model, place(model, name), rank, forms.get(name, FACTORED))
+
+    def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
+        config = self.quantization_config
+        step_aside(model)
+        check_orders(model)
+        if config.ranks is None:
+            del model.config.quantization_config
+            welore.compress(model, include=config.include, exclude=config.exclude, **config.wish)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Compressed models save as they are."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are ordinary parameters."""
+        return True
+
+
+def step_aside(model: "PreTrainedModel") -> None:
+    """Make a loaded model an ordinary one: `.half()`, Trainer and save_pretrained refuse or misread a quantizer.
+
+    `config.quantization_config` stays, so that saving writes it.
+    """
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    setattr(model, "is_quantized", False)  # noqa: B010 - not declared by transformers
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "_is_quantized", False):
+            config._is_quantized = False  # type: ignore[union-attr]
+
+
+def check_factors(config: WeLoreConfig, files: Sequence[str | Path], prefix: str = "") -> None:
+    """Raise WeLoreError unless every factor is in the files with its rank: a lost one would load as noise.
+
+    prefix: first component of a module's name that a file written from a bare AutoModel leaves out.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in files:
+        if str(path).endswith(".safetensors"):
+            with TensorReader(path) as reader:
+                shapes |= {name: entry.shape for name, entry in reader.entries.items()}
+
+    def shape_of(key: str) -> tuple[int, ...]:
+        shape = shapes.get(key, shapes.get(key.removeprefix(prefix)))
+        if shape is None:
+            raise WeLoreError(f"the checkpoint has lost the tensor {key}: it cannot be loaded")
+        return shape
+
+    ranks = config.ranks or {}
+    for layer, grid in split_layers(config.grids, ranks).items():
+        for name in block_names(layer, grid):
+            shape_of(f"{name}.weight")  # of a dense block the matrix, of others the tombstone
+    for name, rank in ranks.items():
+        form = config.forms.get(name, FACTORED)
+        found = [shape_of(f"{name}.{part}") for part in FORMS[form]]
+        left, right = (found[1], found[0]) if form == PIVOTED else (found[0], found[1])
+        if left[-1] != rank or right[0] != rank:
+            raise WeLoreError(
+                f"config.json gives {name} rank {rank}, its factors are {left} and {right}: it is damaged"
+            )
+
+
+def check_orders(model: nn.Module) -> None:
+    """Raise WeLoreError unless the order of every pivoted layer is a permutation: any other would load as garbage."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, PivotedLinear) and not layer.order.is_meta:
+            order = layer.order
+            whole = torch.arange(len(order), device=order.device, dtype=order.dtype)
+            if order.is_floating_point() or not torch.equal(order.sort().values, whole):
+                raise WeLoreError(f"{name}.order is no permutation of its {len(order)} rows: the checkpoint is damaged")

@@ -1,0 +1,93 @@
+"""Compress and merge a model in memory: linear layers are exchanged in place."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor, nn
+
+from welore.errors import WeLoreError
+from welore.layers.block_grid import Grid
+from welore.layers.low_rank import LAYERS, LowRank, PivotedLinear, SplitLinear
+from welore.layers.registry import DENSE, FACTORED, ORDER_BYTES, cost
+from welore.models.skeleton import dense_skeleton
+from welore.models.targets import find_targets, in_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Layer = TypeVar("Layer", LowRank, SplitLinear)
+
+
+def replace_module(model: nn.Module, name: str, rank: int, form: str = FACTORED) -> LowRank:
+    """Put an (uninitialised) low-rank layer in the place of the linear layer `name`; its bias is kept."""
+    return _exchanged(model, name, lambda n, m, **like: LAYERS[form](n, m, rank, **like))
+
+
+def split_module(model: nn.Module, name: str, grid: Grid) -> SplitLinear:
+    """Put a layer of (uninitialised) dense blocks in the place of the linear layer `name`; its bias is kept."""
+    return _exchanged(model, name, lambda n, m, **like: SplitLinear(n, m, grid, **like))
+
+
+def _exchanged(model: nn.Module, name: str, make: Callable[..., Layer]) -> Layer:
+    if not has_module(model, name):
+        raise WeLoreError(f"config.json gives a rank to {name}, but {type(model).__name__} has no such layer")
+    old = model.get_submodule(name)
+    weight, bias = old.weight, old.bias
+    assert isinstance(weight, Tensor)
+    m, n = weight.shape if isinstance(old, nn.Linear) else weight.shape[::-1]
+    new = make(n, m, device=weight.device, dtype=weight.dtype)
+    if bias is not None:
+        assert isinstance(bias, nn.Parameter)
+        new.bias = bias
+    new.train(old.training)
+    model.set_submodule(name, new)
+    return new
+
+
+def sizes(model: "PreTrainedModel") -> dict[str, Any]:
+    """ERR, parameter ratio, parameters and bytes, counted on the model itself; dense: 0, 1.
+
+    parameters, bytes: everything that is stored, tied weights once, in the dtype of the model; in the bytes also the
+    orders of pivoted layers.
+    """
+    about = {"include": (), "exclude": ()} | _config(model)
+    ranks_removed = full_ranks = stored = dense = orders = 0
+    for target in in_blocks(find_targets(model, about["include"], about["exclude"]), about.get("grids", {})):
+        m, n = target.shape
+        layer = model.get_submodule(target.name) if has_module(model, target.name) else None
+        rank, form = (layer.rank, layer.form) if isinstance(layer, LowRank) else (min(m, n), DENSE)
+        full_ranks += min(m, n)
+        dense += m * n
+        stored += cost(m, n, rank, form)
+        ranks_removed += min(m, n) - rank
+        orders += ORDER_BYTES * m if isinstance(layer, PivotedLinear) else 0
+    if about.get("shapes"):  # neurons were taken out
+        whole = find_targets(dense_skeleton(model.config, type(model)), about["include"], about["exclude"])
+        dense = sum(math.prod(target.shape) for target in whole)
+    return {
+        "rank_reduction": ranks_removed / full_ranks,
+        "parameter_ratio": stored / dense,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()) + orders,
+    }
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """What the configuration of a model says of its compression."""
+    config: Any = getattr(model.config, "quantization_config", None)
+    return dict(config) if isinstance(config, Mapping) else config.to_dict() if config is not None else {}
+
+
+def place(model: "PreTrainedModel", name: str) -> str:
+    """Where a module of the causal LM lies in `model`: a bare AutoModel has no such first component in its names."""
+    return name if has_module(model, name) else name.removeprefix(model.base_model_prefix + ".")
+
+
+def has_module(model: nn.Module, name: str) -> bool:
+    """Whether `model` has a module called `name`."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True

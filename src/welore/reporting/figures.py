@@ -1,0 +1,287 @@
+"""7 - One function per figure: an artefact -> a matplotlib Figure.
+
+Needs the extra `report`; matplotlib is imported when a figure is drawn.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from welore.allocation.plan import Plan
+from welore.allocation.spectra import Spectra
+from welore.errors import WeLoreError
+from welore.linalg.spectrum import gaussian_null, normalise
+from welore.reporting.formatting import megabytes, percent, perplexity_text
+from welore.reporting.module_types import places, summarise
+from welore.reporting.style import (
+    BLACK,
+    BLUE,
+    GREY,
+    HATCH,
+    PALE,
+    STYLES,
+    VERMILION,
+    hatch,
+    legend,
+    log_ticks,
+    new_figure,
+    plain,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DENSE = "dense"
+NULL = "Gaussian null: noise of the same shape"
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the results: a model on a text. strategy: "dense" for a model without low-rank layers.
+
+    perplexity: None when it is not finite. ratio: to the dense model on the same text, None without one.
+    """
+
+    name: str
+    strategy: str
+    rank_reduction: float
+    parameter_ratio: float
+    bytes: int
+    perplexity: float | None
+    ratio: float | None = None
+
+    @property
+    def size(self) -> str:
+        """ERR, parameter ratio and bytes, which are always told together."""
+        err, ratio = percent(self.rank_reduction), percent(self.parameter_ratio)
+        return f"ERR {err}, parameters {ratio}, {megabytes(self.bytes)}"
+
+
+# --- the figures -----------------------------------------------------------------------------------------------
+
+
+def normalised_spectra(spectra: Spectra, plan: Plan | None = None, *, title: str = "") -> "Figure":
+    """Normalised singular values, one panel per module kind, one line per matrix. WeLore, figure 4.
+
+    Dashed: the Gaussian null of the same shape. plan: its threshold is drawn if it is a `welore` plan (the levels
+    of other strategies are not normalised values). WeLoreError if the plan was made for another model.
+    """
+    if plan is not None:
+        plan.model.check(spectra.model, "plan")
+    place = places(spectra.values)
+    kinds = list(dict.fromkeys(p.kind for p in place.values()))
+    columns = min(4, len(kinds))
+    rows = math.ceil(len(kinds) / columns)
+    fig = new_figure(max(5.0, 2.1 * columns + 1.2), 2.0 * rows + 1.2, title)
+    panels = list(fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    colours = _depth_colours(fig, panels, [p.layer for p in place.values() if p.layer is not None])
+    for kind, ax in zip(kinds, panels, strict=False):
+        names = [name for name, p in place.items() if p.kind == kind]
+        for name in names:
+            _draw_spectrum(ax, normalise(spectra.values[name]), color=colours(place[name].layer), linewidth=0.7)
+        for m, n in sorted({spectra.shapes[name] for name in names}):
+            _draw_spectrum(ax, gaussian_null(m, n), color=BLACK, linestyle="--", linewidth=1.3, label=NULL)
+        if plan is not None and plan.strategy == "welore":
+            ax.axhline(plan.threshold, color=VERMILION, linewidth=1.3, label=f"threshold {plan.threshold:.3f}")
+        ax.set_title(plain(kind), fontsize=9)
+    panels[0].set(xlim=(0, 1), ylim=(0, 1.02))
+    _label_outer(panels, len(kinds), columns)
+    legend(fig, panels[0])
+    return fig
+
+
+def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
+    """Reduction ratio p / k of every matrix, module kind x layer; N-LRCs are hatched, as they stay dense.
+
+    A `welore` plan gets a last column: what its threshold takes from a Gaussian matrix of the same shape. Where neurons
+    were taken out before the cut, a last row shows their share of the MLP.
+    """
+    kinds = summarise(plan)
+    row = {k.kind: i for i, k in enumerate(kinds)}
+    place = places(a.name for a in plan.allocations)
+    layers = sorted({p.layer for p in place.values()}, key=lambda layer: math.inf if layer is None else layer)
+    ratio = np.full((len(kinds), len(layers)), np.nan)
+    cells = {a.name: (row[place[a.name].kind], layers.index(place[a.name].layer)) for a in plan.allocations}
+    for a in plan.allocations:
+        ratio[cells[a.name]] = a.reduction_ratio
+    gone = {
+        p.layer: 1 - len(plan.neurons[mlp].kept) / plan.neurons[mlp].width for mlp, p in places(plan.neurons).items()
+    }
+    names = [plain(k.kind) for k in kinds]
+    if gone:
+        names.append("neurons out")
+        ratio = np.vstack([ratio, [gone.get(layer, 0.0) for layer in layers]])
+
+    width = min(16.0, 3.2 + max(0.24 * len(layers), 3.0))
+    fig = new_figure(width, max(2.8, 1.6 + 0.34 * len(names)), title)
+    ax = fig.subplots()
+    ax.set_facecolor(PALE)  # shows where a model has no such matrix
+    mesh = _cells(ax, np.arange(len(layers) + 1.0), ratio)
+    ticks = _layer_ticks(layers)
+    if any(k.null is not None for k in kinds):
+        _draw_null(ax, len(layers), [k.null for k in kinds])
+        ticks[len(layers) + 1.5] = "Gaussian\nnull"
+    hatch(ax, [cells[a.name] for a in plan.allocations if not a.factored])
+    ax.set_xticks(list(ticks), labels=list(ticks.values()), fontsize=7)
+    ax.set_yticks(np.arange(len(names)) + 0.5, labels=names, fontsize=8)
+    ax.invert_yaxis()
+    ax.tick_params(length=0)
+    ax.set_xlabel("layer", fontsize=9)
+    bar = fig.colorbar(mesh, ax=ax, ticks=[0, 0.25, 0.5, 0.75, 1], pad=0.02)
+    bar.set_label("reduction ratio", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    _heat_legend(fig, holes=bool(np.isnan(ratio).any()), columns=3 if width > 9 else 1)
+    return fig
+
+
+def parameters_by_module(plan: Plan, *, title: str = "") -> "Figure":
+    """Parameters before and after by module kind, in millions, with their ratio on top."""
+    kinds = summarise(plan)
+    x = np.arange(len(kinds))
+    fig = new_figure(max(5.0, 1.5 + 0.85 * len(kinds)), 3.4, title)
+    ax = fig.subplots()
+    dense = [k.dense_parameters / 1e6 for k in kinds]
+    stored = [k.stored_parameters / 1e6 for k in kinds]
+    ax.bar(x - 0.2, dense, 0.38, color=GREY, label="dense")
+    ax.bar(x + 0.2, stored, 0.38, color=BLUE, label="compressed")
+    for i, k in enumerate(kinds):
+        text = f"{100 * k.parameter_ratio:.0f} %"
+        ax.annotate(text, (i, max(dense[i], stored[i])), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    ax.set_xticks(x, labels=[plain(k.kind) for k in kinds], fontsize=8)
+    if len(kinds) > 8:
+        ax.tick_params(axis="x", rotation=90)
+    ax.tick_params(axis="y", labelsize=8)
+    ax.margins(y=0.12)
+    ax.set_ylabel("parameters, millions", fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    legend(fig, ax)
+    return fig
+
+
+def perplexities(texts: Mapping[str, Sequence[Result]], *, title: str = "") -> "Figure":
+    """Perplexities on a log axis, one panel per text (caption -> results); dotted: the dense models.
+
+    Points, not bars: a log axis has no zero for a bar to start from. A perplexity that is not finite is written
+    at the right edge. Raises WeLoreError when there is no finite one at all.
+    """
+    results = [result for group in texts.values() for result in group]
+    finite = [r.perplexity for r in results if r.perplexity is not None]
+    if not finite:
+        raise WeLoreError("no result has a finite perplexity: there is nothing to draw")
+    low, high = min(finite), max(finite)
+    span = max(high / low, 2.0)
+    heights = [0.7 + 0.42 * len(group) for group in texts.values()]
+    fig = new_figure(9.0, 0.9 + sum(heights), title)
+    panels = fig.subplots(len(texts), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    # the limits come first: the automatic ones overflow on the perplexity of a broken model
+    panels[0].set_xlim(low / span**0.06, min(high * span**0.16, 1e307))
+    panels[0].set_xscale("log")
+    strategies = sorted({r.strategy for r in results}, key=lambda s: (s != DENSE, s))
+    style = {s: STYLES[i % len(STYLES)] for i, s in enumerate(strategies)}
+    for (caption, group), ax in zip(texts.items(), panels, strict=True):
+        ax.set_title(plain(caption), fontsize=9, loc="left")
+        _draw_perplexities(ax, group, style)
+    panels[-1].set_xlabel("perplexity (log scale, lower is better)", fontsize=9)
+    log_ticks(panels[-1].xaxis)
+    legend(fig, *fig.axes)
+    return fig
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------
+
+
+def _draw_spectrum(ax: "Axes", s: NDArray[np.float64], **style: Any) -> None:
+    """One normalised spectrum (k,) over the share of the full rank; at a few dozen points, for a small page.
+
+    Spectra bend at their ends: the points lie dense there and sparse between.
+    """
+    k = len(s)
+    ends = np.geomspace(1, max(k, 2), 16) - 1
+    some = np.concatenate([ends, k - 1 - ends, np.linspace(0, k - 1, 24)])
+    i = np.unique(np.clip(some.round().astype(int), 0, k - 1))
+    # the middle of each value's step, so that the curve crosses the threshold at the share that is kept
+    ax.plot((i + 0.5) / k, s[i], marker="." if k == 1 else None, **style)
+
+
+def _depth_colours(fig: "Figure", panels: Sequence["Axes"], layers: Sequence[int]) -> Callable[[int | None], Any]:
+    """Layer -> colour, with its colour bar; matrices outside the blocks are blue."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+    from matplotlib.ticker import MaxNLocator
+
+    # without the palest tenth, which paper swallows
+    shades = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)))
+    low, high = min(layers, default=0), max(layers, default=0)
+    if high > low:
+        bar = fig.colorbar(ScalarMappable(Normalize(low, high), shades), ax=panels, pad=0.02, aspect=30)
+        bar.set_label("layer", fontsize=9)
+        bar.ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        bar.ax.tick_params(labelsize=8)
+    return lambda layer: BLUE if layer is None else shades((layer - low) / max(high - low, 1))
+
+
+def _label_outer(panels: Sequence["Axes"], used: int, columns: int) -> None:
+    for i, ax in enumerate(panels):
+        ax.set_visible(i < used)
+        lowest = i + columns >= used  # of its column: the panel below may be one of the hidden
+        ax.tick_params(labelbottom=lowest, labelsize=7)
+        ax.set_xlabel("index / full rank" if lowest else "", fontsize=8)
+        ax.set_ylabel("normalised value" if i % columns == 0 else "", fontsize=8)
+
+
+def _cells(ax: "Axes", edges: NDArray[np.float64], values: NDArray[np.float64]) -> Any:
+    rows = np.arange(len(values) + 1)
+    return ax.pcolormesh(edges, rows, values, cmap="YlGnBu", vmin=0, vmax=1, edgecolors="white", linewidth=0.4)
+
+
+def _draw_null(ax: "Axes", layers: int, shares: Sequence[float | None]) -> None:
+    values = np.array([share or 0.0 for share in shares])
+    ax.axvspan(layers, layers + 0.5, color="white", linewidth=0)
+    _cells(ax, np.array([layers + 0.5, layers + 2.5]), values[:, None])
+    for i, value in enumerate(values):
+        colour = "white" if value > 0.55 else BLACK
+        ax.text(layers + 1.5, i + 0.5, f"{100 * value:.0f} %", ha="center", va="center", fontsize=7, color=colour)
+
+
+def _heat_legend(fig: "Figure", *, holes: bool, columns: int) -> None:
+    from matplotlib.patches import Patch
+
+    handles = [
+        Patch(facecolor="white", edgecolor=HATCH, hatch="/////", label="N-LRC: stays dense, nothing is removed"),
+        Patch(facecolor="white", edgecolor=HATCH, label="LRC: factored to the ranks that are left"),
+        Patch(facecolor=PALE, label="no such matrix"),
+    ]
+    shown = handles if holes else handles[:2]
+    fig.legend(handles=shown, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
+def _layer_ticks(layers: Sequence[int | None]) -> dict[float, str]:
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, len(layers)) if len(layers) / s <= 30)
+    shown = {i + 0.5: str(layer) for i, layer in enumerate(layers) if layer is not None and i % step == 0}
+    return shown | {i + 0.5: "none" for i, layer in enumerate(layers) if layer is None}
+
+
+def _draw_perplexities(ax: "Axes", group: Sequence[Result], style: Mapping[str, tuple[str, str]]) -> None:
+    for y, r in enumerate(group):
+        colour, marker = style[r.strategy]
+        text = perplexity_text(r.perplexity)
+        if r.perplexity is None:
+            ax.text(1, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=8)
+            continue
+        ax.plot([r.perplexity], [y], color=colour, marker=marker, linestyle="none", label=r.strategy)
+        ax.annotate(text, (r.perplexity, y), (7, 0), textcoords="offset points", va="center", fontsize=8)
+        if r.strategy == DENSE:
+            ax.axvline(r.perplexity, color=colour, linestyle=":", linewidth=1)
+    names = [r.name if len(r.name) <= 50 else f"{r.name[:49]}…" for r in group]
+    labels = [plain(f"{name}\n{r.strategy}: {r.size}") for name, r in zip(names, group, strict=True)]
+    ax.set_yticks(range(len(group)), labels=labels, fontsize=8)
+    ax.set_ylim(len(group) - 0.4, -0.6)
+    ax.grid(axis="y", color=PALE)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)

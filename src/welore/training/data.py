@@ -1,0 +1,106 @@
+"""What a model is trained on: a text in packed blocks, or the questions of a task; batches of them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from welore.data.packing import HELD_OUT, Material, Sequence_, _digest
+from welore.errors import WeLoreError, choose
+from welore.evaluation.tasks import TASKS, Item, items
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+IGNORED = -100  # label of a token that is not predicted: the prompt, padding
+
+
+Batch = dict[str, Tensor]  # input_ids, labels and, where there is padding, attention_mask: (b, length) each
+
+
+def questions_of_task(
+    task: str,
+    data: str | Path | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    length: int,
+    *,
+    seed: int,
+    loss_on_prompt: bool,
+    eval_items: int,
+    cache_dir: str | Path | None = None,
+) -> Material:
+    """The training items of a task; the last tenth of them is held out, the evaluation items are not touched.
+
+    Loss on the answer and the end token only, unless loss_on_prompt. A question longer than `length` tokens loses
+    the beginning of its prompt and is counted.
+    """
+    found = items(choose("task", task, TASKS), "train", data, seed=seed, cache_dir=cache_dir)
+    if len(found) < 2:
+        raise WeLoreError(f"{task} has {len(found)} training item: two are needed, one of them to evaluate on")
+    encoded = [_encoded(item, tokenizer, loss_on_prompt) for item in found]
+    too_long = sum(len(sequence["input_ids"]) > length for sequence in encoded)
+    longest = max(int((sequence["labels"] != IGNORED).sum()) for sequence in encoded) if not loss_on_prompt else 2
+    if longest >= length:
+        raise WeLoreError(f"length is {length}: an answer of {task} alone has {longest} tokens")
+    cut = [{name: values[-length:] for name, values in sequence.items()} for sequence in encoded]
+    border = len(cut) - max(1, len(cut) // HELD_OUT)
+    counts = {"train_items": border, "held_out_items": len(cut) - border, "prompts_cut": too_long}
+    return Material(
+        cut[:border],
+        cut[border:][:eval_items],
+        f"the last {len(cut) - border} of {len(cut)} training items are held out; the evaluation part is not read",
+        counts,
+        _digest([json.dumps([item.prompt, item.answer]) for item in found]),
+    )
+
+
+def _encoded(item: Item, tokenizer: "PreTrainedTokenizerBase", loss_on_prompt: bool) -> Sequence_:
+    """Tokens of prompt, answer and end. Labels begin where the tokens with and without the answer part."""
+    prompt: list[int] = tokenizer(item.prompt, verbose=False).input_ids
+    whole: list[int] = tokenizer(item.prompt + item.completion, verbose=False).input_ids
+    same = next(
+        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
+    )
+    if tokenizer.eos_token_id is not None and whole[-1] != tokenizer.eos_token_id:
+        whole = [*whole, tokenizer.eos_token_id]
+    ids = torch.tensor(whole)
+    labels = ids.clone()
+    if not loss_on_prompt:
+        labels[:same] = IGNORED
+    return {"input_ids": ids, "labels": labels}
+
+
+def collate(sequences: Sequence[Sequence_], pad: int = 0) -> Batch:
+    """One batch; sequences of different length are padded on the right to the longest of them."""
+    longest = max(len(sequence["input_ids"]) for sequence in sequences)
+    padding = [longest - len(sequence["input_ids"]) for sequence in sequences]
+    if not any(padding):
+        return {name: torch.stack([s[name] for s in sequences]) for name in ("input_ids", "labels")}
+
+    def padded(name: str, fill: int) -> Tensor:
+        return torch.stack(
+            [torch.nn.functional.pad(s[name], (0, n), value=fill) for s, n in zip(sequences, padding, strict=True)]
+        )
+
+    masks = [torch.arange(longest) < longest - n for n in padding]
+    return {
+        "input_ids": padded("input_ids", pad),
+        "labels": padded("labels", IGNORED),
+        "attention_mask": torch.stack(masks).long(),
+    }
+
+
+def shuffled(found: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """`count` items in an order that depends on the seed alone; every item once before any comes again.
+
+    Made before the run, so that a resumed run goes on with the very next item.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < count:
+        order.extend(torch.randperm(len(found), generator=generator).tolist())
+    return [found[index] for index in order[:count]]

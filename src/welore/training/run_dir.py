@@ -1,0 +1,124 @@
+"""The directory of a fine-tuning run: what it is, what has been saved on the way, what came out.
+
+OUT/run.json          what the run is; a resumed run must be the same
+OUT/written.safetensors   what the teacher wrote, where that is what the run trains on
+OUT/checkpoints/      written on the way; `resume` goes on from the last complete one
+OUT/model/            the result, loads with from_pretrained
+OUT/finetune.json     the record; written last, so that it stands for a finished run
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from welore.data.windows import kept_windows
+from welore.errors import WeLoreError
+from welore.io.atomic import read_json, refuse_existing, whole_directory, write_json
+from welore.io.checkpoint import PLAN, RECORD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RUN, TUNED, CHECKPOINTS, MODEL = "run.json", "finetune.json", "checkpoints", "model"
+WRITTEN = "written.safetensors"
+STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
+
+
+def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise WeLoreError unless a run may begin, or go on, at `out`."""
+    if not resume:
+        refuse_existing(out, overwrite=overwrite, marker=RUN)
+    elif overwrite:
+        raise WeLoreError("give --resume or --overwrite, not both: one goes on with the run, the other deletes it")
+    elif not (out / RUN).is_file():
+        raise WeLoreError(f"{out} holds no run that could be resumed: leave --resume out to begin one")
+    elif (out / TUNED).is_file():
+        raise WeLoreError(f"the run in {out} is finished (see {TUNED}): there is nothing to resume")
+
+
+def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
+    """Make the directory of a new run and say in it what it is; or check that a resumed run is the same."""
+    if not resume:
+        if out.exists():
+            shutil.rmtree(out)
+        write_json(out / RUN, identity)
+        return
+    before, now = _flat(read_json(out / RUN)), _flat(json.loads(json.dumps(identity)))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise WeLoreError(
+                f"{out} holds another run: its {name} is {before.get(name)!r}, now it is {now.get(name)!r}; resume it "
+                "with its own settings, or choose another directory"
+            )
+
+
+def written(out: Path) -> Tensor | None:
+    """What the teacher wrote for the run in `out`, None if it is not there."""
+    return kept_windows(out / WRITTEN) if (out / WRITTEN).is_file() else None
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint that is complete; what a killed run left incomplete is passed over."""
+    found = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    for path in sorted(found, key=lambda path: -int(path.name.split("-")[1])):
+        try:
+            json.loads((path / STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def gathered(model: "PreTrainedModel") -> dict[str, Tensor] | None:
+    """The tensors of a model that is cut over the processes, whole: in the first process, empty in the others.
+
+    All of them must call this. None for a model that is not cut.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    once = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # of tied tensors the first name
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # slow, seldom needed
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole: dict[str, Any] = get_model_state_dict(model, options=options)
+    return {name: tensor for name, tensor in whole.items() if name in once}
+
+
+def save_result(
+    out: Path,
+    model: "PreTrainedModel",
+    state: dict[str, Tensor] | None,
+    tokenizer: "PreTrainedTokenizerBase",
+    source: Path,
+) -> None:
+    """Write the tuned model, whole or not at all; plan and compression record come along.
+
+    state: its tensors, where the model itself has only a part of them (see gathered).
+    """
+    with whole_directory(out / MODEL, overwrite=True) as unfinished:
+        model.save_pretrained(unfinished, state_dict=state)
+        tokenizer.save_pretrained(unfinished)
+        for name in (PLAN, RECORD):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, unfinished / name)
+
+
+def fingerprint(model: "PreTrainedModel") -> str:
+    """SHA-256 over name, shape and the first 1024 numbers of every parameter, as float32."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().reshape(-1)[:1024].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

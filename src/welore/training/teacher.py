@@ -1,0 +1,95 @@
+"""The model that another one learns from: loaded frozen, sharing what is equal, writing the text if asked to."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from welore.data.self_generated import generate_text
+from welore.errors import WeLoreError
+from welore.io.hub import locate
+from welore.io.progress import Progress
+from welore.models.copies import writer
+from welore.models.load import load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_teacher(
+    name: str,
+    student: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    directory: Path,
+    *,
+    alone: bool,
+    attention: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> "PreTrainedModel":
+    """The model `name`, frozen, on the CPU in its own dtype; student and tokenizer: of the model in `directory`.
+
+    alone: nothing else is learned from. Raises WeLoreError for a teacher that cannot teach this student.
+    """
+    found = locate(name, cache_dir=cache_dir)
+    if alone and found.resolve() == directory.resolve():
+        raise WeLoreError(
+            "the model is its own teacher and has nothing to learn from itself: name the dense model that it was made "
+            "from, or give --distill-weight below 1"
+        )
+    teacher, teachers = load(found, "auto", "cpu", attention)
+    refuse_other_vocabulary(student, tokenizer, teacher, teachers)
+    teacher.requires_grad_(False)
+    return teacher.eval()
+
+
+def refuse_other_vocabulary(
+    student: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    teacher: "PreTrainedModel",
+    teachers: "PreTrainedTokenizerBase",
+) -> None:
+    """Raise WeLoreError unless a number stands for the same token in both models."""
+    sizes = [len(_outputs(model)) for model in (student, teacher)]
+    if sizes[0] != sizes[1] or tokenizer.get_vocab() != teachers.get_vocab():
+        raise WeLoreError(
+            f"the teacher has another vocabulary ({len(teachers)} tokens, {sizes[1]} outputs; the model has "
+            f"{len(tokenizer)} and {sizes[0]}): distilling needs the same tokens, as in the model it was made from"
+        )
+
+
+def share_frozen(student: "PreTrainedModel", teacher: "PreTrainedModel") -> None:
+    """Let `teacher` use the student's own parameters where they are frozen and equal: one copy in memory."""
+    own = dict(student.named_parameters(remove_duplicate=False))
+    for name, parameter in list(teacher.named_parameters(remove_duplicate=False)):
+        mine = own.get(name)
+        if mine is None or mine.requires_grad or mine.dtype != parameter.dtype or not torch.equal(mine, parameter):
+            continue
+        module, _, last = name.rpartition(".")
+        setattr(teacher.get_submodule(module), last, mine)
+
+
+def write_text(
+    teacher: Any,
+    tokenizer: "PreTrainedTokenizerBase",
+    device: torch.device,
+    *,
+    tokens: int,
+    length: int,
+    seed: int,
+    progress: Progress,
+) -> Tensor:
+    """Windows (count, length) of text that the teacher writes on `device`, the same in every process."""
+    size: dict[str, Any] = {"tokens": tokens, "length": length, "seed": seed}
+    windows = generate_text(writer(teacher, device), tokenizer, **size, progress=progress)
+    if not torch.distributed.is_initialized():
+        return windows
+    # Every process writes, so that none waits for long; two GPUs may differ in a last bit, and then in a word.
+    everyones = [windows]
+    torch.distributed.broadcast_object_list(everyones)
+    return everyones[0]
+
+
+def _outputs(model: "PreTrainedModel") -> Tensor:
+    head: Any = model.get_output_embeddings()
+    return head.weight
