@@ -6,7 +6,7 @@ their fields. Registries (STRATEGIES, SCALINGS, METHODS, ...) have exactly the n
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
@@ -51,14 +51,20 @@ def option(default: Any, help: str, *, panel: str = "Options", **more: Any) -> A
 
 
 class RunOptions(TypedDict, total=False):
-    """The fields of RunConfig, as keyword arguments of every verb."""
+    """Keyword arguments of every verb: the fields of RunConfig, and what only Python can give.
+
+    progress may be a function (items with costs, label, total) -> items. tokenizer: of a model in memory. processes:
+    those that share the work (io.parallel.Team).
+    """
 
     device: str
     workers: int | None
     cache_dir: str | Path | None
     revision: str | None
     overwrite: bool
-    progress: bool | None
+    progress: bool | Callable[..., Any] | None
+    tokenizer: Any
+    processes: Any
 
 
 @dataclass(frozen=True)

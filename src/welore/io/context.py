@@ -35,10 +35,16 @@ class RunContext:
     cache_dir: Path | None = None
     revision: str | None = None
     overwrite: bool = False
+    tokenizer: Any = None
 
     @classmethod
     def create(
-        cls, *, processes: Team = ALONE, progress: bool | Progress | None = None, **options: Any
+        cls,
+        *,
+        processes: Team = ALONE,
+        progress: bool | Progress | None = None,
+        tokenizer: Any = None,
+        **options: Any,
     ) -> "RunContext":
         """The context of a verb, from its keyword options (config.RunOptions); WeLoreError for one that cannot be.
 
@@ -54,6 +60,7 @@ class RunContext:
             cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
             revision=config.revision,
             overwrite=config.overwrite,
+            tokenizer=tokenizer,
         )
 
     def within(self, workspace: Workspace | None) -> "RunContext":
@@ -76,6 +83,8 @@ class RunContext:
             "revision": self.revision,
             "overwrite": self.overwrite,
             "progress": self.progress,
+            "tokenizer": self.tokenizer,
+            "processes": self.processes,
         }
 
 
