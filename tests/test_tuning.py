@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -571,9 +570,7 @@ def test_an_interrupted_run_shows_no_result(model: Path, text: str, tmp_path: Pa
                 raise KeyboardInterrupt
             yield item
 
-    started = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         finetune(model, tmp_path / "run", data=text, progress=impatient, **SHORT)
-    assert time.perf_counter() - started < 60
     assert not (tmp_path / "run" / "finetune.json").exists()
     assert not (tmp_path / "run" / "model").exists()
