@@ -18,7 +18,7 @@ from welore.calibration import collect as collection
 from welore.calibration import layerwise as sweep
 from welore.calibration.hooks import Moments
 from welore.calibration.scaling import metric
-from welore.calibration.statistics import Calibration
+from welore.calibration.statistics import Statistics
 from welore.data.mixture import SELF, draw, seed_of
 from welore.data.windows import keep_windows
 from welore.errors import WeLoreError
@@ -72,13 +72,13 @@ def by_hand(model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Tensor]
     return found
 
 
-def gathered(model: PreTrainedModel, directory: Path, ids: Tensor = IDS, **how: Any) -> Calibration:
+def gathered(model: PreTrainedModel, directory: Path, ids: Tensor = IDS, **how: Any) -> Statistics:
     return welore.calibrate(model, ids, directory / "c.safetensors", **how)
 
 
-def statistics(found: Calibration) -> dict[str, Tensor]:
+def statistics(found: Statistics) -> dict[str, Tensor]:
     """Every tensor of a calibration."""
-    return {name: found.tensors[name] for name in found.layout()}
+    return {name: found.store.get(name) for name in found.layout()}
 
 
 def seed_of_labels() -> int:
@@ -315,14 +315,14 @@ def test_a_matrix_that_no_token_reaches_has_zeros_and_a_count_of_zero(tmp_path: 
 
 def test_a_saved_calibration_loads_equal_and_saves_to_the_same_bytes(tmp_path: Path) -> None:
     found = gathered(build("qwen2"), tmp_path, exclude=["down_proj"])
-    again = Calibration.load(tmp_path / "c.safetensors")
+    again = Statistics.load(tmp_path / "c.safetensors")
     again.save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "c.safetensors").read_bytes()
     for field in ("model", "shapes", "counts", "shared", "record", "include", "exclude"):
         assert getattr(found, field) == getattr(again, field)
     assert again.exclude == ("down_proj",)
-    assert dict(again.tensors).keys() == again.layout().keys()
-    assert len(again.tensors) == len(again.layout())
+    with TensorReader(tmp_path / "c.safetensors") as reader:
+        assert reader.entries.keys() == again.layout().keys()
 
 
 def test_the_file_can_be_read_by_anyone(tmp_path: Path) -> None:
@@ -346,25 +346,25 @@ def test_files_that_are_no_calibration_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(WeLoreError, match="does not exist: make it with `welore calibrate MODEL"):
-        Calibration.load(tmp_path / "missing.safetensors")
+        Statistics.load(tmp_path / "missing.safetensors")
     path = tmp_path / "c.safetensors"
     save_file({"x": torch.zeros(2)}, path)
-    with pytest.raises(WeLoreError, match="holds no calibration"):
-        Calibration.load(path)
+    with pytest.raises(WeLoreError, match="holds no statistics"):
+        Statistics.load(path)
     gathered(build("llama"), tmp_path)
     with TensorReader(path) as reader:
         about = reader.metadata
     tensors = load_file(path)
     save_file(tensors, path, {key: value for key, value in about.items() if key != "counts"})
     with pytest.raises(WeLoreError, match="lacks what it should say of its model"):
-        Calibration.load(path)
+        Statistics.load(path)
     tensors.pop("model.layers.0.mlp.down_proj.inputs")
     save_file(tensors, path, about)
     with pytest.raises(WeLoreError, match="does not hold the statistics that it names"):
-        Calibration.load(path)
+        Statistics.load(path)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(WeLoreError, match="is cut off"):
-        Calibration.load(path)
+        Statistics.load(path)
 
 
 # --- from a directory, with text ------------------------------------------------------------------------------------
@@ -452,7 +452,7 @@ def test_on_a_cpu_a_model_in_half_precision_writes_in_float32(tmp_path: Path, mo
     found = welore.calibrate(directory, "self", tmp_path / "c.safetensors", tokens=64, length=16, measure=0)
     expected = usual(half.float(), read_tokenizer(directory), tokens=64, length=16, seed=seed_of(0, SELF))
     assert seen == [torch.float32]
-    assert torch.equal(found.own_text(), expected)
+    assert torch.equal(found.generated_text(), expected)
 
 
 class Killed(BaseException):

@@ -188,12 +188,12 @@ def test_calibrate_says_what_it_gathered_and_writes_what_python_writes(
     path, how = tmp_path / "c.safetensors", ("--tokens", 32, "--length", 8, "--seed", 3, "--exclude", "down_proj")
     answer = done(command("calibrate", model, "--data", f"{text}:3", "--data", "self", "-o", path, *how))
     assert answer == f"second moments of 12 matrices over 32 tokens -> {path}\n"
-    found = welore.Calibration.load(path)
+    found = welore.Statistics.load(path)
     assert [source["weight"] for source in found.record.inputs["sources"]] == [3.0, 1.0]
     wanted: dict[str, Any] = {"tokens": 32, "length": 8, "seed": 3, "exclude": ["down_proj"]}
     same = welore.calibrate(model, {str(text): 3, "self": 1}, tmp_path / "same.safetensors", **wanted)
     for name in found.layout():
-        assert torch.equal(found.tensors[name], same.tensors[name])
+        assert torch.equal(found.store.get(name), same.store.get(name))
     facts = json.loads(done(command("calibrate", model, "-o", path, *how, "--json")))
     assert facts["kind"] == "calibration"
     assert [source["name"] for source in facts["inputs"]["sources"]] == ["self"]

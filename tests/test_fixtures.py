@@ -48,8 +48,8 @@ def test_spectra_and_plan_are_read_and_the_plan_is_what_the_spectra_give() -> No
 
 def test_statistics_are_read_and_serve_the_plan_that_was_made_from_them(tmp_path: Path) -> None:
     plan = welore.Plan.load(FIXTURES / "plan.json")
-    statistics = welore.Calibration.load(FIXTURES / "statistics.safetensors")
-    assert statistics.own_text() is not None
+    statistics = welore.Statistics.load(FIXTURES / "statistics.safetensors")
+    assert statistics.generated_text() is not None
     record = welore.compress(FIXTURES / "dense", tmp_path / "small", plan=plan, calibration=statistics, heal="none")
     assert record.numbers["parameter_ratio"] == pytest.approx(plan.parameter_ratio)
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import welore
 from conftest import build, logits
 from welore.allocation.spectra import Spectra
-from welore.calibration.statistics import Calibration
+from welore.calibration.statistics import Statistics
 from welore.compression.analysis import analyze_weights, grids_of
 from welore.compression.in_memory import merge_model
 from welore.errors import WeLoreError
@@ -179,7 +179,7 @@ def test_losses_that_were_measured_in_another_way_are_left_aside(tmp_path: Path)
     ids = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))
     weights = ModelWeights(model)
 
-    def losses(calibration: Calibration, split: bool) -> int:
+    def losses(calibration: Statistics, split: bool) -> int:
         return len(
             analyze_weights(
                 weights, scaling="kfac", calibration=calibration, grids=grids_of(weights, split, "kfac")

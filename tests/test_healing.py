@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import FAMILIES, MIXTURES, build, logits
-from welore.calibration.statistics import Calibration
+from welore.calibration.statistics import Statistics
 from welore.compression import recovery as healing
 from welore.data.windows import keep_windows
 from welore.errors import WeLoreError
@@ -28,7 +28,7 @@ def source(saved: Callable[..., Path], tokenizer: Any) -> Path:
 
 
 @pytest.fixture
-def own(source: Path, tmp_path: Path) -> Calibration:
+def own(source: Path, tmp_path: Path) -> Statistics:
     """A calibration of 20 windows that the model wrote."""
     return welore.calibrate(source, "self", tmp_path / "c.safetensors", tokens=320, length=16, measure=0)
 
@@ -45,7 +45,7 @@ def distance(directory: Path) -> float:
 
 
 def test_params_alone_heals_the_factors_and_nothing_else(
-    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(healing, "RATE", 1 / 200)  # nine steps only
     record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own, seed=1)
@@ -76,7 +76,7 @@ def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path
 
 
 def test_what_healing_harms_is_kept_as_it_was_cut(
-    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(healing, "RATE", 10.0)
     record = welore.compress(source, tmp_path / "healed", params=0.5, calibration=own)
@@ -88,7 +88,7 @@ def test_what_healing_harms_is_kept_as_it_was_cut(
 
 
 def test_a_rate_that_harms_gives_way_to_a_smaller_one(
-    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(healing, "RATE", 1 / 200)
     usual = welore.compress(source, tmp_path / "usual", params=0.25, calibration=own)
@@ -100,7 +100,7 @@ def test_a_rate_that_harms_gives_way_to_a_smaller_one(
 
 
 def test_a_rate_that_diverges_gives_way_to_a_smaller_one(
-    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, rates = ClockedTrainer.training_step, []
 
@@ -117,7 +117,7 @@ def test_a_rate_that_diverges_gives_way_to_a_smaller_one(
 
 
 def test_a_failed_healing_does_not_take_the_cut_with_it(
-    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ClockedTrainer, "training_step", lambda *_, **__: torch.tensor(float("nan")))
     record = welore.compress(source, tmp_path / "healed", params=0.5, calibration=own)
@@ -127,7 +127,7 @@ def test_a_failed_healing_does_not_take_the_cut_with_it(
 
 
 def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
-    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(healing, "SAVED", 2)
     welore.compress(source, tmp_path / "straight", params=0.5, calibration=own)
@@ -159,7 +159,7 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
     ],
 )
 def test_what_was_killed_under_other_settings_begins_anew(
-    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
     straight = welore.compress(source, tmp_path / "straight", params=0.5, calibration=own)
     step = ClockedTrainer.training_step
@@ -224,7 +224,7 @@ def test_a_tenth_of_every_text_is_held_out(source: Path, tmp_path: Path) -> None
 
 
 def test_what_cannot_heal_is_refused_before_anything_is_written(
-    source: Path, own: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
     how: dict[str, Any] = {"params": 0.6, "calibration": foreign}
@@ -244,15 +244,15 @@ def test_what_cannot_heal_is_refused_before_anything_is_written(
 
 def test_without_text_of_its_own_params_alone_only_cuts(source: Path, tmp_path: Path) -> None:
     foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
-    assert foreign.own_text() is None
+    assert foreign.generated_text() is None
     assert welore.compress(source, tmp_path / "out", params=0.6, calibration=foreign).settings["healing"] is None
 
 
-def test_a_calibration_keeps_what_the_model_wrote(source: Path, own: Calibration) -> None:
-    windows = own.own_text()
+def test_a_calibration_keeps_what_the_model_wrote(source: Path, own: Statistics) -> None:
+    windows = own.generated_text()
     assert windows is not None
     assert windows.shape == (20, 16)
-    again = Calibration.load(own.tensors.path).own_text()  # type: ignore[attr-defined]
+    again = Statistics.load(own.store.path).generated_text()  # type: ignore[attr-defined]
     assert again is not None
     assert torch.equal(again, windows)
 

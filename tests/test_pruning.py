@@ -16,7 +16,7 @@ from conftest import build, logits
 from toys import characters, checkpoint
 from welore.allocation.neurons import Neurons, as_json, came_with, read_neurons
 from welore.allocation.plan import Plan
-from welore.calibration.statistics import Calibration
+from welore.calibration.statistics import Statistics
 from welore.compression.in_memory import merge_model
 from welore.errors import WeLoreError
 from welore.linalg.brain_surgeon import refit, removal
@@ -176,7 +176,7 @@ def test_neurons_that_do_nothing_go_first_and_nothing_is_lost(tmp_path: Path, to
     for path in (tmp_path / "with_tokenizer").glob("token*"):
         path.rename(source / path.name)
     welore.calibrate(source, str(text), statistics, tokens=256, length=32, measure=0)
-    kept = 1 - 2 * 16 * 3 * 32 / sum(m * n for m, n in Calibration.load(statistics).shapes.values())
+    kept = 1 - 2 * 16 * 3 * 32 / sum(m * n for m, n in Statistics.load(statistics).shapes.values())
     record = welore.compress(source, tmp_path / "small", params=kept, neurons=0.25, calibration=statistics, heal="none")
     plan = Plan.load(tmp_path / "small" / "plan.json")
     for found in plan.neurons.values():

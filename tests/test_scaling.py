@@ -8,7 +8,7 @@ import torch
 import welore
 from conftest import build, logits
 from welore.calibration.scaling import SCALINGS, metric
-from welore.calibration.statistics import Calibration
+from welore.calibration.statistics import Statistics
 from welore.errors import WeLoreError
 from welore.models.targets import Target
 from welore.records import Identity, Record
@@ -17,7 +17,7 @@ SCALED = sorted(SCALINGS.keys() - {"none"})
 WINDOWS = torch.randint(0, 96, (6, 32), generator=torch.Generator().manual_seed(0))
 
 
-def calibrated(family: str, out: Path) -> Calibration:
+def calibrated(family: str, out: Path) -> Statistics:
     return welore.calibrate(build(family), WINDOWS, out / "c.safetensors")
 
 
@@ -74,7 +74,7 @@ def test_a_matrix_that_no_token_reached_is_kept(saved: Callable[..., Path], tmp_
     name = "model.layers.0.self_attn.o_proj"
     target = Target(name, c.shapes[name])
     assert metric("kfac", c, target) is not None
-    unreached = Calibration(c.model, c.shapes, {**c.counts, name: 0}, c.shared, c.tensors, c.record)
+    unreached = Statistics(c.model, c.shapes, {**c.counts, name: 0}, c.shared, c.store, c.record)
     assert metric("kfac", unreached, target) is None
     welore.compress(source, tmp_path / "small", params=0.6, calibration=unreached)
     assert name not in welore.Plan.load(tmp_path / "small" / "plan.json").ranks
@@ -86,10 +86,10 @@ def test_calibrations_that_do_not_fit_are_refused(saved: Callable[..., Path], tm
     plan = welore.allocate(welore.analyze(source, scaling="kfac", calibration=c), params=0.7)
     with pytest.raises(WeLoreError, match="plan has scaling kfac: give the calibration"):
         welore.compress(source, tmp_path / "out", plan=plan)
-    other = Calibration(c.model, c.shapes, c.counts, c.shared, c.tensors, Record("calibration", {}, {"tokens": 1}, {}))
+    other = Statistics(c.model, c.shapes, c.counts, c.shared, c.store, Record("calibration", {}, {"tokens": 1}, {}))
     with pytest.raises(WeLoreError, match="another calibration"):
         welore.compress(source, tmp_path / "out", plan=plan, calibration=other)
-    stranger = Calibration(Identity("x", "0" * 64), c.shapes, c.counts, c.shared, c.tensors, c.record)
+    stranger = Statistics(Identity("x", "0" * 64), c.shapes, c.counts, c.shared, c.store, c.record)
     with pytest.raises(WeLoreError, match="calibration was made for another model"):
         welore.compress(source, tmp_path / "out", params=0.7, calibration=stranger)
     with pytest.raises(WeLoreError, match="scaling input needs a calibration"):

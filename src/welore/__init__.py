@@ -27,7 +27,7 @@ _PUBLIC = {
     "demo": "welore.cli.demo",
     "Spectra": "welore.allocation.spectra",
     "Plan": "welore.allocation.plan",
-    "Calibration": "welore.calibration.statistics",
+    "Statistics": "welore.calibration.statistics",
     "Trace": "welore.emergence.trace",
     "Record": "welore.records",
     "LowRankLinear": "welore.layers.low_rank",

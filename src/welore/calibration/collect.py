@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from welore.calibration.hooks import Components, Losses
 from welore.calibration.layerwise import gather, kept
 from welore.calibration.scaling import metric
-from welore.calibration.statistics import WRITTEN, Calibration
+from welore.calibration.statistics import GENERATED, Statistics, WorkspaceStore
 from welore.config import KFAC
 from welore.data.mixture import SELF, Mixture, Source, draw, given, parse_mixture, seed_of
 from welore.data.self_generated import LENGTH, TOKENS, generate_text
@@ -61,7 +61,7 @@ def calibrate(
     cache_dir: str | Path | None = None,
     revision: str | None = None,
     progress: Progress = silent,
-) -> Calibration:
+) -> Statistics:
     """Gather the statistics of MODEL's targeted matrices and write them to the file `out`; what is returned reads it.
 
     data: "self" (text that the model writes: no data at all), a text that corpus.read_text knows, or several of them
@@ -166,8 +166,8 @@ def calibrate(
         )
         chosen: dict[str, Any] = {"include": tuple(include), "exclude": tuple(exclude)}
         if SELF in counts:
-            chosen["written"] = (counts[SELF], length)
-        found = Calibration(identity, record=record, **fields, **chosen)
+            chosen["generated"] = (counts[SELF], length)
+        found = Statistics(identity, record=record, **fields, **chosen)
         if measure:
             some = ids[:: max(1, round(1 / measure))]
             losses = Workspace(workspace.directory / "measured", workspace.key)
@@ -175,26 +175,26 @@ def calibrate(
             with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
                 collect = partial(Losses, components=partial(_components, weights, found, grids))
                 gather(net, targets, some, losses, seed=seed_of(seed, "measured"), collect=collect, **how)
-            found = replace(found, tensors=_Finished(workspace, losses), measured=some.numel(), grids=grids)
+            found = replace(found, store=WorkspaceStore(workspace, losses), measured=some.numel(), grids=grids)
         found.save(path)
     except WeLoreError:
         workspace.remove()
         raise
     workspace.remove()
-    return Calibration.load(path)
+    return Statistics.load(path)
 
 
 def _written(model: Any, tokenizer: Any, workspace: Workspace, device: torch.device, how: Mapping[str, Any]) -> Tensor:
     """What the model writes: made once, then kept in the workspace."""
-    found = workspace.fetch(WRITTEN)
+    found = workspace.fetch(GENERATED)
     if found is None:
-        found = {WRITTEN: generate_text(writer(model, device), tokenizer, **how).int()}
-        workspace.store(WRITTEN, found)
-    return found[WRITTEN].long()
+        found = {GENERATED: generate_text(writer(model, device), tokenizer, **how).int()}
+        workspace.store(GENERATED, found)
+    return found[GENERATED].long()
 
 
 def _components(
-    weights: Weights, statistics: Calibration, grids: Mapping[str, Grid], layer: str
+    weights: Weights, statistics: Statistics, grids: Mapping[str, Grid], layer: str
 ) -> dict[str, Components]:
     """All components of a layer's matrix, or of its blocks, in the order in which K-FAC cuts them."""
     found = {}
@@ -233,8 +233,8 @@ def _refuse_tokens(model: "PreTrainedModel", ids: Tensor) -> None:
 
 
 def _finished(targets: Sequence[Target], workspace: Workspace) -> dict[str, Any]:
-    """What the workspace holds, as fields of a Calibration; tensors stay on disk."""
-    finished = _Finished(workspace)
+    """What the workspace holds, as fields of Statistics; tensors stay on disk."""
+    finished = WorkspaceStore(workspace)
     counts, shared = {}, {}
     for target in targets:
         about = finished.group(kept(target.name, "about"))
@@ -242,28 +242,4 @@ def _finished(targets: Sequence[Target], workspace: Workspace) -> dict[str, Any]
         if len(about["kept_as"]):
             shared[target.name] = bytes(about["kept_as"].tolist()).decode()
     shapes = {target.name: target.shape for target in targets}
-    return {"shapes": shapes, "counts": counts, "shared": shared, "tensors": finished}
-
-
-class _Finished(Mapping[str, Tensor]):
-    """The statistics in workspaces, each read when it is asked for; all of them lie in the directory of the first."""
-
-    def __init__(self, *workspaces: Workspace) -> None:
-        self.workspaces = workspaces
-
-    def group(self, name: str) -> dict[str, Tensor]:
-        for workspace in self.workspaces:
-            found = workspace.fetch(name)
-            if found is not None:
-                return found
-        self.workspaces[0].remove()
-        raise OSError(f"{name} in {self.workspaces[0].directory} was damaged: run the same command again")
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.group(name)[name.rpartition(".")[2]]
-
-    def __iter__(self) -> Iterator[str]:
-        raise NotImplementedError("the names are in Calibration.layout")
-
-    def __len__(self) -> int:
-        raise NotImplementedError("the names are in Calibration.layout")
+    return {"shapes": shapes, "counts": counts, "shared": shared, "store": finished}

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from welore.calibration.statistics import Calibration
+from welore.calibration.statistics import Statistics
 from welore.config import ASVD, INPUT, KFAC, NONE
 from welore.errors import WeLoreError, choose
 from welore.linalg.svd import Metric
@@ -21,14 +21,14 @@ DAMPING_INPUTS, DAMPING_OUTPUTS = 1e-3, 1e-1  # of the mean diagonal: directions
 ASVD_ALPHA = 0.5
 
 
-def asvd(calibration: Calibration, target: Target) -> Metric:
+def asvd(calibration: Statistics, target: Target) -> Metric:
     """Columns scaled by E[|x_j|]^alpha. ASVD, arXiv 2312.05821, with its alpha of 0.5."""
     magnitudes = _known(calibration.magnitudes(target.layer), calibration, target.layer)[target.columns].double()
     scale = (magnitudes + DAMPING_INPUTS * magnitudes.mean()) ** ASVD_ALPHA
     return Metric(torch.ones(target.shape[0]), scale**2)
 
 
-def inputs(calibration: Calibration, target: Target) -> Metric:
+def inputs(calibration: Statistics, target: Target) -> Metric:
     """The error of the outputs on the calibration's text, which SVD-LLM (arXiv 2403.07378) minimises.
 
     All outputs of a matrix weigh the same: the mean of E[g_i^2]. That moves no singular vector, but makes the values
@@ -38,7 +38,7 @@ def inputs(calibration: Calibration, target: Target) -> Metric:
     return Metric(gradients.repeat(target.shape[0]), damped(_entering(calibration, target), DAMPING_INPUTS))
 
 
-def kfac(calibration: Calibration, target: Target) -> Metric:
+def kfac(calibration: Statistics, target: Target) -> Metric:
     """Both sides: the rise of the loss, as far as inputs and gradients are independent."""
     return Metric(
         damped(_leaving(calibration, target), DAMPING_OUTPUTS),
@@ -46,7 +46,7 @@ def kfac(calibration: Calibration, target: Target) -> Metric:
     )
 
 
-SCALINGS: dict[str, Callable[[Calibration, Target], Metric | None]] = {
+SCALINGS: dict[str, Callable[[Statistics, Target], Metric | None]] = {
     NONE: lambda calibration, target: None,
     ASVD: asvd,
     INPUT: inputs,
@@ -54,7 +54,7 @@ SCALINGS: dict[str, Callable[[Calibration, Target], Metric | None]] = {
 }
 
 
-def metric(scaling: str, calibration: Calibration | None, target: Target) -> Metric | None:
+def metric(scaling: str, calibration: Statistics | None, target: Target) -> Metric | None:
     """The norm for one matrix; None is the plain one, also for a matrix that the calibration never reached."""
     make = choose("scaling", scaling, SCALINGS)
     if scaling == NONE:
@@ -64,26 +64,26 @@ def metric(scaling: str, calibration: Calibration | None, target: Target) -> Met
     return make(calibration, target) if calibration.counts.get(target.layer) else None
 
 
-def outliers(W: Tensor, calibration: Calibration, target: Target) -> float:
+def outliers(W: Tensor, calibration: Statistics, target: Target) -> float:
     """Share of the weights whose |W_ij| rms(x_j) exceeds five times its mean over the matrix. OWL, section 3, M = 5."""
     rms = _entering(calibration, target).diagonal().clamp(min=0).sqrt()
     found = W.float().abs() * rms.to(W.device)
     return float((found > 5 * found.mean()).double().mean())
 
 
-def _entering(calibration: Calibration, target: Target) -> Tensor:
+def _entering(calibration: Statistics, target: Target) -> Tensor:
     """E[x x^T] of what enters W."""
     found = _known(calibration.inputs(target.layer), calibration, target.layer)
     return found[target.columns, target.columns].double()
 
 
-def _leaving(calibration: Calibration, target: Target) -> Tensor:
+def _leaving(calibration: Statistics, target: Target) -> Tensor:
     """E[g g^T] of what leaves W."""
     found = _known(calibration.outputs(target.layer), calibration, target.layer)
     return found[target.rows, target.rows].double()
 
 
-def _known(statistic: Tensor | None, calibration: Calibration, name: str) -> Tensor:
+def _known(statistic: Tensor | None, calibration: Statistics, name: str) -> Tensor:
     if statistic is None:
         raise WeLoreError(f"the calibration of {calibration.model.name} has no {name}: make it with the same targets")
     return statistic

@@ -15,7 +15,7 @@ from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
 from welore.calibration.scaling import metric, outliers
-from welore.calibration.statistics import Calibration
+from welore.calibration.statistics import Statistics
 from welore.config import KFAC, NONE
 from welore.errors import WeLoreError
 from welore.io.checkpoint import check_finite
@@ -35,7 +35,7 @@ def analyze(
     model: "str | Path | PreTrainedModel",
     *,
     scaling: str = NONE,
-    calibration: "Calibration | str | Path | None" = None,
+    calibration: "Statistics | str | Path | None" = None,
     split: bool | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -71,15 +71,15 @@ def grids_of(weights: Weights, split: bool | None, scaling: str) -> dict[str, Gr
     return long_matrices(weights.skeleton, weights.targets) if wanted else {}
 
 
-def opened_calibration(calibration: "Calibration | str | Path | None", weights: Weights) -> Calibration | None:
+def opened_calibration(calibration: "Statistics | str | Path | None", weights: Weights) -> Statistics | None:
     """The calibration, read from its file if it is a path; WeLoreError if it is one of another model."""
-    found = Calibration.load(calibration) if isinstance(calibration, str | Path) else calibration
+    found = Statistics.load(calibration) if isinstance(calibration, str | Path) else calibration
     if found is not None:
         found.model.check(weights.identity, "calibration")
     return found
 
 
-def check_plan(plan: Plan, weights: Weights, calibration: Calibration | None) -> None:
+def check_plan(plan: Plan, weights: Weights, calibration: Statistics | None) -> None:
     """Raise WeLoreError unless the plan was made for these weights, and its ranks from this calibration."""
     plan.model.check(weights.identity, "plan")
     if plan.scaling == NONE:
@@ -115,7 +115,7 @@ def analyze_weights(
     weights: Weights,
     *,
     scaling: str = NONE,
-    calibration: Calibration | None = None,
+    calibration: Statistics | None = None,
     grids: Mapping[str, Grid] | None = None,
     neurons: Mapping[str, Neurons] | None = None,
     workspace: Workspace | None = None,
@@ -175,7 +175,7 @@ def analyze_weights(
     )
 
 
-def _losses(scaling: str, calibration: Calibration | None, targets: Sequence[Target]) -> dict[str, NDArray[np.float64]]:
+def _losses(scaling: str, calibration: Statistics | None, targets: Sequence[Target]) -> dict[str, NDArray[np.float64]]:
     """The losses that the calibration measured: of all matrices that it reached, or of none, for they are no measure
     of predicted ones; {} too where it measured along other directions than those that are cut (another split).
     """
@@ -186,7 +186,7 @@ def _losses(scaling: str, calibration: Calibration | None, targets: Sequence[Tar
     return {name: losses.double().numpy() for name, losses in found.items()} if len(found) == len(reached) else {}
 
 
-def summary(calibration: Calibration | None) -> dict[str, Any]:
+def summary(calibration: Statistics | None) -> dict[str, Any]:
     """What a calibration rests on, without its statistics; {} for none."""
     if calibration is None:
         return {}

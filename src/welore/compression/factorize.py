@@ -10,7 +10,7 @@ from torch import Tensor
 
 from welore.allocation.plan import Allocation, Plan
 from welore.calibration.scaling import metric
-from welore.calibration.statistics import Calibration
+from welore.calibration.statistics import Statistics
 from welore.io.checkpoint import PLAN, Step, copied, weight_files, write_config, write_weights
 from welore.io.parallel import Team, spread
 from welore.io.progress import Progress
@@ -28,7 +28,7 @@ Trained = Callable[[str], Tensor]  # name of a factor -> its numbers
 def factor_matrices(
     source: Checkpoint,
     plan: Plan,
-    calibration: Calibration | None,
+    calibration: Statistics | None,
     workspace: Workspace,
     crew: Team,
     *,

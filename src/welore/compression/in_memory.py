@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate
 from welore.calibration.scaling import metric
-from welore.calibration.statistics import Calibration
+from welore.calibration.statistics import Statistics
 from welore.compression.analysis import analyze_weights, check_plan, grids_of, opened_calibration
 from welore.config import NONE
 from welore.errors import WeLoreError
@@ -34,7 +34,7 @@ def compress_model(
     *,
     plan: Plan | None = None,
     scaling: str = NONE,
-    calibration: "Calibration | str | Path | None" = None,
+    calibration: "Statistics | str | Path | None" = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     workers: int | None = None,

@@ -6,9 +6,8 @@ for it. What that costs, and what the others have to be, is Optimal Brain Surgeo
 columns, in the norm of K-FAC.
 """
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 
 import numpy as np
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from welore.allocation.neurons import Neurons
 from welore.calibration.scaling import DAMPING_INPUTS, damped
-from welore.calibration.statistics import Calibration
+from welore.calibration.statistics import Selection, Statistics
 from welore.errors import WeLoreError
 from welore.io.parallel import Team, spread
 from welore.io.progress import Progress
@@ -34,7 +33,7 @@ LEAST = 0.05  # of all neurons: fewer are not worth layers of another size
 
 def worth_taking_out(
     source: Checkpoint,
-    calibration: Calibration,
+    calibration: Statistics,
     workspace: Workspace,
     crew: Team,
     *,
@@ -86,14 +85,14 @@ def worth_taking_out(
 
 def without(
     source: Checkpoint,
-    calibration: Calibration,
+    calibration: Statistics,
     neurons: Mapping[str, Neurons],
     workspace: Workspace,
     crew: Team,
     *,
     workers: int | None,
     progress: Progress,
-) -> tuple[Checkpoint, Calibration]:
+) -> tuple[Checkpoint, Statistics]:
     """The checkpoint and its calibration with these neurons alone; WeLoreError if it has no such MLPs.
 
     Both are views: tensors of smaller layers are made when they are read. Losses that were measured along the matrices
@@ -124,11 +123,11 @@ def without(
     resize_layers(skeleton, shapes)
     readers: dict[str, Mlp] = {}
     rows: dict[str, tuple[nn.Module, Tensor]] = {}
-    taken: dict[str, tuple[Tensor, Tensor | None]] = {}
+    selections: dict[str, Selection] = {}
     entries: dict[str, Entry] = {}
     for mlp in chosen:
         ids, inputs, stronger = kept[mlp.name], calibration.shared[mlp.reader.name], compute(mlp)["stronger"]
-        taken |= {f"{inputs}.inputs": (ids, None), f"{inputs}.magnitudes": (ids, None)}
+        selections |= dict.fromkeys((f"{inputs}.inputs", f"{inputs}.magnitudes"), Selection(ids))
         for layer in (*mlp.makers, mlp.reader):
             for part in ("weight", "bias"):
                 key = source.key(f"{layer.name}.{part}")
@@ -141,7 +140,8 @@ def without(
                 size = skeleton.get_parameter(f"{layer.name}.{part}").shape
                 entries[key] = Entry(source.entry(key).dtype, tuple(size), 0, 0)
         for maker in mlp.makers:
-            taken[f"{maker.name}.outputs"] = mlp.rows(maker, ids), stronger.repeat(mlp.copies(maker))
+            weights = stronger.repeat(mlp.copies(maker))
+            selections[f"{maker.name}.outputs"] = Selection(mlp.rows(maker, ids), weights)
 
     def make(key: str) -> Tensor:
         if key in rows:
@@ -149,38 +149,14 @@ def without(
         W = compute(readers[key])["W"]
         return (W.T if readers[key].reader.transposed else W).contiguous()
 
-    tensors = _Taken(calibration.tensors, taken)
-    sizes = dict(calibration.shapes) | shapes
-    less = dataclasses.replace(calibration, shapes=sizes, tensors=tensors, measured=0, grids={})
-    return source.with_others(skeleton, StandIns(entries, make)), less
+    return source.with_others(skeleton, StandIns(entries, make)), calibration.select(shapes, selections)
 
 
-class _Taken(Mapping[str, Tensor]):
-    """Statistics of some of the rows and columns; weights: what they are multiplied by on both sides."""
-
-    def __init__(self, whole: Mapping[str, Tensor], taken: Mapping[str, tuple[Tensor, Tensor | None]]) -> None:
-        self.whole, self.taken = whole, taken
-
-    def __getitem__(self, name: str) -> Tensor:
-        found = self.whole[name]
-        ids, weights = self.taken.get(name, (None, None))
-        if ids is None:
-            return found
-        some = found[ids] if found.ndim == 1 else found[ids][:, ids]
-        return some if weights is None else (some * weights[:, None] * weights).to(found.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.whole)
-
-    def __len__(self) -> int:
-        return len(self.whole)
-
-
-def _reached(mlp: Mlp, calibration: Calibration) -> bool:
+def _reached(mlp: Mlp, calibration: Statistics) -> bool:
     return all(calibration.counts.get(layer.name) for layer in (*mlp.makers, mlp.reader))
 
 
-def _statistics(mlp: Mlp, calibration: Calibration) -> tuple[Tensor, Tensor]:
+def _statistics(mlp: Mlp, calibration: Statistics) -> tuple[Tensor, Tensor]:
     """G (d, d) of what leaves the reader and H (width, width) of what enters it, float64; H damped as for a cut."""
     G, H = calibration.outputs(mlp.reader.name), calibration.inputs(mlp.reader.name)
     assert G is not None

@@ -17,7 +17,7 @@ from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate, check_settings
 from welore.calibration.collect import calibrate
 from welore.calibration.scaling import SCALINGS
-from welore.calibration.statistics import Calibration
+from welore.calibration.statistics import Statistics
 from welore.compression import recovery as healing
 from welore.compression.analysis import (
     analyze_weights,
@@ -68,7 +68,7 @@ def compress(
     split: bool | None = None,
     neurons: float | None = None,
     paper: bool = False,
-    calibration: "Calibration | str | Path" = SELF,
+    calibration: "Statistics | str | Path" = SELF,
     tokens: int = TOKENS,
     seed: int = 0,
     heal: str | None = None,
@@ -150,7 +150,7 @@ def compress(
     windows = None if heal in (None, NONE, SELF) else healing.text(heal, directory, tokens, seed, cache_dir)
     with Checkpoint(directory, str(model), include, exclude) as source:
         found = None if calibration == SELF else opened_calibration(calibration, source)
-        own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.written or (0,))[0]
+        own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.generated or (0,))[0]
         heal = healing.chosen(heal, own, alone=alone)
         if neurons and (found is None and scaling == NONE):
             raise WeLoreError("neurons are chosen by a calibration: give --calibration, or a scaling that needs one")
@@ -175,7 +175,7 @@ def compress(
                 trained, about = None, None
                 if heal != NONE and plan.ranks:
                     if windows is None and found is not None:
-                        windows = found.own_text()
+                        windows = found.generated_text()
                     assert windows is not None
                     here: dict[str, Any] = {"own": heal == SELF, "seed": seed, "device": device, "progress": progress}
                     trained, about, numbers = healing.heal(source, plan, workspace, windows, **here)
@@ -222,19 +222,19 @@ def _method(
 def _planned(
     source: Checkpoint,
     scaling: str,
-    calibration: Calibration | None,
+    calibration: Statistics | None,
     split: bool | None,
     share: float | None,
     settings: Mapping[str, Any],
     how: dict[str, Any],
-) -> tuple[Plan, Checkpoint, Calibration | None]:
+) -> tuple[Plan, Checkpoint, Statistics | None]:
     """The plan, and what it is for: the matrices as they came, or with neurons taken out, where that is worth it.
 
     share: of the neurons; None: as many as are worth less than what a number costs in a plan with all of them.
     how: settings of `analyze_weights` that both plans have.
     """
 
-    def planned(weights: Checkpoint, known: Calibration | None, neurons: Mapping[str, Neurons]) -> Plan:
+    def planned(weights: Checkpoint, known: Statistics | None, neurons: Mapping[str, Neurons]) -> Plan:
         about: dict[str, Any] = {"scaling": scaling, "calibration": known, "neurons": neurons}
         return allocate(analyze_weights(weights, grids=grids_of(weights, split, scaling), **about, **how), **settings)
 
@@ -253,12 +253,12 @@ def _planned(
 def _as_planned(
     plan: Plan,
     source: Checkpoint,
-    calibration: Calibration | None,
+    calibration: Statistics | None,
     workspace: Workspace,
     crew: Team,
     workers: int | None,
     progress: Progress,
-) -> tuple[Checkpoint, Calibration | None]:
+) -> tuple[Checkpoint, Statistics | None]:
     """What a plan that was given is for: the checkpoint and its calibration, without the neurons that it takes out."""
     if not plan.neurons:
         return source, calibration
@@ -273,7 +273,7 @@ def _as_planned(
     return source, calibration
 
 
-def _own_calibration(directory: Path, workspace: Workspace, crew: Team, **how: Any) -> Calibration:
+def _own_calibration(directory: Path, workspace: Workspace, crew: Team, **how: Any) -> Statistics:
     """From text that the model writes, made by the process that leads, kept with the unfinished work.
 
     Without measured losses: on a quarter of such text they make the result worse (docs/diary.md).
@@ -282,7 +282,7 @@ def _own_calibration(directory: Path, workspace: Workspace, crew: Team, **how: A
     if crew.leads and not made.is_file():
         calibrate(directory, SELF, made, measure=0, **how)
     crew.wait()
-    return Calibration.load(made)
+    return Statistics.load(made)
 
 
 def _beside(out: str | Path) -> Path:
