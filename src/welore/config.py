@@ -22,6 +22,7 @@ TaskName = Literal["commonsense_qa", "svamp", "boolq", "coin_flip", "object_trac
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 OpeningName = Literal["vocabulary", "word", "nothing", "chat"]
 TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
+ExportFormat = Literal["dense"]
 MinRatio = float | Literal["break-even"]
 
 NONE, ASVD, WHITENING, KFAC = "none", "asvd", "whitening", "kfac"
@@ -83,6 +84,18 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_at_least(1, workers=self.workers)
 
+    @property
+    def options(self) -> RunOptions:
+        """The same as keyword arguments of a verb."""
+        return RunOptions(
+            device=self.device,
+            workers=self.workers,
+            cache_dir=self.cache_dir,
+            revision=self.revision,
+            overwrite=self.overwrite,
+            progress=self.progress,
+        )
+
 
 # --- compression ----------------------------------------------------------------------------------------------------
 
@@ -138,7 +151,24 @@ class AllocationConfig:
 
 
 @dataclass(frozen=True)
-class CompressionConfig(AllocationConfig):
+class AnalysisConfig:
+    """Which matrices are decomposed, and in which norm."""
+
+    scaling: ScalingName | None = option(
+        None,
+        "Decompose the weights (none), or weights scaled by statistics.",
+        panel="Method",
+        shown="kfac with statistics, else none",
+    )
+    split: bool | None = option(
+        None, "Cut matrices at least twice as long as wide block by block.", panel="Method", shown="with scaling kfac"
+    )
+    include: tuple[str, ...] = option((), "Target only modules that match: q_proj, 'layers.*.mlp'.", panel="Targets")
+    exclude: tuple[str, ...] = option((), "Leave modules that match dense.", panel="Targets")
+
+
+@dataclass(frozen=True)
+class CompressionConfig(AnalysisConfig, AllocationConfig):
     """What `compress` makes of a model. A field that is None follows the preset, or the scaling without one."""
 
     preset: PresetName | None = option(
@@ -147,20 +177,12 @@ class CompressionConfig(AllocationConfig):
         panel="Target",
         shown="best for a size alone",
     )
-    scaling: ScalingName | None = option(
-        None, "What to decompose: the weights (none), or weights scaled by statistics.", panel="Method", shown="preset"
-    )
-    split: bool | None = option(
-        None, "Cut matrices at least twice as long as wide block by block.", panel="Method", shown="with scaling kfac"
-    )
     mlp_pruning: float | None = option(
         None,
         "Share of the MLP neurons to take out before factorisation.",
         panel="Method",
         shown="preset best chooses, else 0",
     )
-    include: tuple[str, ...] = option((), "Target only modules that match: q_proj, 'layers.*.mlp'.", panel="Targets")
-    exclude: tuple[str, ...] = option((), "Leave modules that match dense.", panel="Targets")
     max_shard_size: str = option(SHARD_SIZE, "Largest size of one weight file.", panel="Run")
 
     def __post_init__(self) -> None:
@@ -222,8 +244,7 @@ class RecoveryConfig:
         SELF,
         "Text for the recovery training: self (what the model wrote), texts as for calibration, or none.",
         panel="Recovery",
-        flag="recovery",
-        shown="self for preset best",
+        flag=None,
     )
     num_tokens: int | None = option(
         None, "Tokens to read of a text that people wrote.", panel="Recovery", flag=None, shown="as for calibration"
@@ -335,6 +356,9 @@ class FinetuneConfig:
         None, "Tokens that the teacher writes for --dataset self.", panel="Distillation", shown="all that are read"
     )
     report_to: TrackerName = option("none", "Experiment tracker.", panel="Output")
+    training_arguments: Mapping[str, Any] = option(
+        dict, "Any other field of transformers' TrainingArguments.", panel="Training", flag=None
+    )
 
 
 @dataclass(frozen=True)
