@@ -27,7 +27,7 @@ import welore
 from welore.compression.in_memory import merge_model
 from welore.io.hub import locate
 from welore.layers.low_rank import LowRankLinear, PivotedLinear
-from welore.layers.registry import DENSE, FACTORED, PIVOTED, cost
+from welore.layers.registry import FORMS
 from welore.models.embedded import embedded_model
 from welore.models.replace import sizes
 from welore.records import Record
@@ -70,9 +70,8 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
 def measure_layer(m: int, n: int, share: float, name: str) -> dict[str, Any]:
     """Speed-up over dense and reach of every variant of one layer at one rank."""
     dtype, r = DTYPES[name], round(share * n)
-    forms = {"dense": DENSE, "merged": DENSE, "pivoted": PIVOTED, "factored": FACTORED}
     layers = variants(m, n, r, dtype)
-    ratio = {kind: cost(m, n, r, forms[kind]) / (m * n) for kind in layers}
+    ratio = {kind: FORMS[kind].cost(m, n, r) / (m * n) if kind in FORMS else 1.0 for kind in layers}
     count = max(1, math.ceil(BEYOND_CACHE_BYTES / (m * n * dtype.itemsize)))
     copies = {kind: cycle([deepcopy(layer).eval() for _ in range(count)]) for kind, layer in layers.items()}
     prompt, token = torch.randn(PREFILL, n, dtype=dtype), torch.randn(1, n, dtype=dtype)

@@ -7,24 +7,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from welore.errors import WeLoreError
-from welore.layers.low_rank import LAYERS, LowRank, PivotedLinear, product, tensors
+from welore.layers.low_rank import LowRankLayer, PivotedLinear
 from welore.layers.registry import FORMS, PIVOTED
 
 SHAPES = [(5, 7, 3), (7, 5, 3), (4, 9, 4), (6, 6, 1)]  # n, m, r
 
 
-def layer(form: str, shape: tuple[int, int, int] = (5, 7, 3), dtype: torch.dtype = torch.float64) -> LowRank:
+def layer(form: str, shape: tuple[int, int, int] = (5, 7, 3), dtype: torch.dtype = torch.float64) -> LowRankLayer:
     torch.manual_seed(0)
     n, m, r = shape
-    made = LAYERS[form](n, m, r, bias=True, dtype=dtype)
+    made = FORMS[form].layer(n, m, r, bias=True, dtype=dtype)
     state = made.state_dict()
-    for part, tensor in tensors(torch.randn(m, r), torch.randn(r, n), form).items():
+    for part, tensor in FORMS[form].pack(torch.randn(m, r), torch.randn(r, n)).items():
         state[part].copy_(tensor)
     state["bias"].normal_()
     return made
 
 
-def dense(made: LowRank) -> Tensor:
+def dense(made: LowRankLayer) -> Tensor:
     """W, so that gradients reach the factors through it."""
     if isinstance(made, PivotedLinear):
         return torch.cat((made.P.weight, made.C.weight @ made.P.weight))[made.order.long()]
@@ -66,7 +66,7 @@ def test_gradients_of_a_pivoted_layer_are_those_of_differences() -> None:
 def test_children_are_plain_linears_and_the_state_comes_back(form: str) -> None:
     made = layer(form)
     assert [type(child) for child in made.children()] == [torch.nn.Linear] * 2
-    again = LAYERS[form](5, 7, 3, bias=True, dtype=torch.float64)
+    again = FORMS[form].layer(5, 7, 3, bias=True, dtype=torch.float64)
     again.load_state_dict(made.state_dict())
     x = torch.randn(2, 5, dtype=torch.float64)
     assert torch.equal(again(x), made(x))
@@ -99,7 +99,7 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_product_of_the_state_is_the_matrix_of_the_layer(form: str) -> None:
     made = layer(form, dtype=torch.float32)
-    torch.testing.assert_close(product(made.state_dict(), form), dense(made).detach())
+    torch.testing.assert_close(FORMS[form].unpack(made.state_dict()), dense(made).detach())
 
 
 @pytest.mark.parametrize("rank", [0, 7, 8])

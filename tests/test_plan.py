@@ -11,7 +11,7 @@ from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
 from welore.allocation.strategies import STRATEGIES
 from welore.errors import WeLoreError
-from welore.layers.registry import STORAGES
+from welore.layers.registry import storages
 from welore.linalg.spectrum import Values
 from welore.records import Identity
 
@@ -58,7 +58,7 @@ def every_plan(
     ("min_ratio", "allow_growth"), [(0.5, False), (0.0, False), (0.0, True), ("break-even", False)]
 )
 @pytest.mark.parametrize("target", ["rank_reduction", "params"])
-@pytest.mark.parametrize("storage", sorted(STORAGES))
+@pytest.mark.parametrize("storage", sorted(storages()))
 def test_solution_is_the_closest_of_all_plans(
     strategy: str, min_ratio: float, allow_growth: bool, target: str, storage: str
 ) -> None:

@@ -10,7 +10,7 @@ from welore.allocation.spectra import Spectra, block_of
 from welore.allocation.strategies import OWL_SPREAD, STRATEGIES, stored
 from welore.config import ASVD
 from welore.errors import WeLoreError
-from welore.layers.registry import FACTORED, PIVOTED, STORAGES, cost
+from welore.layers.registry import FACTORED, PIVOTED, cost, storages
 from welore.linalg.spectrum import Values
 from welore.records import Identity
 
@@ -27,7 +27,7 @@ def loss(sigma: Values, rank: int) -> float:
     return float((sigma[rank:] ** 2).sum())
 
 
-@pytest.mark.parametrize("storage", sorted(STORAGES))
+@pytest.mark.parametrize("storage", sorted(storages()))
 @pytest.mark.parametrize("seed", range(4))
 def test_waterfill_is_the_best_of_all_choices_of_ranks(storage: str, seed: int) -> None:
     s = spectra(seed, scaling="kfac")

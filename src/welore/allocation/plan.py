@@ -10,7 +10,7 @@ from welore.config import NONE, MinRatio
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import read_json, write_json
 from welore.layers.block_grid import WHOLE, Grid, block_names, layer_of, read_grids, split_layers
-from welore.layers.registry import DENSE, FACTORED, FORMS, PIVOTED, cost
+from welore.layers.registry import DENSE, FACTORED, FORMS
 from welore.records import Identity
 
 FORMAT = "welore.plan/1"
@@ -24,7 +24,7 @@ class Allocation:
     in low rank; False for an N-LRC, which stays dense and untouched.
     relative_error: ||W - A B|| / ||W|| of the best factors of that rank, from the spectrum (Eckart-Young); in the norm
     of the plan's scaling.
-    form: how an LRC is stored, one of forms.FORMS.
+    form: how an LRC is stored, one of layers.registry.FORMS.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Allocation:
     @property
     def stored_parameters(self) -> int:
         """What its form costs at this rank when it is an LRC, m n when not."""
-        return int(cost(*self.shape, self.kept, self.form if self.factored else DENSE))
+        return int(FORMS[self.form].cost(*self.shape, self.kept)) if self.factored else self.dense_parameters
 
 
 @dataclass(frozen=True)
@@ -214,6 +214,6 @@ def _read_allocation(entry: Mapping[str, Any], path: str | Path) -> Allocation:
     factored = bool(entry["factored"])
     form = entry.get("form", FACTORED) if factored else FACTORED  # plans from before there were forms have none
     choose(f"form of {entry['name']} in {path}:", form, FORMS)
-    if form == PIVOTED and kept == min(m, n):
-        raise WeLoreError(f"{path}: {entry['name']} has full rank {kept}; pivoted storage needs a lower one")
+    if factored and kept == min(m, n) and not FORMS[form].full_rank:
+        raise WeLoreError(f"{path}: {entry['name']} has full rank {kept}; {form} storage needs a lower one")
     return Allocation(entry["name"], (m, n), kept, factored, float(entry["relative_error"]), form)

@@ -17,7 +17,7 @@ from welore.allocation.strategies import STRATEGIES, Scores, Strategy, stored
 from welore.config import BREAK_EVEN, NONE, MinRatio
 from welore.errors import WeLoreError, choose
 from welore.layers.block_grid import layer_of
-from welore.layers.registry import FACTORED, STORAGES, form_of
+from welore.layers.registry import FACTORED, form_of, storages
 from welore.linalg.spectrum import Values
 
 
@@ -42,7 +42,7 @@ def check_settings(
         raise WeLoreError(f"{name} is {value:g}: it is a fraction between 0 and 1 (0.3 means 30 per cent)")
     strategy = strategy or ("welore" if scaling == NONE else "waterfill")
     storage = storage or (FACTORED if scaling == NONE else "auto")
-    choose("storage", storage, STORAGES)
+    choose("storage", storage, storages())
     chosen: Strategy = choose("strategy", strategy, STRATEGIES)
     min_ratio = chosen.min_ratio if min_ratio is None else min_ratio
     if min_ratio != BREAK_EVEN and not 0 <= float(min_ratio) < 1:
@@ -67,7 +67,7 @@ def allocate(
     """The plan that comes closest to one target.
 
     rank_reduction: ERR, 0..1. params: stored parameters of the targeted matrices over dense ones, 0..1.
-    threshold: the level itself. strategy: one of STRATEGIES; storage: one of forms.STORAGES; by default the paper's
+    threshold: the level itself. strategy: one of STRATEGIES; storage: one of storages(); by default the paper's
     welore and factored for plain spectra, waterfill and auto for those of scaled matrices. min_ratio: a matrix is
     factored iff it loses more than this share of its rank (None: the strategy's own; "break-even": iff it becomes
     smaller). Without allow_growth a matrix whose factors would not be smaller than W stays dense; one that no token

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from welore.allocation.spectra import Spectra, block_of
 from welore.config import BREAK_EVEN, PLAIN, MinRatio
 from welore.errors import WeLoreError
-from welore.layers.registry import FACTORED, PIVOTED, cost, pivoting_pays
+from welore.layers.registry import cost
 from welore.linalg.spectrum import Values, normalise
 
 OWL_SPREAD = 0.08  # lambda of OWL: how far the ratio of a block may lie from the mean
@@ -95,11 +95,7 @@ STRATEGIES = {
 def stored(ranks: NDArray[np.int64], shape: tuple[int, int], storage: str) -> NDArray[np.int64]:
     """Numbers that W (m, n) takes at each of the `ranks` if it is stored in low rank; dense at full rank."""
     m, n = shape
-    if storage == "auto":
-        low = np.where(pivoting_pays(m, n, ranks), cost(m, n, ranks, PIVOTED), cost(m, n, ranks, FACTORED))
-    else:
-        low = cost(m, n, ranks, storage)
-    return np.where(ranks == min(m, n), m * n, low)
+    return np.where(ranks == min(m, n), m * n, cost(m, n, ranks, storage))
 
 
 def _positions(k: int) -> Values:

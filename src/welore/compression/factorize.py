@@ -15,8 +15,7 @@ from welore.io.checkpoint import PLAN, Step, copied, weight_files, write_config,
 from welore.io.parallel import Team, spread
 from welore.io.progress import Progress
 from welore.io.resume import Workspace
-from welore.layers.low_rank import tensors
-from welore.layers.registry import FORMS, shapes
+from welore.layers.registry import FORMS
 from welore.linalg.svd import Reduction, factorise
 from welore.models.quantizer import WeLoreConfig
 from welore.models.source import Checkpoint
@@ -47,7 +46,7 @@ def factor_matrices(
             norm = metric(plan.scaling, calibration, targets[a.name])
             # W without a name here: factorise makes its own copy and lets this one go.
             factors = factorise(source.read(targets[a.name]).to(device), a.kept, a.relative_error, reduction, norm)
-            parts = tensors(factors.A, factors.B, a.form).items()
+            parts = FORMS[a.form].pack(factors.A, factors.B).items()
             dtype = source.dtype(targets[a.name])
             found = {
                 **{part: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous() for part, t in parts},
@@ -104,18 +103,19 @@ def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace, trained: T
         if found is None:
             raise OSError(f"the factors of {a.name} in {workspace.directory} were damaged: run the same command again")
         if trained is not None:
-            numbers = [part for part, t in found.items() if part in FORMS[a.form] and t.is_floating_point()]
+            numbers = FORMS[a.form].numbers
             found |= {part: trained(f"{a.name}.{part}").to(found[part].dtype) for part in numbers}
-        return {f"{a.name}.{part}": [found[part].flatten()] for part in FORMS[a.form]} | {f"{a.name}.weight": []}
+        return {f"{a.name}.{part}": [found[part].flatten()] for part in FORMS[a.form].parts} | {f"{a.name}.weight": []}
 
     def matrix(target: Target, a: Allocation, dtype: torch.dtype) -> Step:
         if not a.factored:
             return Step(
                 {f"{a.name}.weight": (dtype, a.shape)}, lambda: {f"{a.name}.weight": [source.read(target).flatten()]}
             )
+        form = FORMS[a.form]
         announced = {
-            f"{a.name}.{part}": (torch.int32 if part == "order" else dtype, shape)
-            for part, shape in shapes(*a.shape, a.kept, a.form).items()
+            f"{a.name}.{part}": (torch.int32 if part in form.indices else dtype, shape)
+            for part, shape in form.shapes(*a.shape, a.kept).items()
         }
         return Step({**announced, f"{a.name}.weight": (dtype, (0,))}, partial(factors, a))
 

@@ -17,7 +17,8 @@ from welore.errors import WeLoreError
 from welore.io.parallel import spread
 from welore.io.progress import Progress, silent
 from welore.layers.block_grid import Grid
-from welore.layers.low_rank import LowRank, SplitLinear, product, tensors
+from welore.layers.low_rank import LowRankLayer, SplitLinear
+from welore.layers.registry import FORMS
 from welore.linalg.svd import factorise
 from welore.models.mlp import copies_of, with_zeros
 from welore.models.replace import _config, place, replace_module, split_module
@@ -67,7 +68,7 @@ def compress_model(
     def compute(t: Target) -> dict[str, Tensor]:
         a = chosen[t.name]
         factors = factorise(weights.read(t), a.kept, a.relative_error, metric=metric(plan.scaling, known, t))
-        return tensors(factors.A, factors.B, a.form)
+        return FORMS[a.form].pack(factors.A, factors.B)
 
     found = spread(compute, todo, [t.cost for t in todo], workers=workers, progress=progress, label="factors")
     dense = {t.name: weights.read(t) for t in targets if t.layer in cut and t.name not in chosen}
@@ -90,7 +91,7 @@ def merge_model(model: "PreTrainedModel") -> None:
     inside: set[nn.Module] = set()
     done: set[str] = set()
     for name, layer in list(model.named_modules()):
-        if layer in inside or not isinstance(layer, SplitLinear | LowRank):
+        if layer in inside or not isinstance(layer, SplitLinear | LowRankLayer):
             continue
         inside.update(layer.modules())
         done.add(name)
@@ -120,8 +121,8 @@ def _matrix(layer: nn.Module) -> Tensor:
     """W (m, n) of a dense or a low-rank layer, or of one of such blocks."""
     if isinstance(layer, SplitLinear):
         return joined([_matrix(block) for block in layer.children()], layer.grid)
-    if isinstance(layer, LowRank):
-        return product(layer.state_dict(), layer.form)
+    if isinstance(layer, LowRankLayer):
+        return FORMS[layer.form].unpack(layer.state_dict())
     assert isinstance(layer, nn.Linear)
     return layer.weight.detach()
 

@@ -15,7 +15,6 @@ from welore.io.checkpoint import SHARD_SIZE, Step, copied, weight_files, write_c
 from welore.io.hub import locate
 from welore.io.progress import Progress, silent
 from welore.layers.block_grid import block_names, split_layers
-from welore.layers.low_rank import product
 from welore.layers.registry import FACTORED, FORMS
 from welore.models.mlp import copies_of, with_zeros
 from welore.models.quantizer import METHOD, WeLoreConfig, check_factors
@@ -73,7 +72,7 @@ def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
             return joined([matrix(block) for block in block_names(name, cut[name])], cut[name])
         if name not in forms:
             return source.tensor(f"{name}.weight")
-        return product({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]]}, forms[name])
+        return FORMS[forms[name]].unpack({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]].parts})
 
     def dense(name: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
         # GPT-2's Conv1D stores W^T
@@ -87,7 +86,7 @@ def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
         name = key.rpartition(".")[0]
         return with_zeros(source.skeleton.get_submodule(name), numbers, copies.get(name, 1))
 
-    gone = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form]}
+    gone = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form].parts}
     gone |= {f"{name}.weight" for layer, grid in cut.items() for name in block_names(layer, grid)}
     steps = []
     for key in source.keys():  # noqa: SIM118 - a method of ours

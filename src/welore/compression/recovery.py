@@ -209,4 +209,4 @@ def _losses(record: Record) -> dict[str, float]:
 
 def _factors(plan: Plan) -> list[str]:
     """Names of the tensors that are trained."""
-    return [f"{name}.{part}" for name, form in plan.forms.items() for part in FORMS[form] if part != "order"]
+    return [f"{name}.{part}" for name, form in plan.forms.items() for part in FORMS[form].numbers]

@@ -1,31 +1,30 @@
 """The low-rank layers: nn.Modules and nothing else."""
 
-from collections.abc import Mapping
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError
 from welore.layers.block_grid import Grid, block_shape
-from welore.layers.registry import FACTORED, FORMS, PIVOTED
+from welore.layers.registry import FACTORED, PIVOTED
 from welore.linalg.interpolative import pivoted
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
-class LowRankLinear(nn.Module):
-    """y = A (B x) + b in place of y = W x + b, with W ~ A B.
+class LowRankLayer(nn.Module):
+    """A linear layer whose matrix W (m, n) of rank r is stored in one of the forms of the registry.
 
-    A: nn.Linear(rank, out_features), weight (m, r). B: nn.Linear(in_features, rank), weight (r, n). Two plain
-    Linears, so that peft, torchao, FSDP and hooks see nothing unusual. The bias stays here, under the key that
-    the dense layer had.
+    It stands in the place of y = W x + b. Its children are plain nn.Linear layers, so that peft, torchao, FSDP and
+    hooks see nothing unusual. The bias stays here, under the key that the dense layer had.
 
     `weight` is an empty buffer, the tombstone: a loader that does not know this format would fill a missing
     dense weight with random numbers; it meets a shape mismatch here and stops instead.
     """
 
-    form: ClassVar[str] = FACTORED
+    form: ClassVar[str]
+    bias: nn.Parameter | None
     weight: Tensor
 
     def __init__(
@@ -40,11 +39,51 @@ class LowRankLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.A = nn.Linear(rank, out_features, bias=False, device=device, dtype=dtype)
+        _add_bias_and_tombstone(self, bias=bias, device=device, dtype=dtype)
+
+    @staticmethod
+    def pack(A: Tensor, B: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of W = A B, in the order of the form's parts. A: (m, r). B: (r, n)."""
+        raise NotImplementedError
+
+    @staticmethod
+    def unpack(*parts: Tensor) -> Tensor:
+        """W (m, n), float32, from the tensors in the order of the form's parts."""
+        raise NotImplementedError
+
+    def check(self, name: str) -> None:
+        """Raise WeLoreError if loaded tensors contradict each other; name: of the layer."""
+
+    def extra_repr(self) -> str:
+        """Shapes, as nn.Linear prints them."""
+        return _shapes(self, f"rank={self.rank}")
+
+
+class LowRankLinear(LowRankLayer):
+    """y = A (B x) + b in place of y = W x + b, with W ~ A B.
+
+    A: nn.Linear(rank, out_features), weight (m, r). B: nn.Linear(in_features, rank), weight (r, n).
+    """
+
+    form = FACTORED
+
+    def __init__(self, in_features: int, out_features: int, rank: int, **options: Any) -> None:
+        super().__init__(in_features, out_features, rank, **options)
+        options.pop("bias", None)
+        self.A = nn.Linear(rank, out_features, bias=False, **options)
         self.A.register_state_dict_post_hook(_by_row)
-        self.B = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+        self.B = nn.Linear(in_features, rank, bias=False, **options)
+
+    @staticmethod
+    def pack(A: Tensor, B: Tensor) -> tuple[Tensor, ...]:
+        """A and B themselves."""
+        return A, B
+
+    @staticmethod
+    def unpack(*parts: Tensor) -> Tensor:
+        """A B."""
+        A, B = parts
+        return A.float() @ B.float()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n) -> (..., m)."""
@@ -52,50 +91,55 @@ class LowRankLinear(nn.Module):
         y = self.A(self.B(x))
         return y if self.bias is None else y + self.bias
 
-    def train(self, mode: bool = True) -> "LowRankLinear":
+    def train(self, mode: bool = True) -> Self:
         """As of any module; what decoding has laid by column is laid by row again to be trained."""
-        return _train(super().train(mode), self.A)
-
-    def extra_repr(self) -> str:
-        """Shapes, as nn.Linear prints them."""
-        return _shapes(self, f"rank={self.rank}")
+        return _lay_by_row_to_train(super().train(mode), self.A)
 
 
-class PivotedLinear(nn.Module):
+class PivotedLinear(LowRankLayer):
     """y = cat(z, C z)[order] + b with z = P x: r rows of a rank-r matrix W, and the others as combinations of them.
 
-    P: nn.Linear(in_features, rank), weight (r, n). C: nn.Linear(rank, out_features - rank), weight (m - r, r): plain
-    Linears, as in LowRankLinear, and so are `bias` and the tombstone `weight`. order: (m,), int32, a permutation:
-    where in cat(z, C z) every output lies. A rank of m would leave C empty, and P as large as W: refused.
+    P: nn.Linear(in_features, rank), weight (r, n). C: nn.Linear(rank, out_features - rank), weight (m - r, r).
+    order: (m,), int32, a permutation: where in cat(z, C z) every output lies. A rank of m would leave C empty, and P
+    as large as W: refused.
     """
 
-    form: ClassVar[str] = PIVOTED
-    weight: Tensor
+    form = PIVOTED
     order: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, **options: Any) -> None:
         if not 1 <= rank < out_features:
             raise WeLoreError(
                 f"rank is {rank}: a pivoted layer with {out_features} outputs has ranks from 1 to {out_features - 1}; "
                 "keep it dense"
             )
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.P = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.C = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        super().__init__(in_features, out_features, rank, **options)
+        options.pop("bias", None)
+        self.P = nn.Linear(in_features, rank, bias=False, **options)
+        self.C = nn.Linear(rank, out_features - rank, bias=False, **options)
         self.C.register_state_dict_post_hook(_by_row)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("order", torch.arange(out_features, device=device, dtype=torch.int32))
-        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+        self.register_buffer("order", torch.arange(out_features, device=options.get("device"), dtype=torch.int32))
+
+    @staticmethod
+    def pack(A: Tensor, B: Tensor) -> tuple[Tensor, ...]:
+        """P, C and order: see linalg.interpolative."""
+        rows = pivoted(A, B)
+        return rows.P, rows.C, rows.order
+
+    @staticmethod
+    def unpack(*parts: Tensor) -> Tensor:
+        """cat(P, C P)[order]."""
+        P, C, order = parts
+        return torch.cat((P.float(), C.float() @ P.float()))[order]
+
+    def check(self, name: str) -> None:
+        """Raise WeLoreError unless the order is a permutation: any other would load as garbage."""
+        order = self.order
+        if order.is_meta:
+            return
+        rows = torch.arange(len(order), device=order.device, dtype=order.dtype)
+        if order.is_floating_point() or not torch.equal(order.sort().values, rows):
+            raise WeLoreError(f"{name}.order is no permutation of its {len(order)} rows: the checkpoint is damaged")
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n) -> (..., m)."""
@@ -106,22 +150,19 @@ class PivotedLinear(nn.Module):
         y = y.gather(-1, self.order.long().expand(y.shape))
         return y if self.bias is None else y + self.bias
 
-    def train(self, mode: bool = True) -> "PivotedLinear":
+    def train(self, mode: bool = True) -> Self:
         """As of any module; what decoding has laid by column is laid by row again to be trained."""
-        return _train(super().train(mode), self.C)
-
-    def extra_repr(self) -> str:
-        """Shapes, as nn.Linear prints them."""
-        return _shapes(self, f"rank={self.rank}")
+        return _lay_by_row_to_train(super().train(mode), self.C)
 
 
 class SplitLinear(nn.Module):
     """y = W x + b with W in equal blocks, each a linear or a low-rank layer of its own.
 
     grid: how many blocks lie below each other and side by side. The blocks are called 0, 1, ..., row by row, and are
-    made as nn.Linear without bias. `bias` and the tombstone `weight` are those of LowRankLinear.
+    made as nn.Linear without bias. `bias` and the tombstone `weight` are those of LowRankLayer.
     """
 
+    bias: nn.Parameter | None
     weight: Tensor
 
     def __init__(
@@ -139,8 +180,7 @@ class SplitLinear(nn.Module):
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
         for index in range(grid[0] * grid[1]):
             self.add_module(str(index), nn.Linear(n, m, bias=False, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+        _add_bias_and_tombstone(self, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n) -> (..., m)."""
@@ -158,6 +198,23 @@ class SplitLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shapes, as nn.Linear prints them."""
         return _shapes(self, f"grid={self.grid}")
+
+
+def _add_bias_and_tombstone(
+    layer: LowRankLayer | SplitLinear, *, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> None:
+    zeros = torch.zeros(layer.out_features, device=device, dtype=dtype) if bias else None
+    layer.bias = None if zeros is None else nn.Parameter(zeros)
+    layer.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
+
+
+def _shapes(layer: LowRankLayer | SplitLinear, inside: str) -> str:
+    return (
+        f"in_features={layer.in_features}, out_features={layer.out_features}, {inside}, bias={layer.bias is not None}"
+    )
+
+
+# --- one token on a CPU ---------------------------------------------------------------------------------------------
 
 
 def _lay_by_column(tall: nn.Linear, x: Tensor) -> None:
@@ -180,34 +237,7 @@ def _by_row(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object)
     state[prefix + "weight"] = state[prefix + "weight"].contiguous()
 
 
-def _train(layer: Layer, tall: nn.Linear) -> Layer:
+def _lay_by_row_to_train(layer: Layer, tall: nn.Linear) -> Layer:
     if layer.training and not tall.weight.is_contiguous():
         tall.weight.data = tall.weight.data.contiguous()
     return layer
-
-
-LowRank = LowRankLinear | PivotedLinear
-LAYERS: dict[str, type[LowRank]] = {FACTORED: LowRankLinear, PIVOTED: PivotedLinear}
-
-
-def _shapes(layer: LowRank | SplitLinear, inside: str) -> str:
-    return (
-        f"in_features={layer.in_features}, out_features={layer.out_features}, {inside}, bias={layer.bias is not None}"
-    )
-
-
-def tensors(A: Tensor, B: Tensor, form: str) -> dict[str, Tensor]:
-    """What a layer of this form holds of W = A B: name inside the layer -> tensor, as in `forms.shapes`."""
-    if form != PIVOTED:
-        return dict(zip(FORMS[form], (A, B), strict=True))
-    found = pivoted(A, B)
-    return dict(zip(FORMS[form], (found.P, found.C, found.order), strict=True))
-
-
-def product(parts: Mapping[str, Tensor], form: str) -> Tensor:
-    """W (m, n), float32, from the tensors of a layer of this form."""
-    if form != PIVOTED:
-        A, B = (parts[name].float() for name in FORMS[form])
-        return A @ B
-    P, C, order = (parts[name] for name in FORMS[form])
-    return torch.cat((P.float(), C.float() @ P.float()))[order]

@@ -1,46 +1,128 @@
-"""In which form a matrix W (m, n) of rank r is stored: the tensors of every form, and how many numbers they are.
+"""The storage forms: how a matrix W (m, n) of rank r is stored, one object for each.
 
-A form is what a matrix has; a storage is what was asked for all of them.
+A form is what one matrix has; the setting `storage` is a form for all of them, or "auto".
 """
 
-from typing import Any
+import math
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from welore.errors import choose
 
-DENSE, FACTORED, PIVOTED = "dense", "factored", "pivoted"
-FORMS = {FACTORED: ("A.weight", "B.weight"), PIVOTED: ("P.weight", "C.weight", "order")}
-ORDER_BYTES = 4  # per row: `order` is int32
-STORAGES = {FACTORED: "A (m, r) and B (r, n)", PIVOTED: "P (r, n) and C (m - r, r)", "auto": "the smaller of the two"}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from welore.layers.low_rank import LowRankLayer
+
+DENSE, FACTORED, PIVOTED, AUTO = "dense", "factored", "pivoted", "auto"
+NUMBER_BYTES, INDEX_BYTES = 2, 4  # of a weight, when forms are compared; of an int32 position
 
 
-def cost(m: int, n: int, r: Any, form: str) -> Any:
-    """Numbers that W (m, n) of rank r takes: m n, r (m + n) or r (m + n - r). r: an int, or an array of ranks.
+@dataclass(frozen=True)
+class StorageForm:
+    """One form: its tensors, what they cost, and the layer that computes with them.
 
-    The order of a pivoted matrix is integers, not numbers: it counts in bytes alone.
+    parts: tensor name inside the layer -> its axes: "m", "n", "r" or "m - r". indices: the parts that hold int32
+    positions, not numbers. full_rank: whether a matrix of full rank can be stored. layer_path: MODULE:CLASS of a
+    `LowRankLayer`, which is imported on first use because plans are made without torch.
     """
-    return {DENSE: m * n + 0 * r, FACTORED: r * (m + n), PIVOTED: r * (m + n - r)}[form]
+
+    name: str
+    description: str
+    layer_path: str
+    parts: Mapping[str, tuple[str, ...]]
+    indices: tuple[str, ...] = ()
+    full_rank: bool = True
+
+    @property
+    def numbers(self) -> list[str]:
+        """The parts that hold numbers, which can be trained."""
+        return [part for part in self.parts if part not in self.indices]
+
+    def shapes(self, m: int, n: int, r: Any) -> dict[str, tuple[Any, ...]]:
+        """Part -> its shape. r: an int, or an array of ranks."""
+        sizes = {"m": m, "n": n, "r": r, "m - r": m - r}
+        return {part: tuple(sizes[axis] for axis in axes) for part, axes in self.parts.items()}
+
+    def cost(self, m: int, n: int, r: Any) -> Any:
+        """How many numbers are stored; indices count in bytes alone. r: an int, or an array of ranks."""
+        shapes = self.shapes(m, n, r)
+        return sum(math.prod(shapes[part]) for part in self.numbers)
+
+    def index_bytes(self, m: int, n: int, r: Any) -> Any:
+        """Bytes of the indices."""
+        shapes = self.shapes(m, n, r)
+        return INDEX_BYTES * sum(math.prod(shapes[part]) for part in self.indices)
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], r: int) -> bool:
+        """Whether tensors of these shapes can be the parts of one matrix of rank r."""
+        sizes = {"r": r}
+        for part, axes in self.parts.items():
+            if len(axes) != len(shapes[part]):
+                return False
+            for axis, size in zip(axes, shapes[part], strict=True):
+                if sizes.setdefault(axis, size) != size:
+                    return False
+        return "m - r" not in sizes or sizes.get("m", sizes["m - r"] + r) == sizes["m - r"] + r
+
+    @cached_property
+    def layer(self) -> "type[LowRankLayer]":
+        """The class of the layer."""
+        layer: type[LowRankLayer] = pkgutil.resolve_name(self.layer_path)
+        return layer
+
+    def pack(self, A: "Tensor", B: "Tensor") -> "dict[str, Tensor]":
+        """Part -> tensor of W = A B. A: (m, r). B: (r, n)."""
+        return dict(zip(self.parts, self.layer.pack(A, B), strict=True))
+
+    def unpack(self, tensors: "Mapping[str, Tensor]") -> "Tensor":
+        """W (m, n), float32, from the parts; other tensors of the layer may be among them."""
+        return self.layer.unpack(*(tensors[part] for part in self.parts))
 
 
-def shapes(m: int, n: int, r: int, form: str) -> dict[str, tuple[int, ...]]:
-    """Name inside the layer -> shape of what stands for W (m, n) of rank r."""
-    found: dict[str, tuple[tuple[int, ...], ...]] = {
-        FACTORED: ((m, r), (r, n)),
-        PIVOTED: ((r, n), (m - r, r), (m,)),
-    }
-    return dict(zip(FORMS[form], found[form], strict=True))
+FORMS = {
+    FACTORED: StorageForm(
+        FACTORED,
+        "A (m, r) and B (r, n)",
+        "welore.layers.low_rank:LowRankLinear",
+        {"A.weight": ("m", "r"), "B.weight": ("r", "n")},
+    ),
+    PIVOTED: StorageForm(
+        PIVOTED,
+        "P (r, n) and C (m - r, r)",
+        "welore.layers.low_rank:PivotedLinear",
+        {"P.weight": ("r", "n"), "C.weight": ("m - r", "r"), "order": ("m",)},
+        indices=("order",),
+        full_rank=False,
+    ),
+}
+
+
+def storages() -> dict[str, str]:
+    """Every value of the setting `storage`, with its description."""
+    return {name: form.description for name, form in FORMS.items()} | {AUTO: "the smallest of them"}
+
+
+def cost(m: int, n: int, r: Any, storage: str) -> Any:
+    """Numbers that W (m, n) of rank r takes, stored in low rank. r: an int, or an array of ranks."""
+    if storage != AUTO:
+        return FORMS[storage].cost(m, n, r)
+    costs = np.array([form.cost(m, n, r) for form in FORMS.values()])
+    return np.take_along_axis(costs, _smallest(m, n, r)[None], 0)[0]
 
 
 def form_of(m: int, n: int, r: int, storage: str) -> str:
     """The form that a matrix of rank r < min(m, n) gets; WeLoreError for an unknown storage."""
-    choose("storage", storage, STORAGES)
-    if storage != "auto":
-        return storage
-    return PIVOTED if pivoting_pays(m, n, r) else FACTORED
+    choose("storage", storage, storages())
+    return list(FORMS)[int(_smallest(m, n, r))] if storage == AUTO else storage
 
 
-def pivoting_pays(m: int, n: int, r: Any) -> Any:
-    """Whether the pivoted form takes fewer bytes where a number takes two, its order included. r: as in `cost`.
-
-    It does but for the smallest ranks.
-    """
-    return 2 * (cost(m, n, r, FACTORED) - cost(m, n, r, PIVOTED)) > ORDER_BYTES * m
+def _smallest(m: int, n: int, r: Any) -> Any:
+    """Index of the form of the fewest bytes, where a number takes two; the first of equals. r: as in `cost`."""
+    sizes = [NUMBER_BYTES * form.cost(m, n, r) + form.index_bytes(m, n, r) for form in FORMS.values()]
+    return np.argmin(np.broadcast_arrays(*sizes), axis=0)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -19,8 +18,8 @@ from welore.config import MinRatio
 from welore.errors import WeLoreError, choose
 from welore.io.safetensors_stream import TensorReader
 from welore.layers.block_grid import Grid, block_names, read_grids, split_layers
-from welore.layers.low_rank import PivotedLinear
-from welore.layers.registry import FACTORED, FORMS, PIVOTED
+from welore.layers.low_rank import LowRankLayer
+from welore.layers.registry import FACTORED, FORMS
 from welore.models.mlp import resize_layers
 from welore.models.replace import place, replace_module, split_module
 
@@ -37,7 +36,7 @@ class WeLoreConfig(QuantizationConfigMixin):
     """The `quantization_config` of a compressed checkpoint, or the wish to compress while loading.
 
     ranks: module name in the causal LM -> rank of its factors; in every saved checkpoint.
-    forms: module name -> how its factors are stored, where that is not as A and B (forms.FORMS).
+    forms: module name -> how its factors are stored, where that is not as A and B (layers.registry.FORMS).
     grids: module name -> blocks down and across of the matrices that were cut block by block; a layer of which a block
     NAME.INDEX has a rank is a SplitLinear.
     shapes: module name -> (m, n) of the layers that are smaller than the architecture says, for neurons were taken out.
@@ -129,7 +128,7 @@ class WeLoreQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
         step_aside(model)
-        check_orders(model)
+        check_layers(model)
         if config.ranks is None:
             del model.config.quantization_config
             welore.compress(model, include=config.include, exclude=config.exclude, **config.wish)
@@ -182,20 +181,14 @@ def check_factors(config: WeLoreConfig, files: Sequence[str | Path], prefix: str
         for name in block_names(layer, grid):
             shape_of(f"{name}.weight")  # of a dense block the matrix, of others the tombstone
     for name, rank in ranks.items():
-        form = config.forms.get(name, FACTORED)
-        found = [shape_of(f"{name}.{part}") for part in FORMS[form]]
-        left, right = (found[1], found[0]) if form == PIVOTED else (found[0], found[1])
-        if left[-1] != rank or right[0] != rank:
-            raise WeLoreError(
-                f"config.json gives {name} rank {rank}, its factors are {left} and {right}: it is damaged"
-            )
+        form = FORMS[config.forms.get(name, FACTORED)]
+        parts = {part: shape_of(f"{name}.{part}") for part in form.parts}
+        if not form.check(parts, rank):
+            raise WeLoreError(f"config.json gives {name} rank {rank}, its tensors are {parts}: it is damaged")
 
 
-def check_orders(model: nn.Module) -> None:
-    """Raise WeLoreError unless the order of every pivoted layer is a permutation: any other would load as garbage."""
+def check_layers(model: nn.Module) -> None:
+    """Raise WeLoreError if the tensors of a low-rank layer contradict each other."""
     for name, layer in model.named_modules():
-        if isinstance(layer, PivotedLinear) and not layer.order.is_meta:
-            order = layer.order
-            whole = torch.arange(len(order), device=order.device, dtype=order.dtype)
-            if order.is_floating_point() or not torch.equal(order.sort().values, whole):
-                raise WeLoreError(f"{name}.order is no permutation of its {len(order)} rows: the checkpoint is damaged")
+        if isinstance(layer, LowRankLayer):
+            layer.check(name)

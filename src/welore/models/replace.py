@@ -8,20 +8,20 @@ from torch import Tensor, nn
 
 from welore.errors import WeLoreError
 from welore.layers.block_grid import Grid
-from welore.layers.low_rank import LAYERS, LowRank, PivotedLinear, SplitLinear
-from welore.layers.registry import DENSE, FACTORED, ORDER_BYTES, cost
+from welore.layers.low_rank import LowRankLayer, SplitLinear
+from welore.layers.registry import FACTORED, FORMS
 from welore.models.skeleton import dense_skeleton
 from welore.models.targets import find_targets, in_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Layer = TypeVar("Layer", LowRank, SplitLinear)
+Layer = TypeVar("Layer", LowRankLayer, SplitLinear)
 
 
-def replace_module(model: nn.Module, name: str, rank: int, form: str = FACTORED) -> LowRank:
+def replace_module(model: nn.Module, name: str, rank: int, form: str = FACTORED) -> LowRankLayer:
     """Put an (uninitialised) low-rank layer in the place of the linear layer `name`; its bias is kept."""
-    return _exchanged(model, name, lambda n, m, **like: LAYERS[form](n, m, rank, **like))
+    return _exchanged(model, name, lambda n, m, **like: FORMS[form].layer(n, m, rank, **like))
 
 
 def split_module(model: nn.Module, name: str, grid: Grid) -> SplitLinear:
@@ -49,19 +49,21 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
     """ERR, parameter ratio, parameters and bytes, counted on the model itself; dense: 0, 1.
 
     parameters, bytes: everything that is stored, tied weights once, in the dtype of the model; in the bytes also the
-    orders of pivoted layers.
+    indices of low-rank layers.
     """
     about = {"include": (), "exclude": ()} | _config(model)
-    ranks_removed = full_ranks = stored = dense = orders = 0
+    ranks_removed = full_ranks = stored = dense = indices = 0
     for target in in_blocks(find_targets(model, about["include"], about["exclude"]), about.get("grids", {})):
         m, n = target.shape
         layer = model.get_submodule(target.name) if has_module(model, target.name) else None
-        rank, form = (layer.rank, layer.form) if isinstance(layer, LowRank) else (min(m, n), DENSE)
         full_ranks += min(m, n)
         dense += m * n
-        stored += cost(m, n, rank, form)
-        ranks_removed += min(m, n) - rank
-        orders += ORDER_BYTES * m if isinstance(layer, PivotedLinear) else 0
+        if not isinstance(layer, LowRankLayer):
+            stored += m * n
+            continue
+        ranks_removed += min(m, n) - layer.rank
+        stored += FORMS[layer.form].cost(m, n, layer.rank)
+        indices += FORMS[layer.form].index_bytes(m, n, layer.rank)
     if about.get("shapes"):  # neurons were taken out
         whole = find_targets(dense_skeleton(model.config, type(model)), about["include"], about["exclude"])
         dense = sum(math.prod(target.shape) for target in whole)
@@ -69,7 +71,7 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
         "rank_reduction": ranks_removed / full_ranks,
         "parameter_ratio": stored / dense,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()) + orders,
+        "bytes": sum(p.numel() * p.element_size() for p in model.parameters()) + indices,
     }
 
 

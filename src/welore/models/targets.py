@@ -9,7 +9,7 @@ from torch import nn
 
 from welore.errors import WeLoreError
 from welore.layers.block_grid import WHOLE, Grid, block_names, block_shape
-from welore.layers.low_rank import LowRank
+from welore.layers.low_rank import LowRankLayer
 from welore.models.skeleton import decoder_blocks
 
 if TYPE_CHECKING:
@@ -112,9 +112,9 @@ def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude:
     names = []
     targets = []
     for name, module in model.named_modules():
-        if not (type(module) in (nn.Linear, Conv1D) or isinstance(module, LowRank)):
+        if not (type(module) in (nn.Linear, Conv1D) or isinstance(module, LowRankLayer)):
             continue
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), LowRank):  # A and B, or P and C
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), LowRankLayer):  # A and B, or P and C
             continue
         names.append(name)
         m, n = _shape(module)
@@ -169,7 +169,7 @@ def census(model: "PreTrainedModel", targets: Sequence[Target]) -> Census:
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, (nn.Linear, LowRank)):
+    if isinstance(module, (nn.Linear, LowRankLayer)):
         return module.out_features, module.in_features
     n, m = module.weight.shape  # type: ignore[misc]
     return m, n

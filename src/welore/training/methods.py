@@ -12,7 +12,7 @@ from torch import nn
 
 from welore.allocation.plan import Plan
 from welore.errors import WeLoreError
-from welore.layers.low_rank import LowRank
+from welore.layers.low_rank import LowRankLayer
 from welore.models.skeleton import decoder_blocks
 from welore.models.targets import find_targets
 
@@ -54,7 +54,7 @@ def matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrices:
     if plan is not None:
         include, exclude = plan.include, plan.exclude
     names = [target.name for target in find_targets(model, include, exclude)]
-    factored = {name for name in names if isinstance(model.get_submodule(name), LowRank)}
+    factored = {name for name in names if isinstance(model.get_submodule(name), LowRankLayer)}
     if plan is not None:
         if factored:
             raise WeLoreError("a plan tells the matrices of a dense model apart; this model is compressed already")
@@ -75,9 +75,9 @@ def lrc(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int 
     _freeze(model)
     for name in found.lrc:
         module = model.get_submodule(name)
-        for linear in module.children() if isinstance(module, LowRank) else (module,):
+        for linear in module.children() if isinstance(module, LowRankLayer) else (module,):
             _weight(linear).requires_grad_()
-    low = isinstance(model.get_submodule(found.lrc[0]), LowRank)
+    low = isinstance(model.get_submodule(found.lrc[0]), LowRankLayer)
     trains = "the factors of the LRCs" if low else "the dense matrices that the plan calls LRCs"
     return Marked(model, trains + _norms(model, train_norms))
 
@@ -110,7 +110,9 @@ def lora(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int
     names = []
     for name in (*found.lrc, *found.nlrc):
         module = model.get_submodule(name)
-        names += [f"{name}.{child}" for child, _ in module.named_children()] if isinstance(module, LowRank) else [name]
+        names += (
+            [f"{name}.{child}" for child, _ in module.named_children()] if isinstance(module, LowRankLayer) else [name]
+        )
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
     with known_warnings():
         adapted = get_peft_model(model, config)

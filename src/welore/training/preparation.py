@@ -14,7 +14,7 @@ from welore.data.packing import Material, blocks_of_text, blocks_of_windows, blo
 from welore.data.windows import WINDOWS, kept_windows
 from welore.errors import WeLoreError, first_line
 from welore.io.progress import Progress
-from welore.layers.low_rank import LowRank, PivotedLinear, SplitLinear
+from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.models.load import load
 from welore.models.skeleton import context_length, refuse_longer
 from welore.training.activations import keep_wide_products
@@ -136,7 +136,6 @@ def cast(model: Any, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype, copy=copy)
     for module in model.modules():
-        if isinstance(module, LowRank | SplitLinear):
-            module.weight = torch.empty_like(module.weight)
-        if isinstance(module, PivotedLinear):
-            module.order = module.order.clone()
+        if isinstance(module, LowRankLayer | SplitLinear):
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.clone())
