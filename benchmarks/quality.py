@@ -242,9 +242,11 @@ class Bench:
         made, cost = welore("compress", model, out, "--params", ratio, "--seed", seed, "--overwrite", *flags)
         keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
         numbers |= {key: made["numbers"][key] for key in keys} | cost
-        settings |= {key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio", "neurons")}
-        if made["settings"]["healing"]:
-            healing = made["settings"]["healing"]
+        settings |= {
+            key: made["settings"][key] for key in ("strategy", "scaling", "storage", "min_ratio", "mlp_pruning")
+        }
+        if made["settings"]["recovery"]:
+            healing = made["settings"]["recovery"]
             settings["healing"] = healing | {"text": named(self.sources["raw"] if row.of else healing["text"])}
             kinds = ("healed", "healing_tokens", "healing_seconds", "held_out_loss")
             numbers |= {key: made["numbers"][key] for key in kinds}

@@ -133,7 +133,7 @@ def tuning() -> str:
 def methods() -> str:
     """Held-out loss of every method at its learning rates, from recipes/compare_methods_cpu.sh."""
     runs: dict[str, list[Record]] = {}
-    for record in sorted(map(Record.load, METHODS.glob("*.finetune.json")), key=lambda r: r.settings["lr"]):
+    for record in sorted(map(Record.load, METHODS.glob("*.finetune.json")), key=lambda r: r.settings["learning_rate"]):
         runs.setdefault(record.inputs["label"], []).append(record)
     best = {label: min(r.numbers["eval_loss"] for r in found) for label, found in runs.items()}
     lines = [
@@ -142,7 +142,7 @@ def methods() -> str:
     ]
     for label in sorted(runs, key=lambda label: (label.startswith("dense"), best[label])):
         n = runs[label][0].numbers
-        rates = ", ".join(f"{r.settings['lr']:.0e}: {r.numbers['eval_loss']:.3f}" for r in runs[label])
+        rates = ", ".join(f"{r.settings['learning_rate']:.0e}: {r.numbers['eval_loss']:.3f}" for r in runs[label])
         before = f"{n['evaluation'][0][1]:.3f}"
         lines.append(f"| {label} | {n['trainable_parameters']:,} | {before} | {best[label]:.3f} | {rates} |")
     return "\n".join(lines)
@@ -172,7 +172,7 @@ def quality_cells(of: str) -> dict[tuple[str, float], list[Record]]:
     """(row, share of the parameters) -> the records of benchmarks/quality.py, one for each seed."""
     cells: dict[tuple[str, float], list[Record]] = {}
     for record in map(Record.load, sorted((HERE / of).glob("*.json"))):
-        cells.setdefault((record.inputs["row"], record.settings["params"]), []).append(record)
+        cells.setdefault((record.inputs["row"], record.settings["keep"]), []).append(record)
     return cells
 
 
@@ -253,8 +253,8 @@ def take(source: Path, target: Path, root: Path | None = None) -> None:
     record = Record.load(source)
     model = PurePath(record.inputs["model"])
     record.inputs["model"] = model.relative_to(root).as_posix() if root else model.name
-    if record.settings.get("data"):
-        record.settings["data"] = PurePath(record.settings["data"]).name
+    if record.settings.get("dataset"):
+        record.settings["dataset"] = PurePath(record.settings["dataset"]).name
     if "items" in record.numbers:
         record.numbers["items_left_out"] = max(0, len(record.numbers["items"]) - ITEMS_SHOWN)
         del record.numbers["items"][ITEMS_SHOWN:]

@@ -51,7 +51,7 @@ for record in sorted(map(Record.load, out.glob("*/finetune.json")), key=lambda r
     n, label = record.numbers, record.inputs["label"]
     chosen = label not in best
     best.setdefault(label, record)
-    print(f"| {label}{' (best)' if chosen else ''} | {record.settings['lr']:g} | {n['trainable_parameters']:,} | "
+    print(f"| {label}{' (best)' if chosen else ''} | {record.settings['learning_rate']:g} | {n['trainable_parameters']:,} | "
           f"{n['evaluation'][0][1]:.4f} | {n['eval_loss']:.4f} | {n.get('tokens_per_second', 0):.1f} | "
           f"{n['peak_memory_bytes'] / 1e9:.2f} |")
 compressed = [record for label, record in best.items() if not label.startswith("dense")]

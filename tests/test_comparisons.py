@@ -60,7 +60,7 @@ def test_only_runs_on_the_same_tokens_stand_together() -> None:
 def test_of_every_learning_rate_the_best_is_drawn_and_all_are_listed() -> None:
     rates = [run("lrc", "a", loss, lr=lr) for lr, loss in ((1e-4, 4.0), (1e-3, 3.0), (1e-2, 3.5))]
     (found,) = comparisons([*rates, run("full", "b", 2.0), run("lrc", "a", 1.0, err=0.0)])
-    assert [(r.inputs["label"], r.settings["lr"], r.inputs["model"]) for r in found.best] == [
+    assert [(r.inputs["label"], r.settings["learning_rate"], r.inputs["model"]) for r in found.best] == [
         ("b", 1e-3, "models/small"),
         ("a", 1e-3, "models/small"),
         ("a", 1e-3, "models/dense"),  # another model is another run; compressed ones come first

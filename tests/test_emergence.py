@@ -79,7 +79,7 @@ def test_loss_falls_and_the_record_says_what_was_done(run: Path) -> None:
     assert losses[-1] < losses[0] - 1
     assert record.numbers["claims"].keys() == CLAIMS.keys()
     assert record.settings["size"] == {"hidden": 32, "layers": 3, "heads": 4, "intermediate": 56}
-    assert record.settings["lr"] == 1e-2
+    assert record.settings["learning_rate"] == 1e-2
     assert record.numbers["probe_seconds"] > 0
     assert record.numbers["tokens"] == 30 * 8 * 32
     assert not (run / "trace" / "work").exists()

@@ -59,6 +59,86 @@ def test_record_says_versions_machine_and_time() -> None:
     assert record.created.endswith("+00:00")
 
 
+def test_record_names_every_package_that_computes() -> None:
+    versions = some_record().versions
+    for package in ("accelerate", "datasets", "tokenizers"):
+        assert versions[package] == metadata.version(package)
+
+
+def test_record_names_the_gpu_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "gpu" not in some_record().machine
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    machine = some_record().machine
+    assert (machine["gpu"], machine["gpus"], machine["cuda"]) == ("NVIDIA H100", 2, torch.version.cuda)
+
+
+def test_keys_of_a_later_version_are_ignored_and_missing_ones_filled(tmp_path: Path) -> None:
+    record = some_record()
+    path = tmp_path / "a.json"
+    record.save(path)
+    content = read_json(path)
+    write_json(path, content | {"of a later version": 1})
+    assert Record.load(path) == record
+    for name in ("versions", "machine", "created"):
+        del content[name]
+    write_json(path, content)
+    older = Record.load(path)
+    assert (older.numbers, older.versions, older.machine, older.created) == (record.numbers, {}, {}, "")
+
+
+def test_settings_of_version_0_1_have_the_names_of_today(tmp_path: Path) -> None:
+    compression = {"asked": {"params": 0.8}, "neurons": 3, "healing": {"steps": 64, "lr": 1e-4}, "calibration": {}}
+    inputs = {"model": "m", "fingerprint": "f", "compression": compression, "data_sha256": "d"}
+    settings = {"data": "c4", "length": 8, "steps": 5, "lr": 0.1, "warmup": 1, "accumulation": 2, "eval_every": 3}
+    settings |= {"eval_items": 4, "save_every": 6, "task_data": None, "seed": 0}
+    content = {"kind": "finetune", "inputs": inputs, "settings": settings, "numbers": {"tokens": 7}}
+    write_json(tmp_path / "finetune.json", content)
+    record = Record.load(tmp_path / "finetune.json")
+    assert record.settings == {
+        "dataset": "c4",
+        "max_length": 8,
+        "max_steps": 5,
+        "learning_rate": 0.1,
+        "warmup_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "eval_steps": 3,
+        "max_eval_samples": 4,
+        "save_steps": 6,
+        "task_dataset": None,
+        "seed": 0,
+    }
+    assert record.inputs["model_fingerprint"] == "f"
+    assert record.inputs["compression"] == {
+        "target": {"keep": 0.8},
+        "mlp_pruning": 3,
+        "recovery": {"max_steps": 64, "learning_rate": 1e-4},
+        "statistics": {},
+    }
+    assert record.numbers == {"tokens": 7}
+
+
+def test_fingerprints_of_matrices_and_of_whole_models_are_told_apart(tmp_path: Path) -> None:
+    for kind, name in {"compression": "targets_fingerprint", "pretrain": "model_fingerprint"}.items():
+        content = {"kind": kind, "inputs": {"fingerprint": "f"}, "settings": {}, "numbers": {}}
+        write_json(tmp_path / "a.json", content)
+        assert Record.load(tmp_path / "a.json").inputs == {name: "f"}
+
+
+def test_record_is_one_line_in_a_terminal_and_a_table_in_a_notebook() -> None:
+    numbers = {"perplexity": 20.91234, "nll": 3.04, "parameter_ratio": 0.8, "bytes": 1_000_000, "items": [1]}
+    record = Record("perplexity", {"model": "a<b", "label": None}, {}, numbers)
+    assert repr(record) == "Record(perplexity of a<b: perplexity 20.91, parameter_ratio 0.8, bytes 1,000,000)"
+    page = record._repr_html_()
+    assert "<caption>perplexity of a&lt;b</caption>" in page
+    assert "<tr><th>nll</th><td>3.04</td></tr>" in page
+    assert "items" not in page
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_number_that_json_lacks_is_refused_and_the_old_record_stays(tmp_path: Path, number: float) -> None:
     path = tmp_path / "a.json"

@@ -50,11 +50,11 @@ def test_params_alone_heals_the_factors_and_nothing_else(
     monkeypatch.setattr(healing, "RATE", 1 / 200)  # nine steps only
     record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own, seed=1)
     plain = welore.compress(source, tmp_path / "cut", params=0.25, calibration=own, heal="none")
-    assert record.settings["healing"]["text"] == "self"
-    assert record.settings["healing"]["distill_weight"] == 1.0  # its own text says nothing that it does not
-    assert record.settings["healing"]["steps"] == 9  # of two windows each; two of 20 are held out
+    assert record.settings["recovery"]["text"] == "self"
+    assert record.settings["recovery"]["distill_weight"] == 1.0  # its own text says nothing that it does not
+    assert record.settings["recovery"]["max_steps"] == 9  # of two windows each; two of 20 are held out
     assert record.numbers["healed"]
-    assert plain.settings["healing"] is None
+    assert plain.settings["recovery"] is None
     after, before = weights(tmp_path / "healed"), weights(tmp_path / "cut")
     assert after.keys() == before.keys()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
@@ -71,7 +71,7 @@ def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path
     tokenizer.save_pretrained(source)
     c = welore.calibrate(source, "self", tmp_path / "c.safetensors", tokens=64, length=16, measure=0)
     record = welore.compress(source, tmp_path / "small", params=0.5, calibration=c)
-    assert record.settings["healing"]["steps"] == 1
+    assert record.settings["recovery"]["max_steps"] == 1
     assert record.numbers["healing_tokens"] == 32
 
 
@@ -95,7 +95,7 @@ def test_a_rate_that_harms_gives_way_to_a_smaller_one(
     monkeypatch.setattr(healing, "SHARES", (2000.0, 1.0))
     record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own)
     assert record.numbers["healed"]
-    assert record.settings["healing"]["lr"] == usual.settings["healing"]["lr"]
+    assert record.settings["recovery"]["learning_rate"] == usual.settings["recovery"]["learning_rate"]
     assert (tmp_path / "usual/model.safetensors").read_bytes() == (tmp_path / "healed/model.safetensors").read_bytes()
 
 
@@ -113,7 +113,7 @@ def test_a_rate_that_diverges_gives_way_to_a_smaller_one(
     monkeypatch.setattr(healing, "RATE", 1 / 50)
     record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own)
     assert record.numbers["healed"]
-    assert record.settings["healing"]["lr"] == pytest.approx(rates[0] / 4)
+    assert record.settings["recovery"]["learning_rate"] == pytest.approx(rates[0] / 4)
 
 
 def test_a_failed_healing_does_not_take_the_cut_with_it(
@@ -122,7 +122,7 @@ def test_a_failed_healing_does_not_take_the_cut_with_it(
     monkeypatch.setattr(ClockedTrainer, "training_step", lambda *_, **__: torch.tensor(float("nan")))
     record = welore.compress(source, tmp_path / "healed", params=0.5, calibration=own)
     welore.compress(source, tmp_path / "cut", params=0.5, calibration=own, heal="none")
-    assert "training loss is nan" in record.settings["healing"]["failed"]
+    assert "training loss is nan" in record.settings["recovery"]["failed"]
     assert (tmp_path / "healed/model.safetensors").read_bytes() == (tmp_path / "cut/model.safetensors").read_bytes()
 
 
@@ -176,7 +176,7 @@ def test_what_was_killed_under_other_settings_begins_anew(
         with pytest.raises(KeyboardInterrupt):
             welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
     record = welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
-    assert record.settings["healing"] == straight.settings["healing"]
+    assert record.settings["recovery"] == straight.settings["recovery"]
     for file in ("model.safetensors", "plan.json"):
         assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
 
@@ -192,7 +192,7 @@ def test_a_long_healing_of_a_small_cut_has_a_higher_rate(
         for most in (64, 2, 1):  # the steps that the usual rate is for; two are taken
             monkeypatch.setattr(healing, "STEPS", most)
             record = welore.compress(source, tmp_path / f"{params}-{most}", params=params, **how)
-            found.append(record.settings["healing"]["lr"])
+            found.append(record.settings["recovery"]["learning_rate"])
     usual, just, longer = rates[0.9]
     assert usual == just == pytest.approx(longer / 2**0.5)
     assert len(set(rates[0.6])) == 1
@@ -204,10 +204,10 @@ def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path, monkeypa
     text.write_text("the matrix is cut where the loss feels it least and learns again " * 200, encoding="utf-8")
     how: dict[str, Any] = {"params": 0.6, "strategy": "waterfill", "scaling": "none", "tokens": 320}
     record = welore.compress(source, tmp_path / "small", heal=str(text), **how)
-    assert record.settings["healing"]["text"] == str(text)
-    assert record.settings["healing"]["distill_weight"] == 0.5  # the text's own words are the other half
+    assert record.settings["recovery"]["text"] == str(text)
+    assert record.settings["recovery"]["distill_weight"] == 0.5  # the text's own words are the other half
     assert record.numbers["healing_tokens"] == 256  # 5 windows of 64, one held out, in pairs
-    assert welore.compress(source, tmp_path / "plain", **how).settings["healing"] is None
+    assert welore.compress(source, tmp_path / "plain", **how).settings["recovery"] is None
 
 
 def test_a_tenth_of_every_text_is_held_out(source: Path, tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_what_cannot_heal_is_refused_before_anything_is_written(
 def test_without_text_of_its_own_params_alone_only_cuts(source: Path, tmp_path: Path) -> None:
     foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
     assert foreign.generated_text() is None
-    assert welore.compress(source, tmp_path / "out", params=0.6, calibration=foreign).settings["healing"] is None
+    assert welore.compress(source, tmp_path / "out", params=0.6, calibration=foreign).settings["recovery"] is None
 
 
 def test_a_calibration_keeps_what_the_model_wrote(source: Path, own: Statistics) -> None:

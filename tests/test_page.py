@@ -377,7 +377,7 @@ def with_number(value: Any) -> Callable[[Path], None]:
         ("dense.ppl.json", lambda path: path.write_text("[]")),
         ("dense.ppl.json", without("numbers", "perplexity")),
         ("dense.ppl.json", with_number("many")),
-        ("ours/compression.json", without("settings", "asked")),
+        ("ours/compression.json", without("settings", "target")),
         ("ours/plan.json", cut),
         ("ours/plan.json", lambda path: path.write_text(path.read_text().replace('"welore.plan/1"', '"x"'))),
         ("ours/plan.json", lambda path: path.write_text(re.sub(r'"kept": \d+', '"kept": "x"', path.read_text()))),

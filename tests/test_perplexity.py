@@ -107,7 +107,7 @@ def test_limit_reads_only_the_first_windows(directory: Callable[..., Path], text
     record = welore.evaluate(directory(), text, length=LENGTH, limit=2)
     losses = [loss for window in reference(decided())[:2] for loss in window]
     assert record.numbers["nll"] == pytest.approx(sum(losses) / 12, rel=1e-6)
-    assert (record.numbers["windows"], record.settings["windows"]) == (2, 2)
+    assert (record.numbers["windows"], record.settings["num_windows"]) == (2, 2)
 
 
 def test_progress_counts_every_batch(directory: Callable[..., Path], text: str) -> None:
@@ -215,7 +215,7 @@ def test_compressed_record_equals_a_recount_of_the_file(
     assert record.numbers["parameters"] == sum(math.prod(shape) for shape in shapes.values())
     assert record.numbers["bytes"] == 4 * record.numbers["parameters"]
     assert record.inputs["compression"] == compression.settings
-    assert record.inputs["compression"]["asked"] == {"rank_reduction": 0.4}
+    assert record.inputs["compression"]["target"] == {"rank_reduction": 0.4}
 
 
 def test_compressed_perplexity_is_that_of_the_product_of_the_factors(
@@ -248,9 +248,9 @@ def test_record_comes_back_from_disk(directory: Callable[..., Path], text: str, 
     record.save(tmp_path / "a.ppl.json")
     assert welore.Record.load(tmp_path / "a.ppl.json") == record
     assert record.settings == {
-        "data": text,
-        "length": LENGTH,
-        "windows": None,
+        "dataset": text,
+        "max_length": LENGTH,
+        "num_windows": None,
         "batch_size": 1,
         "dtype": "float32",
         "device": "cpu",

@@ -123,7 +123,7 @@ def test_from_a_model_to_a_smaller_one_and_back(tmp_path: Path, family: str, tok
     record = welore.compress(source, small, params=0.6, neurons=0.3, calibration=statistics, heal="none")
     plan = Plan.load(small / "plan.json")
     gone = sum(n.width - len(n.kept) for n in plan.neurons.values())
-    assert record.settings["neurons"] == gone == pytest.approx(0.3 * 2 * 128, abs=4)
+    assert record.settings["mlp_pruning"] == gone == pytest.approx(0.3 * 2 * 128, abs=4)
     assert record.numbers["parameter_ratio"] == pytest.approx(0.6, abs=0.01)
     about = json.loads((small / "config.json").read_text())["quantization_config"]
     assert about["version"] == 4
@@ -190,14 +190,14 @@ def test_params_alone_takes_out_what_is_worth_it(tmp_path: Path) -> None:
     source, statistics = calibrated(tmp_path)
     alone = {"calibration": statistics, "heal": "none"}
     taken = {
-        params: welore.compress(source, tmp_path / str(params), params=params, **alone).settings["neurons"]
+        params: welore.compress(source, tmp_path / str(params), params=params, **alone).settings["mlp_pruning"]
         for params in (0.98, 0.4)
     }
     assert taken[0.98] == 0 < taken[0.4]
     asked = welore.compress(source, tmp_path / "none", params=0.4, neurons=0, **alone)
-    assert asked.settings["neurons"] == 0
+    assert asked.settings["mlp_pruning"] == 0
     named = welore.compress(source, tmp_path / "named", params=0.4, strategy="waterfill", scaling="kfac", **alone)
-    assert named.settings["neurons"] == 0
+    assert named.settings["mlp_pruning"] == 0
 
 
 def test_a_smaller_mlp_is_healed_and_resumed_to_the_same_bytes(
@@ -252,7 +252,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
     welore.calibrate(opt, "self", other, tokens=256, length=32, measure=0)
     with pytest.raises(WeLoreError, match="has no MLP whose neurons could be taken out"):
         welore.compress(opt, tmp_path / "x", params=0.6, neurons=0.2, calibration=other)
-    assert welore.compress(opt, tmp_path / "y", params=0.6, calibration=other, heal="none").settings["neurons"] == 0
+    assert welore.compress(opt, tmp_path / "y", params=0.6, calibration=other, heal="none").settings["mlp_pruning"] == 0
 
     welore.compress(source, out, params=0.6, neurons=0.3, calibration=statistics, heal="none")
     plan = Plan.load(out / "plan.json")

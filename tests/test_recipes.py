@@ -163,7 +163,7 @@ def test_continual_recipe_tunes_and_evaluates(model: Path, text: str, tmp_path: 
     assert status == 0, output
     for method in ("lrc", "nlrc"):
         record = Record.load(out / method / "finetune.json")
-        assert (record.settings["method"], record.settings["steps"]) == (method, 2)
+        assert (record.settings["method"], record.settings["max_steps"]) == (method, 2)
         assert Record.load(out / f"{method}.ppl.json").inputs["label"] == method
 
 
@@ -184,7 +184,7 @@ def test_healing_recipe_needs_no_data_and_compares_the_three_models(model: Path,
     (status, output), _ = run("heal.sh", model, out, answer=obeyed, place=tmp_path / "first", **knobs)
     assert status == 0, output
     record = Record.load(out / "healed" / "finetune.json")
-    assert (record.settings["method"], record.settings["data"]) == ("lrc", "self")
+    assert (record.settings["method"], record.settings["dataset"]) == ("lrc", "self")
     assert record.settings["distill"] == str(model)
     scores = {name: Record.load(out / f"{name}.ppl.json").numbers for name in ("dense", "small", "healed")}
     assert scores["dense"]["parameter_ratio"] == 1
@@ -205,7 +205,7 @@ def test_own_text_recipe_cuts_the_model_that_has_learned_the_text(model: Path, t
     assert Record.load(out / "tuned" / "finetune.json").settings["method"] == "full"
     record = Record.load(out / "small" / "compression.json")
     assert record.inputs["model"] == str(out / "tuned" / "model")  # not the model as it came
-    assert record.settings["healing"]["text"] == text
+    assert record.settings["recovery"]["text"] == text
     scores = {name: Record.load(out / f"{name}.ppl.json").numbers for name in ("dense", "tuned", "small")}
     assert scores["dense"]["parameter_ratio"] == scores["tuned"]["parameter_ratio"] == 1
     assert scores["small"]["parameter_ratio"] < 0.75

@@ -37,7 +37,7 @@ def test_streamed_and_in_memory_give_the_same_checkpoint(
     assert record.numbers["lrcs"] > 0
     assert record.numbers["largest_excess"] < 1e-6
     assert record.settings["scaling"] == scaling
-    assert record.settings["calibration"]["settings"]["tokens"] == WINDOWS.numel()
+    assert record.settings["statistics"]["settings"]["num_tokens"] == WINDOWS.numel()
 
 
 def test_three_commands_make_what_one_makes(saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_params_alone_needs_no_data(
     record = welore.compress(source, tmp_path / "small", params=0.7, tokens=64)
     assert record.settings["scaling"] == "kfac"
     assert record.settings["strategy"] == "waterfill"
-    assert record.settings["calibration"]["settings"]["data"] == ["self:1"]
+    assert record.settings["statistics"]["settings"]["dataset"] == ["self:1"]
     assert not list(tmp_path.glob("*.work"))
     assert welore.compress(source, tmp_path / "again", params=0.7, tokens=64).numbers["lrcs"]
     for name in ("model.safetensors", "plan.json"):

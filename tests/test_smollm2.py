@@ -65,5 +65,5 @@ def test_bfloat16_copy_is_compressed_like_its_float32_values(smollm2: Path, tmp_
     wider = welore.compress(tmp_path / "fp32", tmp_path / "wide", rank_reduction=0.3, include=["layers.1?"])
     ranks = [welore.Plan.load(tmp_path / name / "plan.json").ranks for name in ("small", "wide")]
     assert ranks[0] == ranks[1]
-    assert record.inputs["fingerprint"] == wider.inputs["fingerprint"]
+    assert record.inputs["targets_fingerprint"] == wider.inputs["targets_fingerprint"]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").dtype == torch.bfloat16

@@ -350,7 +350,7 @@ def test_record_says_what_the_teacher_costs_and_what_it_reaches(
     record = finetune(model, tmp_path / "run", data=text, distill=dense, **SHORT)
     n, held = record.numbers, welore.evaluate(dense, text, length=48, limit=4).numbers["nll"]
     assert n["teacher_eval_loss"] == pytest.approx(held, rel=1e-5)
-    assert record.inputs["teacher_fingerprint"] != record.inputs["fingerprint"]
+    assert record.inputs["teacher_fingerprint"] != record.inputs["model_fingerprint"]
     teachers, factored = weights(dense), {name for name in weights(model) if name.endswith(".weight")}
     apart = [t for name, t in teachers.items() if name in factored and not weights(model)[name].numel()]
     assert apart

@@ -1,8 +1,11 @@
-"""One JSON file per result: what was read, how it was set, what came out, on which machine and versions."""
+"""One JSON file per result: what was read, the settings, the numbers, on which machine and versions."""
 
 import dataclasses
+import html
 import os
 import platform
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -13,14 +16,54 @@ from welore.errors import WeLoreError
 from welore.io.atomic import read_json, write_json
 
 PACKAGES = ("welore", "torch", "transformers", "safetensors", "numpy", "scipy")
+PACKAGES += ("accelerate", "peft", "datasets", "tokenizers")
+
+# Settings of version 0.1 -> their names today, in records of every kind.
+RENAMED = {
+    "accumulation": "gradient_accumulation_steps",
+    "asked": "target",
+    "calibration": "statistics",
+    "data": "dataset",
+    "eval_every": "eval_steps",
+    "eval_items": "max_eval_samples",
+    "heal": "recovery",
+    "healing": "recovery",
+    "length": "max_length",
+    "lr": "learning_rate",
+    "measure": "measure_losses",
+    "neurons": "mlp_pruning",
+    "params": "keep",
+    "save_every": "save_steps",
+    "steps": "max_steps",
+    "task_data": "task_dataset",
+    "tokens": "num_tokens",
+    "vocabulary": "vocab_size",
+    "warmup": "warmup_steps",
+    "windows": "num_windows",
+}
+# Version 0.1 had one name for two digests: of the matrices that can be compressed, and of every parameter.
+TARGETS_FINGERPRINT, MODEL_FINGERPRINT = "targets_fingerprint", "model_fingerprint"
+FINGERPRINTS = {
+    "compression": TARGETS_FINGERPRINT,
+    "finetune": MODEL_FINGERPRINT,
+    "pretrain": MODEL_FINGERPRINT,
+}
+# The numbers of each kind that its short form shows; of other kinds the first three.
+HEADLINES = {
+    "compression": ("parameter_ratio", "rank_reduction", "bytes"),
+    "perplexity": ("perplexity", "parameter_ratio", "bytes"),
+    "accuracy": ("accuracy", "n", "parameter_ratio"),
+    "finetune": ("eval_perplexity", "trainable_parameters", "tokens"),
+    "pretrain": ("parameters", "tokens", "rank_reduction"),
+}
 
 
 @dataclass(frozen=True)
 class Record:
     """A result that can be checked and repeated.
 
-    kind: "analysis", "compression", "perplexity", ...; inputs: what was read; settings: what was asked;
-    numbers: what was achieved or measured (fractions 0..1; units in the names).
+    kind: "calibration", "compression", "perplexity", ...; inputs: what was read; settings: the fields of the verb's
+    configuration; numbers: what was achieved or measured (fractions 0..1; units in the names).
     """
 
     kind: str
@@ -31,28 +74,75 @@ class Record:
     machine: dict[str, Any] = field(default_factory=lambda: _machine())
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
+    def __post_init__(self) -> None:
+        if self.kind != "calibration":  # plans compare with these as they are
+            object.__setattr__(self, "settings", _renamed(self.settings))
+            object.__setattr__(self, "inputs", _renamed_inputs(self.kind, self.inputs))
+
     def save(self, path: str | Path) -> None:
         """Write the record to `path`, whole or not at all."""
         write_json(path, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
-        """The record at `path`; WeLoreError if the file is not one."""
+        """The record at `path`, with today's names of settings; WeLoreError if the file is not one."""
         content = read_json(path)
-        names = {f.name for f in dataclasses.fields(cls)}
-        if not isinstance(content, dict) or set(content) != names:
-            raise WeLoreError(f"{path} is not a record of welore: it must hold {', '.join(sorted(names))}")
-        return cls(**content)
+        required = ("kind", "inputs", "settings", "numbers")
+        if not isinstance(content, dict) or not content.keys() >= set(required):
+            raise WeLoreError(f"{path} is not a record of welore: it must hold {', '.join(required)}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        complete: dict[str, Any] = {"versions": {}, "machine": {}, "created": ""} | content
+        return cls(**{name: value for name, value in complete.items() if name in known})
+
+    def __repr__(self) -> str:
+        numbers = ", ".join(f"{name} {_figure(self.numbers[name])}" for name in self._headline())
+        return f"Record({self._title()}: {numbers})"
+
+    def _repr_html_(self) -> str:
+        """A small table for notebooks: every single number."""
+        scalars = {name: value for name, value in self.numbers.items() if isinstance(value, int | float | str)}
+        cells = ((html.escape(name), html.escape(_figure(value))) for name, value in scalars.items())
+        rows = "".join(f"<tr><th>{name}</th><td>{value}</td></tr>" for name, value in cells)
+        return f"<table><caption>{html.escape(self._title())}</caption>{rows}</table>"
+
+    def _title(self) -> str:
+        return f"{self.kind} of {self.inputs.get('label') or self.inputs.get('model')}"
+
+    def _headline(self) -> list[str]:
+        numbers = [name for name, value in self.numbers.items() if isinstance(value, int | float)]
+        return [name for name in HEADLINES.get(self.kind, numbers[:3]) if name in numbers]
+
+
+def _renamed(settings: Any) -> Any:
+    """Settings, and settings inside them, under today's names."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {RENAMED.get(name, name): _renamed(value) for name, value in settings.items()}
+
+
+def _renamed_inputs(kind: str, inputs: Any) -> Any:
+    """Inputs with the fingerprint's own name, and the settings of the compression under today's names."""
+    if not isinstance(inputs, Mapping):
+        return inputs
+    fingerprint = FINGERPRINTS.get(kind, "fingerprint")
+    names = {name: fingerprint if name == "fingerprint" else name for name in inputs}
+    return {names[name]: _renamed(value) if name == "compression" else value for name, value in inputs.items()}
+
+
+def _figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _machine() -> dict[str, Any]:
@@ -63,6 +153,9 @@ def _machine() -> dict[str, Any]:
     }
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         machine["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    torch = sys.modules.get("torch")  # a result that needed no torch needs no GPU either
+    if torch is not None and torch.cuda.is_available():
+        machine |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
     return machine
 
 
@@ -82,10 +175,10 @@ class Identity:
     name: str
     fingerprint: str
 
-    def check(self, other: "Identity", what: str) -> None:
-        """Raise WeLoreError when `what` (made from `self`) is about to be used on `other`."""
+    def check(self, other: "Identity", artefact: str) -> None:
+        """Raise WeLoreError when an artefact (made from `self`) is about to be used on `other`."""
         if self.fingerprint != other.fingerprint:
             raise WeLoreError(
-                f"the {what} was made for another model ({self.name}, fingerprint {self.fingerprint[:12]}), "
+                f"the {artefact} was made for another model ({self.name}, fingerprint {self.fingerprint[:12]}), "
                 f"not for {other.name} ({other.fingerprint[:12]}): make it again with this one"
             )

@@ -142,17 +142,17 @@ def compress(
             f"left dense inside the blocks: {numbers['left_dense_in_blocks'] / 1e6:.1f} M parameters "
             f"({', '.join(numbers['left_dense_names'])})"
         )
-    if record.settings.get("neurons"):
-        say(f"{record.settings['neurons']:,} neurons of the MLPs were taken out before the cut")
+    if record.settings.get("mlp_pruning"):
+        say(f"{record.settings['mlp_pruning']:,} neurons of the MLPs were taken out before the cut")
     if "held_out_loss" in numbers:
         losses = {name: math.exp(min(loss, 700.0)) for name, loss in numbers["held_out_loss"].items()}
         say(
             f"healed on {numbers['healing_tokens']:,} tokens: held-out perplexity {losses['cut']:.4g} -> "
             f"{losses['healed']:.4g} (dense {losses['dense']:.4g})" + ("" if numbers["healed"] else "; kept as cut")
         )
-    elif record.settings.get("healing"):
-        say(f"kept as cut, healing failed: {record.settings['healing']['failed']}")
-    line = f"{achieved(record.settings['asked'], numbers)}, {numbers['bytes'] / 1e6:.1f} MB -> {out}"
+    elif record.settings.get("recovery"):
+        say(f"kept as cut, healing failed: {record.settings['recovery']['failed']}")
+    line = f"{achieved(record.settings['target'], numbers)}, {numbers['bytes'] / 1e6:.1f} MB -> {out}"
     tell(plain(record), as_json, line)
 
 

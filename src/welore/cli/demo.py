@@ -17,7 +17,7 @@ from welore.io.hub import locate
 from welore.io.progress import Progress, counted, silent
 from welore.models.embedded import PACKAGE, embedded_model
 from welore.models.source import Checkpoint
-from welore.records import Record
+from welore.records import RENAMED, Record
 from welore.reporting.page import report
 from welore.training.finetune import finetune
 from welore.training.run_dir import MODEL
@@ -135,7 +135,8 @@ def _tuned(model: Path, out: Path, label: str, plan: Path | None, progress: Prog
     """The run in `out` if it is the same one, else a new one; measurements of an older result are removed."""
     if (out / FINETUNED).is_file():
         record = Record.load(out / FINETUNED)
-        if record.inputs["model"] == str(model) and record.settings.items() >= TUNING.items():
+        same = {RENAMED.get(name, name): value for name, value in TUNING.items()}
+        if record.inputs["model"] == str(model) and record.settings.items() >= same.items():
             return record
     out.with_name(f"{out.name}.ppl.json").unlink(missing_ok=True)
     return finetune(
@@ -146,7 +147,10 @@ def _tuned(model: Path, out: Path, label: str, plan: Path | None, progress: Prog
 def _evaluated(model: Path, path: Path, label: str, progress: Progress) -> Record:
     if path.is_file():
         record = Record.load(path)
-        made_with = (record.inputs["model"], *(record.settings[name] for name in ("data", "length", "windows")))
+        made_with = (
+            record.inputs["model"],
+            *(record.settings[name] for name in ("dataset", "max_length", "num_windows")),
+        )
         if made_with == (str(model), DATA, LENGTH, WINDOWS):
             return record
     record = evaluate(model, DATA, length=LENGTH, limit=WINDOWS, label=label, progress=progress)

@@ -175,7 +175,8 @@ def finetune(
         record = finetune(**settings | {"device": device_of(device)}, progress=progress)
     n = record.numbers
     if n.get("prompts_cut") and leads():
-        say(f"{n['prompts_cut']} prompts were longer than {record.settings['length']} tokens and lost their beginning")
+        length = record.settings["max_length"]
+        say(f"{n['prompts_cut']} prompts were longer than {length} tokens and lost their beginning")
     beside = f" (teacher {math.exp(min(n['teacher_eval_loss'], 700.0)):.4g})" if "teacher_eval_loss" in n else ""
     found = f"held-out perplexity {n['eval_perplexity']:.4g}{beside}, " if "eval_perplexity" in n else ""
     line = (
@@ -303,7 +304,7 @@ def _measured(record: "Record") -> str:
             for name, task in n["tasks"].items()
         )
     return (
-        f"perplexity {n['perplexity']:.4g} on {record.settings['data']} ({n['tokens']:,} tokens); "
+        f"perplexity {n['perplexity']:.4g} on {record.settings['dataset']} ({n['tokens']:,} tokens); "
         f"ERR {n['rank_reduction']:.1%}, parameters {n['parameter_ratio']:.1%} of the targeted matrices, "
         f"{n['bytes'] / 1e6:.1f} MB"
     )

@@ -300,20 +300,20 @@ def _fits_on_disk(targets: Sequence[Target], out: Path) -> bool:
 
 def _record(plan: Plan, started: float, sizes: dict[str, Any], healing: dict[str, Any] | None = None) -> Record:
     settings = {
-        "asked": dict(plan.asked),
+        "target": dict(plan.asked),
         "strategy": plan.strategy,
         "scaling": plan.scaling,
         "storage": sorted(set(plan.forms.values())),
-        "calibration": dict(plan.calibration),
+        "statistics": dict(plan.calibration),
         "min_ratio": plan.min_ratio,
         "allow_growth": plan.allow_growth,
         "rank_multiple": plan.rank_multiple,
         "split": len(plan.grids),
-        "neurons": sum(n.width - len(n.kept) for n in plan.neurons.values()),
+        "mlp_pruning": sum(n.width - len(n.kept) for n in plan.neurons.values()),
         "include": list(plan.include),
         "exclude": list(plan.exclude),
-        "healing": healing,
+        "recovery": healing,
     }
-    inputs = {"model": plan.model.name, "fingerprint": plan.model.fingerprint}
+    inputs = {"model": plan.model.name, "targets_fingerprint": plan.model.fingerprint}
     numbers = plan.numbers() | sizes | {"seconds": time.perf_counter() - started}
     return Record("compression", inputs, settings, numbers)

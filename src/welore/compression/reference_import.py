@@ -85,7 +85,7 @@ def import_checkpoint(
         numbers["bytes"] = write_weights(unfinished, steps, max_shard_size, progress)
         write_config(directory, unfinished, WeLoreConfig(ranks).to_dict())
         numbers["seconds"] = time.perf_counter() - started
-        settings: dict[str, Any] = {"strategy": "imported", "asked": {}, "include": [], "exclude": []}
+        settings: dict[str, Any] = {"strategy": "imported", "target": {}, "include": [], "exclude": []}
         record = Record("compression", {"model": str(model), "file": Path(path).name}, settings, numbers)
         record.save(unfinished / RECORD)
     return record

@@ -214,5 +214,5 @@ def _record(out: Path, asked: dict[str, Any], label: str | None, tuned: Record, 
         "work_bytes": probe.work_bytes if probe else None,
     }
     inputs = {"label": label, "model": str(out / TRAINING / MODEL)}
-    inputs |= {name: tuned.inputs[name] for name in ("data_sha256", "split", "fingerprint")}
+    inputs |= {name: tuned.inputs[name] for name in ("data_sha256", "split", "model_fingerprint")}
     return Record("pretrain", inputs, tuned.settings | asked, numbers | measured(trace))

@@ -10,7 +10,7 @@ from welore.allocation.spectra import Spectra
 from welore.emergence.claims import load_pretraining
 from welore.emergence.trace import LINES, Trace
 from welore.errors import WeLoreError
-from welore.records import Record
+from welore.records import MODEL_FINGERPRINT, Record
 
 Artefact = Spectra | Plan | Record | Trace
 LOADERS: dict[str, Callable[[Path], Artefact]] = {
@@ -30,19 +30,19 @@ SIZES = ("rank_reduction", "parameter_ratio", "bytes")
 NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
     "compression": {
         "inputs": ("model",),
-        "settings": ("asked", "strategy", "min_ratio"),
+        "settings": ("target", "strategy", "min_ratio"),
         "numbers": (*SIZES, "matrices", "lrcs", "threshold", "bytes_dense"),
     },
     "perplexity": {
         "inputs": ("model", "compression"),
-        "settings": ("data", "length", "dtype"),
+        "settings": ("dataset", "max_length", "dtype"),
         "numbers": (*SIZES, "perplexity", "windows"),
     },
     "finetune": {
-        "inputs": ("model", "label", "fingerprint", "data_sha256", "split", "compression"),
+        "inputs": ("model", "label", MODEL_FINGERPRINT, "data_sha256", "split", "compression"),
         "settings": (
-            *("method", "data", "task", "steps", "lr", "batch_size", "accumulation", "processes", "length", "seed"),
-            *("dtype", "loss_on_prompt", "eval_items"),
+            *("method", "dataset", "task", "max_steps", "learning_rate", "batch_size", "gradient_accumulation_steps"),
+            *("processes", "max_length", "seed", "dtype", "loss_on_prompt", "max_eval_samples"),
         ),
         "numbers": (
             *(*SIZES, "trains", "trainable_parameters", "total_parameters", "tokens", "peak_memory_bytes"),

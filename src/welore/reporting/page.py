@@ -16,7 +16,7 @@ from welore.emergence.figures import FIGURES, settling
 from welore.emergence.trace import Trace
 from welore.errors import WeLoreError
 from welore.io.atomic import whole_file
-from welore.records import Record
+from welore.records import MODEL_FINGERPRINT, Record
 from welore.reporting import figures
 from welore.reporting.discover import NEEDED, Artefact, find_artefacts
 from welore.reporting.formatting import megabytes, percent, perplexity_text
@@ -213,7 +213,7 @@ def _plan_rows(plans: Mapping[Path, Plan], made: Mapping[Path, Record], names: M
     for path, plan in plans.items():
         if plan not in done:
             done.append(plan)
-            settings = {"asked": plan.asked, "strategy": plan.strategy, "min_ratio": plan.min_ratio}
+            settings = {"target": plan.asked, "strategy": plan.strategy, "min_ratio": plan.min_ratio}
             rows.append(PlanRow(names[path], plan.model.name, settings, plan.numbers()))
     return rows
 
@@ -260,16 +260,16 @@ def _tuning(comparison: Comparison, number: int) -> Tuning:
 
 def _of_methods(runs: Sequence[Record], methods: Sequence[str]) -> list[list[Record]]:
     """The runs of these methods on each compressed model, where there are two methods to compare."""
-    beginnings = dict.fromkeys(r.inputs["fingerprint"] for r in runs if r.numbers["rank_reduction"] > 0)
+    beginnings = dict.fromkeys(r.inputs[MODEL_FINGERPRINT] for r in runs if r.numbers["rank_reduction"] > 0)
     groups = [
-        [r for r in runs if r.inputs["fingerprint"] == beginning and r.settings["method"] in methods]
+        [r for r in runs if r.inputs[MODEL_FINGERPRINT] == beginning and r.settings["method"] in methods]
         for beginning in beginnings
     ]
     return [group for group in groups if len({r.settings["method"] for r in group}) > 1]
 
 
 def _figure_of_the_paper(runs: Sequence[Record]) -> str:
-    methods, beginnings = {r.settings["method"] for r in runs}, {r.inputs["fingerprint"] for r in runs}
+    methods, beginnings = {r.settings["method"] for r in runs}, {r.inputs[MODEL_FINGERPRINT] for r in runs}
     if len(beginnings) == 1 and len(methods) == len(runs) > 1:
         if methods <= set(FIGURE_1):
             return "As Figure 1 of the paper."
@@ -279,7 +279,7 @@ def _figure_of_the_paper(runs: Sequence[Record]) -> str:
 
 
 def _asked(target: Mapping[str, float]) -> str:
-    short = {"rank_reduction": "ERR", "params": "parameters"}
+    short = {"rank_reduction": "ERR", "params": "parameters", "keep": "parameters"}
     return ", ".join(
         f"{short[name]} {percent(value)}" if name in short else f"{name} {value:.4g}" for name, value in target.items()
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS
-from welore.records import Record
+from welore.records import MODEL_FINGERPRINT, Record
 from welore.reporting.figures import DENSE, Result
 from welore.reporting.formatting import megabytes, percent, perplexity_text
 
@@ -42,7 +42,7 @@ class Comparison:
         """Of each name, method and beginning the run of lowest held-out loss: its learning rate was the best tried."""
         found: dict[tuple[str, ...], Record] = {}
         for run in self.runs:
-            key = (run_name(run), run.settings["method"], run.inputs["fingerprint"])
+            key = (run_name(run), run.settings["method"], run.inputs[MODEL_FINGERPRINT])
             if key not in found or _final_loss(run) < _final_loss(found[key]):
                 found[key] = run
         return list(found.values())
@@ -62,8 +62,10 @@ def comparisons(records: Iterable[Record]) -> list[Comparison]:
     for run in records:
         if run.kind == "finetune":
             s = run.settings
-            material = (run.inputs["data_sha256"], run.inputs["split"], s["length"], s["seed"], s["loss_on_prompt"])
-            groups.setdefault((*material, s["eval_items"], s["steps"], _sequences(run), s["dtype"]), []).append(run)
+            material = (run.inputs["data_sha256"], run.inputs["split"], s["max_length"], s["seed"], s["loss_on_prompt"])
+            groups.setdefault(
+                (*material, s["max_eval_samples"], s["max_steps"], _sequences(run), s["dtype"]), []
+            ).append(run)
     return [Comparison(_caption(runs[0]), sorted(runs, key=_place)) for runs in groups.values()]
 
 
@@ -122,20 +124,20 @@ def run_name(record: Record) -> str:
 def _sequences(run: Record) -> int:
     """Sequences that a step reads, in all processes."""
     s = run.settings
-    return int(s["batch_size"] * s["accumulation"] * s["processes"])
+    return int(s["batch_size"] * s["gradient_accumulation_steps"] * s["processes"])
 
 
 def _caption(run: Record) -> str:
     s = run.settings
-    text = last_name(str(s["task"] or s["data"]))
-    return f"{text}, {s['steps']:,} steps of {_sequences(run)} x {s['length']} tokens, {s['dtype']}"
+    text = last_name(str(s["task"] or s["dataset"]))
+    return f"{text}, {s['max_steps']:,} steps of {_sequences(run)} x {s['max_length']} tokens, {s['dtype']}"
 
 
 def _place(run: Record) -> tuple[Any, ...]:
     dense = run.numbers["rank_reduction"] == 0
     method = run.settings["method"]
     known = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
-    return known, method, dense, run_name(run), run.settings["lr"]
+    return known, method, dense, run_name(run), run.settings["learning_rate"]
 
 
 def _final_loss(run: Record) -> float:
@@ -150,7 +152,7 @@ def _run_row(run: Record, *, chosen: bool) -> list[str]:
     return [
         run_name(run),
         n["trains"],
-        f"{s['lr']:g}" + ("" if chosen else " (not the best)"),
+        f"{s['learning_rate']:g}" + ("" if chosen else " (not the best)"),
         f"{n['trainable_parameters']:,}",
         f"{n['total_parameters']:,}",
         UNKNOWN if speed is None else f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}",
@@ -194,11 +196,11 @@ def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for r in records:
-        text = r.inputs.get("text_sha256") or r.settings["data"]
-        groups.setdefault((text, r.numbers["windows"], r.settings["length"], r.settings["dtype"]), []).append(r)
+        text = r.inputs.get("text_sha256") or r.settings["dataset"]
+        groups.setdefault((text, r.numbers["windows"], r.settings["max_length"], r.settings["dtype"]), []).append(r)
     texts: dict[str, list[Result]] = {}
     for (text, windows, length, dtype), group in groups.items():
-        caption = f"{last_name(group[0].settings['data'])}, {windows} windows of {length} tokens, {dtype}"
+        caption = f"{last_name(group[0].settings['dataset'])}, {windows} windows of {length} tokens, {dtype}"
         # one name can hide two texts: pydoc differs between versions of Python
         caption += f" (text {text[:8]})" if caption in texts else ""
         base = _dense_perplexity(group, originals)

@@ -36,7 +36,7 @@ def fine_tuning(records: Sequence[Record], methods: Sequence[str] | None = None,
     runs = [r for r in records if r.kind == "finetune" and (methods is None or r.settings["method"] in methods)]
     if not runs:
         raise WeLoreError("there is no record of a fine-tuning run to draw: make one with `welore finetune`")
-    amounts = {(r.settings["steps"], r.numbers["tokens"]) for r in runs if not r.numbers["resumed_at"]}
+    amounts = {(r.settings["max_steps"], r.numbers["tokens"]) for r in runs if not r.numbers["resumed_at"]}
     if len(amounts) > 1:
         raise WeLoreError(f"the runs differ in steps and tokens ({sorted(amounts)}): compare runs of the same length")
     runs.sort(key=lambda r: METHOD_ORDER.index(r.settings["method"]))

@@ -137,7 +137,7 @@ def finetune(
     numbers |= {"seconds": time.perf_counter() - started, "resumed_at": _step_of(last)} | sizes(tuned)
     inputs = {
         "model": str(model),
-        "fingerprint": prepared.fingerprint,
+        "model_fingerprint": prepared.fingerprint,
         "label": label,
         "compression": compression_of(directory),
         "teacher_fingerprint": prepared.teachers_fingerprint,
