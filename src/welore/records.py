@@ -15,8 +15,18 @@ from typing import Any
 from welore.errors import WeLoreError
 from welore.io.atomic import read_json, write_json
 
-PACKAGES = ("welore", "torch", "transformers", "safetensors", "numpy", "scipy")
-PACKAGES += ("accelerate", "peft", "datasets", "tokenizers")
+PACKAGES = [
+    "welore",
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "accelerate",
+    "peft",
+    "datasets",
+    "tokenizers",
+]
 
 # Settings of version 0.1 -> their names today, in records of every kind.
 RENAMED = {
