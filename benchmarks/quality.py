@@ -41,7 +41,7 @@ import torch
 
 from welore.compression import recovery as healing
 from welore.data.mixture import draw, mixed, parse_mixture
-from welore.data.windows import keep_windows
+from welore.data.windows import write_windows
 from welore.io.hub import locate
 from welore.models.embedded import embedded_model
 from welore.models.load import fastest, read_tokenizer
@@ -259,7 +259,7 @@ class Bench:
         if tuning.part:
             text = self.raw(tuning.part, seed)
         elif tuning.text != "self" and not text.is_file():
-            keep_windows(text, healing.text(self.sources[tuning.text], self.model, tuning.tokens, seed, None))
+            write_windows(text, healing.text(self.sources[tuning.text], self.model, tuning.tokens, seed, None))
         flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", tuning.tokens]
         flags += ["--steps", tuning.steps, "--lr", tuning.rate, "--seed", seed]
         flags += ["--save-every", 64, "--resume" if (run / RUN).is_file() else "--overwrite"]
@@ -287,7 +287,7 @@ class Bench:
             prose, reference = (first[[n == kind for n in names[: len(first)]]] for kind in self.tested())
             tested = torch.cat([prose[: self.tokens["tested"] // LENGTH - len(reference)], reference])
             for name, chosen in {"first": first, "rest": rest, "tested": tested}.items():
-                keep_windows(at / f"{name}.safetensors", chosen)
+                write_windows(at / f"{name}.safetensors", chosen)
         return at / f"{part}.safetensors"
 
     def tested(self) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from welore.calibration.hooks import Moments
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import Statistics
 from welore.data.mixture import SELF, draw, seed_of
-from welore.data.windows import keep_windows
+from welore.data.windows import write_windows
 from welore.errors import WeLoreError
 from welore.io.parallel import Team
 from welore.io.resume import Workspace
@@ -426,8 +426,8 @@ def test_a_file_of_windows_is_read_as_it_is(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path / "model", rank_reduction=None)
     ids = torch.randint(3, 40, (5, 16), generator=torch.Generator().manual_seed(7))
     kept = tmp_path / "some.safetensors"
-    keep_windows(kept, ids)
-    keep_windows(kept, ids + 1)  # what is there stays
+    write_windows(kept, ids)
+    write_windows(kept, ids + 1)  # what is there stays
     found = welore.calibrate(directory, str(kept), tmp_path / "file.safetensors", tokens=48, length=16)
     expected = welore.calibrate(directory, ids[:3], tmp_path / "ids.safetensors")
     for name, value in statistics(found).items():

@@ -11,7 +11,7 @@ import welore
 from conftest import FAMILIES, MIXTURES, build, logits
 from welore.calibration.statistics import Statistics
 from welore.compression import recovery as healing
-from welore.data.windows import keep_windows
+from welore.data.windows import write_windows
 from welore.errors import WeLoreError
 from welore.io.parallel import Team
 from welore.models.load import fastest
@@ -219,7 +219,7 @@ def test_a_tenth_of_every_text_is_held_out(source: Path, tmp_path: Path) -> None
     assert {int(window[0]) for window in windows[: len(windows) // 10]} == {5, 7}
     assert torch.equal(windows, healing.text(texts, source, 100 * 64, 0, None))
     kept = tmp_path / "kept.safetensors"
-    keep_windows(kept, windows)
+    write_windows(kept, windows)
     assert torch.equal(healing.text(str(kept), source, 100 * 64, 0, None), windows)  # a file of windows stays as it is
 
 

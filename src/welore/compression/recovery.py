@@ -22,7 +22,7 @@ from welore.compression.factorize import Trained, write_checkpoint
 from welore.config import NONE
 from welore.data.mixture import SELF, draw, mixed
 from welore.data.self_generated import LENGTH
-from welore.data.windows import digest, keep_windows
+from welore.data.windows import digest, write_windows
 from welore.errors import DivergedError, WeLoreError
 from welore.io.atomic import whole_directory
 from welore.io.checkpoint import SHARD_SIZE, weight_files
@@ -103,7 +103,7 @@ def heal(
     if not cut.is_dir():
         with whole_directory(cut) as unfinished:
             write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
-    keep_windows(place / WRITTEN, windows)
+    write_windows(place / WRITTEN, windows)
     keep_freed_memory()
     how |= {"data": str(place / WRITTEN), "seed": seed, "device": device, "progress": progress}
     try:

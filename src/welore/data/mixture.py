@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from welore.data.packing import blocks_of_text
-from welore.data.windows import WINDOWS, digest, kept_windows
+from welore.data.windows import WINDOWS, digest, read_windows
 from welore.errors import WeLoreError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def drawn(
     `welore evaluate` reads first stays unseen. Of a file of windows the first are taken as they are.
     """
     if name.endswith(WINDOWS):
-        ids = kept_windows(name, length, len(tokenizer))
+        ids = read_windows(name, length, len(tokenizer))
         _refuse_few(name, len(ids), count, length)
         return Source(name, weight, ids[:count], digest(ids))
     found = blocks_of_text(name, tokenizer, length, tokens=count * length, eval_items=1, cache_dir=cache_dir)

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 HELD_OUT = 10  # one part in ten
 TOKENS_PER_DOCUMENT = 300  # of C4, cautiously: it has about 480
-Sequence_ = dict[str, Tensor]  # input_ids and labels, (length,) each
+Example = dict[str, Tensor]  # input_ids and labels, (length,) each
 
 
 @dataclass(frozen=True)
-class Material:
+class DatasetSplit:
     """Sequences to train on and sequences to evaluate on, which have nothing in common.
 
     split: how they were told apart. counts: what was left over, cut or held out. sha256: of what was read.
     """
 
-    train: Sequence[Sequence_]
-    evaluation: Sequence[Sequence_]
+    train: Sequence[Example]
+    evaluation: Sequence[Example]
     split: str
     counts: dict[str, int]
     sha256: str
@@ -46,7 +46,7 @@ def blocks_of_text(
     tokens: int,
     eval_items: int,
     cache_dir: str | Path | None = None,
-) -> Material:
+) -> DatasetSplit:
     """A text as blocks of exactly `length` tokens, documents one after the other, no padding.
 
     data: c4 or wikitext2 (trained on their training part, evaluated on their validation part), or anything that
@@ -69,7 +69,7 @@ def blocks_of_text(
             "take a longer text or a smaller --length"
         )
     counts = {"train_blocks": len(train), "held_out_blocks": len(held), "tokens_unused": unused}
-    return Material(_labelled(train), _labelled(held[:eval_items]), split, counts, _digest(texts))
+    return DatasetSplit(_labelled(train), _labelled(held[:eval_items]), split, counts, digest_of_texts(texts))
 
 
 def training_texts(data: str, tokens: int, cache_dir: str | Path | None = None) -> list[str]:
@@ -82,12 +82,12 @@ def training_texts(data: str, tokens: int, cache_dir: str | Path | None = None) 
     return [text[len(text) // HELD_OUT :]]
 
 
-def blocks_of_windows(windows: Tensor, name: str, *, eval_items: int) -> Material:
+def blocks_of_windows(windows: Tensor, name: str, *, eval_items: int) -> DatasetSplit:
     """Windows (count, length) of token ids that a model has written, as material; the first tenth is held out."""
     held, train, split = _first_tenth(list(windows.long()))
     counts = {"train_blocks": len(train), "held_out_blocks": len(held), "tokens_unused": 0}
     sha256 = digest(windows.long())
-    return Material(_labelled(train), _labelled(held[:eval_items]), f"{name}: {split}", counts, sha256)
+    return DatasetSplit(_labelled(train), _labelled(held[:eval_items]), f"{name}: {split}", counts, sha256)
 
 
 def blocks_to_write(train_blocks: int) -> int:
@@ -138,7 +138,7 @@ def _packed(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], length: 
     return list(stream[: whole * length].view(whole, length)), len(stream) - whole * length
 
 
-def _labelled(blocks: Sequence[Tensor]) -> list[Sequence_]:
+def _labelled(blocks: Sequence[Tensor]) -> list[Example]:
     return [{"input_ids": block, "labels": block} for block in blocks]
 
 
@@ -148,7 +148,8 @@ def _labelled(blocks: Sequence[Tensor]) -> list[Sequence_]:
 # --- batches --------------------------------------------------------------------------------------------------------
 
 
-def _digest(texts: Sequence[str]) -> str:
+def digest_of_texts(texts: Sequence[str]) -> str:
+    """SHA-256 of texts, in order."""
     digest = hashlib.sha256()
     for text in texts:
         digest.update(text.encode())

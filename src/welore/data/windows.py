@@ -36,14 +36,14 @@ def windows(tokenizer: "PreTrainedTokenizerBase", text: str, length: int, limit:
     return found
 
 
-def keep_windows(path: Path, found: Tensor) -> None:
+def write_windows(path: Path, found: Tensor) -> None:
     """Keep windows (count, length) of token ids in a file, so that several read the same; one that is there stays."""
     if not path.is_file():
         with whole_file(path) as partial:
             save_file({"windows": found.to(torch.int32)}, partial)
 
 
-def kept_windows(path: str | Path, length: int | None = None, vocabulary: int | None = None) -> Tensor:
+def read_windows(path: str | Path, length: int | None = None, vocabulary: int | None = None) -> Tensor:
     """Windows (count, length) of such a file; WeLoreError for another file, another length or another model's tokens.
 
     length, vocabulary: of who is to read them.

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
-from welore.data.packing import Sequence_
+from welore.data.packing import Example
 from welore.emergence.subspace import leading, overlaps, unit_rows
 from welore.emergence.trace import COSINE, OTHER, OVERLAPS, RANKS, SAME, VALUES, Writer, key
 from welore.errors import WeLoreError
@@ -55,7 +55,7 @@ class Probe(TrainerCallback):
         self.trainer, self.writer, self.targets, self.steps = trainer, writer, targets, frozenset(steps)
         self.tokens_per_step, self.start = tokens_per_step, start
         self.seconds, self.work_bytes = 0.0, 0
-        held_out: Sequence[Sequence_] = trainer.eval_dataset
+        held_out: Sequence[Example] = trainer.eval_dataset
         if len(held_out) < 2 * items:
             raise WeLoreError(
                 f"{len(held_out)} sequences are held out, the two batches of the probe need {2 * items}: take a longer "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from welore.data.packing import HELD_OUT, Material, Sequence_, _digest
+from welore.data.packing import HELD_OUT, DatasetSplit, Example, digest_of_texts
 from welore.errors import WeLoreError, choose
 from welore.evaluation.tasks import TASKS, Item, items
 
@@ -32,7 +32,7 @@ def questions_of_task(
     loss_on_prompt: bool,
     eval_items: int,
     cache_dir: str | Path | None = None,
-) -> Material:
+) -> DatasetSplit:
     """The training items of a task; the last tenth of them is held out, the evaluation items are not touched.
 
     Loss on the answer and the end token only, unless loss_on_prompt. A question longer than `length` tokens loses
@@ -49,16 +49,16 @@ def questions_of_task(
     cut = [{name: values[-length:] for name, values in sequence.items()} for sequence in encoded]
     border = len(cut) - max(1, len(cut) // HELD_OUT)
     counts = {"train_items": border, "held_out_items": len(cut) - border, "prompts_cut": too_long}
-    return Material(
+    return DatasetSplit(
         cut[:border],
         cut[border:][:eval_items],
         f"the last {len(cut) - border} of {len(cut)} training items are held out; the evaluation part is not read",
         counts,
-        _digest([json.dumps([item.prompt, item.answer]) for item in found]),
+        digest_of_texts([json.dumps([item.prompt, item.answer]) for item in found]),
     )
 
 
-def _encoded(item: Item, tokenizer: "PreTrainedTokenizerBase", loss_on_prompt: bool) -> Sequence_:
+def _encoded(item: Item, tokenizer: "PreTrainedTokenizerBase", loss_on_prompt: bool) -> Example:
     """Tokens of prompt, answer and end. Labels begin where the tokens with and without the answer part."""
     prompt: list[int] = tokenizer(item.prompt, verbose=False).input_ids
     whole: list[int] = tokenizer(item.prompt + item.completion, verbose=False).input_ids
@@ -74,7 +74,7 @@ def _encoded(item: Item, tokenizer: "PreTrainedTokenizerBase", loss_on_prompt: b
     return {"input_ids": ids, "labels": labels}
 
 
-def collate(sequences: Sequence[Sequence_], pad: int = 0) -> Batch:
+def collate(sequences: Sequence[Example], pad: int = 0) -> Batch:
     """One batch; sequences of different length are padded on the right to the longest of them."""
     longest = max(len(sequence["input_ids"]) for sequence in sequences)
     padding = [longest - len(sequence["input_ids"]) for sequence in sequences]

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from welore.allocation.plan import Plan
-from welore.data.packing import Material, Sequence_
-from welore.data.windows import keep_windows
+from welore.data.packing import DatasetSplit, Example
+from welore.data.windows import write_windows
 from welore.io.atomic import refuse_source
 from welore.io.hub import locate
 from welore.io.progress import Progress, silent
@@ -124,7 +124,7 @@ def finetune(
     if leads:
         begin(out, _identity(prepared, settings, args.world_size), resume=resume)
         if prepared.written is not None:
-            keep_windows(out / WRITTEN, prepared.written)
+            write_windows(out / WRITTEN, prepared.written)
     last = last_checkpoint(out) if resume else None
 
     started = time.perf_counter()
@@ -234,7 +234,7 @@ def _numbers_of_teacher(
     } | ({"teacher_eval_loss": trainer.held_out_loss(teacher)} if eval_every else {})
 
 
-def _numbers(marked: Marked, material: Material, trainer: ClockedTrainer) -> dict[str, Any]:
+def _numbers(marked: Marked, material: DatasetSplit, trainer: ClockedTrainer) -> dict[str, Any]:
     history = trainer.state.log_history
     own = sum(trainer.clock.tokens)
     everywhere = trainer.accelerator.reduce(torch.tensor(float(own), device=trainer.args.device), "sum").item()
@@ -255,7 +255,7 @@ def _numbers(marked: Marked, material: Material, trainer: ClockedTrainer) -> dic
     }
 
 
-def _batches(found: Sequence[Sequence_], batch_size: int, pad: int) -> list[Batch]:
+def _batches(found: Sequence[Example], batch_size: int, pad: int) -> list[Batch]:
     return [collate(found[start : start + batch_size], pad) for start in range(0, len(found), batch_size)]
 
 

@@ -10,8 +10,8 @@ from transformers import TrainingArguments, set_seed
 
 from welore.allocation.plan import Plan
 from welore.data.mixture import SELF, seed_of
-from welore.data.packing import Material, blocks_of_text, blocks_of_windows, blocks_to_write
-from welore.data.windows import WINDOWS, kept_windows
+from welore.data.packing import DatasetSplit, blocks_of_text, blocks_of_windows, blocks_to_write
+from welore.data.windows import WINDOWS, read_windows
 from welore.errors import WeLoreError, first_line
 from welore.io.progress import Progress
 from welore.layers.low_rank import LowRankLayer, SplitLinear
@@ -35,7 +35,7 @@ class Prepared:
 
     marked: Marked
     tokenizer: "PreTrainedTokenizerBase"
-    material: Material
+    material: DatasetSplit
     fingerprint: str
     teacher: "PreTrainedModel | None" = None
     teachers_fingerprint: str | None = None
@@ -99,7 +99,7 @@ def _refuse_optimizer(model: Any, args: TrainingArguments) -> None:
 
 def _material(
     settings: Settings, tokenizer: "PreTrainedTokenizerBase", processes: int, cache_dir: str | Path | None
-) -> Material:
+) -> DatasetSplit:
     if settings.task is not None:
         return questions_of_task(
             settings.task,
@@ -113,7 +113,7 @@ def _material(
         )
     assert settings.data is not None
     if settings.data.endswith(WINDOWS):
-        windows = kept_windows(settings.data, settings.length, len(tokenizer))
+        windows = read_windows(settings.data, settings.length, len(tokenizer))
         return blocks_of_windows(windows, "a file of windows", eval_items=settings.eval_items)
     tokens = items_read(settings, processes) * settings.length
     return blocks_of_text(
