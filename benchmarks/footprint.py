@@ -20,7 +20,7 @@ import torch
 from welore.compression.pipeline import compress
 from welore.io.parallel import return_freed_memory
 from welore.linalg.svd import factorise, singular_values
-from welore.models.source import Checkpoint
+from welore.models.source import CheckpointSource
 
 Item = TypeVar("Item")
 
@@ -44,7 +44,7 @@ def main(model: str, out: str, rank_reduction: float, workers: int) -> dict[str,
     """Compress, and what `measured` returns."""
     factorise(torch.randn(64, 64), 8)
     singular_values(torch.randn(64, 64))
-    _ = Checkpoint(Path(model)).skeleton
+    _ = CheckpointSource(Path(model)).skeleton
     return_freed_memory()  # as the command does
     modules = set(sys.modules)
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the present

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from welore.compression.in_memory import merge_model
-from welore.io.hub import locate
+from welore.io.hub import resolve_model
 from welore.layers.low_rank import LowRankLinear, PivotedLinear
 from welore.layers.registry import FORMS
 from welore.models.embedded import embedded_model
@@ -139,7 +139,7 @@ def load_models() -> tuple[dict[str, Any], dict[str, Any]]:
     """SmolLM2 dense and in every form of its compression; and how large they are."""
     with tempfile.TemporaryDirectory() as directory:
         small = Path(directory) / "small"
-        source = locate(embedded_model())
+        source = resolve_model(embedded_model())
         welore.compress(source, small, rank_reduction=RANK_REDUCTION)
         pivoted = Path(directory) / "pivoted"
         welore.compress(source, pivoted, rank_reduction=RANK_REDUCTION, storage="pivoted")

@@ -14,7 +14,7 @@ import inspect
 from importlib import import_module
 from pathlib import Path
 
-from welore.io.atomic import whole_file
+from welore.io.atomic import atomic_write
 
 CHARACTERS = 60000
 MODULES = ("heapq", "textwrap", "csv", "shlex", "tarfile")
@@ -41,7 +41,7 @@ def main() -> None:
     for name, language in LANGUAGES.items():
         texts[name] = guide(given.guides / f"debian-reference.{language}.txt.gz")
     for name, text in texts.items():
-        with whole_file(given.out / f"{name}.txt") as partial:
+        with atomic_write(given.out / f"{name}.txt") as partial:
             partial.write_text(text[:CHARACTERS], encoding="utf-8")
     print(",".join(f"{name}={given.out / name}.txt" for name in texts))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from footprint import measured
 from welore.io.checkpoint import weight_files
-from welore.io.hub import locate
+from welore.io.hub import resolve_model
 from welore.models.embedded import embedded_model
 from welore.records import Record
 
@@ -22,7 +22,7 @@ KEPT = (
 
 def main() -> None:
     """Measure with one and two workers, write docs/benchmarks/memory.json, print a line each; 1 if over the limit."""
-    model = locate(embedded_model())
+    model = resolve_model(embedded_model())
     numbers: dict[str, object] = {
         "model_bytes": sum(path.stat().st_size for path in weight_files(model)),
         "limit_bytes": LIMIT_BYTES,

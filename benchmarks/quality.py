@@ -42,7 +42,7 @@ import torch
 from welore.compression import recovery as healing
 from welore.data.mixture import draw, mixed, parse_mixture
 from welore.data.windows import write_windows
-from welore.io.hub import locate
+from welore.io.hub import resolve_model
 from welore.models.embedded import embedded_model
 from welore.models.load import fastest, read_tokenizer
 from welore.records import Record
@@ -183,7 +183,7 @@ class Bench:
         self.work.mkdir(parents=True, exist_ok=True)
         parts = [OUT.name, *([given.name] if given.model else []), *(["kinds"] if given.kinds else [])]
         self.out = OUT.with_name("-".join(parts))
-        self.model = locate(given.model or embedded_model())
+        self.model = resolve_model(given.model or embedded_model())
         self.texts = {"wikitext2": given.wikitext, "pydoc": "pydoc"}
         if given.kinds:
             self.texts = dict(text.split("=", 1) for text in given.kinds.split(","))

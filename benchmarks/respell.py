@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sacremoses import MosesTokenizer
 
-from welore.io.atomic import whole_file
+from welore.io.atomic import atomic_write
 
 HEADING, VERBS = 80, re.compile(r"\b(is|was|are|were)\b")
 NUMBER = re.compile(r"(?<=\d)([.,])(?=\d)")
@@ -27,7 +27,7 @@ def main() -> None:
     articles, out = map(Path, sys.argv[1:])
     with articles.open(encoding="utf-8") as file:
         text = "\n".join(line for record in file for line in article(**json.loads(record)))
-    with whole_file(out) as partial:
+    with atomic_write(out) as partial:
         partial.write_text(text, encoding="utf-8")
 
 

@@ -25,12 +25,12 @@ from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
 from welore.compression.pipeline import compress
-from welore.io.hub import locate
+from welore.io.hub import resolve_model
 from welore.io.parallel import return_freed_memory
 from welore.linalg.spectrum import normalise
 from welore.linalg.svd import Reduction, factorise, reduce
 from welore.models.embedded import embedded_model
-from welore.models.source import opened
+from welore.models.source import open_source
 from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -91,11 +91,11 @@ def two_workers(model: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, check every rank against float64, write docs/benchmarks/speed.json, print one line."""
-    workers = two_workers(locate(embedded_model()))  # first, with the memory of a process that has just begun
+    workers = two_workers(resolve_model(embedded_model()))  # first, with the memory of a process that has just begun
     torch.set_num_threads(1)
     seconds: dict[str, float] = {}
     values, references, kept = {}, {}, {}
-    with threadpool_limits(1), opened(locate(embedded_model())) as weights:
+    with threadpool_limits(1), open_source(resolve_model(embedded_model())) as weights:
         for target in weights.targets:
             W = weights.read(target)
             for _ in range(2):

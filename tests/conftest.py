@@ -111,14 +111,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Directory of the embedded model, converted once per machine."""
-    from welore.io.hub import locate
+    from welore.io.hub import resolve_model
     from welore.models.embedded import embedded_model
 
     try:
         model = embedded_model()
     except WeLoreError as error:
         pytest.skip(str(error))
-    return locate(model)
+    return resolve_model(model)
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,11 @@ from welore.calibration.statistics import Statistics
 from welore.data.mixture import SELF, draw, seed_of
 from welore.data.windows import write_windows
 from welore.errors import WeLoreError
-from welore.io.parallel import Team
+from welore.io.parallel import Processes
 from welore.io.resume import Workspace
 from welore.io.safetensors_stream import TensorReader
 from welore.models.load import read_tokenizer
-from welore.models.source import ModelWeights
+from welore.models.source import ModelSource
 from welore.models.targets import find_targets, in_blocks
 
 IDS = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(1))
@@ -133,7 +133,7 @@ def test_losses_of_components_are_measured(family: str, split: bool, tmp_path: P
     assert found.measured == IDS.numel()
     assert bool(found.grids) == split
     seen = by_hand(model, IDS, seed_of(0, "measured"))
-    with welore.models.source.opened(model) as weights:
+    with welore.models.source.open_source(model) as weights:
         for target in in_blocks(weights.targets, found.grids):
             norm, losses = metric("kfac", found, target), found.losses(target.name)
             assert norm is not None
@@ -336,8 +336,8 @@ def test_the_file_can_be_read_by_anyone(tmp_path: Path) -> None:
 
 def test_a_calibration_of_another_model_is_told_from_this_one(tmp_path: Path) -> None:
     found = gathered(build("llama"), tmp_path)
-    other = ModelWeights(build("llama", num_key_value_heads=4))
-    found.model.check(ModelWeights(build("llama")).identity, "calibration")
+    other = ModelSource(build("llama", num_key_value_heads=4))
+    found.model.check(ModelSource(build("llama")).identity, "calibration")
     with pytest.raises(WeLoreError, match="the calibration was made for another model"):
         found.model.check(other.identity, "calibration")
 
@@ -553,7 +553,7 @@ def test_a_model_whose_calls_another_library_has_taken_over_is_refused(tmp_path:
 def test_several_processes_are_refused(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("welore.io.parallel.team", lambda: Team(0, 2))
+    monkeypatch.setattr("welore.io.parallel.team", lambda: Processes(0, 2))
     sentence = refused("calibrate", tmp_path, "-o", tmp_path / "c.safetensors")
     assert "calibrate works in one process: start it without torchrun" in sentence
 

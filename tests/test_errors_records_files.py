@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from welore.errors import WeLoreError, choose
-from welore.io.atomic import read_json, refuse_source, whole_directory, whole_file, write_json
+from welore.io.atomic import atomic_directory, atomic_write, read_json, require_outside, write_json
 from welore.records import Record
 
 
@@ -174,7 +174,7 @@ def test_missing_record_is_named(tmp_path: Path) -> None:
 
 def test_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.txt"
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("half")
         assert not path.exists()
         partial.write_text("whole")
@@ -186,7 +186,7 @@ def test_file_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
 def test_failed_write_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with pytest.raises(type(error)), whole_file(path) as partial:
+    with pytest.raises(type(error)), atomic_write(path) as partial:
         partial.write_text("ne")
         raise error
     assert path.read_text() == "old"
@@ -195,9 +195,9 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, error: BaseException) 
 
 def test_place_where_no_file_can_be_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(WeLoreError, match="is a directory: name a file"), whole_file(tmp_path):
+    with pytest.raises(WeLoreError, match="is a directory: name a file"), atomic_write(tmp_path):
         pass
-    with pytest.raises(WeLoreError, match="cannot be made a directory"), whole_file(tmp_path / "file" / "a.json"):
+    with pytest.raises(WeLoreError, match="cannot be made a directory"), atomic_write(tmp_path / "file" / "a.json"):
         pass
 
 
@@ -216,7 +216,7 @@ def content(path: Path) -> dict[str, str]:
 
 def test_directory_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "out"
-    with whole_directory(path) as unfinished:
+    with atomic_directory(path) as unfinished:
         result(unfinished, "new")
         assert not path.exists()
     assert content(path) == {"config.json": "new", "weights": "new"}
@@ -228,7 +228,7 @@ def test_leftover_of_a_killed_run_does_not_get_into_the_result(tmp_path: Path) -
     result(tmp_path / "out.partial", "killed")
     (tmp_path / "out.partial" / "model-00001-of-00007.safetensors").write_text("killed")
     result(tmp_path / "out.replaced", "killed")
-    with whole_directory(path) as unfinished:
+    with atomic_directory(path) as unfinished:
         assert not list(unfinished.iterdir())
         result(unfinished, "new")
     assert content(path) == {"config.json": "new", "weights": "new"}
@@ -239,7 +239,7 @@ def test_leftover_of_a_killed_run_does_not_get_into_the_result(tmp_path: Path) -
 def test_failed_run_leaves_the_old_result_untouched(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "out"
     result(path, "old")
-    with pytest.raises(type(error)), whole_directory(path, overwrite=True) as unfinished:
+    with pytest.raises(type(error)), atomic_directory(path, overwrite=True) as unfinished:
         (unfinished / "config.json").write_text("new")
         raise error
     assert content(path) == {"config.json": "old", "weights": "old"}
@@ -250,10 +250,10 @@ def test_result_is_replaced_only_when_asked(tmp_path: Path) -> None:
     path = tmp_path / "out"
     result(path, "old")
     (path / "of the old one").write_text("old")
-    with pytest.raises(WeLoreError, match="exists already.*--overwrite"), whole_directory(path):
+    with pytest.raises(WeLoreError, match="exists already.*--overwrite"), atomic_directory(path):
         pass
     assert content(path)["config.json"] == "old"
-    with whole_directory(path, overwrite=True) as unfinished:
+    with atomic_directory(path, overwrite=True) as unfinished:
         result(unfinished, "new")
     assert content(path) == {"config.json": "new", "weights": "new"}
 
@@ -264,7 +264,7 @@ def test_overwrite_never_deletes_what_is_no_result(tmp_path: Path) -> None:
     (home / "thesis.tex").write_text("years")
     file.write_text("years")
     for path in (home, file):
-        with pytest.raises(WeLoreError, match="not a result of ours"), whole_directory(path, overwrite=True):
+        with pytest.raises(WeLoreError, match="not a result of ours"), atomic_directory(path, overwrite=True):
             pass
     assert content(home) == {"thesis.tex": "years"}
     assert file.read_text() == "years"
@@ -275,7 +275,7 @@ def test_empty_directory_is_taken_even_when_it_is_the_current_one(
 ) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
-    with whole_directory(".") as unfinished:
+    with atomic_directory(".") as unfinished:
         result(unfinished, "new")
     assert content(tmp_path / "out") == {"config.json": "new", "weights": "new"}
 
@@ -283,7 +283,7 @@ def test_empty_directory_is_taken_even_when_it_is_the_current_one(
 def test_of_a_link_the_directory_behind_it_is_replaced(tmp_path: Path) -> None:
     result(tmp_path / "big disk", "old")
     (tmp_path / "out").symlink_to(tmp_path / "big disk")
-    with whole_directory(tmp_path / "out", overwrite=True) as unfinished:
+    with atomic_directory(tmp_path / "out", overwrite=True) as unfinished:
         result(unfinished, "new")
     assert (tmp_path / "out").is_symlink()
     assert content(tmp_path / "big disk") == {"config.json": "new", "weights": "new"}
@@ -295,22 +295,22 @@ def test_model_that_is_read_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(checkpoint)
     for out in (checkpoint, tmp_path / "run", tmp_path / "link", checkpoint / ".." / "checkpoint-100"):
         with pytest.raises(WeLoreError, match="is or holds the model itself"):
-            refuse_source(out, checkpoint)
-    refuse_source(checkpoint / "small", checkpoint)
-    refuse_source(tmp_path / "run2", checkpoint)
+            require_outside(out, checkpoint)
+    require_outside(checkpoint / "small", checkpoint)
+    require_outside(tmp_path / "run2", checkpoint)
 
 
 # Kills a replacement at its first, second, ... access to the file system, until one is not killed any more.
 KILLED_AT_EVERY_MOMENT = """
 import itertools, json, os, signal, sys
 from pathlib import Path
-from welore.io.atomic import whole_directory
+from welore.io.atomic import atomic_directory
 
 NAMES = ("config.json", "tokenizer.json", "weights")
 out = Path(sys.argv[1]) / "out"
 
 def write(text):
-    with whole_directory(out, overwrite=True) as unfinished:
+    with atomic_directory(out, overwrite=True) as unfinished:
         for name in NAMES:
             (unfinished / name).write_text(text)
 

@@ -20,7 +20,7 @@ from welore.layers.block_grid import Grid
 from welore.layers.low_rank import SplitLinear
 from welore.layers.registry import FACTORED, PIVOTED
 from welore.models.replace import replace_module, sizes
-from welore.models.source import ModelWeights
+from welore.models.source import ModelSource
 from welore.models.targets import find_targets, in_blocks, long_matrices
 from welore.training.methods import matrices
 
@@ -83,7 +83,7 @@ def test_what_is_split_is_long_and_not_along_the_width(
 
 
 def test_blocks_tile_their_matrix() -> None:
-    weights = ModelWeights(build("gpt2"))
+    weights = ModelSource(build("gpt2"))
     grids = {"transformer.h.0.mlp.c_fc": (4, 2)}
     (whole,) = (weights.read(t) for t in weights.targets if t.name in grids)
     seen = torch.zeros_like(whole)
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_lost_a_dense_block_fails(tmp_path: Path) -> None:
 def test_losses_that_were_measured_in_another_way_are_left_aside(tmp_path: Path) -> None:
     model = build("gpt2")
     ids = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))
-    weights = ModelWeights(model)
+    weights = ModelSource(model)
 
     def losses(calibration: Statistics, split: bool) -> int:
         return len(

@@ -13,7 +13,7 @@ from welore.calibration.statistics import Statistics
 from welore.compression import recovery as healing
 from welore.data.windows import write_windows
 from welore.errors import WeLoreError
-from welore.io.parallel import Team
+from welore.io.parallel import Processes
 from welore.models.load import fastest
 from welore.training.trainer import ClockedTrainer
 
@@ -236,7 +236,7 @@ def test_what_cannot_heal_is_refused_before_anything_is_written(
         welore.compress(source, tmp_path / "out", heal="self,pydoc", **how)
     with pytest.raises(WeLoreError, match="cut, not healed"):
         welore.compress(build("llama"), heal="self", **how)
-    monkeypatch.setattr(healing, "team", lambda: Team(0, 2))
+    monkeypatch.setattr(healing, "team", lambda: Processes(0, 2))
     with pytest.raises(WeLoreError, match="--heal none"):
         welore.compress(source, tmp_path / "out", params=0.6, calibration=own)
     assert not (tmp_path / "out").exists()

@@ -22,7 +22,7 @@ from welore.errors import WeLoreError
 from welore.linalg.brain_surgeon import refit, removal
 from welore.models.mlp import find_mlps, resize_layers
 from welore.models.replace import sizes
-from welore.models.source import Checkpoint
+from welore.models.source import CheckpointSource
 from welore.models.targets import find_targets
 
 
@@ -269,7 +269,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
         welore.compress(source, tmp_path / "x", plan=elsewhere, calibration=statistics)
     with pytest.raises(WeLoreError, match="give the calibration that they were chosen by"):
         welore.compress(source, tmp_path / "x", plan=replace(plan, scaling="none"))
-    with pytest.raises(WeLoreError, match="this model is compressed already"), Checkpoint(out) as compressed:
+    with pytest.raises(WeLoreError, match="this model is compressed already"), CheckpointSource(out) as compressed:
         _ = compressed.targets
 
 

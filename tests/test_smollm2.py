@@ -11,7 +11,7 @@ import welore
 from conftest import logits
 from welore.linalg.spectrum import normalise
 from welore.linalg.svd import factorise
-from welore.models.source import opened
+from welore.models.source import open_source
 
 pytestmark = pytest.mark.smollm2
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.smollm2
 @pytest.fixture(scope="session")
 def reference(smollm2: Path) -> dict[str, np.ndarray]:
     """Singular values of every targeted matrix by numpy's float64 SVD."""
-    with opened(smollm2) as weights:
+    with open_source(smollm2) as weights:
         return {t.name: np.linalg.svd(weights.read(t).double().numpy(), compute_uv=False) for t in weights.targets}
 
 
@@ -34,7 +34,7 @@ def test_every_rank_equals_a_float64_reference(
 
 
 def test_factors_of_a_real_layer_reach_the_optimum(smollm2: Path, reference: dict[str, np.ndarray]) -> None:
-    with opened(smollm2, include=["layers.0"]) as weights:
+    with open_source(smollm2, include=["layers.0"]) as weights:
         for target in weights.targets:
             sigma = reference[target.name]
             for rank in (8, min(target.shape) // 2):

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import FAMILIES, MIXTURES, build
 from welore.errors import WeLoreError
-from welore.io.hub import locate
-from welore.models.source import Checkpoint, ModelWeights, opened
+from welore.io.hub import resolve_model
+from welore.models.source import CheckpointSource, ModelSource, open_source
 from welore.models.targets import census, find_targets
 
 
@@ -70,8 +70,8 @@ def test_experts_are_counted_as_left_dense(family: str) -> None:
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_checkpoint_and_model_in_memory_read_the_same(saved, family: str, shard: str) -> None:
     model = build(family)
-    memory = ModelWeights(model)
-    with opened(saved(family, shard=shard)) as disk:
+    memory = ModelSource(model)
+    with open_source(saved(family, shard=shard)) as disk:
         assert disk.targets == memory.targets
         assert disk.identity.fingerprint == memory.identity.fingerprint
         for target in disk.targets:
@@ -81,10 +81,10 @@ def test_checkpoint_and_model_in_memory_read_the_same(saved, family: str, shard:
 
 def test_fingerprint_tells_other_weights(saved) -> None:
     model = build("llama")
-    before = ModelWeights(model).identity.fingerprint
+    before = ModelSource(model).identity.fingerprint
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
-    assert ModelWeights(model).identity.fingerprint != before
+    assert ModelSource(model).identity.fingerprint != before
 
 
 def test_files_without_the_first_component_of_names_are_read(saved) -> None:
@@ -93,7 +93,7 @@ def test_files_without_the_first_component_of_names_are_read(saved) -> None:
     tensors = load_file(directory / "model.safetensors")
     stripped = {name.removeprefix("transformer."): t.clone() for name, t in tensors.items()}
     save_file(stripped, directory / "model.safetensors", {"format": "pt"})
-    with Checkpoint(directory) as checkpoint:
+    with CheckpointSource(directory) as checkpoint:
         assert checkpoint.prefix == "transformer."
         assert len(checkpoint.targets) == 8
 
@@ -108,7 +108,10 @@ def break_weight(directory: Path, value: float) -> None:
 def test_matrix_with_nan_or_inf_is_named(saved, value: float) -> None:
     directory = saved("llama")
     break_weight(directory, value)
-    with Checkpoint(directory) as checkpoint, pytest.raises(WeLoreError, match="layers.1.mlp.up_proj.weight holds NaN"):
+    with (
+        CheckpointSource(directory) as checkpoint,
+        pytest.raises(WeLoreError, match="layers.1.mlp.up_proj.weight holds NaN"),
+    ):
         for target in checkpoint.targets:
             checkpoint.read(target)
 
@@ -118,7 +121,7 @@ def test_missing_shard_is_named(saved) -> None:
     lost = sorted(directory.glob("*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(WeLoreError, match=f"lacks {lost.name}"):
-        Checkpoint(directory)
+        CheckpointSource(directory)
 
 
 def test_shard_without_a_tensor_of_the_index_is_refused(saved) -> None:
@@ -129,14 +132,14 @@ def test_shard_without_a_tensor_of_the_index_is_refused(saved) -> None:
     del tensors[name]
     save_file(tensors, shard)
     with pytest.raises(WeLoreError, match=name):
-        Checkpoint(directory)
+        CheckpointSource(directory)
 
 
 def test_config_that_contradicts_the_weights_is_refused(saved) -> None:
     directory = saved("llama")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
-    with Checkpoint(directory) as checkpoint, pytest.raises(WeLoreError, match=r"has shape .* config.json says"):
+    with CheckpointSource(directory) as checkpoint, pytest.raises(WeLoreError, match=r"has shape .* config.json says"):
         _ = checkpoint.targets
 
 
@@ -144,7 +147,7 @@ def test_pickled_weights_are_not_read(saved) -> None:
     directory = saved("llama")
     (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
     with pytest.raises(WeLoreError, match="only safetensors are read"):
-        Checkpoint(directory)
+        CheckpointSource(directory)
 
 
 def test_quantized_model_is_refused(saved) -> None:
@@ -153,7 +156,7 @@ def test_quantized_model_is_refused(saved) -> None:
     (directory / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
-    with Checkpoint(directory) as checkpoint, pytest.raises(WeLoreError, match=r"compressed already \(gptq\)"):
+    with CheckpointSource(directory) as checkpoint, pytest.raises(WeLoreError, match=r"compressed already \(gptq\)"):
         _ = checkpoint.targets
 
 
@@ -169,12 +172,12 @@ def test_quantized_model_is_refused(saved) -> None:
 )
 def test_model_that_is_not_there_is_one_sentence(tmp_path: Path, model: str, sentence: str) -> None:
     with pytest.raises(WeLoreError, match=sentence):
-        locate(model, cache_dir=tmp_path)
+        resolve_model(model, cache_dir=tmp_path)
 
 
 def test_directory_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeLoreError, match="has no config.json"):
-        Checkpoint(tmp_path)
+        CheckpointSource(tmp_path)
 
 
 def test_hub_snapshot_in_the_cache_is_used_offline(saved, tmp_path: Path) -> None:
@@ -184,7 +187,7 @@ def test_hub_snapshot_in_the_cache_is_used_offline(saved, tmp_path: Path) -> Non
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots").mkdir()
     saved("llama").rename(repository / "snapshots" / ("0" * 40))
-    with opened("owner/tiny", cache_dir=tmp_path / "cache") as weights:
+    with open_source("owner/tiny", cache_dir=tmp_path / "cache") as weights:
         assert weights.name == "owner/tiny"
         assert len(weights.targets) == 14
 
@@ -193,11 +196,11 @@ def test_gguf_without_its_package_says_what_to_install(tmp_path: Path, monkeypat
     monkeypatch.setitem(sys.modules, "gguf", None)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(WeLoreError, match=r"pip install 'welore\[gguf\]'"):
-        locate(tmp_path / "m.gguf", cache_dir=tmp_path)
+        resolve_model(tmp_path / "m.gguf", cache_dir=tmp_path)
 
 
 def test_broken_gguf_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF, or so it says" * 10)
     with pytest.raises(WeLoreError, match=r"m\.gguf cannot be read"):
-        locate(tmp_path / "m.gguf", cache_dir=tmp_path / "cache")
+        resolve_model(tmp_path / "m.gguf", cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("config.json"))

@@ -15,7 +15,7 @@ import torch
 
 import welore
 from welore.errors import WeLoreError
-from welore.io.parallel import Team, spread
+from welore.io.parallel import Processes, parallel_map
 from welore.io.progress import silent
 from welore.io.resume import Workspace
 
@@ -66,7 +66,7 @@ def test_output_may_be_written_with_a_slash(saved, tmp_path: Path) -> None:
 
 def test_results_come_in_order_whatever_the_workers() -> None:
     for workers in (1, 3):
-        assert spread(lambda x: x * x, range(20), [1.0] * 20, workers=workers, progress=silent, label="") == [
+        assert parallel_map(lambda x: x * x, range(20), [1.0] * 20, workers=workers, progress=silent, label="") == [
             x * x for x in range(20)
         ]
 
@@ -81,24 +81,24 @@ def test_first_error_stops_the_rest() -> None:
             raise WeLoreError("three is broken")
 
     with pytest.raises(WeLoreError, match="three is broken"):
-        spread(work, range(1000), [1.0] * 1000, workers=2, progress=silent, label="")
+        parallel_map(work, range(1000), [1.0] * 1000, workers=2, progress=silent, label="")
     assert len(seen) < 1000
 
 
 def test_workers_see_one_blas_thread_and_leave_the_rest_as_it_was() -> None:
     before = torch.get_num_threads()
-    assert spread(lambda _: torch.get_num_threads(), [0], [1.0], workers=1, progress=silent, label="") == [1]
+    assert parallel_map(lambda _: torch.get_num_threads(), [0], [1.0], workers=1, progress=silent, label="") == [1]
     assert torch.get_num_threads() == before
 
 
 def test_impossible_number_of_workers_is_one_sentence() -> None:
     with pytest.raises(WeLoreError, match="workers is 0"):
-        spread(lambda x: x, [1], [1.0], workers=0, progress=silent, label="")
+        parallel_map(lambda x: x, [1], [1.0], workers=0, progress=silent, label="")
 
 
 def test_processes_share_all_items_and_none_twice() -> None:
     items = list(range(11))
-    shares = [Team(rank, 3).share(items) for rank in range(3)]
+    shares = [Processes(rank, 3).share(items) for rank in range(3)]
     assert sorted(x for share in shares for x in share) == items
 
 
@@ -257,9 +257,9 @@ def test_two_processes_of_torchrun_write_the_same_bytes_as_one(
 
 
 def test_checkpoint_is_read_rightly_by_several_threads(saved) -> None:
-    from welore.models.source import opened
+    from welore.models.source import open_source
 
-    with opened(saved("llama")) as weights:
+    with open_source(saved("llama")) as weights:
         expected = {t.name: weights.read(t) for t in weights.targets}
         wrong = []
 

@@ -55,7 +55,7 @@ class RunOptions(TypedDict, total=False):
     """Keyword arguments of every verb: the fields of RunConfig, and what only Python can give.
 
     progress may be a function (items with costs, label, total) -> items. tokenizer: of a model in memory. processes:
-    those that share the work (io.parallel.Team).
+    those that share the work (io.parallel.Processes).
     """
 
     device: str

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from welore.allocation.neurons import Neurons, as_json, read_neurons
 from welore.config import NONE
 from welore.errors import WeLoreError
-from welore.io.atomic import whole_file
+from welore.io.atomic import atomic_write
 from welore.layers.block_grid import Grid, read_grids
 from welore.linalg.spectrum import Values, normalise
 from welore.records import Identity
@@ -75,7 +75,7 @@ class Spectra:
             "grids": json.dumps(dict(self.grids)),
             "neurons": json.dumps(as_json(self.neurons)),
         }
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             arrays = {name: np.ascontiguousarray(v) for name, v in self.values.items()}
             save_file(
                 arrays | {name + LOSSES: np.ascontiguousarray(v) for name, v in self.losses.items()}, partial, about

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError
-from welore.models.copies import placed
+from welore.models.copies import frozen_copy
 from welore.models.skeleton import decoder_blocks
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Parts:
     ) -> None:
         self.name, self._blocks = decoder_blocks(model)
         self.device, self.dtype, self.form = device, dtype, form
-        self._shell: Any = placed(model, device, dtype, hollow=self._blocks)
+        self._shell: Any = frozen_copy(model, device, dtype, omitted=self._blocks)
         self._stop: int | None = None
         self._top = torch.empty(0)
         for index, block in enumerate(self._shell.get_submodule(self.name)):
@@ -50,7 +50,7 @@ class Parts:
 
     def block(self, index: int) -> nn.Module:
         """A block, in memory as long as it is held."""
-        return placed(self._blocks[index], self.device, self.dtype)
+        return frozen_copy(self._blocks[index], self.device, self.dtype)
 
     def first(self, ids: Tensor) -> Tensor:
         """The hidden states (b, length, width) that enter the first block."""
@@ -101,7 +101,7 @@ class Parts:
 def parts_of(model: "PreTrainedModel", ids: Tensor) -> Parts | None:
     """The model in parts, if they make the same of a few tokens as the whole; else None."""
     parts, ids = Parts(model, model.device, model.dtype), ids.to(model.device)
-    frozen: Any = placed(model, model.device, model.dtype)
+    frozen: Any = frozen_copy(model, model.device, model.dtype)
     with torch.no_grad():
         expected = frozen(ids, use_cache=False).logits.float()
         try:

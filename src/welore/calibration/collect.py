@@ -26,8 +26,8 @@ from welore.layers.block_grid import Grid
 from welore.linalg.svd import factorise
 from welore.models.copies import writer
 from welore.models.load import DTYPES, made_ready
-from welore.models.skeleton import context_length, refuse_longer
-from welore.models.source import Weights, opened
+from welore.models.skeleton import context_length, require_context_length
+from welore.models.source import TensorSource, open_source
 from welore.models.targets import Target, in_blocks, long_matrices
 from welore.records import Record
 
@@ -82,7 +82,7 @@ def calibrate(
     if not 0 <= measure <= 1:
         raise WeLoreError(f"measure is {measure:g}: it is a share of the windows, 0 to 1")
     torch_dtype = choose("dtype", dtype, DTYPES)
-    with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
+    with open_source(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
         targets, identity, state = weights.targets, weights.identity, weights.state
         grids = long_matrices(weights.skeleton, targets) if split and measure else {}
     mixture: dict[str, float] = {}
@@ -172,7 +172,9 @@ def calibrate(
             some = ids[:: max(1, round(1 / measure))]
             losses = Workspace(workspace.directory / "measured", workspace.key)
             losses.open()
-            with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
+            with open_source(
+                model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision
+            ) as weights:
                 collect = partial(Losses, components=partial(_components, weights, found, grids))
                 gather(net, targets, some, losses, seed=seed_of(seed, "measured"), collect=collect, **how)
             found = replace(found, store=WorkspaceStore(workspace, losses), measured=some.numel(), grids=grids)
@@ -194,7 +196,7 @@ def _written(model: Any, tokenizer: Any, workspace: Workspace, device: torch.dev
 
 
 def _components(
-    weights: Weights, statistics: Statistics, grids: Mapping[str, Grid], layer: str
+    weights: TensorSource, statistics: Statistics, grids: Mapping[str, Grid], layer: str
 ) -> dict[str, Components]:
     """All components of a layer's matrix, or of its blocks, in the order in which K-FAC cuts them."""
     found = {}
@@ -221,7 +223,7 @@ def _length(model: "PreTrainedModel", wanted: int | None) -> int:
     limit = context_length(model.config) or LENGTH
     if wanted is None:
         return min(LENGTH, limit)
-    refuse_longer(wanted, limit)
+    require_context_length(wanted, limit)
     return wanted
 
 

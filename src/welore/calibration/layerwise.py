@@ -20,7 +20,7 @@ from welore.calibration.hooks import Collector, Moments
 from welore.errors import WeLoreError
 from welore.io.progress import Progress, counted, silent
 from welore.io.resume import Workspace
-from welore.models.copies import placed
+from welore.models.copies import frozen_copy
 from welore.models.skeleton import decoder_blocks
 from welore.models.targets import Target
 
@@ -72,7 +72,7 @@ def gather(
     whole = whole or not all(target.name.startswith(inside) for target in targets)
     parts = None if whole else parts_of(model, ids[:1, :TRIAL])
     if parts is None:
-        return _whole(placed(model, place, dtype), targets, text, workspace, collect, progress)
+        return _whole(frozen_copy(model, place, dtype), targets, text, workspace, collect, progress)
     return _Blocks(Parts(model, place, dtype, parts.form), targets, text, workspace, collect).gather(progress)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from welore.errors import WeLoreError
-from welore.io.atomic import whole_file
+from welore.io.atomic import atomic_write
 from welore.io.resume import Workspace
 from welore.io.safetensors_stream import TensorReader, TensorWriter
 from welore.layers.block_grid import Grid, read_grids
@@ -210,7 +210,7 @@ class Statistics:
             "record": json.dumps(dataclasses.asdict(self.record), allow_nan=False),
         }
         layout = self.layout()
-        with whole_file(path) as partial, TensorWriter(partial, layout, metadata) as writer:
+        with atomic_write(path) as partial, TensorWriter(partial, layout, metadata) as writer:
             for name in layout:
                 writer.write(name, [self.store.get(name).flatten()])
 

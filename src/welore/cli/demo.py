@@ -13,10 +13,10 @@ from welore.compression.pipeline import compress
 from welore.evaluation.perplexity import evaluate
 from welore.io.atomic import read_json
 from welore.io.checkpoint import PLAN, RECORD
-from welore.io.hub import locate
+from welore.io.hub import resolve_model
 from welore.io.progress import Progress, counted, silent
 from welore.models.embedded import PACKAGE, embedded_model
-from welore.models.source import Checkpoint
+from welore.models.source import CheckpointSource
 from welore.records import RENAMED, Record
 from welore.reporting.page import report
 from welore.training.finetune import finetune
@@ -55,7 +55,7 @@ def demo(
     model = embedded_model()
     tell(f"model: {model.name} (from the package {PACKAGE}); converted to safetensors once and kept")
     for _ in counted(progress, [model], "read the .gguf file"):
-        directory = locate(model, cache_dir=cache_dir)
+        directory = resolve_model(model, cache_dir=cache_dir)
     spectra = _analyzed(directory, out / "spectra.safetensors", progress)
     tell(f"singular values of {len(spectra.values)} matrices: {out / 'spectra.safetensors'}")
 
@@ -109,7 +109,7 @@ def findings(records: Sequence[Record], runs: Sequence[Record]) -> list[str]:
 def _analyzed(directory: Path, path: Path, progress: Progress) -> Spectra:
     if path.is_file():
         spectra = Spectra.load(path)
-        with Checkpoint(directory) as checkpoint:
+        with CheckpointSource(directory) as checkpoint:
             if spectra.model.fingerprint == checkpoint.identity.fingerprint:
                 return spectra
     spectra = analyze(directory, progress=progress)

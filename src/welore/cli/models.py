@@ -64,7 +64,7 @@ def evaluate(
     """Perplexity of any checkpoint, or what it reaches on tasks of lm-eval -> record."""
     from welore.evaluation.lm_eval import evaluate_tasks
     from welore.evaluation.perplexity import evaluate
-    from welore.io.atomic import refuse_unwritable
+    from welore.io.atomic import require_writable
 
     if lm_eval is None and (limit, tasks_dir) != (None, None):
         raise WeLoreError("--limit and --tasks-dir go with --lm-eval; of a text, --windows are read")
@@ -73,7 +73,7 @@ def evaluate(
     if lm_eval is not None and (length, windows) != (None, None):
         raise WeLoreError("--length and --windows go with --data; of a task, --limit questions are read")
     if output is not None:
-        refuse_unwritable(output)
+        require_writable(output)
     common: dict[str, Any] = {
         "batch_size": batch_size,
         "dtype": dtype,
@@ -204,10 +204,10 @@ def score(
 ) -> None:
     """Accuracy on a task's evaluation part -> record with every prompt, output and extracted answer."""
     from welore.evaluation.accuracy import score
-    from welore.io.atomic import refuse_unwritable
+    from welore.io.atomic import require_writable
 
     if output is not None:
-        refuse_unwritable(output)
+        require_writable(output)
     if task is None:
         raise WeLoreError("name the task: --task commonsense_qa, svamp, boolq, coin_flip, object_tracking, strategy_qa")
     with progress_bars() as progress:

@@ -19,12 +19,12 @@ from welore.calibration.statistics import Statistics
 from welore.config import KFAC, NONE
 from welore.errors import WeLoreError
 from welore.io.checkpoint import check_finite
-from welore.io.parallel import ALONE, Team, spread, team
+from welore.io.parallel import ALONE, Processes, parallel_map, team
 from welore.io.progress import Progress, silent
 from welore.io.resume import Workspace
 from welore.layers.block_grid import Grid
 from welore.linalg.svd import reduce, singular_values
-from welore.models.source import Weights, opened
+from welore.models.source import TensorSource, open_source
 from welore.models.targets import Target, in_blocks, long_matrices
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def analyze(
     values are computed. workers: matrices at once, default one per core. work_dir: finished values are kept there until
     all are done, so that a killed run continues, and the processes of a launcher share it.
     """
-    with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
+    with open_source(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
         common: dict[str, Any] = {"device": device, "workers": workers, "progress": progress}
         common |= {"scaling": scaling, "calibration": opened_calibration(calibration, weights)}
         common |= {"grids": grids_of(weights, split, scaling)}
@@ -65,13 +65,13 @@ def analyze(
             return analyze_weights(weights, workspace=workspace, crew=crew, **common)
 
 
-def grids_of(weights: Weights, split: bool | None, scaling: str) -> dict[str, Grid]:
+def grids_of(weights: TensorSource, split: bool | None, scaling: str) -> dict[str, Grid]:
     """Layer -> grid of what is split in blocks: the long matrices, or nothing. split: as in `analyze`."""
     wanted = scaling == KFAC if split is None else split
     return long_matrices(weights.skeleton, weights.targets) if wanted else {}
 
 
-def opened_calibration(calibration: "Statistics | str | Path | None", weights: Weights) -> Statistics | None:
+def opened_calibration(calibration: "Statistics | str | Path | None", weights: TensorSource) -> Statistics | None:
     """The calibration, read from its file if it is a path; WeLoreError if it is one of another model."""
     found = Statistics.load(calibration) if isinstance(calibration, str | Path) else calibration
     if found is not None:
@@ -79,7 +79,7 @@ def opened_calibration(calibration: "Statistics | str | Path | None", weights: W
     return found
 
 
-def check_plan(plan: Plan, weights: Weights, calibration: Statistics | None) -> None:
+def check_plan(plan: Plan, weights: TensorSource, calibration: Statistics | None) -> None:
     """Raise WeLoreError unless the plan was made for these weights, and its ranks from this calibration."""
     plan.model.check(weights.identity, "plan")
     if plan.scaling == NONE:
@@ -91,14 +91,16 @@ def check_plan(plan: Plan, weights: Weights, calibration: Statistics | None) -> 
 
 
 @contextmanager
-def shared_workspace(directory: str | Path, weights: Weights, *about: Any) -> Iterator[tuple[Workspace, Team]]:
+def shared_workspace(
+    directory: str | Path, weights: TensorSource, *about: Any
+) -> Iterator[tuple[Workspace, Processes]]:
     """The workspace of a run over `weights`, and the processes that share it; removed when the run has ended well.
 
     about: what else its content depends on, as JSON. A killed run leaves it for the next one. A mistake of the user
     (WeLoreError) leaves nothing behind.
     """
     crew, workspace = team(), Workspace(directory, json.dumps([weights.state, *about]))
-    if crew.leads:
+    if crew.is_main:
         workspace.open()
     crew.wait()  # below: only what `open` has made or found to be ours is ever removed
     try:
@@ -107,19 +109,19 @@ def shared_workspace(directory: str | Path, weights: Weights, *about: Any) -> It
     except WeLoreError:
         workspace.remove()
         raise
-    if crew.leads:
+    if crew.is_main:
         workspace.remove()
 
 
 def analyze_weights(
-    weights: Weights,
+    weights: TensorSource,
     *,
     scaling: str = NONE,
     calibration: Statistics | None = None,
     grids: Mapping[str, Grid] | None = None,
     neurons: Mapping[str, Neurons] | None = None,
     workspace: Workspace | None = None,
-    crew: Team = ALONE,
+    crew: Processes = ALONE,
     keep_reductions: bool = False,
     device: str | None = None,
     workers: int | None = None,
@@ -155,7 +157,9 @@ def analyze_weights(
         return found
 
     mine = crew.share(targets)
-    found = spread(compute, mine, [t.cost for t in mine], workers=workers, progress=progress, label="singular values")
+    found = parallel_map(
+        compute, mine, [t.cost for t in mine], workers=workers, progress=progress, label="singular values"
+    )
     mine_by_name = {target.name: values for target, values in zip(mine, found, strict=True)}
     crew.wait()
     every = {t.name: mine_by_name[t.name] if t.name in mine_by_name else compute(t) for t in targets}

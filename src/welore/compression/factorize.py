@@ -11,25 +11,25 @@ from torch import Tensor
 from welore.allocation.plan import Allocation, Plan
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import Statistics
-from welore.io.checkpoint import PLAN, Step, copied, weight_files, write_config, write_weights
-from welore.io.parallel import Team, spread
+from welore.io.checkpoint import PLAN, OutputTensors, copied, weight_files, write_config, write_weights
+from welore.io.parallel import Processes, parallel_map
 from welore.io.progress import Progress
 from welore.io.resume import Workspace
 from welore.layers.registry import FORMS
 from welore.linalg.svd import Reduction, factorise
 from welore.models.quantizer import WeLoreConfig
-from welore.models.source import Checkpoint
+from welore.models.source import CheckpointSource
 from welore.models.targets import Target, census, in_blocks, kept_as
 
 Trained = Callable[[str], Tensor]  # name of a factor -> its numbers
 
 
 def factor_matrices(
-    source: Checkpoint,
+    source: CheckpointSource,
     plan: Plan,
     calibration: Statistics | None,
     workspace: Workspace,
-    crew: Team,
+    crew: Processes,
     *,
     device: str | None,
     workers: int | None,
@@ -61,10 +61,10 @@ def factor_matrices(
     mine = crew.share(lrcs)
     costs = [targets[a.name].cost for a in mine]
     done = dict(
-        zip(mine, spread(compute, mine, costs, workers=workers, progress=progress, label="factors"), strict=True)
+        zip(mine, parallel_map(compute, mine, costs, workers=workers, progress=progress, label="factors"), strict=True)
     )
     crew.wait()
-    if not crew.leads:
+    if not crew.is_main:
         return {}
     about = {a.name: done[a] if a in done else compute(a) for a in lrcs}
     return {
@@ -74,7 +74,7 @@ def factor_matrices(
 
 
 def write_checkpoint(
-    source: Checkpoint,
+    source: CheckpointSource,
     plan: Plan,
     workspace: Workspace,
     directory: Path,
@@ -89,7 +89,9 @@ def write_checkpoint(
     return _sizes_on_disk(source, plan, written)
 
 
-def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace, trained: Trained | None) -> list[Step]:
+def _compressed(
+    source: CheckpointSource, plan: Plan, workspace: Workspace, trained: Trained | None
+) -> list[OutputTensors]:
     """What a compressed checkpoint holds, in the order of the source; trained: the factors after healing."""
     cut = plan.split
     layers: dict[str, list[tuple[Target, Allocation]]] = {}
@@ -107,9 +109,9 @@ def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace, trained: T
             found |= {part: trained(f"{a.name}.{part}").to(found[part].dtype) for part in numbers}
         return {f"{a.name}.{part}": [found[part].flatten()] for part in FORMS[a.form].parts} | {f"{a.name}.weight": []}
 
-    def matrix(target: Target, a: Allocation, dtype: torch.dtype) -> Step:
+    def matrix(target: Target, a: Allocation, dtype: torch.dtype) -> OutputTensors:
         if not a.factored:
-            return Step(
+            return OutputTensors(
                 {f"{a.name}.weight": (dtype, a.shape)}, lambda: {f"{a.name}.weight": [source.read(target).flatten()]}
             )
         form = FORMS[a.form]
@@ -117,7 +119,7 @@ def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace, trained: T
             f"{a.name}.{part}": (torch.int32 if part in form.indices else dtype, shape)
             for part, shape in form.shapes(*a.shape, a.kept).items()
         }
-        return Step({**announced, f"{a.name}.weight": (dtype, (0,))}, partial(factors, a))
+        return OutputTensors({**announced, f"{a.name}.weight": (dtype, (0,))}, partial(factors, a))
 
     steps = []
     for key in source.keys():  # noqa: SIM118 - a method of ours
@@ -132,9 +134,9 @@ def _compressed(source: Checkpoint, plan: Plan, workspace: Workspace, trained: T
     return steps
 
 
-def _tombstone(name: str, dtype: torch.dtype) -> Step:
+def _tombstone(name: str, dtype: torch.dtype) -> OutputTensors:
     """The empty weight of a layer that is stored in blocks."""
-    return Step({name: (dtype, (0,))}, lambda: {name: []})
+    return OutputTensors({name: (dtype, (0,))}, lambda: {name: []})
 
 
 def _kept(a: Allocation) -> str:
@@ -142,7 +144,7 @@ def _kept(a: Allocation) -> str:
     return f"{kept_as(a.name, a.shape)}.{a.form}-{a.kept}"
 
 
-def _sizes_on_disk(source: Checkpoint, plan: Plan, written: int) -> dict[str, Any]:
+def _sizes_on_disk(source: CheckpointSource, plan: Plan, written: int) -> dict[str, Any]:
     found = census(source.skeleton, source.targets)
     whole = source.whole
     return {

@@ -14,7 +14,7 @@ from welore.calibration.statistics import Statistics
 from welore.compression.analysis import analyze_weights, check_plan, grids_of, opened_calibration
 from welore.config import NONE
 from welore.errors import WeLoreError
-from welore.io.parallel import spread
+from welore.io.parallel import parallel_map
 from welore.io.progress import Progress, silent
 from welore.layers.block_grid import Grid
 from welore.layers.low_rank import LowRankLayer, SplitLinear
@@ -23,7 +23,7 @@ from welore.linalg.svd import factorise
 from welore.models.mlp import copies_of, with_zeros
 from welore.models.replace import _config, place, replace_module, split_module
 from welore.models.skeleton import dense_skeleton
-from welore.models.source import ModelWeights
+from welore.models.source import ModelSource
 from welore.models.targets import Target, find_targets, in_blocks
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def compress_model(
             raise WeLoreError("this plan takes neurons out, which needs a model in a directory, not one in memory")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         raise WeLoreError("this model is spread over several devices: load it on one to compress it in memory")
-    weights = ModelWeights(model, include, exclude)
+    weights = ModelSource(model, include, exclude)
     known = opened_calibration(calibration, weights)
     if plan is None:
         how: dict[str, Any] = {"workers": workers, "progress": progress}
@@ -70,7 +70,7 @@ def compress_model(
         factors = factorise(weights.read(t), a.kept, a.relative_error, metric=metric(plan.scaling, known, t))
         return FORMS[a.form].pack(factors.A, factors.B)
 
-    found = spread(compute, todo, [t.cost for t in todo], workers=workers, progress=progress, label="factors")
+    found = parallel_map(compute, todo, [t.cost for t in todo], workers=workers, progress=progress, label="factors")
     dense = {t.name: weights.read(t) for t in targets if t.layer in cut and t.name not in chosen}
     for layer, grid in cut.items():
         split_module(model, layer, grid)

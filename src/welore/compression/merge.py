@@ -10,15 +10,15 @@ from transformers.pytorch_utils import Conv1D
 
 from welore.compression.in_memory import joined, merge_model
 from welore.errors import WeLoreError
-from welore.io.atomic import read_json, refuse_existing, refuse_source, whole_directory
-from welore.io.checkpoint import SHARD_SIZE, Step, copied, weight_files, write_config, write_weights
-from welore.io.hub import locate
+from welore.io.atomic import atomic_directory, read_json, require_free, require_outside
+from welore.io.checkpoint import SHARD_SIZE, OutputTensors, copied, weight_files, write_config, write_weights
+from welore.io.hub import resolve_model
 from welore.io.progress import Progress, silent
 from welore.layers.block_grid import block_names, split_layers
 from welore.layers.registry import FACTORED, FORMS
 from welore.models.mlp import copies_of, with_zeros
 from welore.models.quantizer import METHOD, WeLoreConfig, check_factors
-from welore.models.source import Checkpoint
+from welore.models.source import CheckpointSource
 from welore.models.targets import find_targets
 
 if TYPE_CHECKING:
@@ -41,26 +41,26 @@ def merge(
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         if out is not None:
-            with whole_directory(out, overwrite=overwrite) as unfinished:
+            with atomic_directory(out, overwrite=overwrite) as unfinished:
                 model.save_pretrained(unfinished, max_shard_size=max_shard_size)
         return None if out is None else Path(out)
     if out is None:
         raise WeLoreError("name the directory to write: merge(model, out)")
-    refuse_existing(out, overwrite=overwrite)
-    directory = locate(model, cache_dir=cache_dir, revision=revision)
-    refuse_source(out, directory)
+    require_free(out, overwrite=overwrite)
+    directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
+    require_outside(out, directory)
     about = read_json(directory / "config.json").get("quantization_config") or {}
     if about.get("quant_method") != METHOD:
         raise WeLoreError(f"{model} is not a checkpoint compressed by welore: there is nothing to merge")
     config = WeLoreConfig(**about)
     check_factors(config, weight_files(directory))
-    with Checkpoint(directory, str(model)) as source, whole_directory(out, overwrite=overwrite) as unfinished:
+    with CheckpointSource(directory, str(model)) as source, atomic_directory(out, overwrite=overwrite) as unfinished:
         write_weights(unfinished, _merged(source, config), max_shard_size, progress)
         write_config(directory, unfinished, None)
     return Path(out)
 
 
-def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
+def _merged(source: CheckpointSource, config: WeLoreConfig) -> list[OutputTensors]:
     """What the dense checkpoint holds: the product where there were factors, everything else as it is."""
     ranks = config.ranks or {}
     cut = split_layers(config.grids, ranks)
@@ -95,10 +95,10 @@ def _merged(source: Checkpoint, config: WeLoreConfig) -> list[Step]:
             continue
         if name in cut or name in forms:
             kind = source.entry(key).dtype, tuple(source.skeleton.get_parameter(key).shape)
-            steps.append(Step({key: kind}, partial(dense, name, kind[0])))
+            steps.append(OutputTensors({key: kind}, partial(dense, name, kind[0])))
         elif key.rpartition(".")[0] in config.shapes:
             kind = source.entry(key).dtype, tuple(source.skeleton.get_parameter(key).shape)
-            steps.append(Step({key: kind}, partial(larger, key)))
+            steps.append(OutputTensors({key: kind}, partial(larger, key)))
         else:
             steps.append(copied(source, key, key))
     return steps

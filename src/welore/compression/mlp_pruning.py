@@ -19,23 +19,23 @@ from welore.allocation.neurons import Neurons
 from welore.calibration.scaling import DAMPING_INPUTS, damped
 from welore.calibration.statistics import Selection, Statistics
 from welore.errors import WeLoreError
-from welore.io.parallel import Team, spread
+from welore.io.parallel import Processes, parallel_map
 from welore.io.progress import Progress
 from welore.io.resume import Workspace
 from welore.io.safetensors_stream import Entry
 from welore.linalg.brain_surgeon import refit, removal
 from welore.models.mlp import Mlp, find_mlps, resize_layers, take_rows
-from welore.models.source import Checkpoint, StandIns
+from welore.models.source import CheckpointSource, TensorOverrides
 
 WORTH = 0.4  # what neurons cost is predicted two and a half times worse than what cuts cost (docs/diary.md)
 LEAST = 0.05  # of all neurons: fewer are not worth layers of another size
 
 
 def worth_taking_out(
-    source: Checkpoint,
+    source: CheckpointSource,
     calibration: Statistics,
     workspace: Workspace,
-    crew: Team,
+    crew: Processes,
     *,
     share: float | None,
     price: float | None,
@@ -84,15 +84,15 @@ def worth_taking_out(
 
 
 def without(
-    source: Checkpoint,
+    source: CheckpointSource,
     calibration: Statistics,
     neurons: Mapping[str, Neurons],
     workspace: Workspace,
-    crew: Team,
+    crew: Processes,
     *,
     workers: int | None,
     progress: Progress,
-) -> tuple[Checkpoint, Statistics]:
+) -> tuple[CheckpointSource, Statistics]:
     """The checkpoint and its calibration with these neurons alone; WeLoreError if it has no such MLPs.
 
     Both are views: tensors of smaller layers are made when they are read. Losses that were measured along the matrices
@@ -149,7 +149,7 @@ def without(
         W = compute(readers[key])["W"]
         return (W.T if readers[key].reader.transposed else W).contiguous()
 
-    return source.with_others(skeleton, StandIns(entries, make)), calibration.select(shapes, selections)
+    return source.with_others(skeleton, TensorOverrides(entries, make)), calibration.select(shapes, selections)
 
 
 def _reached(mlp: Mlp, calibration: Statistics) -> bool:
@@ -167,14 +167,16 @@ def _statistics(mlp: Mlp, calibration: Statistics) -> tuple[Tensor, Tensor]:
 def _over(
     mlps: Sequence[Mlp],
     compute: Callable[[Mlp], dict[str, Tensor]],
-    crew: Team,
+    crew: Processes,
     workers: int | None,
     progress: Progress,
     label: str,
 ) -> None:
     """Compute each where the workspace has none; the processes of a team share them."""
     mine = crew.share(mlps)
-    spread(compute, mine, [float(mlp.width) ** 3 for mlp in mine], workers=workers, progress=progress, label=label)
+    parallel_map(
+        compute, mine, [float(mlp.width) ** 3 for mlp in mine], workers=workers, progress=progress, label=label
+    )
     crew.wait()
 
 

@@ -34,16 +34,16 @@ from welore.config import KFAC, NONE, MinRatio
 from welore.data.mixture import SELF
 from welore.data.self_generated import LENGTH, TOKENS
 from welore.errors import WeLoreError, choose
-from welore.io.atomic import refuse_existing, refuse_source, whole_directory
+from welore.io.atomic import atomic_directory, require_free, require_outside
 from welore.io.checkpoint import PLAN, RECORD, SHARD_SIZE
-from welore.io.hub import locate
-from welore.io.parallel import Team
+from welore.io.hub import resolve_model
+from welore.io.parallel import Processes
 from welore.io.progress import Progress, silent
 from welore.io.resume import Workspace
 from welore.layers.registry import FACTORED
 from welore.models.quantizer import WeLoreConfig
 from welore.models.replace import sizes
-from welore.models.source import Checkpoint
+from welore.models.source import CheckpointSource
 from welore.models.targets import Target, in_blocks
 from welore.records import Record
 
@@ -106,7 +106,7 @@ def compress(
     the matrices through it.
     """
     if out is not None:
-        refuse_existing(out, overwrite=overwrite)
+        require_free(out, overwrite=overwrite)
     target = {"rank_reduction": rank_reduction, "params": params, "threshold": threshold}
     settings: dict[str, Any] = {
         **target,
@@ -137,7 +137,7 @@ def compress(
         how: dict[str, Any] = {"scaling": scaling, "split": split, "workers": workers, "progress": progress}
         plan, record = _in_memory(model, plan, calibration, started, **how, **patterns, **settings)
         if out is not None:
-            with whole_directory(out, overwrite=overwrite) as unfinished:
+            with atomic_directory(out, overwrite=overwrite) as unfinished:
                 model.save_pretrained(unfinished, max_shard_size=max_shard_size)
                 plan.save(unfinished / PLAN)
                 record.save(unfinished / RECORD)
@@ -145,10 +145,10 @@ def compress(
 
     if out is None:
         raise WeLoreError("name the directory to write: compress(model, out, ...)")
-    directory = locate(model, cache_dir=cache_dir, revision=revision)
-    refuse_source(out, directory)
+    directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
+    require_outside(out, directory)
     windows = None if heal in (None, NONE, SELF) else healing.text(heal, directory, tokens, seed, cache_dir)
-    with Checkpoint(directory, str(model), include, exclude) as source:
+    with CheckpointSource(directory, str(model), include, exclude) as source:
         found = None if calibration == SELF else opened_calibration(calibration, source)
         own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.generated or (0,))[0]
         heal = healing.chosen(heal, own, alone=alone)
@@ -171,7 +171,7 @@ def compress(
                 check_plan(plan, source, found)
                 source, found = _as_planned(plan, source, found, workspace, crew, workers, progress)
             quality = factor_matrices(source, plan, found, workspace, crew, **how)
-            if crew.leads:
+            if crew.is_main:
                 trained, about = None, None
                 if heal != NONE and plan.ranks:
                     if windows is None and found is not None:
@@ -180,7 +180,7 @@ def compress(
                     here: dict[str, Any] = {"own": heal == SELF, "seed": seed, "device": device, "progress": progress}
                     trained, about, numbers = healing.heal(source, plan, workspace, windows, **here)
                     about, quality = {"text": heal} | about, quality | numbers
-                with whole_directory(out, overwrite=overwrite) as unfinished:
+                with atomic_directory(out, overwrite=overwrite) as unfinished:
                     quality |= write_checkpoint(source, plan, workspace, unfinished, max_shard_size, progress, trained)
                     _record(plan, started, quality, about).save(unfinished / RECORD)
     return Record.load(Path(out) / RECORD)
@@ -220,21 +220,21 @@ def _method(
 
 
 def _planned(
-    source: Checkpoint,
+    source: CheckpointSource,
     scaling: str,
     calibration: Statistics | None,
     split: bool | None,
     share: float | None,
     settings: Mapping[str, Any],
     how: dict[str, Any],
-) -> tuple[Plan, Checkpoint, Statistics | None]:
+) -> tuple[Plan, CheckpointSource, Statistics | None]:
     """The plan, and what it is for: the matrices as they came, or with neurons taken out, where that is worth it.
 
     share: of the neurons; None: as many as are worth less than what a number costs in a plan with all of them.
     how: settings of `analyze_weights` that both plans have.
     """
 
-    def planned(weights: Checkpoint, known: Statistics | None, neurons: Mapping[str, Neurons]) -> Plan:
+    def planned(weights: CheckpointSource, known: Statistics | None, neurons: Mapping[str, Neurons]) -> Plan:
         about: dict[str, Any] = {"scaling": scaling, "calibration": known, "neurons": neurons}
         return allocate(analyze_weights(weights, grids=grids_of(weights, split, scaling), **about, **how), **settings)
 
@@ -252,13 +252,13 @@ def _planned(
 
 def _as_planned(
     plan: Plan,
-    source: Checkpoint,
+    source: CheckpointSource,
     calibration: Statistics | None,
     workspace: Workspace,
-    crew: Team,
+    crew: Processes,
     workers: int | None,
     progress: Progress,
-) -> tuple[Checkpoint, Statistics | None]:
+) -> tuple[CheckpointSource, Statistics | None]:
     """What a plan that was given is for: the checkpoint and its calibration, without the neurons that it takes out."""
     if not plan.neurons:
         return source, calibration
@@ -273,13 +273,13 @@ def _as_planned(
     return source, calibration
 
 
-def _own_calibration(directory: Path, workspace: Workspace, crew: Team, **how: Any) -> Statistics:
+def _own_calibration(directory: Path, workspace: Workspace, crew: Processes, **how: Any) -> Statistics:
     """From text that the model writes, made by the process that leads, kept with the unfinished work.
 
     Without measured losses: on a quarter of such text they make the result worse (docs/diary.md).
     """
     made = workspace.directory / "calibration.safetensors"
-    if crew.leads and not made.is_file():
+    if crew.is_main and not made.is_file():
         calibrate(directory, SELF, made, measure=0, **how)
     crew.wait()
     return Statistics.load(made)

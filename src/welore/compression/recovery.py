@@ -24,7 +24,7 @@ from welore.data.mixture import SELF, draw, mixed
 from welore.data.self_generated import LENGTH
 from welore.data.windows import digest, write_windows
 from welore.errors import DivergedError, WeLoreError
-from welore.io.atomic import whole_directory
+from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import SHARD_SIZE, weight_files
 from welore.io.parallel import keep_freed_memory, team
 from welore.io.progress import Progress, silent
@@ -32,7 +32,7 @@ from welore.io.resume import Workspace
 from welore.layers.registry import FORMS
 from welore.models.load import fastest, read_tokenizer
 from welore.models.skeleton import config_of, context_length
-from welore.models.source import Checkpoint
+from welore.models.source import CheckpointSource
 from welore.records import Record
 from welore.training.run_dir import MODEL, RUN, TUNED, WRITTEN
 
@@ -78,7 +78,7 @@ def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Pa
 
 
 def heal(
-    source: Checkpoint,
+    source: CheckpointSource,
     plan: Plan,
     workspace: Workspace,
     windows: Tensor,
@@ -101,7 +101,7 @@ def heal(
     place = workspace.directory / f"healing-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
     cut = place / "cut"
     if not cut.is_dir():
-        with whole_directory(cut) as unfinished:
+        with atomic_directory(cut) as unfinished:
             write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
     write_windows(place / WRITTEN, windows)
     keep_freed_memory()
@@ -161,7 +161,7 @@ def rate(cut: Path, plan: Plan, steps: int) -> float:
     number, up to the rate of LARGEST (docs/diary.md).
     """
     squares, count = 0.0, 0
-    with Checkpoint(cut) as source:
+    with CheckpointSource(cut) as source:
         for name in _factors(plan):
             factor = source.tensor(name).float()
             squares, count = squares + float(factor.square().sum(dtype=torch.float64)), count + factor.numel()

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
-from welore.io.atomic import refuse_existing, refuse_source, whole_directory
-from welore.io.checkpoint import RECORD, SHARD_SIZE, Step, check_finite, write_config, write_weights
-from welore.io.hub import locate
+from welore.io.atomic import atomic_directory, require_free, require_outside
+from welore.io.checkpoint import RECORD, SHARD_SIZE, OutputTensors, check_finite, write_config, write_weights
+from welore.io.hub import resolve_model
 from welore.io.progress import Progress, silent
 from welore.models.quantizer import WeLoreConfig
 from welore.models.skeleton import config_of, decoder_blocks, dense_skeleton
-from welore.models.source import opened
+from welore.models.source import open_source
 from welore.models.targets import find_targets
 from welore.records import Record
 
@@ -41,7 +41,7 @@ def import_singular_values(
     Raises WeLoreError if a targeted matrix is missing there or has another number of values.
     """
     content = _load(path)
-    with opened(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
+    with open_source(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
         blocks, _ = decoder_blocks(weights.skeleton)
         values = {}
         for target in weights.targets:
@@ -75,13 +75,13 @@ def import_checkpoint(
     model: gives the configuration and the tokenizer; its own weights are not read. U becomes A, V becomes B.
     Raises WeLoreError if a parameter of the model is missing or has the wrong shape.
     """
-    refuse_existing(out, overwrite=overwrite)
+    require_free(out, overwrite=overwrite)
     started = time.perf_counter()
     state = _load(path)
-    directory = locate(model, cache_dir=cache_dir, revision=revision)
-    refuse_source(out, directory)
+    directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
+    require_outside(out, directory)
     steps, ranks, numbers = _plan_import(state, path, directory)
-    with whole_directory(out, overwrite=overwrite) as unfinished:
+    with atomic_directory(out, overwrite=overwrite) as unfinished:
         numbers["bytes"] = write_weights(unfinished, steps, max_shard_size, progress)
         write_config(directory, unfinished, WeLoreConfig(ranks).to_dict())
         numbers["seconds"] = time.perf_counter() - started
@@ -93,7 +93,7 @@ def import_checkpoint(
 
 def _plan_import(
     state: Mapping[str, Any], path: str | Path, directory: Path
-) -> tuple[list[Step], dict[str, int], dict[str, Any]]:
+) -> tuple[list[OutputTensors], dict[str, int], dict[str, Any]]:
     from transformers import AutoModelForCausalLM
 
     skeleton = dense_skeleton(config_of(directory), AutoModelForCausalLM)
@@ -115,7 +115,9 @@ def _plan_import(
                 raise WeLoreError(f"{path} has neither {name} nor its factors {module}.U.weight and {module}.V.weight")
             _check_shape(path, name, tensor, tuple(parameter.shape))
             parts = {name: tensor}
-        steps.append(Step({key: (t.dtype, tuple(t.shape)) for key, t in parts.items()}, partial(_checked, parts)))
+        steps.append(
+            OutputTensors({key: (t.dtype, tuple(t.shape)) for key, t in parts.items()}, partial(_checked, parts))
+        )
     dense = sum(m * n for m, n in (t.shape for t in targets.values()))
     saved = sum(m * n - ranks[t.name] * (m + n) for t in targets.values() if t.name in ranks for m, n in [t.shape])
     removed = sum(min(t.shape) - ranks[t.name] for t in targets.values() if t.name in ranks)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from welore.errors import WeLoreError, first_line
-from welore.io.atomic import whole_file
+from welore.io.atomic import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ def windows(tokenizer: "PreTrainedTokenizerBase", text: str, length: int, limit:
 def write_windows(path: Path, found: Tensor) -> None:
     """Keep windows (count, length) of token ids in a file, so that several read the same; one that is there stays."""
     if not path.is_file():
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             save_file({"windows": found.to(torch.int32)}, partial)
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from welore.errors import WeLoreError, choose
-from welore.io.atomic import whole_directory
+from welore.io.atomic import atomic_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,7 +107,7 @@ def fresh_model(size: Size, tokenizer: "PreTrainedTokenizerBase", length: int, s
 
 def save_fresh(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
     """Write both to the directory `out`, whole or not at all; what was there is replaced."""
-    with whole_directory(out, overwrite=True) as unfinished:
+    with atomic_directory(out, overwrite=True) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 

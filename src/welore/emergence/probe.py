@@ -21,8 +21,8 @@ from welore.data.packing import Example
 from welore.emergence.subspace import leading, overlaps, unit_rows
 from welore.emergence.trace import COSINE, OTHER, OVERLAPS, RANKS, SAME, VALUES, Writer, key
 from welore.errors import WeLoreError
-from welore.io.atomic import whole_file
-from welore.io.parallel import spread
+from welore.io.atomic import atomic_write
+from welore.io.parallel import parallel_map
 from welore.io.progress import silent
 from welore.linalg.svd import singular_values
 from welore.models.targets import Target
@@ -123,8 +123,8 @@ class Probe(TrainerCallback):
         work = [(target, both) for target, *both in zip(self.targets, *gradients, strict=True)]
         on_gpu = gradients[0][0].is_cuda
         costs = [target.cost for target in self.targets]
-        parts = spread(one, work, costs, workers=1 if on_gpu else None, progress=silent, label="probe")
-        with whole_file(writer.work / _work_file(step)) as partial:
+        parts = parallel_map(one, work, costs, workers=1 if on_gpu else None, progress=silent, label="probe")
+        with atomic_write(writer.work / _work_file(step)) as partial:
             save_file({name: tensor for _, kept in parts for name, tensor in kept.items()}, partial)
         self.work_bytes = sum(path.stat().st_size for path in writer.work.iterdir())
         return {name: values for found, _ in parts for name, values in found.items()}

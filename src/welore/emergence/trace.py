@@ -26,7 +26,7 @@ from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
-from welore.io.atomic import whole_file
+from welore.io.atomic import atomic_write
 from welore.records import Identity
 
 Array = NDArray[np.float64]
@@ -135,7 +135,7 @@ class Writer:
                 raise WeLoreError(f"the trace in {directory} is of another run: choose another directory")
             self.lines += [line for line in lines if line["step"] <= at]
         self.work.mkdir(parents=True, exist_ok=True)
-        with whole_file(directory / LINES) as partial:
+        with atomic_write(directory / LINES) as partial:
             partial.write_text("".join(map(_line, self.lines)), encoding="utf-8")
 
     @property
@@ -145,7 +145,7 @@ class Writer:
 
     def append(self, line: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
         """One more checkpoint: its numbers, and its arrays by "NAME:FIELD"."""
-        with whole_file(self.directory / file_of(line["step"])) as partial:
+        with atomic_write(self.directory / file_of(line["step"])) as partial:
             save_file({k: np.asarray(v, dtype=np.float32, order="C") for k, v in arrays.items()}, partial)
         with (self.directory / LINES).open("a", encoding="utf-8") as file:
             file.write(_line(line))

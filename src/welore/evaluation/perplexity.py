@@ -16,7 +16,7 @@ from welore.errors import WeLoreError, choose
 from welore.io.progress import Progress, counted, silent
 from welore.models.load import DTYPES, made_ready, warn_if_slow
 from welore.models.replace import sizes
-from welore.models.skeleton import context_length, refuse_longer
+from welore.models.skeleton import context_length, require_context_length
 from welore.records import Record
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def negative_log_likelihood(
 
 def _refuse_misfit(model: "PreTrainedModel", found: list[Tensor]) -> None:
     """Raise WeLoreError if a window is longer than the model can read, or of a tokenizer with more tokens."""
-    refuse_longer(len(found[0]), context_length(model.config))
+    require_context_length(len(found[0]), context_length(model.config))
     embeddings: Any = model.get_input_embeddings()
     largest, size = max(int(window.max()) for window in found), len(embeddings.weight)
     if largest >= size:

@@ -12,7 +12,7 @@ from welore.errors import WeLoreError
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Temporary name beside `path`; renamed to it when the block ends well, removed when it does not."""
     path = Path(path)
     if path.is_dir():
@@ -26,7 +26,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def refuse_unwritable(path: str | Path) -> None:
+def require_writable(path: str | Path) -> None:
     """Raise unless the directory of `path` is there or can be made: asked before the work whose result goes there."""
     parent = Path(path).absolute().parent
     nearest = next(directory for directory in (parent, *parent.parents) if directory.exists())
@@ -35,7 +35,7 @@ def refuse_unwritable(path: str | Path) -> None:
         raise WeLoreError(f"{path} cannot be written: {nearest} {reason}")
 
 
-def refuse_existing(path: str | Path, *, overwrite: bool, marker: str = "config.json") -> None:
+def require_free(path: str | Path, *, overwrite: bool, marker: str = "config.json") -> None:
     """Raise unless a directory may be written at `path`: nothing is there, it is empty, or it may be replaced.
 
     Only a directory that holds `marker` is ever replaced, so that `--overwrite` cannot delete somebody's home.
@@ -49,7 +49,7 @@ def refuse_existing(path: str | Path, *, overwrite: bool, marker: str = "config.
         raise WeLoreError(f"{path} has no {marker}, so it is not a result of ours: --overwrite will not delete it")
 
 
-def refuse_source(path: str | Path, source: Path) -> None:
+def require_outside(path: str | Path, source: Path) -> None:
     """Raise when writing the directory `path` would replace the directory that is read, or one around it."""
     path, source = Path(path).resolve(), source.resolve()
     if path == source or path in source.parents:
@@ -57,15 +57,15 @@ def refuse_source(path: str | Path, source: Path) -> None:
 
 
 @contextmanager
-def whole_directory(path: str | Path, *, overwrite: bool = False, marker: str = "config.json") -> Iterator[Path]:
+def atomic_directory(path: str | Path, *, overwrite: bool = False, marker: str = "config.json") -> Iterator[Path]:
     """Empty directory `PATH.partial`; takes the name `path` when the block ends well, and is removed when not.
 
     What a killed run left at `PATH.partial` is removed first. A result that is replaced leaves its name at once,
     as `PATH.replaced`, and is deleted after: at `path` there is never half of anything.
-    Raises WeLoreError as `refuse_existing` does.
+    Raises WeLoreError as `require_free` does.
     """
     path = Path(path).resolve()  # "." has no name to put a suffix to; of a symbolic link the target is replaced
-    refuse_existing(path, overwrite=overwrite, marker=marker)
+    require_free(path, overwrite=overwrite, marker=marker)
     partial, replaced = (path.with_name(path.name + suffix) for suffix in (".partial", ".replaced"))
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -90,7 +90,7 @@ def _make_directory(path: Path) -> None:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write `content` as indented JSON, whole or not at all. NaN and infinities are refused."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -27,7 +27,7 @@ NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json", PLAN, RECORD
 
 
 @dataclass(frozen=True)
-class Step:
+class OutputTensors:
     """A piece of the output that is made at once: one copied tensor, or what replaces one matrix.
 
     tensors: name -> dtype and shape, known beforehand. make: name -> the numbers, as flat pieces in order.
@@ -37,13 +37,13 @@ class Step:
     make: Callable[[], Mapping[str, Iterable[Tensor]]]
 
 
-def copied(source: Any, key: str, name: str) -> Step:
+def copied(source: Any, key: str, name: str) -> OutputTensors:
     """A tensor of the source as it is, under the name `name`."""
     entry = source.entry(key)
-    return Step({name: (entry.dtype, entry.shape)}, lambda: {name: source.chunks(key)})
+    return OutputTensors({name: (entry.dtype, entry.shape)}, lambda: {name: source.chunks(key)})
 
 
-def write_weights(directory: Path, steps: Sequence[Step], max_shard_size: str, progress: Progress) -> int:
+def write_weights(directory: Path, steps: Sequence[OutputTensors], max_shard_size: str, progress: Progress) -> int:
     """Write all tensors into as many shards as save_pretrained would make; returns their bytes."""
     announced = {name: kind for step in steps for name, kind in step.tensors.items()}
     try:

@@ -11,7 +11,7 @@ import torch
 
 from welore.config import RunConfig
 from welore.errors import WeLoreError
-from welore.io.parallel import ALONE, Team, default_workers, spread
+from welore.io.parallel import ALONE, Processes, default_workers, parallel_map
 from welore.io.progress import Progress, progress_bars, silent
 from welore.io.resume import Workspace
 
@@ -30,7 +30,7 @@ class RunContext:
     device: torch.device
     workers: int
     progress: Progress = silent
-    processes: Team = ALONE
+    processes: Processes = ALONE
     workspace: Workspace | None = None
     cache_dir: Path | None = None
     revision: str | None = None
@@ -41,7 +41,7 @@ class RunContext:
     def create(
         cls,
         *,
-        processes: Team = ALONE,
+        processes: Processes = ALONE,
         progress: bool | Progress | None = None,
         tokenizer: Any = None,
         **options: Any,
@@ -71,7 +71,7 @@ class RunContext:
         self, function: Callable[[Item], Result], items: Sequence[Item], costs: Sequence[float], label: str
     ) -> list[Result]:
         """function(item) of every item, in order, by `workers` threads; costs: relative time of every item."""
-        return spread(function, items, costs, workers=self.workers, progress=self.progress, label=label)
+        return parallel_map(function, items, costs, workers=self.workers, progress=self.progress, label=label)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from welore.errors import WeLoreError, first_line
-from welore.io.atomic import whole_directory
+from welore.io.atomic import atomic_directory
 
 HUB_FILES = [
     "model*.safetensors",
@@ -20,7 +20,7 @@ HUB_FILES = [
 ]
 
 
-def locate(model: str | Path, *, cache_dir: str | Path | None = None, revision: str | None = None) -> Path:
+def resolve_model(model: str | Path, *, cache_dir: str | Path | None = None, revision: str | None = None) -> Path:
     """The local directory of MODEL: itself, or the hub's snapshot, or the converted .gguf file.
 
     Raises WeLoreError with what to do when a file is missing or the hub cannot be reached.
@@ -73,7 +73,7 @@ def _convert_gguf(path: Path, directory: Path) -> None:
         raise WeLoreError("a .gguf file needs the extra packages of `pip install 'welore[gguf]'`") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with whole_directory(directory) as partial:
+    with atomic_directory(directory) as partial:
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent,

@@ -26,14 +26,14 @@ GROWTH = 12 << 20  # bytes by which a process that works through matrices may gr
 
 
 @dataclass(frozen=True)
-class Team:
+class Processes:
     """The processes that do one job together: each takes every `size`-th item, the first one writes the result."""
 
     rank: int
     size: int
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the result."""
         return self.rank == 0
 
@@ -47,17 +47,17 @@ class Team:
             dist.barrier()
 
 
-ALONE = Team(0, 1)
+ALONE = Processes(0, 1)
 
 
-def team() -> Team:
+def team() -> Processes:
     """All processes that torchrun or accelerate started for this command; one without a launcher."""
     if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return ALONE
     if not dist.is_initialized():
         # The others wait while the first one writes; half an hour, the default, is short for a large model.
         dist.init_process_group("gloo", timeout=timedelta(days=7))
-    return Team(dist.get_rank(), dist.get_world_size())
+    return Processes(dist.get_rank(), dist.get_world_size())
 
 
 def default_workers() -> int:
@@ -69,8 +69,8 @@ def return_freed_memory() -> None:
     """Make glibc keep one heap for all threads and give very large freed blocks back at once; no effect elsewhere.
 
     For a process that works through matrices: otherwise every thread's heap keeps the largest ones it has seen, and
-    the more so the larger the blocks that the imports have freed. What the one heap keeps all the same, `spread` gives
-    back. Not for a process that runs a model, which wants its blocks again.
+    the more so the larger the blocks that the imports have freed. What the one heap keeps all the same, `parallel_map`
+    gives back. Not for a process that runs a model, which wants its blocks again.
     """
     set_glibc({TRIM_THRESHOLD: 16 << 20, MMAP_THRESHOLD: 4 << 20, ARENA_MAX: 1})
 
@@ -118,7 +118,7 @@ def _heap() -> Iterator[Callable[[int], None]]:
         yield trim
 
 
-def spread(
+def parallel_map(
     function: Callable[[Item], Result],
     items: Sequence[Item],
     costs: Sequence[float],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from welore.errors import WeLoreError
-from welore.io.atomic import read_json, whole_file, write_json
+from welore.io.atomic import atomic_write, read_json, write_json
 from welore.io.safetensors_stream import TensorReader, TensorWriter
 
 ABOUT = "about.json"
@@ -52,7 +52,7 @@ class Workspace:
         """Keep a group of tensors, whole or not at all."""
         kinds = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
         about = {DIGEST: _digest(tensors)}
-        with whole_file(self._file(name)) as partial, TensorWriter(partial, kinds, about) as writer:
+        with atomic_write(self._file(name)) as partial, TensorWriter(partial, kinds, about) as writer:
             for part, tensor in tensors.items():
                 writer.write(part, [tensor.reshape(-1)])
 

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from welore.errors import WeLoreError
 
 
-def placed(module: Any, device: torch.device, dtype: torch.dtype, hollow: Iterable[nn.Module] = ()) -> Any:
+def frozen_copy(module: Any, device: torch.device, dtype: torch.dtype, omitted: Iterable[nn.Module] = ()) -> Any:
     """A frozen copy on a device, floating parameters in dtype; it shares what is in place already.
 
-    hollow: parts that are not needed; their tensors are on the meta device.
+    omitted: parts that are not needed; their tensors are on the meta device.
     """
     for name, part in module.named_modules():
         if "forward" in vars(part):  # it would go on to work for the original
             raise WeLoreError(f"{name or 'the model'} has been given a forward by another library: load the model anew")
-    empty = {id(t) for part in hollow for t in (*part.parameters(), *part.buffers())}
+    empty = {id(t) for part in omitted for t in (*part.parameters(), *part.buffers())}
 
     def moved(t: Tensor, to: torch.dtype) -> Tensor:
         return torch.empty_like(t, device="meta") if id(t) in empty else t.detach().to(device, to)
@@ -42,4 +42,4 @@ def writer(model: "PreTrainedModel", device: torch.device) -> Any:
 
     There products of a few rows in half precision take several times as long, even with instructions for them.
     """
-    return placed(model, device, torch.float32 if device.type == "cpu" else model.dtype)
+    return frozen_copy(model, device, torch.float32 if device.type == "cpu" else model.dtype)

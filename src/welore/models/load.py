@@ -12,7 +12,7 @@ from torch import nn
 import welore.models.quantizer  # noqa: F401 - from_pretrained must know compressed checkpoints
 from welore.errors import WeLoreError, choose, first_line
 from welore.io.checkpoint import RECORD, weight_files
-from welore.io.hub import locate
+from welore.io.hub import resolve_model
 from welore.models.skeleton import config_of
 from welore.records import Record
 
@@ -58,7 +58,7 @@ def made_ready(
             raise WeLoreError("a model in memory needs its tokenizer: pass it as tokenizer=...")
         name = model.config.name_or_path or "model in memory"
         return Ready(model, tokenizer, {"model": name, "label": label, "compression": None})
-    directory = locate(model, cache_dir=cache_dir, revision=revision)
+    directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
     loaded, tokenizer = load(directory, torch_dtype, device)
     return Ready(loaded, tokenizer, {"model": str(model), "label": label, "compression": compression_of(directory)})
 

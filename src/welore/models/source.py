@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from welore.errors import WeLoreError, first_line
 from welore.io.atomic import read_json
 from welore.io.checkpoint import INDEX, check_finite, weight_files
-from welore.io.hub import locate
+from welore.io.hub import resolve_model
 from welore.io.safetensors_stream import Entry, TensorReader
 from welore.models.skeleton import config_of, dense_skeleton
 from welore.models.targets import Target, find_targets
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # --- a model in memory ---------------------------------------------------------------------------------------------
 
 
-class ModelWeights:
+class ModelSource:
     """The matrices of a model in memory."""
 
     def __init__(self, model: "PreTrainedModel", include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
@@ -71,7 +71,7 @@ class ModelWeights:
 
 
 @dataclass(frozen=True)
-class StandIns:
+class TensorOverrides:
     """Tensors in place of those of a checkpoint's files, made when they are read; entries: their dtypes and shapes."""
 
     entries: Mapping[str, Entry]
@@ -82,7 +82,7 @@ class StandIns:
         yield self.read(key).flatten()
 
 
-class Checkpoint:
+class CheckpointSource:
     """A directory with config.json and safetensors, read one tensor at a time. A context manager.
 
     name: what the user called it. targets: empty for a compressed checkpoint's factored layers (use `skeleton`).
@@ -97,7 +97,7 @@ class Checkpoint:
     ) -> None:
         self.directory, self.name = Path(directory), name or str(directory)
         self.include, self.exclude = tuple(include), tuple(exclude)
-        self._readers: dict[str, TensorReader | StandIns] = {}
+        self._readers: dict[str, TensorReader | TensorOverrides] = {}
         with ExitStack() as stack:  # closes what is open already if a later file is refused
             for path in weight_files(self.directory):
                 reader = stack.enter_context(TensorReader(path))
@@ -158,11 +158,11 @@ class Checkpoint:
         return prefix if stripped and not any(name in self._readers for name in names) else ""
 
     @cached_property
-    def whole(self) -> "Checkpoint":
+    def whole(self) -> "CheckpointSource":
         """The checkpoint as it lies in the files."""
         return self
 
-    def with_others(self, skeleton: "PreTrainedModel", others: StandIns) -> "Checkpoint":
+    def with_others(self, skeleton: "PreTrainedModel", others: TensorOverrides) -> "CheckpointSource":
         """A view in which some layers have another size, as in `skeleton`, and other tensors; its identity is the same.
 
         It lives as long as this one is open.
@@ -232,7 +232,7 @@ class Checkpoint:
         self._stack.close()
 
 
-Weights = ModelWeights | Checkpoint  # where matrices come from: a model in memory or a directory
+TensorSource = ModelSource | CheckpointSource  # where matrices come from: a model in memory or a directory
 
 
 def _fingerprint(beginnings: Iterable[tuple[Target, Tensor]]) -> str:
@@ -254,17 +254,19 @@ def _refuse_quantized(config: "PretrainedConfig") -> None:
 
 
 @contextmanager
-def opened(
+def open_source(
     model: "str | Path | PreTrainedModel",
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     cache_dir: str | Path | None = None,
     revision: str | None = None,
-) -> Iterator[Weights]:
-    """The weights of a model in memory, or of anything that `locate` finds."""
+) -> Iterator[TensorSource]:
+    """The weights of a model in memory, or of anything that `resolve_model` finds."""
     if isinstance(model, nn.Module):
-        yield ModelWeights(model, include, exclude)
+        yield ModelSource(model, include, exclude)
         return
-    with Checkpoint(locate(model, cache_dir=cache_dir, revision=revision), str(model), include, exclude) as found:
+    with CheckpointSource(
+        resolve_model(model, cache_dir=cache_dir, revision=revision), str(model), include, exclude
+    ) as found:
         yield found

@@ -15,7 +15,7 @@ from welore.emergence.downstream_checks import closed, verdicts
 from welore.emergence.figures import FIGURES, settling
 from welore.emergence.trace import Trace
 from welore.errors import WeLoreError
-from welore.io.atomic import whole_file
+from welore.io.atomic import atomic_write
 from welore.records import MODEL_FINGERPRINT, Record
 from welore.reporting import figures
 from welore.reporting.discover import NEEDED, Artefact, find_artefacts
@@ -115,9 +115,9 @@ def report(directories: Sequence[str | Path], out: str | Path) -> Path:
 
     page = Path(out) / "report.html"
     for picture in pictures:
-        with whole_file(page.with_name(picture.file)) as partial:
+        with atomic_write(page.with_name(picture.file)) as partial:
             partial.write_bytes(picture.png)
-    with whole_file(page) as partial:
+    with atomic_write(page) as partial:
         partial.write_text(html, encoding="utf-8")
     return page
 

@@ -16,8 +16,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from welore.allocation.plan import Plan
 from welore.data.packing import DatasetSplit, Example
 from welore.data.windows import write_windows
-from welore.io.atomic import refuse_source
-from welore.io.hub import locate
+from welore.io.atomic import require_outside
+from welore.io.hub import resolve_model
 from welore.io.progress import Progress, silent
 from welore.models.load import compression_of, default_device, warn_if_slow
 from welore.models.replace import sizes
@@ -117,8 +117,8 @@ def finetune(
     leads = args.process_index == 0
     if leads:
         check_out(out, resume=resume, overwrite=overwrite)
-    directory = locate(model, cache_dir=cache_dir, revision=revision)
-    refuse_source(out, directory)
+    directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
+    require_outside(out, directory)
     kept = written(out) if resume else None
     prepared = prepare(directory, settings, plan, args, kept, cache_dir, progress if leads else silent)
     if leads:

@@ -16,7 +16,7 @@ from welore.errors import WeLoreError, first_line
 from welore.io.progress import Progress
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.models.load import load
-from welore.models.skeleton import context_length, refuse_longer
+from welore.models.skeleton import context_length, require_context_length
 from welore.training.activations import keep_wide_products
 from welore.training.data import questions_of_task
 from welore.training.methods import METHODS, Marked, known_warnings, matrices
@@ -57,13 +57,13 @@ def prepare(
     """
     chosen = Plan.load(plan) if isinstance(plan, str | Path) else plan
     model, tokenizer = load(directory, "auto", "cpu", settings.attention)
-    refuse_longer(settings.length, context_length(model.config))
+    require_context_length(settings.length, context_length(model.config))
     teacher, teachers_fingerprint = None, None
     if settings.distill is not None:
         alone = settings.distill_weight == 1
         how: dict[str, Any] = {"alone": alone, "attention": settings.attention, "cache_dir": cache_dir}
         teacher = load_teacher(settings.distill, model, tokenizer, directory, **how)
-        refuse_longer(settings.length, context_length(teacher.config))
+        require_context_length(settings.length, context_length(teacher.config))
         teachers_fingerprint = fingerprint(teacher)
     text = None if settings.data == SELF else _material(settings, tokenizer, args.world_size, cache_dir)
     set_seed(settings.seed)

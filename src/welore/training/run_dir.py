@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from welore.data.windows import read_windows
 from welore.errors import WeLoreError
-from welore.io.atomic import read_json, refuse_existing, whole_directory, write_json
+from welore.io.atomic import atomic_directory, read_json, require_free, write_json
 from welore.io.checkpoint import PLAN, RECORD
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ STATE = "trainer_state.json"  # the last file that the Trainer writes into a che
 def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise WeLoreError unless a run may begin, or go on, at `out`."""
     if not resume:
-        refuse_existing(out, overwrite=overwrite, marker=RUN)
+        require_free(out, overwrite=overwrite, marker=RUN)
     elif overwrite:
         raise WeLoreError("give --resume or --overwrite, not both: one goes on with the run, the other deletes it")
     elif not (out / RUN).is_file():
@@ -100,7 +100,7 @@ def save_result(
 
     state: its tensors, where the model itself has only a part of them (see gathered).
     """
-    with whole_directory(out / MODEL, overwrite=True) as unfinished:
+    with atomic_directory(out / MODEL, overwrite=True) as unfinished:
         model.save_pretrained(unfinished, state_dict=state)
         tokenizer.save_pretrained(unfinished)
         for name in (PLAN, RECORD):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from welore.data.self_generated import generate_text
 from welore.errors import WeLoreError
-from welore.io.hub import locate
+from welore.io.hub import resolve_model
 from welore.io.progress import Progress
 from welore.models.copies import writer
 from welore.models.load import load
@@ -31,7 +31,7 @@ def load_teacher(
 
     alone: nothing else is learned from. Raises WeLoreError for a teacher that cannot teach this student.
     """
-    found = locate(name, cache_dir=cache_dir)
+    found = resolve_model(name, cache_dir=cache_dir)
     if alone and found.resolve() == directory.resolve():
         raise WeLoreError(
             "the model is its own teacher and has nothing to learn from itself: name the dense model that it was made "
