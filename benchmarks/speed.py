@@ -54,7 +54,7 @@ def kept_on_disk(W: torch.Tensor) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
 
 def floor_seconds(plan: Plan) -> float:
     """What ours takes at least."""
-    costs = [operations(a.shape, a.kept if a.factored else None) for a in plan.allocations]
+    costs = [operations(a.shape, a.rank if a.factored else None) for a in plan.allocations]
     return sum(sum(of_type) / speed for of_type, speed in zip(zip(*costs, strict=True), speeds(), strict=True))
 
 
@@ -111,10 +111,10 @@ def main() -> None:
             if target.name in by_name:
                 a, W = by_name[target.name], weights.read(target)
                 reduction = Reduction.from_tensors(kept.pop(target.name))
-                found = timed(seconds, "ours", factorise, W, a.kept, a.relative_error, reduction)
+                found = timed(seconds, "ours", factorise, W, a.rank, a.relative_error, reduction)
                 excess = max(excess, abs(found.excess))
         floor = floor_seconds(plan)
-    same = sum(int((normalise(references[a.name]) >= plan.threshold).sum()) == a.kept for a in plan.allocations)
+    same = sum(int((normalise(references[a.name]) >= plan.threshold).sum()) == a.rank for a in plan.allocations)
     numbers = {
         "matrices": len(plan.allocations),
         "lrcs": len(by_name),

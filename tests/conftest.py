@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, 
 
 import welore
 from welore.cli.main import main
+from welore.config import AllocationConfig
 from welore.errors import WeLoreError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -81,6 +82,11 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pr
             elif parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.to(dtype)
+
+
+def allocate(spectra: welore.Spectra, **settings: Any) -> welore.Plan:
+    """`welore.allocate` with the fields of its config as keywords."""
+    return welore.allocate(spectra, AllocationConfig(**settings))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import welore
-from conftest import Command, build, done
+from conftest import Command, allocate, build, done
 from welore.cli.main import app, main
 
 VERBS = (
@@ -119,7 +119,7 @@ def test_pipeline_writes_what_the_verbs_promise(command: Command, model: Path, t
     plan = welore.Plan.load(p)
     assert f"asked rank_reduction 0.4; achieved ERR {plan.rank_reduction:.2%}" in line
     assert f"parameters {plan.parameter_ratio:.2%}" in line
-    assert plan.ranks == welore.allocate(spectra, rank_reduction=0.4).ranks
+    assert plan.ranks == allocate(spectra, rank_reduction=0.4).ranks
 
     assert f"ERR {plan.rank_reduction:.2%}" in done(command("compress", model, small, "--plan", p))
     assert {path.name for path in small.iterdir()} >= {
@@ -158,11 +158,11 @@ def test_pipeline_writes_what_the_verbs_promise(command: Command, model: Path, t
     "settings",
     [
         {"rank_reduction": 0.4},
-        {"params": 0.7, "strategy": "uniform"},
+        {"keep": 0.7, "strategy": "uniform"},
         {"threshold": 0.2, "min_ratio": 0.3},
-        {"params": 0.8, "strategy": "welore", "min_ratio": "break-even"},
+        {"keep": 0.8, "strategy": "welore", "min_ratio": "break-even"},
         {"rank_reduction": 0.2, "min_ratio": 0.0, "allow_growth": True},
-        {"params": 0.8, "strategy": "uniform", "rank_multiple": 4},
+        {"keep": 0.8, "strategy": "uniform", "rank_multiple": 4},
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -176,7 +176,7 @@ def test_one_command_makes_what_three_make_and_what_python_makes(
     done(command("compress", model, three, "--plan", p))
     done(command("compress", model, one, *flags))
     welore.compress(model, python, **settings)
-    assert welore.Plan.load(p) == welore.allocate(welore.Spectra.load(s), **settings)
+    assert welore.Plan.load(p) == allocate(welore.Spectra.load(s), **settings)
     assert welore.Plan.load(p).ranks
     for name in ("model.safetensors", "plan.json", "config.json"):
         assert (one / name).read_bytes() == (three / name).read_bytes() == (python / name).read_bytes(), name
@@ -227,7 +227,7 @@ def test_what_stays_dense_is_said(command: Command, saved: Callable[..., Path], 
 def test_overwrite_replaces_a_result(command: Command, model: Path, tmp_path: Path) -> None:
     done(command("compress", model, tmp_path / "out", "--rank-reduction", 0.4))
     done(command("compress", model, tmp_path / "out", "--rank-reduction", 0.2, "--overwrite"))
-    assert welore.Plan.load(tmp_path / "out" / "plan.json").asked == {"rank_reduction": 0.2}
+    assert welore.Plan.load(tmp_path / "out" / "plan.json").target == {"rank_reduction": 0.2}
 
 
 # --- json -----------------------------------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def test_existing_directory_needs_overwrite(
         ("compress MODEL OUT --params 0.8 --min-ratio nan", "min_ratio is nan"),
         ("compress MODEL OUT --params 0.8 --rank-multiple 0", "rank_multiple is 0: it must be at least 1"),
         ("compress MODEL OUT --threshold 1.5", "threshold is 1.5: .* between 0 and 1"),
-        ("compress MODEL OUT --params nan", "params (is )?nan"),
+        ("compress MODEL OUT --params nan", "keep (is )?nan"),
         ("compress MODEL OUT --params 0.8 --device cuda:77", "device 'cuda:77' is not there"),
         ("compress MODEL OUT --params 0.8 --device meta", "device 'meta' is not there"),
         ("compress MODEL OUT --params 0.8 --include q_porj", "pattern 'q_porj' matches no linear layer"),

@@ -9,9 +9,9 @@ from io import BytesIO
 import numpy as np
 import pytest
 
+from conftest import allocate
 from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Plan
-from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
 from welore.linalg.spectrum import gaussian_null
@@ -106,7 +106,7 @@ def test_a_long_spectrum_is_thinned_but_stays_on_its_curve() -> None:
 
 
 def test_threshold_of_another_strategy_is_not_drawn_over_normalised_values(spectra: Spectra) -> None:
-    plan = allocate(spectra, params=0.8, strategy="uniform")
+    plan = allocate(spectra, keep=0.8, strategy="uniform")
     labels = [line.get_label() for ax in figures.normalised_spectra(spectra, plan).axes for line in ax.lines]
     assert not [label for label in labels if "threshold" in str(label)]
 
@@ -152,7 +152,7 @@ def test_heat_map_shows_each_reduction_ratio_and_the_nulls_share(plan: Plan) -> 
 
 
 def test_null_column_is_for_welore_plans_only(spectra: Spectra) -> None:
-    ax = figures.reduction_heatmap(allocate(spectra, params=0.8, strategy="uniform")).axes[0]
+    ax = figures.reduction_heatmap(allocate(spectra, keep=0.8, strategy="uniform")).axes[0]
     assert "Gaussian\nnull" not in [label.get_text() for label in ax.get_xticklabels()]
 
 

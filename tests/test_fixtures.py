@@ -43,7 +43,7 @@ def test_spectra_and_plan_are_read_and_the_plan_is_what_the_spectra_give() -> No
     spectra = welore.Spectra.load(FIXTURES / "spectra.safetensors")
     plan = welore.Plan.load(FIXTURES / "plan.json")
     assert plan.parameter_ratio == pytest.approx(0.6, abs=0.05)
-    assert welore.allocate(spectra, params=0.6).ranks == plan.ranks
+    assert welore.allocate(spectra, keep=0.6).ranks == plan.ranks
 
 
 def test_statistics_are_read_and_serve_the_plan_that_was_made_from_them(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import welore
-from conftest import build, logits
+from conftest import allocate, build, logits
 from welore.allocation.spectra import Spectra
 from welore.calibration.statistics import Statistics
 from welore.compression.analysis import analyze_weights, grids_of
@@ -111,7 +111,7 @@ def test_each_block_is_stored_as_suits_it(tmp_path: Path, storage: str, tokens: 
     source, small = half_low_rank(tmp_path / "source"), tmp_path / "small"
     spectra = welore.analyze(source, split=True, include=["layers.0.mlp.gate_proj"])
     assert list(spectra.values) == [f"{GATE}.0", f"{GATE}.1"]
-    plan = welore.allocate(spectra, params=0.75, strategy="waterfill", storage=storage)
+    plan = allocate(spectra, keep=0.75, strategy="waterfill", storage=storage)
     assert plan.ranks.keys() == {f"{GATE}.0"}
     assert plan.ranks[f"{GATE}.0"] >= 3
     record = welore.compress(source, small, plan=plan)
@@ -136,7 +136,7 @@ def test_each_block_is_stored_as_suits_it(tmp_path: Path, storage: str, tokens: 
 
 def test_a_layer_of_which_no_block_is_cut_stays_as_it_is(saved: Callable[..., Path], tmp_path: Path) -> None:
     source = saved("llama", intermediate_size=64)
-    plan = welore.allocate(welore.analyze(source, split=True), params=0.97, strategy="waterfill", storage="pivoted")
+    plan = allocate(welore.analyze(source, split=True), keep=0.97, strategy="waterfill", storage="pivoted")
     untouched = set(plan.grids) - set(plan.split)
     assert untouched
     record = welore.compress(source, tmp_path / "small", plan=plan)
@@ -149,7 +149,7 @@ def test_files_remember_the_blocks(saved: Callable[..., Path], tmp_path: Path) -
     spectra = welore.analyze(saved("gpt2"), split=True)
     spectra.save(tmp_path / "spectra.safetensors")
     assert Spectra.load(tmp_path / "spectra.safetensors").grids == spectra.grids != {}
-    plan = welore.allocate(spectra, params=0.7, strategy="waterfill")
+    plan = allocate(spectra, keep=0.7, strategy="waterfill")
     plan.save(tmp_path / "plan.json")
     assert welore.Plan.load(tmp_path / "plan.json") == plan
     content = json.loads((tmp_path / "plan.json").read_text())
@@ -164,8 +164,8 @@ def test_a_checkpoint_that_lost_a_dense_block_fails(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     source, small = half_low_rank(tmp_path / "source"), tmp_path / "small"
-    plan = welore.allocate(
-        welore.analyze(source, split=True, include=["layers.0.mlp.gate_proj"]), params=0.75, strategy="waterfill"
+    plan = allocate(
+        welore.analyze(source, split=True, include=["layers.0.mlp.gate_proj"]), keep=0.75, strategy="waterfill"
     )
     welore.compress(source, small, plan=plan)
     kept = {name: t for name, t in load_file(small / "model.safetensors").items() if name != f"{GATE}.1.weight"}
@@ -195,7 +195,7 @@ def test_losses_that_were_measured_in_another_way_are_left_aside(tmp_path: Path)
 
 def test_fine_tuning_knows_the_layers_of_blocks(saved: Callable[..., Path], tmp_path: Path) -> None:
     source = saved("gpt2")
-    plan = welore.allocate(welore.analyze(source, split=True), params=0.7, strategy="waterfill")
+    plan = allocate(welore.analyze(source, split=True), keep=0.7, strategy="waterfill")
     welore.compress(source, tmp_path / "small", plan=plan)
     dense = matrices(AutoModelForCausalLM.from_pretrained(source), plan)
     assert set(dense.lrc) == plan.lrc_layers

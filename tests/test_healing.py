@@ -48,8 +48,8 @@ def test_params_alone_heals_the_factors_and_nothing_else(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(healing, "RATE", 1 / 200)  # nine steps only
-    record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own, seed=1)
-    plain = welore.compress(source, tmp_path / "cut", params=0.25, calibration=own, heal="none")
+    record = welore.compress(source, tmp_path / "healed", keep=0.25, calibration=own, seed=1)
+    plain = welore.compress(source, tmp_path / "cut", keep=0.25, calibration=own, heal="none")
     assert record.settings["recovery"]["text"] == "self"
     assert record.settings["recovery"]["distill_weight"] == 1.0  # its own text says nothing that it does not
     assert record.settings["recovery"]["max_steps"] == 9  # of two windows each; two of 20 are held out
@@ -70,7 +70,7 @@ def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path
     source = saved(family, initializer_range=1.0)
     tokenizer.save_pretrained(source)
     c = welore.calibrate(source, "self", tmp_path / "c.safetensors", tokens=64, length=16, measure=0)
-    record = welore.compress(source, tmp_path / "small", params=0.5, calibration=c)
+    record = welore.compress(source, tmp_path / "small", keep=0.5, calibration=c)
     assert record.settings["recovery"]["max_steps"] == 1
     assert record.numbers["healing_tokens"] == 32
 
@@ -79,8 +79,8 @@ def test_what_healing_harms_is_kept_as_it_was_cut(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(healing, "RATE", 10.0)
-    record = welore.compress(source, tmp_path / "healed", params=0.5, calibration=own)
-    welore.compress(source, tmp_path / "cut", params=0.5, calibration=own, heal="none")
+    record = welore.compress(source, tmp_path / "healed", keep=0.5, calibration=own)
+    welore.compress(source, tmp_path / "cut", keep=0.5, calibration=own, heal="none")
     assert not record.numbers["healed"]
     assert record.numbers["held_out_loss"]["healed"] > record.numbers["held_out_loss"]["cut"]
     for name, tensor in weights(tmp_path / "cut").items():
@@ -91,9 +91,9 @@ def test_a_rate_that_harms_gives_way_to_a_smaller_one(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(healing, "RATE", 1 / 200)
-    usual = welore.compress(source, tmp_path / "usual", params=0.25, calibration=own)
+    usual = welore.compress(source, tmp_path / "usual", keep=0.25, calibration=own)
     monkeypatch.setattr(healing, "SHARES", (2000.0, 1.0))
-    record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own)
+    record = welore.compress(source, tmp_path / "healed", keep=0.25, calibration=own)
     assert record.numbers["healed"]
     assert record.settings["recovery"]["learning_rate"] == usual.settings["recovery"]["learning_rate"]
     assert (tmp_path / "usual/model.safetensors").read_bytes() == (tmp_path / "healed/model.safetensors").read_bytes()
@@ -111,7 +111,7 @@ def test_a_rate_that_diverges_gives_way_to_a_smaller_one(
 
     monkeypatch.setattr(ClockedTrainer, "training_step", first_rate_diverges)
     monkeypatch.setattr(healing, "RATE", 1 / 50)
-    record = welore.compress(source, tmp_path / "healed", params=0.25, calibration=own)
+    record = welore.compress(source, tmp_path / "healed", keep=0.25, calibration=own)
     assert record.numbers["healed"]
     assert record.settings["recovery"]["learning_rate"] == pytest.approx(rates[0] / 4)
 
@@ -120,8 +120,8 @@ def test_a_failed_healing_does_not_take_the_cut_with_it(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ClockedTrainer, "training_step", lambda *_, **__: torch.tensor(float("nan")))
-    record = welore.compress(source, tmp_path / "healed", params=0.5, calibration=own)
-    welore.compress(source, tmp_path / "cut", params=0.5, calibration=own, heal="none")
+    record = welore.compress(source, tmp_path / "healed", keep=0.5, calibration=own)
+    welore.compress(source, tmp_path / "cut", keep=0.5, calibration=own, heal="none")
     assert "training loss is nan" in record.settings["recovery"]["failed"]
     assert (tmp_path / "healed/model.safetensors").read_bytes() == (tmp_path / "cut/model.safetensors").read_bytes()
 
@@ -130,7 +130,7 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(healing, "SAVED", 2)
-    welore.compress(source, tmp_path / "straight", params=0.5, calibration=own)
+    welore.compress(source, tmp_path / "straight", keep=0.5, calibration=own)
     step, taken = ClockedTrainer.training_step, []
 
     def counted(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -141,11 +141,11 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
 
     monkeypatch.setattr(ClockedTrainer, "training_step", counted)
     with pytest.raises(KeyboardInterrupt):
-        welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
+        welore.compress(source, tmp_path / "killed", keep=0.5, calibration=own)
     assert not (tmp_path / "killed").exists()
     rate = healing.rate  # another number of threads sums in another order
     monkeypatch.setattr(healing, "rate", lambda *args: rate(*args) * (1 + 1e-15))
-    welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
+    welore.compress(source, tmp_path / "killed", keep=0.5, calibration=own)
     assert taken == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
     for name in ("model.safetensors", "plan.json"):
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
@@ -161,7 +161,7 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
 def test_what_was_killed_under_other_settings_begins_anew(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
-    straight = welore.compress(source, tmp_path / "straight", params=0.5, calibration=own)
+    straight = welore.compress(source, tmp_path / "straight", keep=0.5, calibration=own)
     step = ClockedTrainer.training_step
 
     def killed(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -174,8 +174,8 @@ def test_what_was_killed_under_other_settings_begins_anew(
         earlier.setattr(healing, "SAVED", 2)
         earlier.setattr(ClockedTrainer, "training_step", killed)
         with pytest.raises(KeyboardInterrupt):
-            welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
-    record = welore.compress(source, tmp_path / "killed", params=0.5, calibration=own)
+            welore.compress(source, tmp_path / "killed", keep=0.5, calibration=own)
+    record = welore.compress(source, tmp_path / "killed", keep=0.5, calibration=own)
     assert record.settings["recovery"] == straight.settings["recovery"]
     for file in ("model.safetensors", "plan.json"):
         assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
@@ -191,7 +191,7 @@ def test_a_long_healing_of_a_small_cut_has_a_higher_rate(
     for params, found in rates.items():
         for most in (64, 2, 1):  # the steps that the usual rate is for; two are taken
             monkeypatch.setattr(healing, "STEPS", most)
-            record = welore.compress(source, tmp_path / f"{params}-{most}", params=params, **how)
+            record = welore.compress(source, tmp_path / f"{params}-{most}", keep=params, **how)
             found.append(record.settings["recovery"]["learning_rate"])
     usual, just, longer = rates[0.9]
     assert usual == just == pytest.approx(longer / 2**0.5)
@@ -202,7 +202,7 @@ def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(healing, "STEPS", 3)  # the limit of the model's own text
     text = tmp_path / "my.txt"
     text.write_text("the matrix is cut where the loss feels it least and learns again " * 200, encoding="utf-8")
-    how: dict[str, Any] = {"params": 0.6, "strategy": "waterfill", "scaling": "none", "tokens": 320}
+    how: dict[str, Any] = {"keep": 0.6, "strategy": "waterfill", "scaling": "none", "tokens": 320}
     record = welore.compress(source, tmp_path / "small", heal=str(text), **how)
     assert record.settings["recovery"]["text"] == str(text)
     assert record.settings["recovery"]["distill_weight"] == 0.5  # the text's own words are the other half
@@ -227,25 +227,25 @@ def test_what_cannot_heal_is_refused_before_anything_is_written(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
-    how: dict[str, Any] = {"params": 0.6, "calibration": foreign}
+    how: dict[str, Any] = {"keep": 0.6, "calibration": foreign}
     with pytest.raises(WeLoreError, match="windows that the model wrote"):
         welore.compress(source, tmp_path / "out", heal="self", **how)
     with pytest.raises(WeLoreError, match="windows that the model wrote"):
-        welore.compress(source, tmp_path / "out", params=0.6, paper=True, heal="self")
+        welore.compress(source, tmp_path / "out", keep=0.6, paper=True, heal="self")
     with pytest.raises(WeLoreError, match="cannot be mixed"):
         welore.compress(source, tmp_path / "out", heal="self,pydoc", **how)
     with pytest.raises(WeLoreError, match="cut, not healed"):
         welore.compress(build("llama"), heal="self", **how)
     monkeypatch.setattr(healing, "team", lambda: Processes(0, 2))
     with pytest.raises(WeLoreError, match="--heal none"):
-        welore.compress(source, tmp_path / "out", params=0.6, calibration=own)
+        welore.compress(source, tmp_path / "out", keep=0.6, calibration=own)
     assert not (tmp_path / "out").exists()
 
 
 def test_without_text_of_its_own_params_alone_only_cuts(source: Path, tmp_path: Path) -> None:
     foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
     assert foreign.generated_text() is None
-    assert welore.compress(source, tmp_path / "out", params=0.6, calibration=foreign).settings["recovery"] is None
+    assert welore.compress(source, tmp_path / "out", keep=0.6, calibration=foreign).settings["recovery"] is None
 
 
 def test_a_calibration_keeps_what_the_model_wrote(source: Path, own: Statistics) -> None:

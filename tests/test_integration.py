@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import welore
-from conftest import build, logits
+from conftest import allocate, build, logits
 from welore.errors import WeLoreError
 from welore.layers.low_rank import LowRankLayer
 from welore.layers.registry import FORMS
@@ -26,7 +26,7 @@ def small(request: pytest.FixtureRequest, saved, tmp_path: Path) -> Path:
     split = storage == "split"
     source = saved("llama", **({"intermediate_size": 64} if split else {}))
     how = {"storage": "pivoted", "strategy": "waterfill"} if split else {"storage": storage}
-    plan = welore.allocate(welore.analyze(source, split=split), rank_reduction=0.4, **how)
+    plan = allocate(welore.analyze(source, split=split), rank_reduction=0.4, **how)
     welore.compress(source, tmp_path / "small", plan=plan)
     return tmp_path / "small"
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import allocate
 from welore.allocation.plan import Plan
-from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
 from welore.records import Identity, Record
@@ -37,7 +37,7 @@ def tiny() -> Spectra:
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
-    return {"asked": dict(plan.asked), "strategy": plan.strategy, "min_ratio": plan.min_ratio}
+    return {"asked": dict(plan.target), "strategy": plan.strategy, "min_ratio": plan.min_ratio}
 
 
 def perplexity(model: str, value: float | None, plan: Plan | None = None, **changes: Any) -> Record:

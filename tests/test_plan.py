@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import allocate
 from welore.allocation.plan import Plan
-from welore.allocation.solver import allocate
+from welore.allocation.solver import check_reachable
 from welore.allocation.spectra import Spectra
 from welore.allocation.strategies import STRATEGIES
+from welore.config import AllocationConfig
 from welore.errors import WeLoreError
 from welore.layers.registry import storages
 from welore.linalg.spectrum import Values
@@ -57,7 +59,7 @@ def every_plan(
 @pytest.mark.parametrize(
     ("min_ratio", "allow_growth"), [(0.5, False), (0.0, False), (0.0, True), ("break-even", False)]
 )
-@pytest.mark.parametrize("target", ["rank_reduction", "params"])
+@pytest.mark.parametrize("target", ["rank_reduction", "keep"])
 @pytest.mark.parametrize("storage", sorted(storages()))
 def test_solution_is_the_closest_of_all_plans(
     strategy: str, min_ratio: float, allow_growth: bool, target: str, storage: str
@@ -65,15 +67,15 @@ def test_solution_is_the_closest_of_all_plans(
     how: dict[str, Any] = {"strategy": strategy, "storage": storage, "min_ratio": min_ratio}
     for seed in range(3):
         s = spectra(seed=seed)
-        curve = [point[target == "params"] for point in every_plan(s, **how, allow_growth=allow_growth)]
+        curve = [point[target == "keep"] for point in every_plan(s, **how, allow_growth=allow_growth)]
         for wanted in np.linspace(min(curve), max(curve), 17):
             plan = allocate(s, allow_growth=allow_growth, **how, **{target: wanted})
-            achieved = plan.parameter_ratio if target == "params" else plan.rank_reduction
+            achieved = plan.parameter_ratio if target == "keep" else plan.rank_reduction
             assert abs(achieved - wanted) == pytest.approx(min(abs(x - wanted) for x in curve), abs=1e-12)
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
-@pytest.mark.parametrize("target", ["rank_reduction", "params"])
+@pytest.mark.parametrize("target", ["rank_reduction", "keep"])
 def test_ranks_are_multiples_and_the_target_is_met_as_nearly_as_they_allow(
     strategy: str, target: str, tmp_path: Path
 ) -> None:
@@ -81,19 +83,19 @@ def test_ranks_are_multiples_and_the_target_is_met_as_nearly_as_they_allow(
     how: dict[str, Any] = {"strategy": strategy, "rank_multiple": 8}
 
     def reached(plan: Plan) -> float:
-        return plan.parameter_ratio if target == "params" else plan.rank_reduction
+        return plan.parameter_ratio if target == "keep" else plan.rank_reduction
 
     curve = {reached(allocate(s, threshold=level, **how)) for level in np.geomspace(1e-9, 1, 400)}
     for wanted in np.linspace(min(curve), max(curve), 7):
         plan = allocate(s, **how, **{target: wanted})
         assert plan.rank_multiple == 8
         assert all(rank % 8 == 0 or rank == min(s.shapes[name]) for name, rank in plan.ranks.items())
-        assert next(a.kept for a in plan.allocations if a.name == "small") == 5  # smaller than the multiple
+        assert next(a.rank for a in plan.allocations if a.name == "small") == 5  # smaller than the multiple
         assert abs(reached(plan) - wanted) <= min(abs(x - wanted) for x in curve) + 1e-12
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     with pytest.raises(WeLoreError, match="rank_multiple is 0"):
-        allocate(s, params=0.5, rank_multiple=0)
+        allocate(s, keep=0.5, rank_multiple=0)
 
 
 def test_storage_changes_forms_and_costs_and_nothing_else(tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_storage_changes_forms_and_costs_and_nothing_else(tmp_path: Path) -> Non
     assert set(pivoted.forms) == set(plan.forms)
     assert set(pivoted.forms.values()) == {"pivoted"}
     for old, new in zip(plan.allocations, pivoted.allocations, strict=True):
-        assert new.stored_parameters == old.stored_parameters - (old.kept**2 if old.factored else 0)
+        assert new.stored_parameters == old.stored_parameters - (old.rank**2 if old.factored else 0)
     assert pivoted.parameter_ratio < plan.parameter_ratio
     pivoted.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == pivoted
@@ -142,9 +144,9 @@ def test_threshold_gives_the_ranks_of_the_definition() -> None:
     for t in (0.0, 0.1, 0.37, 1.0):
         plan = allocate(s, threshold=t)
         for a, x in zip(plan.allocations, s.normalised().values(), strict=True):
-            assert a.kept == max(1, int((x >= t).sum()))
+            assert a.rank == max(1, int((x >= t).sum()))
             assert a.factored == (
-                (a.full_rank - a.kept) / a.full_rank > 0.5 and a.kept * sum(a.shape) < np.prod(a.shape)
+                (a.full_rank - a.rank) / a.full_rank > 0.5 and a.rank * sum(a.shape) < np.prod(a.shape)
             )
 
 
@@ -184,7 +186,7 @@ def test_relative_error_is_that_of_the_best_factors() -> None:
     U, sigma, V = np.linalg.svd(W, full_matrices=False)
     s = Spectra(Identity("m", "f"), {"a": sigma}, {"a": (12, 9)})
     (a,) = allocate(s, threshold=0.6).allocations
-    best = (U[:, : a.kept] * sigma[: a.kept]) @ V[: a.kept]
+    best = (U[:, : a.rank] * sigma[: a.rank]) @ V[: a.rank]
     assert a.relative_error == pytest.approx(np.linalg.norm(W - best) / np.linalg.norm(W), rel=1e-12)
 
 
@@ -194,12 +196,12 @@ def test_relative_error_is_that_of_the_best_factors() -> None:
         ({"rank_reduction": 1.0}, r"cannot be reached.*between 0\.0000 and 0\.\d+"),
         ({"rank_reduction": 30}, "rank_reduction is 30: it is a fraction between 0 and 1"),
         ({"rank_reduction": -0.1}, "between 0 and 1"),
-        ({"params": 0.001}, r"between 0\.\d+ and 1\.0000"),
+        ({"keep": 0.001}, r"between 0\.\d+ and 1\.0000"),
         ({"threshold": 1.5}, "between 0 and 1"),
         ({}, "exactly one target"),
-        ({"params": 0.5, "threshold": 0.1}, "exactly one target"),
-        ({"params": 0.9, "min_ratio": 1.0}, "min_ratio is 1.0"),
-        ({"params": 0.9, "strategy": "unifrom"}, "did you mean 'uniform'"),
+        ({"keep": 0.5, "threshold": 0.1}, "exactly one target"),
+        ({"keep": 0.9, "min_ratio": 1.0}, "min_ratio is 1.0"),
+        ({"keep": 0.9, "strategy": "unifrom"}, "did you mean 'uniform'"),
     ],
 )
 def test_impossible_wish_is_one_sentence(asked: dict[str, float], sentence: str) -> None:
@@ -209,18 +211,42 @@ def test_impossible_wish_is_one_sentence(asked: dict[str, float], sentence: str)
 
 def test_file_gives_back_the_plan(tmp_path: Path) -> None:
     for min_ratio in (0.25, "break-even"):
-        plan = allocate(spectra(), params=0.8, min_ratio=min_ratio)
+        plan = allocate(spectra(), keep=0.8, min_ratio=min_ratio)
         plan.save(tmp_path / "plan.json")
         assert Plan.load(tmp_path / "plan.json") == plan
 
 
 def test_file_with_an_impossible_rank_is_refused(tmp_path: Path) -> None:
-    plan = allocate(spectra(), params=0.8)
+    plan = allocate(spectra(), keep=0.8)
     plan.save(tmp_path / "plan.json")
     text = (tmp_path / "plan.json").read_text()
-    (tmp_path / "plan.json").write_text(text.replace(f'"kept": {plan.allocations[0].kept}', '"kept": 99', 1))
+    (tmp_path / "plan.json").write_text(text.replace(f'"kept": {plan.allocations[0].rank}', '"kept": 99', 1))
     with pytest.raises(WeLoreError, match="rank 99 of a must lie between 1 and 5"):
         Plan.load(tmp_path / "plan.json")
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(WeLoreError, match="is not a plan of welore"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_plan_of_version_0_1_calls_its_target_keep(tmp_path: Path) -> None:
+    plan = allocate(spectra(), keep=0.8)
+    plan.save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    (tmp_path / "plan.json").write_text(text.replace('"keep": 0.8', '"params": 0.8'))
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize("target", [{"keep": 0.001}, {"keep": 1.1}, {"rank_reduction": 0.99}])
+def test_target_out_of_reach_is_known_from_the_shapes_alone(target: dict[str, float]) -> None:
+    for scaling in ("none", "kfac"):
+        with pytest.raises(WeLoreError, match="cannot be reached"):
+            check_reachable(AllocationConfig(**target), scaling, list(SHAPES.values()))
+
+
+@pytest.mark.parametrize("target", ["keep", "rank_reduction"])
+def test_what_the_spectra_reach_the_shapes_allow(target: str) -> None:
+    s = spectra()
+    for strategy, storage, min_ratio in itertools.product(STRATEGIES, storages(), (0.5, "break-even")):
+        for point in every_plan(s, strategy, storage, min_ratio, False):
+            how: dict[str, Any] = {"strategy": strategy, "storage": storage, "min_ratio": min_ratio}
+            check_reachable(AllocationConfig(**how, **{target: point[target == "keep"]}), "none", list(SHAPES.values()))

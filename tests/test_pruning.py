@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import welore
 from conftest import build, logits
 from toys import characters, checkpoint
-from welore.allocation.neurons import Neurons, as_json, came_with, read_neurons
+from welore.allocation.neurons import Neurons, as_json, dense_numel, read_neurons
 from welore.allocation.plan import Plan
 from welore.calibration.statistics import Statistics
 from welore.compression.in_memory import merge_model
@@ -120,9 +120,9 @@ def calibrated(directory: Path, family: str = "llama", **changes: Any) -> tuple[
 def test_from_a_model_to_a_smaller_one_and_back(tmp_path: Path, family: str, tokens: Tensor) -> None:
     source, statistics = calibrated(tmp_path, family)
     small = tmp_path / "small"
-    record = welore.compress(source, small, params=0.6, neurons=0.3, calibration=statistics, heal="none")
+    record = welore.compress(source, small, keep=0.6, neurons=0.3, calibration=statistics, heal="none")
     plan = Plan.load(small / "plan.json")
-    gone = sum(n.width - len(n.kept) for n in plan.neurons.values())
+    gone = sum(n.pruned for n in plan.neurons.values())
     assert record.settings["mlp_pruning"] == gone == pytest.approx(0.3 * 2 * 128, abs=4)
     assert record.numbers["parameter_ratio"] == pytest.approx(0.6, abs=0.01)
     about = json.loads((small / "config.json").read_text())["quantization_config"]
@@ -177,10 +177,10 @@ def test_neurons_that_do_nothing_go_first_and_nothing_is_lost(tmp_path: Path, to
         path.rename(source / path.name)
     welore.calibrate(source, str(text), statistics, tokens=256, length=32, measure=0)
     kept = 1 - 2 * 16 * 3 * 32 / sum(m * n for m, n in Statistics.load(statistics).shapes.values())
-    record = welore.compress(source, tmp_path / "small", params=kept, neurons=0.25, calibration=statistics, heal="none")
+    record = welore.compress(source, tmp_path / "small", keep=kept, neurons=0.25, calibration=statistics, heal="none")
     plan = Plan.load(tmp_path / "small" / "plan.json")
     for found in plan.neurons.values():
-        assert found.kept == tuple(i for i in range(64) if i % 4)
+        assert found.indices == tuple(i for i in range(64) if i % 4)
     assert record.numbers["lrcs"] == 0
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(small, tokens), logits(model, tokens), rtol=1e-3, atol=1e-3)
@@ -190,13 +190,13 @@ def test_params_alone_takes_out_what_is_worth_it(tmp_path: Path) -> None:
     source, statistics = calibrated(tmp_path)
     alone = {"calibration": statistics, "heal": "none"}
     taken = {
-        params: welore.compress(source, tmp_path / str(params), params=params, **alone).settings["mlp_pruning"]
+        params: welore.compress(source, tmp_path / str(params), keep=params, **alone).settings["mlp_pruning"]
         for params in (0.98, 0.4)
     }
     assert taken[0.98] == 0 < taken[0.4]
-    asked = welore.compress(source, tmp_path / "none", params=0.4, neurons=0, **alone)
+    asked = welore.compress(source, tmp_path / "none", keep=0.4, neurons=0, **alone)
     assert asked.settings["mlp_pruning"] == 0
-    named = welore.compress(source, tmp_path / "named", params=0.4, strategy="waterfill", scaling="kfac", **alone)
+    named = welore.compress(source, tmp_path / "named", keep=0.4, strategy="waterfill", scaling="kfac", **alone)
     assert named.settings["mlp_pruning"] == 0
 
 
@@ -204,7 +204,7 @@ def test_a_smaller_mlp_is_healed_and_resumed_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tensor
 ) -> None:
     source, statistics = calibrated(tmp_path)
-    how: dict[str, Any] = {"params": 0.6, "neurons": 0.3, "calibration": statistics, "heal": "self"}
+    how: dict[str, Any] = {"keep": 0.6, "neurons": 0.3, "calibration": statistics, "heal": "self"}
     whole = welore.compress(source, tmp_path / "whole", **how)
     assert "held_out_loss" in whole.numbers
 
@@ -217,8 +217,8 @@ def test_a_smaller_mlp_is_healed_and_resumed_to_the_same_bytes(
             welore.compress(source, tmp_path / "resumed", **how)
     assert (tmp_path / "resumed.work").is_dir()
     # other sizes of the same matrices may lie there: they are not taken for these
-    welore.compress(source, tmp_path / "resumed", **(how | {"neurons": 0.5, "params": 0.4, "heal": "none"}))
-    other = welore.compress(source, tmp_path / "other", **(how | {"neurons": 0.5, "params": 0.4, "heal": "none"}))
+    welore.compress(source, tmp_path / "resumed", **(how | {"neurons": 0.5, "keep": 0.4, "heal": "none"}))
+    other = welore.compress(source, tmp_path / "other", **(how | {"neurons": 0.5, "keep": 0.4, "heal": "none"}))
     name = "model.safetensors"
     assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
     assert other.numbers["parameter_ratio"] < whole.numbers["parameter_ratio"]
@@ -235,33 +235,33 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
     source, statistics = calibrated(tmp_path)
     out = tmp_path / "out"
     for match, how in {
-        "neurons is 1.5": {"params": 0.6, "neurons": 1.5},
+        "neurons is 1.5": {"keep": 0.6, "neurons": 1.5},
         "neurons are chosen by a calibration": {"rank_reduction": 0.5, "neurons": 0.2},
-        "all neurons: leave those out": {"params": 0.6, "neurons": 0.2, "paper": True},
-        "neurons is too large": {"params": 0.6, "neurons": 0.9, "calibration": statistics},
-        "cannot be reached": {"params": 0.9, "neurons": 0.5, "calibration": statistics},
+        "all neurons: leave those out": {"keep": 0.6, "neurons": 0.2, "paper": True},
+        "neurons is too large": {"keep": 0.6, "neurons": 0.9, "calibration": statistics},
+        "cannot be reached": {"keep": 0.9, "neurons": 0.5, "calibration": statistics},
     }.items():
         with pytest.raises(WeLoreError, match=match):
             welore.compress(source, out, **how)
     assert not out.exists()
     with pytest.raises(WeLoreError, match="keeps its neurons"):
-        welore.compress(build("llama"), params=0.6, neurons=0.2)
+        welore.compress(build("llama"), keep=0.6, neurons=0.2)
 
     opt, other = saved("opt"), tmp_path / "opt.safetensors"
     characters().save_pretrained(opt)
     welore.calibrate(opt, "self", other, tokens=256, length=32, measure=0)
     with pytest.raises(WeLoreError, match="has no MLP whose neurons could be taken out"):
-        welore.compress(opt, tmp_path / "x", params=0.6, neurons=0.2, calibration=other)
-    assert welore.compress(opt, tmp_path / "y", params=0.6, calibration=other, heal="none").settings["mlp_pruning"] == 0
+        welore.compress(opt, tmp_path / "x", keep=0.6, neurons=0.2, calibration=other)
+    assert welore.compress(opt, tmp_path / "y", keep=0.6, calibration=other, heal="none").settings["mlp_pruning"] == 0
 
-    welore.compress(source, out, params=0.6, neurons=0.3, calibration=statistics, heal="none")
+    welore.compress(source, out, keep=0.6, neurons=0.3, calibration=statistics, heal="none")
     plan = Plan.load(out / "plan.json")
     with pytest.raises(WeLoreError, match="leave those out"):
         welore.compress(source, tmp_path / "x", plan=plan, neurons=0.2, calibration=statistics)
     with pytest.raises(WeLoreError, match="needs a model in a directory"):
         welore.compress(AutoModelForCausalLM.from_pretrained(source), plan=plan, calibration=statistics)
     one, *others = plan.neurons.items()
-    fewer = replace(plan, neurons={one[0]: Neurons(one[1].width, one[1].kept[1:]), **dict(others)})
+    fewer = replace(plan, neurons={one[0]: Neurons(one[1].width, one[1].indices[1:]), **dict(others)})
     with pytest.raises(WeLoreError, match="not those that its neurons leave|has no 2 x 1 equal blocks"):
         welore.compress(source, tmp_path / "x", plan=fewer, calibration=statistics)
     with pytest.raises(WeLoreError, match="takes neurons out of elsewhere"):
@@ -277,8 +277,8 @@ def test_kept_neurons_are_written_as_ranges() -> None:
     found = {"mlp": Neurons(16, (0, 1, 2, 5, 7, 8)), "one": Neurons(3, (2,))}
     assert as_json(found)["mlp"] == {"width": 16, "kept": "0-2,5,7-8"}
     assert read_neurons(json.loads(json.dumps(as_json(found)))) == found
-    assert came_with(60, "mlp.down_proj", found) == 160
-    assert came_with(60, "attention.o_proj", found) == 60
+    assert dense_numel(60, "mlp.down_proj", found) == 160
+    assert dense_numel(60, "attention.o_proj", found) == 60
     for kept in ((), (1, 1), (2, 1), (-1, 2), (15, 16)):
         with pytest.raises(WeLoreError, match="some of 0 to 15, ascending"):
             Neurons(16, kept)

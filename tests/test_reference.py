@@ -53,7 +53,7 @@ def test_imported_values_give_the_plan_that_analyze_gives(
         ours, theirs = (welore.allocate(spectra, rank_reduction=rank_reduction) for spectra in (own, imported))
         assert ours.ranks == theirs.ranks
         assert ours.ranks
-        assert [a.kept for a in ours.allocations] == [a.kept for a in theirs.allocations]
+        assert [a.rank for a in ours.allocations] == [a.rank for a in theirs.allocations]
 
 
 def test_order_of_the_values_does_not_matter(saved: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import welore
-from conftest import logits
+from conftest import allocate, logits
 from welore.linalg.spectrum import normalise
 from welore.linalg.svd import factorise
 from welore.models.source import open_source
@@ -27,10 +27,10 @@ def test_every_rank_equals_a_float64_reference(
     smollm2_spectra: welore.Spectra, reference: dict[str, np.ndarray]
 ) -> None:
     assert len(reference) == 210
-    for settings in ({"rank_reduction": 0.09}, {"rank_reduction": 0.5}, {"params": 0.8}, {"threshold": 0.175}):
-        plan = welore.allocate(smollm2_spectra, **settings)
+    for settings in ({"rank_reduction": 0.09}, {"rank_reduction": 0.5}, {"keep": 0.8}, {"threshold": 0.175}):
+        plan = allocate(smollm2_spectra, **settings)
         for a in plan.allocations:
-            assert a.kept == int((normalise(reference[a.name]) >= plan.threshold).sum())
+            assert a.rank == int((normalise(reference[a.name]) >= plan.threshold).sum())
 
 
 def test_factors_of_a_real_layer_reach_the_optimum(smollm2: Path, reference: dict[str, np.ndarray]) -> None:
@@ -47,7 +47,7 @@ def test_factors_of_a_real_layer_reach_the_optimum(smollm2: Path, reference: dic
 def test_compressed_and_merged_agree_and_nothing_is_lost(
     smollm2: Path, smollm2_spectra: welore.Spectra, tmp_path: Path
 ) -> None:
-    plan = welore.allocate(smollm2_spectra, rank_reduction=0.3)
+    plan = allocate(smollm2_spectra, rank_reduction=0.3)
     record = welore.compress(smollm2, tmp_path / "small", plan=plan)
     assert record.numbers["bytes"] < 0.92 * record.numbers["bytes_dense"]
     welore.merge(tmp_path / "small", tmp_path / "dense")

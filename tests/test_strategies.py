@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import allocate
 from welore.allocation.plan import Plan
-from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra, block_of
 from welore.allocation.strategies import OWL_SPREAD, STRATEGIES, stored
 from welore.config import ASVD
@@ -37,8 +37,8 @@ def test_waterfill_is_the_best_of_all_choices_of_ranks(storage: str, seed: int) 
         choices.append([(int(c), loss(sigma, r)) for r, c in zip(ranks, stored(ranks, (m, n), storage), strict=True)])
     every = [(sum(c for c, _ in each), sum(x for _, x in each)) for each in itertools.product(*choices)]
     for wanted in (0.6, 0.75, 0.9):
-        plan = allocate(s, params=wanted, storage=storage)
-        ranks = {a.name: a.kept if a.factored else a.full_rank for a in plan.allocations}
+        plan = allocate(s, keep=wanted, storage=storage)
+        ranks = {a.name: a.rank if a.factored else a.full_rank for a in plan.allocations}
         size = sum(a.stored_parameters for a in plan.allocations)
         mine = sum(loss(sigma, ranks[name]) for name, sigma in s.values.items())
         assert mine <= min(x for c, x in every if c <= size) + 1e-12
@@ -48,11 +48,11 @@ def test_waterfill_of_plain_spectra_weighs_shares_of_each_matrix() -> None:
     s = spectra(1)
     louder = {name: sigma * (100 if "up" in name else 1) for name, sigma in s.values.items()}
     for scaling in ("none", ASVD):
-        how: dict[str, Any] = {"strategy": "waterfill", "storage": PIVOTED, "params": 0.7}
+        how: dict[str, Any] = {"strategy": "waterfill", "storage": PIVOTED, "keep": 0.7}
         quiet = allocate(Spectra(s.model, s.values, s.shapes, scaling=scaling), **how)
         loud = allocate(Spectra(s.model, louder, s.shapes, scaling=scaling), **how)
         assert quiet.ranks == loud.ranks
-    assert allocate(Spectra(s.model, louder, s.shapes, scaling="kfac"), params=0.7).ranks != quiet.ranks
+    assert allocate(Spectra(s.model, louder, s.shapes, scaling="kfac"), keep=0.7).ranks != quiet.ranks
 
 
 def test_waterfill_of_flat_and_zero_spectra_is_finite() -> None:
@@ -63,14 +63,14 @@ def test_waterfill_of_flat_and_zero_spectra_is_finite() -> None:
             assert np.isfinite(scores).all()
             assert scores.shape == sigma.shape
             assert (np.diff(scores) <= 0).all()
-    assert {a.name for a in allocate(s, params=0.7).allocations if a.factored} >= {"c"}  # it costs no loss at all
+    assert {a.name for a in allocate(s, keep=0.7).allocations if a.factored} >= {"c"}  # it costs no loss at all
 
 
 def test_energy_keeps_the_same_share_of_every_squared_norm() -> None:
     s = spectra(2, {f"layers.{i}.x": (40 + i, 60) for i in range(4)})
     plan = allocate(s, threshold=0.1, strategy="energy", allow_growth=True)
     for a in plan.allocations:
-        assert loss(s.values[a.name], a.kept) <= 0.1 * loss(s.values[a.name], 0) < loss(s.values[a.name], a.kept - 1)
+        assert loss(s.values[a.name], a.rank) <= 0.1 * loss(s.values[a.name], 0) < loss(s.values[a.name], a.rank - 1)
 
 
 def test_owl_keeps_more_where_outliers_are_and_its_mean_is_the_target() -> None:
@@ -85,8 +85,8 @@ def test_owl_keeps_more_where_outliers_are_and_its_mean_is_the_target() -> None:
 
 
 def test_owl_without_a_calibration_is_one_sentence() -> None:
-    with pytest.raises(WeLoreError, match="owl needs outliers.*--calibration"):
-        allocate(spectra(), params=0.8, strategy="owl")
+    with pytest.raises(WeLoreError, match="owl needs outliers.*--statistics"):
+        allocate(spectra(), keep=0.8, strategy="owl")
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
@@ -94,13 +94,13 @@ def test_a_matrix_that_no_token_reached_stays_dense(strategy: str) -> None:
     name = "model.layers.0.up"
     shapes = {n: (10 * m, 10 * n_) for n, (m, n_) in SHAPES.items()}
     about: dict[str, Any] = {"scaling": "kfac", "outliers": dict.fromkeys(shapes, 0.1), "unreached": (name,)}
-    plan = allocate(spectra(3, shapes, **about), params=0.8, strategy=strategy, min_ratio=0)
+    plan = allocate(spectra(3, shapes, **about), keep=0.8, strategy=strategy, min_ratio=0)
     assert plan.ranks
     assert name not in plan.ranks
 
 
 def test_defaults_are_the_papers_for_weights_and_ours_for_scaled_ones() -> None:
-    plain, scaled = (allocate(spectra(0, scaling=scaling), params=0.8) for scaling in ("none", "kfac"))
+    plain, scaled = (allocate(spectra(0, scaling=scaling), keep=0.8) for scaling in ("none", "kfac"))
     assert (plain.strategy, plain.min_ratio, set(plain.forms.values()) - {FACTORED}) == ("welore", 0.5, set())
     assert (scaled.strategy, scaled.min_ratio) == ("waterfill", "break-even")
     assert scaled.scaling == "kfac"
@@ -108,7 +108,7 @@ def test_defaults_are_the_papers_for_weights_and_ours_for_scaled_ones() -> None:
 
 def test_a_plan_remembers_scaling_and_calibration(tmp_path: Any) -> None:
     about = {"settings": {"tokens": 5}, "inputs": {}}
-    plan = allocate(spectra(0, scaling="kfac", calibration=about), params=0.8)
+    plan = allocate(spectra(0, scaling="kfac", statistics=about), keep=0.8)
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
 

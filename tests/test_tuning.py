@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_propagation, enable_propagation
 
 import welore
+from conftest import allocate
 from toys import characters, checkpoint, weights
 from welore.errors import WeLoreError
 from welore.training.finetune import finetune
@@ -322,7 +323,7 @@ def test_two_processes_distil_as_one_does(model: Path, teacher: Path, tmp_path: 
 
 def test_a_plan_makes_the_control_on_the_dense_model(dense: Path, text: str, tmp_path: Path) -> None:
     spectra = welore.analyze(dense)
-    plan = welore.allocate(spectra, rank_reduction=0.4, min_ratio=0.3)
+    plan = allocate(spectra, rank_reduction=0.4, min_ratio=0.3)
     finetune(dense, tmp_path / "run", data=text, plan=plan, **SHORT)
     assert changed(dense, tmp_path / "run" / "model") == {f"{name}.weight" for name in plan.ranks}
 
@@ -520,7 +521,7 @@ def test_impossible_settings_are_refused_before_anything_is_written(
 def test_a_method_with_nothing_to_train_is_refused(dense: Path, model: Path, text: str, tmp_path: Path) -> None:
     with pytest.raises(WeLoreError, match="lrc has nothing to train: this model has no low-rank matrices"):
         finetune(dense, tmp_path / "run", data=text, **SHORT)
-    plan = welore.allocate(welore.analyze(dense), strategy="uniform", rank_reduction=0.6)
+    plan = allocate(welore.analyze(dense), strategy="uniform", rank_reduction=0.6)
     welore.compress(dense, tmp_path / "all", plan=plan)
     with pytest.raises(WeLoreError, match="nlrc has nothing to train: every targeted matrix"):
         finetune(tmp_path / "all", tmp_path / "run", "nlrc", data=text, **SHORT)

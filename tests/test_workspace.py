@@ -214,7 +214,7 @@ def test_run_that_makes_its_own_calibration_continues_to_the_same_bytes(
 ) -> None:
     source = saved("llama")
     tokenizer.save_pretrained(source)
-    ours: dict[str, Any] = {"params": 0.6, "neurons": 0.2, "tokens": 256, "workers": 1}
+    ours: dict[str, Any] = {"keep": 0.6, "neurons": 0.2, "tokens": 256, "workers": 1}
     welore.compress(source, tmp_path / "undisturbed", **ours)
 
     def stopping(items: Iterable[tuple[Any, float]], what: str, total: float) -> Iterator[Any]:
@@ -233,7 +233,7 @@ def test_run_that_makes_its_own_calibration_continues_to_the_same_bytes(
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rank_reduction": 0.4}, {"params": 0.7, "tokens": 128}, {"params": 0.6, "tokens": 128, "neurons": 0.3}],
+    [{"rank_reduction": 0.4}, {"keep": 0.7, "tokens": 128}, {"keep": 0.6, "tokens": 128, "neurons": 0.3}],
     ids=["paper", "ours", "neurons"],
 )
 def test_two_processes_of_torchrun_write_the_same_bytes_as_one(

@@ -433,6 +433,11 @@ def _plain(value: Any) -> Any:
     return type(value).__name__
 
 
+def current_name(name: str) -> str:
+    """The present name of a target or scaling that a file of version 0.1 gives."""
+    return {"params": "keep"}.get(name, name)
+
+
 def choices(literal: Any) -> tuple[str, ...]:
     """The names of a closed set."""
     return get_args(literal)

@@ -1,4 +1,4 @@
-"""Which neurons of an MLP are left: what a plan says of the MLPs that became smaller before their matrices were cut."""
+"""The neurons that are left of MLPs which were pruned before their matrices were factorised."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,31 +10,36 @@ from welore.errors import WeLoreError
 
 @dataclass(frozen=True)
 class Neurons:
-    """The neurons that an MLP keeps, ascending, of the `width` that it came with."""
+    """The neurons that are left of an MLP: their indices, ascending, out of the `width` of the dense model."""
 
     width: int
-    kept: tuple[int, ...]
+    indices: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        ascending = all(a < b for a, b in pairwise(self.kept))
-        if not self.kept or not ascending or self.kept[0] < 0 or self.kept[-1] >= self.width:
-            raise WeLoreError(f"the kept neurons of an MLP are some of 0 to {self.width - 1}, ascending, at least one")
+        ascending = all(a < b for a, b in pairwise(self.indices))
+        if not self.indices or not ascending or self.indices[0] < 0 or self.indices[-1] >= self.width:
+            raise WeLoreError(f"the neurons of an MLP are some of 0 to {self.width - 1}, ascending, at least one")
+
+    @property
+    def pruned(self) -> int:
+        """How many neurons were taken out."""
+        return self.width - len(self.indices)
 
 
-def came_with(parameters: int, layer: str, neurons: Mapping[str, Neurons]) -> int:
-    """Numbers of a matrix of `layer`, or of a block of it, before neurons were taken out; parameters: those after."""
-    found = neurons.get(layer.rpartition(".")[0])
-    return parameters * found.width // len(found.kept) if found else parameters
+def dense_numel(numel: int, layer: str, neurons: Mapping[str, Neurons]) -> int:
+    """Parameters that a matrix of `layer`, or a block of it, has in the dense model; numel: those that are left."""
+    mlp = neurons.get(layer.rpartition(".")[0])
+    return numel * mlp.width // len(mlp.indices) if mlp else numel
 
 
 def as_json(neurons: Mapping[str, Neurons]) -> dict[str, Any]:
-    """MLP -> its width, and the kept ones as ranges in a text, such as "0-15,32,40-47"."""
-    return {name: {"width": found.width, "kept": _ranges(found.kept)} for name, found in neurons.items()}
+    """MLP -> its width, and the neurons that are left as ranges in a text, such as "0-15,32,40-47"."""
+    return {name: {"width": mlp.width, "kept": _ranges(mlp.indices)} for name, mlp in neurons.items()}
 
 
 def read_neurons(content: Mapping[str, Any]) -> dict[str, Neurons]:
-    """What `as_json` gave; ValueError, TypeError or KeyError if it is something else."""
-    return {name: Neurons(int(found["width"]), _numbers(found["kept"])) for name, found in content.items()}
+    """The mapping that `as_json` wrote; ValueError, TypeError or KeyError for anything else."""
+    return {name: Neurons(int(entry["width"]), _numbers(entry["kept"])) for name, entry in content.items()}
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

@@ -1,12 +1,13 @@
-"""2 - The rank and the form of every matrix: the artefact `plan.json`."""
+"""The rank and the storage form of every targeted matrix of a model: the artefact `plan.json`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from welore.allocation.neurons import Neurons, as_json, came_with, read_neurons
-from welore.config import NONE, MinRatio
+from welore.allocation.neurons import Neurons, as_json, dense_numel, read_neurons
+from welore.config import NONE, MinRatio, current_name
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import read_json, write_json
 from welore.layers.block_grid import WHOLE, Grid, block_names, layer_of, read_grids, split_layers
@@ -18,10 +19,10 @@ FORMAT = "welore.plan/1"
 
 @dataclass(frozen=True)
 class Allocation:
-    """What the plan says of one matrix W (m, n), full rank k = min(m, n).
+    """Rank and storage form of one matrix W (m, n), full rank k = min(m, n).
 
-    kept: how many of its singular values lie at or above the level. factored: True for an LRC, which is stored
-    in low rank; False for an N-LRC, which stays dense and untouched.
+    rank: number of singular values at or above the threshold. factored: True for an LRC, which is stored in low rank;
+    False for an N-LRC, which stays dense and untouched.
     relative_error: ||W - A B|| / ||W|| of the best factors of that rank, from the spectrum (Eckart-Young); in the norm
     of the plan's scaling.
     form: how an LRC is stored, one of layers.registry.FORMS.
@@ -29,7 +30,7 @@ class Allocation:
 
     name: str
     shape: tuple[int, int]
-    kept: int
+    rank: int
     factored: bool
     relative_error: float
     form: str = FACTORED
@@ -41,33 +42,32 @@ class Allocation:
 
     @property
     def reduction_ratio(self) -> float:
-        """Share of the singular values below the level, p / k; not removed unless the matrix is factored."""
-        return 1 - self.kept / self.full_rank
+        """Share of the singular values below the threshold; they are removed only from a factored matrix."""
+        return 1 - self.rank / self.full_rank
 
     @property
     def dense_parameters(self) -> int:
-        """m n; of what is left of the MLP, where neurons were taken out of it."""
+        """m n, of the matrix as it is when it is factorised: after pruning of the MLPs."""
         return self.shape[0] * self.shape[1]
 
     @property
     def stored_parameters(self) -> int:
-        """What its form costs at this rank when it is an LRC, m n when not."""
-        return int(FORMS[self.form].cost(*self.shape, self.kept)) if self.factored else self.dense_parameters
+        """Parameters of its storage form at this rank if it is an LRC, else m n."""
+        return int(FORMS[self.form].cost(*self.shape, self.rank)) if self.factored else self.dense_parameters
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Rank and form of every targeted matrix of one model.
+    """Rank and storage form of every targeted matrix of one model.
 
-    asked: the target as the user gave it, {"rank_reduction" | "params" | "threshold": value}.
-    threshold: the level at which the scores were cut (WeLore's t when the strategy is `welore`).
-    scaling, calibration, grids, neurons: as in the spectra that the plan was made from. rank_multiple: as it was asked
-    for.
+    target: the target that was asked for, {"keep" | "rank_reduction" | "threshold": value}.
+    threshold: the level that cuts the scores (the paper's threshold if the strategy is `welore`).
+    scaling, statistics, grids, neurons: those of the spectra from which the plan was made.
     """
 
     model: Identity
     strategy: str
-    asked: Mapping[str, float]
+    target: Mapping[str, float]
     min_ratio: MinRatio
     allow_growth: bool
     threshold: float
@@ -75,67 +75,77 @@ class Plan:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     scaling: str = NONE
-    calibration: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Mapping[str, Any] = field(default_factory=dict)
     rank_multiple: int = 1
     grids: Mapping[str, Grid] = field(default_factory=dict)
     neurons: Mapping[str, Neurons] = field(default_factory=dict)
 
-    @property
+    @cached_property
+    def lrcs(self) -> tuple[Allocation, ...]:
+        """The matrices that are stored in low rank."""
+        return tuple(a for a in self.allocations if a.factored)
+
+    @cached_property
     def ranks(self) -> dict[str, int]:
-        """Name -> rank of every matrix that is factored (the LRCs)."""
-        return {a.name: a.kept for a in self.allocations if a.factored}
+        """Name -> rank of every LRC."""
+        return {a.name: a.rank for a in self.lrcs}
 
-    @property
+    @cached_property
     def forms(self) -> dict[str, str]:
-        """Name -> form of every LRC."""
-        return {a.name: a.form for a in self.allocations if a.factored}
+        """Name -> storage form of every LRC."""
+        return {a.name: a.form for a in self.lrcs}
 
-    @property
+    @cached_property
     def split(self) -> dict[str, Grid]:
-        """Layer -> grid of those that are stored in blocks, because at least one block is an LRC."""
+        """Layer -> grid of the layers that are stored in blocks, because at least one block is an LRC."""
         return split_layers(self.grids, self.ranks)
 
-    @property
+    @cached_property
     def lrc_layers(self) -> set[str]:
-        """The layers that are stored in low rank, all of them or a block."""
+        """The layers that are stored in low rank, whole or in part."""
         return {layer_of(name, self.grids) for name in self.ranks}
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Layer -> shape (m, n) of those that are smaller than they came, for neurons were taken out of their MLP."""
-        found = {}
+        """Layer -> shape (m, n) of the layers of pruned MLPs."""
+        shapes = {}
         for a in self.allocations:
             layer = layer_of(a.name, self.grids)
             if layer.rpartition(".")[0] in self.neurons:
                 down, across = self.grids.get(layer, WHOLE)
-                found[layer] = (down * a.shape[0], across * a.shape[1])
-        return found
+                shapes[layer] = (down * a.shape[0], across * a.shape[1])
+        return shapes
 
-    @property
+    @cached_property
     def rank_reduction(self) -> float:
-        """ERR: ranks removed from the LRCs over the full ranks of all targeted matrices, as they were when cut."""
-        removed = sum(a.full_rank - a.kept for a in self.allocations if a.factored)
+        """ERR: ranks removed from the LRCs over the full ranks of all targeted matrices, after pruning of the MLPs."""
+        removed = sum(a.full_rank - a.rank for a in self.lrcs)
         return removed / sum(a.full_rank for a in self.allocations)
 
-    @property
+    @cached_property
     def parameter_ratio(self) -> float:
-        """Stored parameters of the targeted matrices, compressed over dense."""
-        return sum(a.stored_parameters for a in self.allocations) / sum(map(self.came_with, self.allocations))
+        """Stored parameters of the targeted matrices over those of the dense model."""
+        return self.stored_parameters / sum(map(self.dense_numel, self.allocations))
 
-    def came_with(self, a: Allocation) -> int:
-        """Parameters of a matrix in the dense model, before neurons were taken out."""
-        return came_with(a.dense_parameters, layer_of(a.name, self.grids), self.neurons)
+    @cached_property
+    def stored_parameters(self) -> int:
+        """Stored parameters of the targeted matrices."""
+        return sum(a.stored_parameters for a in self.allocations)
+
+    def dense_numel(self, a: Allocation) -> int:
+        """Parameters of a matrix in the dense model, before pruning of the MLPs."""
+        return dense_numel(a.dense_parameters, layer_of(a.name, self.grids), self.neurons)
 
     def numbers(self) -> dict[str, Any]:
-        """The achieved figures that stand in every record made with this plan."""
+        """The achieved figures that every record of this plan holds."""
         return {
             "rank_reduction": self.rank_reduction,
             "parameter_ratio": self.parameter_ratio,
             "matrices": len(self.allocations),
-            "lrcs": len(self.ranks),
+            "lrcs": len(self.lrcs),
             "threshold": self.threshold,
-            "targeted_parameters_dense": sum(map(self.came_with, self.allocations)),
-            "targeted_parameters": sum(a.stored_parameters for a in self.allocations),
+            "targeted_parameters_dense": sum(map(self.dense_numel, self.allocations)),
+            "targeted_parameters": self.stored_parameters,
         }
 
     def save(self, path: str | Path) -> None:
@@ -145,8 +155,8 @@ class Plan:
             "model": {"name": self.model.name, "fingerprint": self.model.fingerprint},
             "strategy": self.strategy,
             "scaling": self.scaling,
-            "calibration": dict(self.calibration),
-            "asked": dict(self.asked),
+            "calibration": dict(self.statistics),
+            "asked": dict(self.target),
             "achieved": self.numbers(),
             "min_ratio": self.min_ratio,
             "allow_growth": self.allow_growth,
@@ -160,7 +170,7 @@ class Plan:
                 {
                     "name": a.name,
                     "shape": list(a.shape),
-                    "kept": a.kept,
+                    "kept": a.rank,
                     "factored": a.factored,
                     "relative_error": a.relative_error,
                     "form": a.form if a.factored else DENSE,
@@ -188,7 +198,7 @@ class Plan:
             return cls(
                 model=Identity(content["model"]["name"], content["model"]["fingerprint"]),
                 strategy=content["strategy"],
-                asked=content["asked"],
+                target={current_name(name): value for name, value in content["asked"].items()},
                 min_ratio=content["min_ratio"],
                 allow_growth=content["allow_growth"],
                 threshold=content["threshold"],
@@ -196,7 +206,7 @@ class Plan:
                 include=tuple(content["include"]),
                 exclude=tuple(content["exclude"]),
                 scaling=content.get("scaling", NONE),
-                calibration=content.get("calibration", {}),
+                statistics=content.get("calibration", {}),
                 rank_multiple=content.get("rank_multiple", 1),
                 grids=grids,
                 neurons=read_neurons(content.get("neurons", {})),
@@ -206,14 +216,14 @@ class Plan:
 
 
 def _read_allocation(entry: Mapping[str, Any], path: str | Path) -> Allocation:
-    (m, n), kept = entry["shape"], entry["kept"]
-    if not all(isinstance(x, int) and x > 0 for x in (m, n, kept)):
+    (m, n), rank = entry["shape"], entry["kept"]
+    if not all(isinstance(x, int) and x > 0 for x in (m, n, rank)):
         raise WeLoreError(f"{path}: shape and rank of {entry['name']} must be whole numbers above 0")
-    if not 1 <= kept <= min(m, n):
-        raise WeLoreError(f"{path}: rank {kept} of {entry['name']} must lie between 1 and {min(m, n)}")
+    if not 1 <= rank <= min(m, n):
+        raise WeLoreError(f"{path}: rank {rank} of {entry['name']} must lie between 1 and {min(m, n)}")
     factored = bool(entry["factored"])
     form = entry.get("form", FACTORED) if factored else FACTORED  # plans from before there were forms have none
     choose(f"form of {entry['name']} in {path}:", form, FORMS)
-    if factored and kept == min(m, n) and not FORMS[form].full_rank:
-        raise WeLoreError(f"{path}: {entry['name']} has full rank {kept}; {form} storage needs a lower one")
-    return Allocation(entry["name"], (m, n), kept, factored, float(entry["relative_error"]), form)
+    if factored and rank == min(m, n) and not FORMS[form].full_rank:
+        raise WeLoreError(f"{path}: {entry['name']} has full rank {rank}; {form} storage needs a lower one")
+    return Allocation(entry["name"], (m, n), rank, factored, float(entry["relative_error"]), form)

@@ -1,122 +1,168 @@
-"""2 - allocate: spectra + target -> the rank of every matrix, a plan.
+"""allocate: spectra and a target -> the rank of every matrix, a plan.
 
-A strategy (strategies.STRATEGIES) gives every singular value a score; ONE level cuts the scores of the whole model.
-Which level meets the target is solved exactly: all scores are pooled and sorted once, and rank reduction and stored
+A strategy (strategies.STRATEGIES) gives every singular value a score, and ONE level cuts the scores of the whole model.
+The level that meets the target is solved exactly: all scores are pooled and sorted once, and rank reduction and stored
 parameters are running sums along that order. numpy only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from welore.allocation.neurons import came_with
+from welore.allocation.neurons import dense_numel
 from welore.allocation.plan import Allocation, Plan
 from welore.allocation.spectra import Spectra
 from welore.allocation.strategies import STRATEGIES, Scores, Strategy, stored
-from welore.config import BREAK_EVEN, NONE, MinRatio
+from welore.config import BREAK_EVEN, NONE, AllocationConfig, MinRatio
 from welore.errors import WeLoreError, choose
 from welore.layers.block_grid import layer_of
-from welore.layers.registry import FACTORED, form_of, storages
+from welore.layers.registry import AUTO, FACTORED, form_of, storages
 from welore.linalg.spectrum import Values
 
-
-def check_settings(
-    asked: Mapping[str, float | None],
-    strategy: str | None,
-    storage: str | None,
-    min_ratio: MinRatio | None,
-    rank_multiple: int,
-    scaling: str,
-) -> tuple[dict[str, float], str, str, MinRatio]:
-    """The one target, and strategy, storage and min_ratio; WeLoreError for settings that no model could satisfy.
-
-    What is not given: the paper's for plain weights (welore, factored), ours for scaled ones (waterfill, auto).
-    Asked before hours of analysis, not after.
-    """
-    target = {name: float(value) for name, value in asked.items() if value is not None}
-    if len(target) != 1:
-        raise WeLoreError("give exactly one target: rank_reduction, params or threshold")
-    ((name, value),) = target.items()
-    if not 0 <= value <= (2 if name == "params" else 1):  # with allow_growth factors may outgrow W, at most twice
-        raise WeLoreError(f"{name} is {value:g}: it is a fraction between 0 and 1 (0.3 means 30 per cent)")
-    strategy = strategy or ("welore" if scaling == NONE else "waterfill")
-    storage = storage or (FACTORED if scaling == NONE else "auto")
-    choose("storage", storage, storages())
-    chosen: Strategy = choose("strategy", strategy, STRATEGIES)
-    min_ratio = chosen.min_ratio if min_ratio is None else min_ratio
-    if min_ratio != BREAK_EVEN and not 0 <= float(min_ratio) < 1:
-        raise WeLoreError(f"min_ratio is {min_ratio}: it is a fraction from 0 to below 1, or {BREAK_EVEN!r}")
-    if rank_multiple < 1:
-        raise WeLoreError(f"rank_multiple is {rank_multiple}: it must be at least 1")
-    return target, strategy, storage, min_ratio
+Shape = tuple[int, int]
 
 
 def allocate(
     spectra: Spectra,
+    config: AllocationConfig | None = None,
     *,
+    keep: float | None = None,
     rank_reduction: float | None = None,
-    params: float | None = None,
     threshold: float | None = None,
-    strategy: str | None = None,
-    storage: str | None = None,
-    min_ratio: MinRatio | None = None,
-    allow_growth: bool = False,
-    rank_multiple: int = 1,
 ) -> Plan:
-    """The plan that comes closest to one target.
+    """Choose the rank of every matrix, so that the model comes as close as possible to one target.
 
-    rank_reduction: ERR, 0..1. params: stored parameters of the targeted matrices over dense ones, 0..1.
-    threshold: the level itself. strategy: one of STRATEGIES; storage: one of storages(); by default the paper's
-    welore and factored for plain spectra, waterfill and auto for those of scaled matrices. min_ratio: a matrix is
-    factored iff it loses more than this share of its rank (None: the strategy's own; "break-even": iff it becomes
-    smaller). Without allow_growth a matrix whose factors would not be smaller than W stays dense; one that no token
-    of the calibration reached always does. rank_multiple: ranks are multiples of it (or full), as kernels like them.
-    Raises WeLoreError for an unreachable target.
+    A matrix that no token of the statistics has reached stays dense; so does one whose factors would not be smaller
+    than it is, unless the config allows growth.
+
+    Args:
+        spectra: Singular values of the targeted matrices, from `analyze`.
+        config: Target and method; by default strategy welore and storage factored for plain spectra (scaling none), as
+            in the paper, and strategy waterfill and storage auto for those of scaled matrices.
+        keep: The target in place of one in the config: stored parameters of the targeted matrices over dense ones.
+        rank_reduction: The target as effective rank reduction (ERR), 0 to 1.
+        threshold: The target as the level itself; for strategy welore, the paper's threshold on normalised values.
+
+    Returns:
+        The plan, with the ranks and the target that they achieve.
+
+    Raises:
+        WeLoreError: If there is not exactly one target, or no level reaches it.
+
+    Source: WeLore (arXiv 2407.11239), section 4.1.
     """
-    asked = {"rank_reduction": rank_reduction, "params": params, "threshold": threshold}
-    target, strategy, storage, min_ratio = check_settings(
-        asked, strategy, storage, min_ratio, rank_multiple, spectra.scaling
-    )
+    config = with_target(config, keep=keep, rank_reduction=rank_reduction, threshold=threshold)
+    name, value = config.target
+    strategy, rule = resolve(config, spectra.scaling)
     shapes = [spectra.shapes[name] for name in spectra.values]
-    scores = STRATEGIES[strategy].scores(spectra, storage)
+    scores = STRATEGIES[strategy].scores(spectra, rule.storage)
     top = max(float(s[0]) for s in scores)
     scores = [
-        np.full_like(s, top) if n in spectra.unreached else _in_groups(s, rank_multiple, top)
+        np.full_like(s, top) if n in spectra.unreached else _in_groups(s, config.rank_multiple, top)
         for n, s in zip(spectra.values, scores, strict=True)
     ]
-    if threshold is not None:
-        level = float(threshold)
-    else:
-        layers = ((layer_of(name, spectra.grids), m * n) for name, (m, n) in spectra.shapes.items())
-        gone = sum(came_with(numbers, layer, spectra.neurons) - numbers for layer, numbers in layers)
-        level = _solve(scores, shapes, gone, next(iter(target.items())), storage, min_ratio, allow_growth)
+    level = value if name == "threshold" else _solve(scores, shapes, _pruned_numel(spectra), (name, value), rule)
     allocations = []
-    for (name, sigma), shape, s in zip(spectra.values.items(), shapes, scores, strict=True):
-        r = max(min(rank_multiple, len(s)), int((s >= level).sum()))
-        factored = bool(_factored(np.array([r]), shape, storage, min_ratio, allow_growth)[0])
-        form = form_of(*shape, r, storage) if factored else FACTORED
-        allocations.append(Allocation(name, shape, r, factored, _tail(sigma, r), form))
+    for (matrix, sigma), shape, s in zip(spectra.values.items(), shapes, scores, strict=True):
+        rank = max(min(config.rank_multiple, len(s)), int((s >= level).sum()))
+        factored = bool(rule.factored(np.array([rank]), shape)[0])
+        form = form_of(*shape, rank, rule.storage) if factored else FACTORED
+        allocations.append(Allocation(matrix, shape, rank, factored, _tail(sigma, rank), form))
     return Plan(
         model=spectra.model,
         strategy=strategy,
-        asked=target,
-        min_ratio=min_ratio,
-        allow_growth=allow_growth,
+        target={name: value},
+        min_ratio=rule.min_ratio,
+        allow_growth=config.allow_growth,
         threshold=level,
         allocations=tuple(allocations),
         include=spectra.include,
         exclude=spectra.exclude,
         scaling=spectra.scaling,
-        calibration=spectra.calibration,
-        rank_multiple=rank_multiple,
+        statistics=spectra.statistics,
+        rank_multiple=config.rank_multiple,
         grids=spectra.grids,
         neurons=spectra.neurons,
     )
 
 
+def with_target(config: AllocationConfig | None, **targets: float | None) -> AllocationConfig:
+    """The config with the targets that are given beside it."""
+    given: dict[str, Any] = {name: float(value) for name, value in targets.items() if value is not None}
+    return replace(config or AllocationConfig(), **given)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which matrices are factored, and how they are stored."""
+
+    storage: str
+    min_ratio: MinRatio
+    allow_growth: bool
+
+    def factored(self, ranks: NDArray[np.int64], shape: Shape) -> NDArray[np.bool_]:
+        """Whether W (m, n) is an LRC at each of the ranks, and not larger in low rank than dense."""
+        m, n = shape
+        smaller = stored(ranks, shape, self.storage) < m * n
+        if self.min_ratio == BREAK_EVEN:
+            return smaller
+        lrc = (min(m, n) - ranks) / min(m, n) > float(self.min_ratio)
+        return lrc if self.allow_growth else lrc & smaller
+
+    def numel(self, ranks: NDArray[np.int64], shape: Shape) -> NDArray[np.int64]:
+        """Numbers stored for W (m, n) at each of the ranks."""
+        return np.where(self.factored(ranks, shape), stored(ranks, shape, self.storage), shape[0] * shape[1])
+
+
+def resolve(config: AllocationConfig, scaling: str) -> tuple[str, Rule]:
+    """Strategy and rule of a config, with the defaults for a scaling; WeLoreError for an unknown name."""
+    strategy = config.strategy or ("welore" if scaling == NONE else "waterfill")
+    storage = config.storage or (FACTORED if scaling == NONE else AUTO)
+    choose("storage", storage, storages())
+    defaults: Strategy = choose("strategy", strategy, STRATEGIES)
+    min_ratio = defaults.min_ratio if config.min_ratio is None else config.min_ratio
+    return strategy, Rule(storage, min_ratio, config.allow_growth)
+
+
+def check_reachable(config: AllocationConfig, scaling: str, shapes: Sequence[Shape], pruned: float = 0) -> None:
+    """Raise WeLoreError for a target that no ranks of matrices with these shapes reach, whatever their values are.
+
+    pruned: largest share of an MLP that is taken out before factorisation.
+    """
+    (name, target), (_, rule) = config.target, resolve(config, scaling)
+    if name == "threshold":
+        return
+    least = [max(1, min(config.rank_multiple, min(shape))) for shape in shapes]
+    every = [np.arange(r, min(shape) + 1) for r, shape in zip(least, shapes, strict=True)]
+    if name == "keep":
+        dense = sum(m * n for m, n in shapes)
+        numel = [rule.numel(ranks, shape) for ranks, shape in zip(every, shapes, strict=True)]
+        low, high = (1 - pruned) * sum(int(n.min()) for n in numel) / dense, sum(int(n.max()) for n in numel) / dense
+    else:
+        removed = [(min(s) - r) * rule.factored(r, s) for r, s in zip(every, shapes, strict=True)]
+        low, high = 0.0, sum(int(n.max()) for n in removed) / sum(min(shape) for shape in shapes)
+    _require_between(name, target, low, high, rule)
+
+
+def _require_between(name: str, target: float, low: float, high: float, rule: Rule) -> None:
+    if not low <= target <= high:
+        raise WeLoreError(
+            f"{name} {target:g} cannot be reached: for this model and min_ratio {rule.min_ratio} it lies between "
+            f"{low:.4f} and {high:.4f}"
+        )
+
+
+def _pruned_numel(spectra: Spectra) -> int:
+    """Parameters of the dense model's targeted matrices that were pruned with neurons."""
+    layers = ((layer_of(name, spectra.grids), m * n) for name, (m, n) in spectra.shapes.items())
+    return sum(dense_numel(numel, layer, spectra.neurons) - numel for layer, numel in layers)
+
+
 def _in_groups(scores: Values, size: int, top: float) -> Values:
-    """Scores (k,) that every `size` neighbours share, so that no level parts them; the first ones are always kept."""
+    """Scores (k,) that every `size` neighbours share, so that no level separates them; the first ones always stay."""
     if size == 1:
         return scores
     borders = np.arange(0, len(scores), size)
@@ -131,42 +177,21 @@ def _tail(sigma: Values, rank: int) -> float:
     return float(np.sqrt((sigma[rank:] ** 2).sum() / total)) if total else 0.0
 
 
-def _factored(
-    kept: NDArray[np.int64], shape: tuple[int, int], storage: str, min_ratio: MinRatio, allow_growth: bool
-) -> NDArray[np.bool_]:
-    """Whether W (m, n) is factored at each of the ranks `kept`: the LRC rule, and never larger than dense."""
-    m, n = shape
-    smaller = stored(kept, shape, storage) < m * n
-    if min_ratio == BREAK_EVEN:
-        return smaller
-    lrc = (min(m, n) - kept) / min(m, n) > float(min_ratio)
-    return lrc if allow_growth else lrc & smaller
-
-
-def _solve(
-    scores: Scores,
-    shapes: list[tuple[int, int]],
-    gone: int,
-    target: tuple[str, float],
-    storage: str,
-    min_ratio: MinRatio,
-    allow_growth: bool,
-) -> float:
+def _solve(scores: Scores, shapes: list[Shape], pruned: int, target: tuple[str, float], rule: Rule) -> float:
     """The level at which rank reduction (or the parameter ratio) comes closest to the target.
 
-    Every level between two neighbouring pooled scores gives the same plan, so there are as many plans as
-    distinct scores. Lowering a matrix from rank k to k - j happens at its j-th smallest score; what that adds to
-    the ranks removed and to the parameters stored is an increment, and the curves are cumulative sums. gone: numbers
-    of the dense matrices that went with neurons.
+    Every level between two neighbouring pooled scores gives the same plan, so there are as many plans as distinct
+    scores. A matrix goes from rank k - j + 1 to k - j at its j-th smallest score. The ranks removed and the parameters
+    stored change there by an increment, and the curves are cumulative sums. pruned: parameters of the dense matrices
+    that were pruned with neurons.
     """
     pooled, removed, numbers = [], [], []
-    for s, (m, n) in zip(scores, shapes, strict=True):
-        k = min(m, n)
-        kept = np.arange(k, 0, -1)
-        factored = _factored(kept, (m, n), storage, min_ratio, allow_growth)
+    for s, shape in zip(scores, shapes, strict=True):
+        k = min(shape)
+        ranks = np.arange(k, 0, -1)
         pooled.append(s[::-1][: k - 1])
-        removed.append(np.diff(np.where(factored, k - kept, 0)))
-        numbers.append(np.diff(np.where(factored, stored(kept, (m, n), storage), m * n)))
+        removed.append(np.diff(np.where(rule.factored(ranks, shape), k - ranks, 0)))
+        numbers.append(np.diff(rule.numel(ranks, shape)))
     events = np.concatenate(pooled)
     order = np.argsort(events, kind="stable")
     events = events[order]
@@ -176,19 +201,15 @@ def _solve(
     removed_after = np.concatenate([[0], np.cumsum(np.concatenate(removed)[order])])
     stored_after = dense + np.concatenate([[0], np.cumsum(np.concatenate(numbers)[order])])
 
-    # Level 0 of this list prunes nothing; level i lies between the i-th score and the next one, if they differ.
+    # Level 0 of this list removes nothing; level i lies between the i-th score and the next one, if they differ.
     # No level passes the largest score of all, so that a flat spectrum (all ones) is left alone.
     top = max(float(s[0]) for s in scores)
     upper = np.concatenate([events, [top]])
     lower = np.concatenate([upper[:1], events])
     reachable = np.concatenate([[0], 1 + np.flatnonzero(upper[1:] > lower[1:])])
-    name, wanted = target
-    curve = (removed_after / full if name == "rank_reduction" else stored_after / (dense + gone))[reachable]
-    if not curve.min() <= wanted <= curve.max():
-        raise WeLoreError(
-            f"{name} {wanted:g} cannot be reached: for this model and min_ratio {min_ratio} it lies between "
-            f"{curve.min():.4f} and {curve.max():.4f}"
-        )
-    best = reachable[int(np.argmin(np.abs(curve - wanted)))]
+    name, value = target
+    curve = (removed_after / full if name == "rank_reduction" else stored_after / (dense + pruned))[reachable]
+    _require_between(name, value, curve.min(), curve.max(), rule)
+    best = reachable[int(np.argmin(np.abs(curve - value)))]
     middle = (lower[best] + upper[best]) / 2
     return float(middle if middle > lower[best] else upper[best])

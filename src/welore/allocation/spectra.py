@@ -1,4 +1,4 @@
-"""1 - Singular values of every targeted matrix: the artefact `spectra.safetensors` and its mathematics.
+"""Singular values of every targeted matrix of a model: the artefact `spectra.safetensors`.
 
 numpy only. Shapes: W (m, n) = (out_features, in_features); full_rank k = min(m, n); sigma (k,) descending.
 """
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from welore.allocation.neurons import Neurons, as_json, read_neurons
-from welore.config import NONE
+from welore.config import NONE, PLAIN
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_write
 from welore.layers.block_grid import Grid, read_grids
@@ -24,6 +24,7 @@ from welore.records import Identity
 
 FORMAT = "welore.spectra/1"
 LOSSES = ".losses"  # after a name in the file
+LOSS, RELATIVE = "loss", "relative"  # units of squared values
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,13 @@ class Spectra:
 
     values: name -> sigma (k,), float64, descending; shapes: name -> (m, n).
     include, exclude: the patterns that chose the targets.
-    scaling: of what matrices these are the values (scaling.SCALINGS); the weights themselves under "none".
-    calibration: what the scaling rests on: inputs and settings of the calibration's record, empty without one.
-    outliers: name -> share of the weights whose |W_ij| rms(x_j) exceeds five times the mean of the matrix; calibrated.
-    losses: name -> what cutting each value costs, (k,), where it was measured (scaling "kfac"); the squares of the
-    values only predict it.
-    unreached: names of the matrices that no token of the calibration reached: nothing is known of what a cut costs.
+    scaling: the scaling of the matrices (calibration.scaling.SCALINGS); "none" is the weights themselves.
+    unit: "loss" if the squares of the values are losses in one unit for the whole model, else "relative": they compare
+    values of one matrix only. By default that of the scaling.
+    statistics: inputs and settings of the record of the statistics; empty without them.
+    outliers: name -> share of the weights whose |W_ij| rms(x_j) exceeds five times the mean of the matrix.
+    losses: name -> measured loss of removing each value, (k,); the squares of the values only predict it.
+    unreached: names of the matrices that no token of the statistics reached: the loss of removing a value is unknown.
     grids: layer -> blocks down and across of the matrices that are split; each block is a matrix of its own here.
     neurons: MLP -> the neurons that were left of it when the values were computed.
     """
@@ -48,12 +50,17 @@ class Spectra:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     scaling: str = NONE
-    calibration: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Mapping[str, Any] = field(default_factory=dict)
     outliers: Mapping[str, float] = field(default_factory=dict)
     losses: Mapping[str, Values] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
     grids: Mapping[str, Grid] = field(default_factory=dict)
     neurons: Mapping[str, Neurons] = field(default_factory=dict)
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.unit:
+            object.__setattr__(self, "unit", RELATIVE if self.scaling in PLAIN else LOSS)
 
     def normalised(self) -> dict[str, Values]:
         """Name -> normalised spectrum s (k,), see `normalise`."""
@@ -61,7 +68,7 @@ class Spectra:
 
     def save(self, path: str | Path) -> None:
         """Write the values (float64) with the model's identity in the file's metadata."""
-        about = {
+        metadata = {
             "format": FORMAT,
             "model": self.model.name,
             "fingerprint": self.model.fingerprint,
@@ -69,7 +76,8 @@ class Spectra:
             "include": json.dumps(self.include),
             "exclude": json.dumps(self.exclude),
             "scaling": self.scaling,
-            "calibration": json.dumps(dict(self.calibration)),
+            "unit": self.unit,
+            "calibration": json.dumps(dict(self.statistics)),
             "outliers": json.dumps(dict(self.outliers)),
             "unreached": json.dumps(self.unreached),
             "grids": json.dumps(dict(self.grids)),
@@ -78,7 +86,7 @@ class Spectra:
         with atomic_write(path) as partial:
             arrays = {name: np.ascontiguousarray(v) for name, v in self.values.items()}
             save_file(
-                arrays | {name + LOSSES: np.ascontiguousarray(v) for name, v in self.losses.items()}, partial, about
+                arrays | {name + LOSSES: np.ascontiguousarray(v) for name, v in self.losses.items()}, partial, metadata
             )
 
     @classmethod
@@ -88,27 +96,36 @@ class Spectra:
             raise WeLoreError(f"{path} does not exist: make it with `welore analyze MODEL -o {path}`")
         try:
             with safe_open(path, "np") as file:
-                about = file.metadata() or {}
-                if about.get("format") != FORMAT:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
                     raise WeLoreError(f"{path} holds no spectra: make them with `welore analyze MODEL -o FILE`")
-                shapes = {name: (s[0], s[1]) for name, s in json.loads(about["shapes"]).items()}
+                shapes = {name: (s[0], s[1]) for name, s in json.loads(metadata["shapes"]).items()}
                 values = {name: file.get_tensor(name) for name in shapes}
                 losses = {n: file.get_tensor(n + LOSSES) for n in shapes if n + LOSSES in file.keys()}  # noqa: SIM118
-            identity = Identity(about["model"], about["fingerprint"])
-            include, exclude = (tuple(json.loads(about[name])) for name in ("include", "exclude"))
-            calibrated = {name: json.loads(about.get(name, "{}")) for name in ("calibration", "outliers")}
-            unreached = tuple(json.loads(about.get("unreached", "[]")))
-            grids = read_grids(json.loads(about.get("grids", "{}")))
-            neurons = read_neurons(json.loads(about.get("neurons", "{}")))
+            identity = Identity(metadata["model"], metadata["fingerprint"])
+            include, exclude = (tuple(json.loads(metadata[name])) for name in ("include", "exclude"))
+            return cls(
+                identity,
+                values,
+                shapes,
+                include,
+                exclude,
+                scaling=metadata.get("scaling", NONE),
+                statistics=json.loads(metadata.get("calibration", "{}")),
+                outliers=json.loads(metadata.get("outliers", "{}")),
+                losses=losses,
+                unreached=tuple(json.loads(metadata.get("unreached", "[]"))),
+                grids=read_grids(json.loads(metadata.get("grids", "{}"))),
+                neurons=read_neurons(json.loads(metadata.get("neurons", "{}"))),
+                unit=metadata.get("unit", ""),
+            )
         except SafetensorError as error:
             raise WeLoreError(f"{path} is not a readable safetensors file ({error})") from error
         except (KeyError, ValueError) as error:
             raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
-        more: dict[str, Any] = {"losses": losses, "unreached": unreached, "grids": grids, "neurons": neurons}
-        return cls(identity, values, shapes, include, exclude, about.get("scaling", NONE), **calibrated, **more)
 
 
 def block_of(name: str) -> str:
     """The decoder block of a matrix, by its name up to the first number; "" outside of blocks."""
-    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
-    return found.group() if found else ""
+    match = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return match.group() if match else ""

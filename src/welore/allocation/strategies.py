@@ -1,8 +1,8 @@
 """How singular values of different matrices are compared: a strategy gives every one of them a score.
 
-One level then cuts the scores of the whole model (`allocation.allocate`). Functions of arrays: sigma (k,) descending of
-every matrix in, scores (k,) not ascending out. Where the spectra are those of scaled matrices (`scaling.SCALINGS`),
-squares are predicted losses, in one unit for the whole model; plain ones tell only what share of a matrix is lost.
+One level then cuts the scores of the whole model (`solver.allocate`). Functions of arrays: sigma (k,) descending of
+every matrix in, scores (k,) not ascending out. If the unit of the spectra is "loss", squares are predicted losses that
+can be added up over the model; if it is "relative", they tell only which share of one matrix is lost.
 """
 
 import itertools
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from welore.allocation.spectra import Spectra, block_of
-from welore.config import BREAK_EVEN, PLAIN, MinRatio
+from welore.allocation.spectra import RELATIVE, Spectra, block_of
+from welore.config import BREAK_EVEN, MinRatio
 from welore.errors import WeLoreError
 from welore.layers.registry import cost
 from welore.linalg.spectrum import Values, normalise
@@ -25,7 +25,7 @@ Scores = list[Values]
 
 @dataclass(frozen=True)
 class Strategy:
-    """How scores are made, and which matrices may be factored by default (`min_ratio` of `allocation.allocate`)."""
+    """A function that scores singular values, and the default of `min_ratio` that belongs to it."""
 
     scores: Callable[[Spectra, str], Scores]
     min_ratio: MinRatio
@@ -48,17 +48,17 @@ def owl(spectra: Spectra, storage: str) -> Scores:
     over the blocks is kept. Here an outlier is counted against the mean of its matrix, there of its block.
     """
     if not spectra.outliers:
-        raise WeLoreError("strategy owl needs outliers, which are counted with a calibration: give --calibration")
+        raise WeLoreError("strategy owl needs outliers, which are counted from statistics: give --statistics")
     blocks: dict[str, list[tuple[float, int]]] = {}
     for name, (m, n) in spectra.shapes.items():
         blocks.setdefault(block_of(name), []).append((spectra.outliers[name], m * n))
     share = {
-        block: sum(x * size for x, size in found) / sum(size for _, size in found) for block, found in blocks.items()
+        block: sum(x * size for x, size in pairs) / sum(size for _, size in pairs) for block, pairs in blocks.items()
     }
     mean = sum(share.values()) / len(share)
     widest = max(abs(x - mean) for x in share.values()) or 1.0
-    kept_more = {block: OWL_SPREAD * (x - mean) / widest for block, x in share.items()}
-    return [_positions(len(sigma)) + kept_more[block_of(name)] for name, sigma in spectra.values.items()]
+    extra = {block: OWL_SPREAD * (x - mean) / widest for block, x in share.items()}
+    return [_positions(len(sigma)) + extra[block_of(name)] for name, sigma in spectra.values.items()]
 
 
 def energy(spectra: Spectra, storage: str) -> Scores:
@@ -67,20 +67,20 @@ def energy(spectra: Spectra, storage: str) -> Scores:
 
 
 def waterfill(spectra: Spectra, storage: str) -> Scores:
-    """What a stored number is worth: loss avoided per number, so that one price for all minimises the sum of losses.
+    """The loss avoided per stored number, so that one price for all matrices minimises the sum of losses.
 
-    The loss of a matrix at rank r is the sum of the losses of what is cut: measured ones where there are any, else the
-    squares of the values; of plain spectra, as a share of the squared norm. Against the numbers stored it falls along a
-    curve; what is optimal at any price are the corners of its lower convex hull, which ends at the dense matrix (no
-    loss). The score is the slope of the hull, so that all values between two corners share one score and go together.
+    The loss of a matrix at rank r is the sum of the losses of the removed values: measured ones if there are any, else
+    their squares; in relative units, as a share of the squared norm. It falls along a curve over the numbers stored.
+    The corners of the curve's lower convex hull, which ends at the dense matrix (no loss), are optimal at some price.
+    The score is the slope of the hull: all values between two corners share one score and are removed together.
     """
-    found = []
+    scores = []
     for name, sigma in spectra.values.items():
         loss = spectra.losses.get(name, sigma**2)
-        if spectra.scaling in PLAIN:
+        if spectra.unit == RELATIVE:
             loss = loss / (float(loss.sum()) or 1.0)
-        found.append(_slopes(_tails(loss), stored(np.arange(1, len(loss) + 1), spectra.shapes[name], storage)))
-    return found
+        scores.append(_slopes(_tails(loss), stored(np.arange(1, len(loss) + 1), spectra.shapes[name], storage)))
+    return scores
 
 
 STRATEGIES = {
@@ -103,7 +103,7 @@ def _positions(k: int) -> Values:
 
 
 def _tails(squares: Values) -> Values:
-    """(k + 1,): what is cut at rank 0 .. k."""
+    """(k + 1,): the sum of the removed squares at rank 0 .. k."""
     return np.concatenate([np.cumsum(squares[::-1])[::-1], [0.0]])
 
 

@@ -107,21 +107,22 @@ def allocate(
     """Spectra and a target -> the rank of every matrix, plan.json."""
     from welore.allocation.solver import allocate
     from welore.allocation.spectra import Spectra
+    from welore.config import AllocationConfig
 
-    plan = allocate(
-        Spectra.load(spectra),
+    config = AllocationConfig(
+        keep=params,
         rank_reduction=rank_reduction,
-        params=params,
         threshold=threshold,
-        strategy=strategy,
-        storage=storage,
+        strategy=strategy,  # type: ignore[arg-type]
+        storage=storage,  # type: ignore[arg-type]
         min_ratio=ratio_of(min_ratio),
         allow_growth=allow_growth,
         rank_multiple=rank_multiple,
     )
+    plan = allocate(Spectra.load(spectra), config)
     plan.save(output)
     numbers = plan.numbers()
-    tell(numbers | {"asked": dict(plan.asked)}, as_json, f"{achieved(plan.asked, numbers)} -> {output}")
+    tell(numbers | {"asked": dict(plan.target)}, as_json, f"{achieved(plan.target, numbers)} -> {output}")
 
 
 def calibrate(

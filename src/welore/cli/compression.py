@@ -114,7 +114,7 @@ def compress(
                 out,
                 plan=None if plan is None else Plan.load(plan),
                 rank_reduction=rank_reduction,
-                params=params,
+                keep=params,
                 threshold=threshold,
                 strategy=strategy,
                 scaling=scaling,

@@ -10,6 +10,7 @@ from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
 from welore.compression.analysis import analyze
 from welore.compression.pipeline import compress
+from welore.config import AllocationConfig
 from welore.evaluation.perplexity import evaluate
 from welore.io.atomic import read_json
 from welore.io.checkpoint import PLAN, RECORD
@@ -78,8 +79,10 @@ def demo(
 def plans(spectra: Spectra) -> list[tuple[str, str, Plan]]:
     """Directory, label and plan of WeLore, and of uniform at the same ERR and at the same parameters."""
     welore = allocate(spectra, rank_reduction=RANK_REDUCTION)
-    same_rank = allocate(spectra, strategy="uniform", rank_reduction=welore.rank_reduction, allow_growth=True)
-    same_size = allocate(spectra, strategy="uniform", params=welore.parameter_ratio)
+    same_rank = allocate(
+        spectra, AllocationConfig(strategy="uniform", rank_reduction=welore.rank_reduction, allow_growth=True)
+    )
+    same_size = allocate(spectra, AllocationConfig(strategy="uniform", keep=welore.parameter_ratio))
     return [
         ("welore", "WeLore", welore),
         ("uniform-same-err", "uniform, same ERR", same_rank),

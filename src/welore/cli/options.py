@@ -21,7 +21,9 @@ Device = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")]
 RankReduction = Annotated[float | None, typer.Option(help="Target: effective rank reduction (ERR), 0..1.")]
-Params = Annotated[float | None, typer.Option(help="Target: parameters kept in the targeted matrices, 0..1.")]
+Params = Annotated[
+    float | None, typer.Option("--keep", "--params", help="Target: parameters kept in the targeted matrices, 0..1.")
+]
 Threshold = Annotated[float | None, typer.Option(help="Target: the threshold on normalised singular values itself.")]
 StrategyName = Annotated[
     str | None,

@@ -86,7 +86,7 @@ def check_plan(plan: Plan, weights: TensorSource, calibration: Statistics | None
         return
     if calibration is None:
         raise WeLoreError(f"the plan has scaling {plan.scaling}: give the calibration that it was made with")
-    if plan.calibration != json.loads(json.dumps(summary(calibration))):
+    if plan.statistics != json.loads(json.dumps(summary(calibration))):
         raise WeLoreError("the plan was made with another calibration: give that one, or make the plan again")
 
 
@@ -170,7 +170,7 @@ def analyze_weights(
         include=weights.include,
         exclude=weights.exclude,
         scaling=scaling,
-        calibration=summary(calibration),
+        statistics=summary(calibration),
         losses=_losses(scaling, calibration, targets),
         outliers={name: float(values["outliers"]) for name, values in every.items()} if calibration else {},
         unreached=tuple(t.name for t in targets if not calibration.counts.get(t.layer)) if calibration else (),

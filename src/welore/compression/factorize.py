@@ -45,7 +45,7 @@ def factor_matrices(
             reduction = None if kept is None else Reduction.from_tensors(kept)
             norm = metric(plan.scaling, calibration, targets[a.name])
             # W without a name here: factorise makes its own copy and lets this one go.
-            factors = factorise(source.read(targets[a.name]).to(device), a.kept, a.relative_error, reduction, norm)
+            factors = factorise(source.read(targets[a.name]).to(device), a.rank, a.relative_error, reduction, norm)
             parts = FORMS[a.form].pack(factors.A, factors.B).items()
             dtype = source.dtype(targets[a.name])
             found = {
@@ -117,7 +117,7 @@ def _compressed(
         form = FORMS[a.form]
         announced = {
             f"{a.name}.{part}": (torch.int32 if part in form.indices else dtype, shape)
-            for part, shape in form.shapes(*a.shape, a.kept).items()
+            for part, shape in form.shapes(*a.shape, a.rank).items()
         }
         return OutputTensors({**announced, f"{a.name}.weight": (dtype, (0,))}, partial(factors, a))
 
@@ -141,7 +141,7 @@ def _tombstone(name: str, dtype: torch.dtype) -> OutputTensors:
 
 def _kept(a: Allocation) -> str:
     """Name of the factors of a matrix in the workspace."""
-    return f"{kept_as(a.name, a.shape)}.{a.form}-{a.kept}"
+    return f"{kept_as(a.name, a.shape)}.{a.form}-{a.rank}"
 
 
 def _sizes_on_disk(source: CheckpointSource, plan: Plan, written: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from welore.allocation.solver import allocate
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import Statistics
 from welore.compression.analysis import analyze_weights, check_plan, grids_of, opened_calibration
-from welore.config import NONE
+from welore.config import NONE, AllocationConfig
 from welore.errors import WeLoreError
 from welore.io.parallel import parallel_map
 from welore.io.progress import Progress, silent
@@ -58,7 +58,7 @@ def compress_model(
     if plan is None:
         how: dict[str, Any] = {"workers": workers, "progress": progress}
         how |= {"scaling": scaling, "calibration": known, "grids": grids_of(weights, split, scaling)}
-        plan = allocate(analyze_weights(weights, **how), **target)
+        plan = allocate(analyze_weights(weights, **how), AllocationConfig(**target))
     else:
         check_plan(plan, weights, known)
     chosen = {a.name: a for a in plan.allocations if a.factored}
@@ -67,7 +67,7 @@ def compress_model(
 
     def compute(t: Target) -> dict[str, Tensor]:
         a = chosen[t.name]
-        factors = factorise(weights.read(t), a.kept, a.relative_error, metric=metric(plan.scaling, known, t))
+        factors = factorise(weights.read(t), a.rank, a.relative_error, metric=metric(plan.scaling, known, t))
         return FORMS[a.form].pack(factors.A, factors.B)
 
     found = parallel_map(compute, todo, [t.cost for t in todo], workers=workers, progress=progress, label="factors")
@@ -77,7 +77,7 @@ def compress_model(
     for name, W in dense.items():
         model.get_submodule(name).state_dict()["weight"].copy_(W)
     for t, parts in zip(todo, found, strict=True):
-        state = replace_module(model, t.name, chosen[t.name].kept, chosen[t.name].form).state_dict()
+        state = replace_module(model, t.name, chosen[t.name].rank, chosen[t.name].form).state_dict()
         for part, tensor in parts.items():
             state[part].copy_(tensor)
     return plan

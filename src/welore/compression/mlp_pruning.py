@@ -103,7 +103,7 @@ def without(
         if name not in mlps or mlps[name].width != found.width:
             raise WeLoreError(f"the plan takes neurons out of {name}, which this model does not have in that size")
     chosen = [mlps[name] for name in neurons]
-    kept = {name: torch.tensor(found.kept) for name, found in neurons.items()}
+    kept = {name: torch.tensor(found.indices) for name, found in neurons.items()}
 
     def compute(mlp: Mlp) -> dict[str, Tensor]:
         place = f"{mlp.name}.refit-{len(kept[mlp.name])}"

@@ -14,7 +14,7 @@ from torch import nn
 
 from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Plan
-from welore.allocation.solver import allocate, check_settings
+from welore.allocation.solver import allocate, resolve
 from welore.calibration.collect import calibrate
 from welore.calibration.scaling import SCALINGS
 from welore.calibration.statistics import Statistics
@@ -30,7 +30,7 @@ from welore.compression.analysis import (
 from welore.compression.factorize import factor_matrices, write_checkpoint
 from welore.compression.in_memory import compress_model
 from welore.compression.mlp_pruning import without, worth_taking_out
-from welore.config import KFAC, NONE, MinRatio
+from welore.config import KFAC, NONE, AllocationConfig, MinRatio
 from welore.data.mixture import SELF
 from welore.data.self_generated import LENGTH, TOKENS
 from welore.errors import WeLoreError, choose
@@ -57,7 +57,7 @@ def compress(
     *,
     plan: Plan | None = None,
     rank_reduction: float | None = None,
-    params: float | None = None,
+    keep: float | None = None,
     threshold: float | None = None,
     strategy: str | None = None,
     scaling: str | None = None,
@@ -84,18 +84,18 @@ def compress(
 ) -> Record:
     """Factor the LRCs of MODEL and write a checkpoint to `out`; or, for a model in memory, exchange its layers.
 
-    Give a plan, or one target (rank_reduction, params, threshold) with the settings of `allocate`. scaling: one of
-    scaling.SCALINGS; by default kfac for `params` alone, which is the best we have, and none for the paper's targets
+    Give a plan, or one target (rank_reduction, keep, threshold) with the settings of `allocate`. scaling: one of
+    scaling.SCALINGS; by default kfac for `keep` alone, which is the best we have, and none for the paper's targets
     and for a named strategy. calibration: what a scaling rests on, made by `calibrate`; "self" makes one from `tokens`
     tokens that the model itself writes, so that no data is needed. split: matrices at least twice as long as wide are
     cut block by block (targets.long_matrices); by default where the scaling is kfac. neurons: the share of the
-    MLPs' neurons that is taken out before the cut (mlp_pruning); by default none, but for `params` alone those that
+    MLPs' neurons that is taken out before the cut (mlp_pruning); by default none, but for `keep` alone those that
     cost less than the numbers that they take. paper: WeLore as published, which is strategy welore, scaling none,
     storage factored and nothing split.
 
     heal: the text on which the factors then learn from the dense model (tuning.healing): "self", what the model wrote
     for the calibration, for at most 64 steps; texts as `calibrate` takes them, of which `tokens` are read, each once,
-    and whose own words are half of the loss; or "none". By default "self" for `params` alone where there is such a
+    and whose own words are half of the loss; or "none". By default "self" for `keep` alone where there is such a
     text. It needs model and teacher whole in memory.
 
     The directory holds plan.json and the returned record (compression.json) beside the weights. A model in memory is
@@ -107,7 +107,7 @@ def compress(
     """
     if out is not None:
         require_free(out, overwrite=overwrite)
-    target = {"rank_reduction": rank_reduction, "params": params, "threshold": threshold}
+    target = {"rank_reduction": rank_reduction, "keep": keep, "threshold": threshold}
     settings: dict[str, Any] = {
         **target,
         "strategy": strategy,
@@ -116,11 +116,15 @@ def compress(
         "allow_growth": allow_growth,
         "rank_multiple": rank_multiple,
     }
-    alone = params is not None and strategy is None and scaling in (None, KFAC)  # the best we have is asked for
+    alone = keep is not None and strategy is None and scaling in (None, KFAC)  # the best we have is asked for
     if plan is None:
         settings, scaling = _method(settings, scaling, split=split, neurons=neurons, paper=paper)
-        check_settings(target, settings["strategy"], settings["storage"], min_ratio, rank_multiple, scaling)
-    elif settings != allocate.__kwdefaults__ or scaling or split or neurons or paper or include or exclude:
+        config = AllocationConfig(**settings)
+        resolve(config, scaling)
+        assert config.target
+    elif (
+        AllocationConfig(**settings) != AllocationConfig() or scaling or split or neurons or paper or include or exclude
+    ):
         raise WeLoreError(
             "a plan has its own target, strategy, scaling, storage, split, neurons and patterns: leave those out"
         )
@@ -211,7 +215,7 @@ def _method(
                 "--paper is strategy welore, scaling none, storage factored, no split, all neurons: leave those out"
             )
         found |= {"strategy": "welore", "storage": FACTORED}
-    best = found["params"] is not None and found["strategy"] is None
+    best = found["keep"] is not None and found["strategy"] is None
     scaling = scaling or (KFAC if best else NONE)
     choose("scaling", scaling, SCALINGS)
     if neurons is not None and not 0 <= neurons < 1:
@@ -236,7 +240,10 @@ def _planned(
 
     def planned(weights: CheckpointSource, known: Statistics | None, neurons: Mapping[str, Neurons]) -> Plan:
         about: dict[str, Any] = {"scaling": scaling, "calibration": known, "neurons": neurons}
-        return allocate(analyze_weights(weights, grids=grids_of(weights, split, scaling), **about, **how), **settings)
+        return allocate(
+            analyze_weights(weights, grids=grids_of(weights, split, scaling), **about, **how),
+            AllocationConfig(**settings),
+        )
 
     if share == 0 or calibration is None:
         return planned(source, calibration, {}), source, calibration
@@ -300,16 +307,16 @@ def _fits_on_disk(targets: Sequence[Target], out: Path) -> bool:
 
 def _record(plan: Plan, started: float, sizes: dict[str, Any], healing: dict[str, Any] | None = None) -> Record:
     settings = {
-        "target": dict(plan.asked),
+        "target": dict(plan.target),
         "strategy": plan.strategy,
         "scaling": plan.scaling,
         "storage": sorted(set(plan.forms.values())),
-        "statistics": dict(plan.calibration),
+        "statistics": dict(plan.statistics),
         "min_ratio": plan.min_ratio,
         "allow_growth": plan.allow_growth,
         "rank_multiple": plan.rank_multiple,
         "split": len(plan.grids),
-        "mlp_pruning": sum(n.width - len(n.kept) for n in plan.neurons.values()),
+        "mlp_pruning": sum(n.pruned for n in plan.neurons.values()),
         "include": list(plan.include),
         "exclude": list(plan.exclude),
         "recovery": healing,

@@ -40,7 +40,7 @@ class WeLoreConfig(QuantizationConfigMixin):
     grids: module name -> blocks down and across of the matrices that were cut block by block; a layer of which a block
     NAME.INDEX has a rank is a SplitLinear.
     shapes: module name -> (m, n) of the layers that are smaller than the architecture says, for neurons were taken out.
-    Without ranks, exactly one target (rank_reduction, params, threshold) and the other settings of `allocate`
+    Without ranks, exactly one target (keep, rank_reduction, threshold) and the other settings of `allocate`
     make `from_pretrained(dense, quantization_config=WeLoreConfig(rank_reduction=0.3))` compress what it loads.
     """
 
@@ -52,6 +52,7 @@ class WeLoreConfig(QuantizationConfigMixin):
         shapes: Mapping[str, Sequence[int]] | None = None,
         *,
         rank_reduction: float | None = None,
+        keep: float | None = None,
         params: float | None = None,
         threshold: float | None = None,
         strategy: str | None = None,
@@ -78,7 +79,7 @@ class WeLoreConfig(QuantizationConfigMixin):
         self.include, self.exclude = list(include), list(exclude)
         self.wish: dict[str, Any] = {
             "rank_reduction": rank_reduction,
-            "params": params,
+            "keep": params if keep is None else keep,
             "threshold": threshold,
             "strategy": strategy,
             "storage": storage,

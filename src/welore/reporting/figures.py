@@ -109,9 +109,7 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     cells = {a.name: (row[place[a.name].kind], layers.index(place[a.name].layer)) for a in plan.allocations}
     for a in plan.allocations:
         ratio[cells[a.name]] = a.reduction_ratio
-    gone = {
-        p.layer: 1 - len(plan.neurons[mlp].kept) / plan.neurons[mlp].width for mlp, p in places(plan.neurons).items()
-    }
+    gone = {p.layer: plan.neurons[mlp].pruned / plan.neurons[mlp].width for mlp, p in places(plan.neurons).items()}
     names = [plain(k.kind) for k in kinds]
     if gone:
         names.append("neurons out")

@@ -56,7 +56,7 @@ def summarise(plan: Plan) -> list[KindSummary]:
             lrcs=sum(a.factored for a in group),
             reduction_ratio=float(np.mean([a.reduction_ratio for a in group])),
             null=_null_share(group, plan.threshold) if plan.strategy == "welore" else None,
-            dense_parameters=sum(map(plan.came_with, group)),
+            dense_parameters=sum(map(plan.dense_numel, group)),
             stored_parameters=sum(a.stored_parameters for a in group),
         )
         for kind, group in members.items()

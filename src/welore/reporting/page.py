@@ -213,7 +213,7 @@ def _plan_rows(plans: Mapping[Path, Plan], made: Mapping[Path, Record], names: M
     for path, plan in plans.items():
         if plan not in done:
             done.append(plan)
-            settings = {"target": plan.asked, "strategy": plan.strategy, "min_ratio": plan.min_ratio}
+            settings = {"target": plan.target, "strategy": plan.strategy, "min_ratio": plan.min_ratio}
             rows.append(PlanRow(names[path], plan.model.name, settings, plan.numbers()))
     return rows
 
