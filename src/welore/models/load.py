@@ -1,6 +1,8 @@
 """A checkpoint or a model in memory -> model and tokenizer, ready to run, and what a record says of them."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ from torch import nn
 import welore.models.quantizer  # noqa: F401 - from_pretrained must know compressed checkpoints
 from welore.errors import WeLoreError, choose, first_line
 from welore.io.checkpoint import RECORD, weight_files
+from welore.io.context import RunContext, resolve_device
 from welore.io.hub import resolve_model
 from welore.models.skeleton import config_of
 from welore.records import Record
@@ -33,12 +36,32 @@ LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Ready:
+class LoadedModel:
     """A model that can run; inputs: its name, its label, and the settings by which it was compressed (or None)."""
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     inputs: dict[str, Any]
+
+
+def load_for_inference(
+    model: "str | Path | PreTrainedModel", context: RunContext, dtype: str = "auto", label: str | None = None
+) -> LoadedModel:
+    """Load MODEL (hub id, directory, .gguf file) on the context's device, or take a model in memory as it is.
+
+    A model in memory stays on its device and in its dtype, and needs the context's tokenizer. dtype: a name of
+    DTYPES; "auto" is that of the checkpoint. label: a name for tables.
+    """
+    torch_dtype = choose("dtype", dtype, DTYPES)
+    if isinstance(model, nn.Module):
+        if context.tokenizer is None:
+            raise WeLoreError("a model in memory needs its tokenizer: pass it as tokenizer=...")
+        name = model.config.name_or_path or "model in memory"
+        return LoadedModel(model, context.tokenizer, {"model": name, "label": label, "compression": None})
+    directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
+    loaded, tokenizer = load(directory, torch_dtype, context.device)
+    inputs = {"model": str(model), "label": label, "compression": compression_of(directory)}
+    return LoadedModel(loaded, tokenizer, inputs)
 
 
 def made_ready(
@@ -50,17 +73,26 @@ def made_ready(
     cache_dir: str | Path | None,
     revision: str | None,
     label: str | None,
-) -> Ready:
-    """Load MODEL (hub id, directory, .gguf file), or take a model in memory, which needs its tokenizer."""
-    torch_dtype = choose("dtype", dtype, DTYPES)
-    if isinstance(model, nn.Module):
-        if tokenizer is None:
-            raise WeLoreError("a model in memory needs its tokenizer: pass it as tokenizer=...")
-        name = model.config.name_or_path or "model in memory"
-        return Ready(model, tokenizer, {"model": name, "label": label, "compression": None})
-    directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
-    loaded, tokenizer = load(directory, torch_dtype, device)
-    return Ready(loaded, tokenizer, {"model": str(model), "label": label, "compression": compression_of(directory)})
+) -> LoadedModel:
+    """As load_for_inference, for callers without a context."""
+    options: dict[str, Any] = {
+        "device": device or "auto",
+        "cache_dir": cache_dir,
+        "revision": revision,
+        "tokenizer": tokenizer,
+    }
+    return load_for_inference(model, RunContext.create(**options), dtype, label)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards, also after an error, in the mode in which it was."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def compression_of(directory: Path) -> dict[str, Any] | None:
@@ -69,9 +101,9 @@ def compression_of(directory: Path) -> dict[str, Any] | None:
 
 
 def load(
-    directory: Path, dtype: Any, device: str | None, attention: str | None = None
+    directory: Path, dtype: Any, device: str | torch.device, attention: str | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Model and tokenizer of a directory; WeLoreError rather than a tensor of random numbers. device None: a GPU.
+    """Model and tokenizer of a directory; WeLoreError rather than a tensor of random numbers.
 
     attention: one of transformers' implementations (sdpa, eager, flash_attention_2); None leaves the choice to it.
     """
@@ -90,21 +122,21 @@ def load(
         )
     except (ValueError, ImportError, OSError, SafetensorError) as error:
         raise WeLoreError(f"{directory} cannot be loaded: {first_line(error)}") from error
-    model, about = loaded
-    random = sorted({*about["missing_keys"], *(key for key, *_ in about["mismatched_keys"])})
+    model, report = loaded
+    random = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if random:
         raise WeLoreError(f"{directory} lacks {random[0]}, or has it in another shape: it would be random numbers")
-    nn.Module.to(model, device or default_device())
+    nn.Module.to(model, device)
     return model, tokenizer
 
 
 def default_device() -> str:
-    """Where a model goes if nobody says: a GPU if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The device of "auto"."""
+    return str(resolve_device("auto"))
 
 
 def multiplies(dtype: torch.dtype, device: str | torch.device | None) -> bool | None:
-    """Whether a device (None: a GPU if there is one) has instructions for products in this dtype; None: not known."""
+    """Whether a device (None: "auto") has instructions for products in this dtype; None: not known."""
     if torch.device(device or default_device()).type != "cpu" or dtype not in INSTRUCTIONS:
         return True
     can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
