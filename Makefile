@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test demo benchmarks clean
+.PHONY: install test docs demo benchmarks clean
 
 install: .venv/.installed
 
@@ -19,13 +19,17 @@ test: install
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
+# The documentation site, in build/site; a test builds it, too.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --site-dir build/site
+
 demo: install
 	HF_HUB_OFFLINE=1 $(BIN)/welore demo
 
-# Records in docs/benchmarks, then the tables of README.md from those records.
+# Records in docs/benchmarks, then the tables of README.md and docs from those records.
 benchmarks: demo
 	for name in speed memory scale inference tuning; do HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py --demo demo
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv demo build

@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/method.md from the records in docs/benchmarks; `--check` only compares.
+"""The tables of README.md and docs/results from the records in docs/benchmarks; `--check` only compares.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `--demo DIR` first takes the records of a demo,
 `--methods DIR` those of recipes/compare_methods_cpu.sh, `--tasks DIR` those of `welore score`, `--study DIR` records
@@ -20,7 +20,7 @@ from welore.reporting.tables import Table, task_table
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "docs" / "benchmarks"
 STUDY = ROOT / "docs" / "study"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "method.md", STUDY / "README.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md")), STUDY / "README.md")
 METHODS, ITEMS_SHOWN = HERE / "tuning", 3
 SIZED = "ours-self"  # the row whose sizes stand for all: they differ by what pivoted storage keeps beside the numbers
 REACHING = (  # row, what it is measured against, its name in print
@@ -34,6 +34,18 @@ ASKED = {  # share of the parameters -> at most, in the order of REACHING
     0.8: ("1.30 / 1.07", "1.33 / 1.33", "1.10", "1.10"),
     0.6: ("2.7 / 1.6", "2.8 / 2.8", "1.5", "1.5"),
 }
+FRONT = (  # directory of records, model in print, row, share of the parameters, command in print
+    ("quality", "SmolLM2-135M", "dense", 1.0, ""),
+    ("quality", "SmolLM2-135M", "welore", 0.9, "`--keep 0.9 --preset paper`"),
+    ("quality", "SmolLM2-135M", "ours-default", 0.9, "`--keep 0.9`"),
+    ("quality", "SmolLM2-135M", "ours-self", 0.8, "`--keep 0.8 --recovery none`"),
+    ("quality", "SmolLM2-135M", "ours-default", 0.8, "`--keep 0.8`"),
+    ("quality", "SmolLM2-135M", "ours-web", 0.8, "`--keep 0.8 --recovery web.txt`"),
+    ("quality", "SmolLM2-135M", "ours-default", 0.6, "`--keep 0.6`"),
+    ("quality-gemma3-270m", "Gemma 3 270M", "dense", 1.0, ""),
+    ("quality-gemma3-270m", "Gemma 3 270M", "ours-default", 0.8, "`--keep 0.8 --num-tokens 16384`"),
+    ("quality-gemma3-270m", "Gemma 3 270M", "ours-default", 0.6, "`--keep 0.6 --num-tokens 16384`"),
+)
 DEMO = ("dense", "welore", "uniform-same-err", "uniform-same-parameters")
 
 
@@ -221,6 +233,30 @@ def quality(of: str = "quality") -> str:
     return "\n".join(lines)
 
 
+def front() -> str:
+    """The front page's table: one row for each command, with parameters, bytes, perplexity and time of one seed."""
+    lines = [
+        "| model | `welore compress MODEL OUT` with | parameters | weights | perplexity, to dense | minutes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for of, model, row, ratio, command in FRONT:
+        cells = quality_cells(of)
+        (dense,), records = cells["dense", 1.0], cells[row, ratio]
+        n = records[0].numbers
+        text = "x 1 / x 1" if row == "dense" else " / ".join(_ratios(dense, records))
+        minutes = f"{(n.get('calibration_seconds', 0) + n['seconds']) / 60:.1f}" if "seconds" in n else ""
+        cells_of_row = [model, command or "(dense)", percent(n.get("parameter_ratio", 1.0)), megabytes(n["bytes"])]
+        lines.append(f"| {' | '.join([*cells_of_row, text, minutes])} |")
+    return "\n".join(lines)
+
+
+def _ratios(base: Record, records: list[Record]) -> list[str]:
+    """Mean perplexity over seeds on both texts, to that of `base`."""
+    texts = ("perplexity_wikitext2", "perplexity_pydoc")
+    means = [sum(r.numbers[text] for r in records) / len(records) / base.numbers[text] for text in texts]
+    return [f"x {perplexity_text(mean)}" for mean in means]
+
+
 def kinds() -> str:
     """Perplexity on texts of other kinds, from benchmarks/quality.py --kinds: a ratio to the dense model."""
     cells = quality_cells("quality-kinds")
@@ -273,6 +309,7 @@ def take_study(source: Path) -> None:
 
 
 TABLES = {
+    "front": front,
     "demo": demo,
     "speed": speed,
     "memory": memory,

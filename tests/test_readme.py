@@ -76,9 +76,7 @@ def test_records_name_no_place_of_the_machine_that_made_them() -> None:
         assert not re.search(r'"(/|~|[A-Z]:\\)', path.read_text(encoding="utf-8")), path
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/method.md", "docs/scaling.md", "docs/study/README.md"]
-)
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_inside_the_repository_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\((?!http)([^)#]+)", text):

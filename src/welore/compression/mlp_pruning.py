@@ -27,7 +27,7 @@ from welore.linalg.brain_surgeon import refit, removal
 from welore.models.mlp import Mlp, find_mlps, resize_layers, take_rows
 from welore.models.source import CheckpointSource, TensorOverrides
 
-WORTH = 0.4  # what neurons cost is predicted two and a half times worse than what cuts cost (docs/diary.md)
+WORTH = 0.4  # what neurons cost is predicted two and a half times worse than what cuts cost (research/LOG.md)
 LEAST = 0.05  # of all neurons: fewer are not worth layers of another size
 
 

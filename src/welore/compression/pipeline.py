@@ -283,7 +283,7 @@ def _as_planned(
 def _own_calibration(directory: Path, workspace: Workspace, crew: Processes, **how: Any) -> Statistics:
     """From text that the model writes, made by the process that leads, kept with the unfinished work.
 
-    Without measured losses: on a quarter of such text they make the result worse (docs/diary.md).
+    Without measured losses: on a quarter of such text they make the result worse (research/LOG.md).
     """
     made = workspace.directory / "calibration.safetensors"
     if crew.is_main and not made.is_file():

@@ -1,7 +1,7 @@
 """What a cut costs, won back in part: the factors learn from the dense model, for a few dozen steps.
 
 Every matrix is cut as if the others were whole. What all the cuts do together is a small, systematic error on top of
-what each costs, half of which even biases would take away (docs/diary.md): a short training is worth more than twice
+what each costs, half of which even biases would take away (research/LOG.md): a short training is worth more than twice
 the statistics. A long one is `finetune --distill`.
 """
 
@@ -158,7 +158,7 @@ def rate(cut: Path, plan: Plan, steps: int) -> float:
     """The peak learning rate: the more is cut and the larger the numbers, the larger.
 
     A small cut, which bears a small rate, bears more in a run of more than STEPS steps: with the square root of their
-    number, up to the rate of LARGEST (docs/diary.md).
+    number, up to the rate of LARGEST (research/LOG.md).
     """
     squares, count = 0.0, 0
     with CheckpointSource(cut) as source:
