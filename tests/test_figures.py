@@ -17,10 +17,10 @@ from welore.errors import WeLoreError
 from welore.linalg.spectrum import gaussian_null
 from welore.records import Identity
 from welore.reporting import figures
-from welore.reporting.figures import Result
 from welore.reporting.formatting import perplexity_text
-from welore.reporting.module_types import places, summarise
+from welore.reporting.module_types import module_positions, summarise
 from welore.reporting.style import N_LRC
+from welore.reporting.tables import Result
 
 pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
@@ -65,7 +65,7 @@ def plan(spectra: Spectra) -> Plan:
 
 def test_kind_is_the_name_without_the_layer_and_as_short_as_it_can_be() -> None:
     names = ["h.0.attn.c_proj", "h.1.mlp.c_proj", "h.1.mlp.c_fc", "h.1.moe.0.w", "h.1.moe.1.w", "lm_head"]
-    found = {name: (place.kind, place.layer) for name, place in places(names).items()}
+    found = {name: (position.module_type, position.layer) for name, position in module_positions(names).items()}
     assert found == {
         "h.0.attn.c_proj": ("attn.c_proj", 0),
         "h.1.mlp.c_proj": ("mlp.c_proj", 1),
@@ -77,8 +77,8 @@ def test_kind_is_the_name_without_the_layer_and_as_short_as_it_can_be() -> None:
 
 
 def test_a_kind_that_ends_another_kind_stays_distinct() -> None:
-    found = places(["layers.0.proj", "layers.0.out.proj", "encoder.layers.0.q", "decoder.layers.0.q"])
-    assert len({place.kind for place in found.values()}) == 4
+    found = module_positions(["layers.0.proj", "layers.0.out.proj", "encoder.layers.0.q", "decoder.layers.0.q"])
+    assert len({position.module_type for position in found.values()}) == 4
 
 
 def test_spectra_has_a_panel_per_kind_a_line_per_layer_and_the_plans_threshold(spectra: Spectra, plan: Plan) -> None:
@@ -122,8 +122,8 @@ def test_every_dense_matrix_is_hatched_and_no_lrc_is(plan: Plan) -> None:
     assert hatched.get_hatch()
     rows = [label.get_text() for label in ax.get_yticklabels()]
     cells = {(rows[int(box.y0)], int(box.x0)) for box in (path.get_extents() for path in hatched.get_paths())}
-    place = places(a.name for a in plan.allocations)
-    dense = {(place[a.name].kind, place[a.name].layer) for a in plan.allocations if not a.factored}
+    positions = module_positions(a.name for a in plan.allocations)
+    dense = {(positions[a.name].module_type, positions[a.name].layer) for a in plan.allocations if not a.factored}
     assert cells == dense
     assert 0 < len(dense) < len(plan.allocations)
 
@@ -144,9 +144,9 @@ def test_heat_map_shows_each_reduction_ratio_and_the_nulls_share(plan: Plan) -> 
     assert mesh is not None
     assert null is not None
     rows = [label.get_text() for label in ax.get_yticklabels()]
-    place = places(a.name for a in plan.allocations)
+    positions = module_positions(a.name for a in plan.allocations)
     for a in plan.allocations:
-        assert mesh[rows.index(place[a.name].kind), place[a.name].layer] == a.reduction_ratio
+        assert mesh[rows.index(positions[a.name].module_type), positions[a.name].layer] == a.reduction_ratio
     assert null[rows.index("down_proj"), 0] == np.mean(gaussian_null(8, 13) < plan.threshold)
     assert {c.get_clim() for c in ax.collections if c.get_array() is not None} == {(0, 1)}
 

@@ -302,7 +302,8 @@ def test_a_broken_record_of_fine_tuning_is_named(tmp_path: Path, name: str, valu
     record = tuned("lrc", 3.0)
     record.numbers[name] = value
     record.save(tmp_path / "in" / "finetune.json")
-    with pytest.raises(WeLoreError, match=f"{name} is"):
+    path = re.escape(str(tmp_path / "in" / "finetune.json"))
+    with pytest.raises(WeLoreError, match=f"{path} is broken .*: make it again"):
         report([tmp_path / "in"], tmp_path / "out")
 
 

@@ -17,7 +17,7 @@ from welore.allocation.plan import Allocation
 from welore.emergence.trace import COSINE, OVERLAPS, Array, Matrix, Trace
 from welore.errors import WeLoreError
 from welore.records import Record
-from welore.reporting.module_types import Place, places
+from welore.reporting.module_types import ModulePosition, module_positions
 from welore.reporting.tables import Table
 
 RESAMPLED, COVERED = 2000, 0.95
@@ -86,8 +86,8 @@ CLAIMS = {
 
 def measured(trace: Trace) -> dict[str, Any]:
     """Numbers of a record: the threshold, every matrix, and a value with its interval for each of CLAIMS."""
-    plan, place = trace.plans[-1], places(trace.matrices)
-    rows = [_row(allocation, place[allocation.name], trace) for allocation in plan.allocations]
+    plan, positions = trace.plans[-1], module_positions(trace.matrices)
+    rows = [_row(allocation, positions[allocation.name], trace) for allocation in plan.allocations]
     claims = _claims(rows)
     assert claims.keys() == CLAIMS.keys()
     return {
@@ -103,7 +103,7 @@ def measured(trace: Trace) -> dict[str, Any]:
 # --- one matrix ------------------------------------------------------------------------------------------------
 
 
-def _row(allocation: Allocation, place: Place, trace: Trace) -> dict[str, Any]:
+def _row(allocation: Allocation, position: ModulePosition, trace: Trace) -> dict[str, Any]:
     """One matrix in numbers; steps are shares of the run, 0 to 1."""
     matrix = trace.matrices[allocation.name]
     warm = after_warm_up(trace)
@@ -111,8 +111,8 @@ def _row(allocation: Allocation, place: Place, trace: Trace) -> dict[str, Any]:
     null = noise_stable_rank(*matrix.shape)
     return {
         "name": allocation.name,
-        "kind": place.kind,
-        "layer": place.layer,
+        "kind": position.module_type,
+        "layer": position.layer,
         "reduction_ratio": allocation.reduction_ratio,
         "lrc": allocation.factored,
         "stable_rank_first": float(matrix.stable_rank[0]),
@@ -286,7 +286,7 @@ def claims_table(records: Sequence[Record]) -> Table:
         cells = [f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" for value, low, high in found]
         rows.append([name, claim.says, claim.by, *cells, verdict(found)])
     headings = ["", "claim", "measure, above 0 as claimed", *map(run_of, runs), "verdict"]
-    return Table("", headings, rows, names=3)
+    return Table("", headings, rows, text_columns=3)
 
 
 def verdict(found: Sequence[Sequence[float]]) -> str:

@@ -61,7 +61,7 @@ def verdicts(runs: list[Closed]) -> Table:
             by = f"held-out loss of {other} minus that of lrc"
             rows.append([claim, f"{says}, {place}", by, *_cells(values, least)])
     headings = ["", "claim", "measure, above 0 as claimed", *(run.name for run in runs), "verdict"]
-    return Table("", headings, rows, names=3)
+    return Table("", headings, rows, text_columns=3)
 
 
 def cuts_table(runs: list[Closed]) -> Table:

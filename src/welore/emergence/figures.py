@@ -26,7 +26,7 @@ from welore.emergence.trace import COSINE, Array, Trace
 from welore.errors import WeLoreError
 from welore.records import Record
 from welore.reporting import figures
-from welore.reporting.module_types import places
+from welore.reporting.module_types import module_positions
 from welore.reporting.style import BLACK, GREY, HATCH, PALE, STYLES, hatch, legend, log_ticks, new_figure, plain
 
 if TYPE_CHECKING:
@@ -92,15 +92,15 @@ def reduction(trace: Trace, *, title: str = "") -> "Figure":
 
 def partition(trace: Trace, *, title: str = "") -> "Figure":
     """Share of the singular values below the ERR-50 threshold, every matrix over training; N-LRCs hatched."""
-    place = places(trace.matrices)
-    names = sorted(trace.matrices, key=lambda name: (_kind_order(place[name].kind), place[name].layer))
+    positions = module_positions(trace.matrices)
+    names = sorted(trace.matrices, key=lambda name: (_kind_order(positions[name].module_type), positions[name].layer))
     ratio = np.array([[_by_name(plan)[name].reduction_ratio for plan in trace.plans] for name in names])
     lrc = np.array([[_by_name(plan)[name].factored for plan in trace.plans] for name in names])
     fig = new_figure(8.0, max(3.0, 1.6 + 0.13 * len(names)), title)
     ax = fig.subplots()
     mesh = ax.pcolormesh(ratio, cmap="YlGnBu", vmin=0, vmax=1, rasterized=True)
     hatch(ax, zip(*np.nonzero(~lrc), strict=True))
-    kinds = [place[name].kind for name in names]
+    kinds = [positions[name].module_type for name in names]
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     ax.hlines(first[1:], 0, len(trace.steps), color="white", linewidth=2.5, zorder=1.5)
     middles = [(a + b) / 2 for a, b in zip(first, [*first[1:], len(kinds)], strict=True)]
@@ -239,19 +239,19 @@ def settling(records: Sequence[Record], *, title: str = "") -> "Figure":
 
 def _shown(trace: Trace) -> list[str]:
     """The matrices of the paper's panels: q and k of the first block, down and up of the block just past the middle."""
-    place = places(trace.matrices)
-    layers = sorted({p.layer for p in place.values() if p.layer is not None})
+    positions = module_positions(trace.matrices)
+    layers = sorted({p.layer for p in positions.values() if p.layer is not None})
     deep = layers[min(len(layers) - 1, round(7 / 12 * len(layers)))]
     wanted = [(layers[0], "q_proj"), (layers[0], "k_proj"), (deep, "down_proj"), (deep, "up_proj")]
-    named = {(p.layer, p.kind.rpartition(".")[2]): name for name, p in place.items()}
+    named = {(p.layer, p.module_type.rpartition(".")[2]): name for name, p in positions.items()}
     return [named[key] for key in wanted]
 
 
 def _kinds(trace: Trace) -> dict[str, list[str]]:
-    place = places(trace.matrices)
+    positions = module_positions(trace.matrices)
     found: dict[str, list[str]] = {}
-    for name in sorted(trace.matrices, key=lambda name: _kind_order(place[name].kind)):
-        found.setdefault(place[name].kind, []).append(name)
+    for name in sorted(trace.matrices, key=lambda name: _kind_order(positions[name].module_type)):
+        found.setdefault(positions[name].module_type, []).append(name)
     return found
 
 

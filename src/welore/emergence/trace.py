@@ -79,7 +79,7 @@ class Matrix:
 class Trace:
     """A whole trace; steps, tokens, learning_rate, held_out_loss: (T,); matrices in the model's order."""
 
-    about: Mapping[str, Any]
+    header: Mapping[str, Any]
     steps: Array
     tokens: Array
     learning_rate: Array
@@ -89,7 +89,7 @@ class Trace:
     def spectra(self, at: int = -1) -> Spectra:
         """The singular values of the weights at checkpoint number `at`."""
         step = int(self.steps[at])
-        identity = Identity(f"{self.about['name']}, step {step}", f"{self.about['fingerprint']}-{step}")
+        identity = Identity(f"{self.header['name']}, step {step}", f"{self.header['fingerprint']}-{step}")
         values = {name: matrix.weight[at] for name, matrix in self.matrices.items()}
         return Spectra(identity, values, {name: matrix.shape for name, matrix in self.matrices.items()})
 
@@ -117,15 +117,15 @@ class Trace:
 class Writer:
     """A trace that grows by a checkpoint at a time, and goes on where a killed run stopped.
 
-    directory: made if it is not there; about: what the header says, with the name of the run and the fingerprint of
+    directory: made if it is not there; header: what the header says, with the name of the run and the fingerprint of
     the model that it began with. at: keep the checkpoints up to this step, None for none of them.
     """
 
     def __init__(
-        self, directory: Path, about: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], at: int | None = None
+        self, directory: Path, header: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], at: int | None = None
     ) -> None:
         self.directory, self.work = directory, directory / WORK
-        header = {"format": FORMAT, **about, "shapes": {name: list(shape) for name, shape in shapes.items()}}
+        header = {"format": FORMAT, **header, "shapes": {name: list(shape) for name, shape in shapes.items()}}
         self.lines: list[dict[str, Any]] = [header]
         if at is None:
             shutil.rmtree(directory, ignore_errors=True)

@@ -1,19 +1,24 @@
-"""Everything of ours that lies under some directories, each piece checked to be whole."""
+"""Every artefact under some directories, each read and checked."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
-from welore.emergence.claims import load_pretraining
-from welore.emergence.trace import LINES, Trace
 from welore.errors import WeLoreError
-from welore.records import MODEL_FINGERPRINT, Record
+from welore.records import Record
+from welore.reporting.style import Picture
+from welore.reporting.tables import comparisons, plan_row, results, task_table
+from welore.reporting.training_figures import curves
 
-Artefact = Spectra | Plan | Record | Trace
-LOADERS: dict[str, Callable[[Path], Artefact]] = {
+Loader = Callable[[Path], Any]
+Content = tuple[dict[str, Any], list[Picture]]
+ENTRY_POINTS = "welore.report"
+LOADERS: dict[str, Loader] = {
     "spectra*.safetensors": Spectra.load,
     "plan.json": Plan.load,
     "*.plan.json": Plan.load,
@@ -21,96 +26,76 @@ LOADERS: dict[str, Callable[[Path], Artefact]] = {
     "*.ppl.json": Record.load,
     "finetune.json": Record.load,
     "*.score.json": Record.load,
-    "pretrain.json": load_pretraining,
-    "*.pretrain.json": load_pretraining,
-    LINES: Trace.load,
 }
-SIZES = ("rank_reduction", "parameter_ratio", "bytes")
-# kind of record -> part -> what the page reads from it
-NEEDED: dict[str, dict[str, tuple[str, ...]]] = {
-    "compression": {
-        "inputs": ("model",),
-        "settings": ("target", "strategy", "min_ratio"),
-        "numbers": (*SIZES, "matrices", "lrcs", "threshold", "bytes_dense"),
-    },
-    "perplexity": {
-        "inputs": ("model", "compression"),
-        "settings": ("dataset", "max_length", "dtype"),
-        "numbers": (*SIZES, "perplexity", "windows"),
-    },
-    "finetune": {
-        "inputs": ("model", "label", MODEL_FINGERPRINT, "data_sha256", "split", "compression"),
-        "settings": (
-            *("method", "dataset", "task", "max_steps", "learning_rate", "batch_size", "gradient_accumulation_steps"),
-            *("processes", "max_length", "seed", "dtype", "loss_on_prompt", "max_eval_samples"),
-        ),
-        "numbers": (
-            *(*SIZES, "trains", "trainable_parameters", "total_parameters", "tokens", "peak_memory_bytes"),
-            *("resumed_at", "train_loss", "evaluation"),
-        ),
-    },
-    "accuracy": {
-        "inputs": ("model", "label"),
-        "settings": ("task",),
-        "numbers": ("accuracy", "n", "ci95_low", "ci95_high", "majority_rate", "unparsable"),
-    },
-    "pretrain": {"inputs": ("label",), "settings": ("seed",)},
-}
-CURVES = {"train_loss": 2, "evaluation": 3}  # numbers that are lists of [step, value, ...], and how many stand in each
-WORDS = ("trains",)  # and those that are text
 
 
-def find_artefacts(directories: Sequence[str | Path]) -> dict[Path, Artefact]:
-    """Resolved path -> artefact, in the order of the paths; what a killed run left in *.partial is passed over."""
-    found: dict[Path, Artefact] = {}
+@dataclass(frozen=True)
+class Section:
+    """A part that another package adds to the page, by an entry point of the group `welore.report`.
+
+    Attributes:
+        build: Artefacts by path -> content for the template, and every picture in it; None if there is none.
+        template: Text of the jinja template. It reads `content`, and imports macros from "macros.html.jinja".
+        loaders: Pattern of file names -> function that reads such a file, and raises WeLoreError if it is broken.
+        kinds: Kinds of records that the section shows.
+    """
+
+    build: Callable[[Mapping[Path, Any]], Content | None]
+    template: str
+    loaders: Mapping[str, Loader] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
+
+
+def load_sections() -> list[Section]:
+    """The sections of all installed packages, in the order of their names."""
+    return [entry.load() for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name)]
+
+
+def find_artefacts(directories: Sequence[str | Path], loaders: Mapping[str, Loader]) -> dict[Path, Any]:
+    """Resolved path -> artefact, in the order of the paths; files of an interrupted run (*.partial) are skipped."""
+    artefacts: dict[Path, Any] = {}
     for directory in map(Path, directories):
         if not directory.is_dir():
             raise WeLoreError(f"{directory} is not a directory: name directories that hold artefacts of welore")
         for path in sorted(directory.rglob("*")):
-            load = next((load for pattern, load in LOADERS.items() if fnmatch(path.name, pattern)), None)
-            killed = any(part.endswith(".partial") for part in path.relative_to(directory).parts)
-            if load and not killed and path.is_file() and path.resolve() not in found:
-                found[path.resolve()] = _read(path, load)
-    if not found:
-        where = ", ".join(map(str, directories)) or "no directory"
-        raise WeLoreError(f"nothing to report under {where}: looked for {', '.join(LOADERS)}")
-    return found
+            load = next((load for pattern, load in loaders.items() if fnmatch(path.name, pattern)), None)
+            partial = any(part.endswith(".partial") for part in path.relative_to(directory).parts)
+            if load and not partial and path.is_file() and path.resolve() not in artefacts:
+                artefacts[path.resolve()] = _read(path, load)
+    if not artefacts:
+        names = ", ".join(map(str, directories)) or "no directory"
+        raise WeLoreError(f"nothing to report under {names}: looked for {', '.join(loaders)}")
+    return artefacts
 
 
-def _read(path: Path, load: Callable[[Path], Artefact]) -> Artefact:
+def machine_text(record: Record) -> str:
+    """The machine and the versions that a record was made with."""
+    machine, versions = record.machine, record.versions
+    memory = f", {machine['memory_bytes'] / 1e9:.0f} GB" if "memory_bytes" in machine else ""
+    computer = f"{machine.get('system')}, {machine.get('processor')}, {machine.get('cores')} cores{memory}"
+    return f"{computer}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+# Kind of record -> the rows and curves that the page makes of one.
+ROWS: dict[str, Callable[[Record], Any]] = {
+    "compression": lambda record: plan_row("", record.inputs["model"], record.settings, record.numbers),
+    "perplexity": lambda record: [result.size for group in results([record]).values() for result in group],
+    "finetune": lambda record: (comparisons([record])[0].table, curves(record)),
+    "accuracy": lambda record: task_table([record]),
+}
+
+
+def _read(path: Path, load: Loader) -> Any:
+    """The artefact; WeLoreError with the name of the file if the page could not be made from it."""
     try:
         artefact = load(path)
-        if isinstance(artefact, Record):
-            _check(path, artefact)
-        elif isinstance(artefact, Plan | Spectra) and not (
-            artefact.allocations if isinstance(artefact, Plan) else artefact.values
-        ):
+        if isinstance(artefact, Spectra) and not artefact.values:
             raise WeLoreError(f"{path} holds no matrix: make it again")
+        if isinstance(artefact, Record):
+            machine_text(artefact)
+            ROWS.get(artefact.kind, str)(artefact)
     except WeLoreError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        # whatever is wrong inside a file, its owner must learn which file
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise WeLoreError(f"{path} is broken ({error!r}): make it again") from error
     return artefact
-
-
-def _check(path: Path, record: Record) -> None:
-    """Raise WeLoreError unless the record holds what the page reads from one of its kind."""
-    for part in ("inputs", "settings", "numbers", "versions", "machine"):
-        content = getattr(record, part)
-        needed = NEEDED.get(record.kind, {}).get(part, ())
-        if not isinstance(content, dict) or not content.keys() >= set(needed):
-            raise WeLoreError(f"{path}: its {part} must hold {', '.join(needed) or 'names'}: make it again")
-        for name in needed if part == "numbers" else ():
-            if not _fits(name, content[name]):
-                raise WeLoreError(f"{path}: its {name} is {content[name]!r:.60}, not a number: make it again")
-
-
-def _fits(name: str, value: Any) -> bool:
-    """Whether a value can be what the page draws or prints under that name."""
-    if name in CURVES:
-        return isinstance(value, list) and all(
-            isinstance(point, list) and len(point) == CURVES[name] and all(isinstance(v, int | float) for v in point)
-            for point in value
-        )
-    return isinstance(value, str if name in WORDS else int | float) or (name, value) == ("perplexity", None)

@@ -1,11 +1,10 @@
-"""7 - One function per figure: an artefact -> a matplotlib Figure.
+"""One function per figure: an artefact -> a matplotlib Figure.
 
 Needs the extra `report`; matplotlib is imported when a figure is drawn.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
 from welore.linalg.spectrum import gaussian_null, normalise
-from welore.reporting.formatting import megabytes, percent, perplexity_text
-from welore.reporting.module_types import places, summarise
+from welore.reporting.formatting import perplexity_text
+from welore.reporting.module_types import group_by_type, module_positions, summarise
 from welore.reporting.style import (
     BLACK,
     BLUE,
@@ -25,95 +24,74 @@ from welore.reporting.style import (
     PALE,
     STYLES,
     VERMILION,
+    finish_axes,
     hatch,
     legend,
     log_ticks,
     new_figure,
     plain,
 )
+from welore.reporting.tables import DENSE, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DENSE = "dense"
 NULL = "Gaussian null: noise of the same shape"
 
 
-@dataclass(frozen=True)
-class Result:
-    """One line of the results: a model on a text. strategy: "dense" for a model without low-rank layers.
-
-    perplexity: None when it is not finite. ratio: to the dense model on the same text, None without one.
-    """
-
-    name: str
-    strategy: str
-    rank_reduction: float
-    parameter_ratio: float
-    bytes: int
-    perplexity: float | None
-    ratio: float | None = None
-
-    @property
-    def size(self) -> str:
-        """ERR, parameter ratio and bytes, which are always told together."""
-        err, ratio = percent(self.rank_reduction), percent(self.parameter_ratio)
-        return f"ERR {err}, parameters {ratio}, {megabytes(self.bytes)}"
-
-
-# --- the figures -----------------------------------------------------------------------------------------------
-
-
 def normalised_spectra(spectra: Spectra, plan: Plan | None = None, *, title: str = "") -> "Figure":
-    """Normalised singular values, one panel per module kind, one line per matrix. WeLore, figure 4.
+    """Normalised singular values, one panel per module type, one line per matrix. WeLore, figure 4.
 
-    Dashed: the Gaussian null of the same shape. plan: its threshold is drawn if it is a `welore` plan (the levels
-    of other strategies are not normalised values). WeLoreError if the plan was made for another model.
+    Args:
+        spectra: Singular values; the Gaussian null of each shape is dashed.
+        plan: Its threshold is drawn if it is a `welore` plan (levels of other strategies are no normalised values).
+        title: Above the figure.
+
+    Raises:
+        WeLoreError: The plan was made for another model.
     """
     if plan is not None:
         plan.model.check(spectra.model, "plan")
-    place = places(spectra.values)
-    kinds = list(dict.fromkeys(p.kind for p in place.values()))
-    columns = min(4, len(kinds))
-    rows = math.ceil(len(kinds) / columns)
+    positions = module_positions(spectra.values)
+    types = group_by_type(spectra.values)
+    columns = min(4, len(types))
+    rows = math.ceil(len(types) / columns)
     fig = new_figure(max(5.0, 2.1 * columns + 1.2), 2.0 * rows + 1.2, title)
     panels = list(fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
-    colours = _depth_colours(fig, panels, [p.layer for p in place.values() if p.layer is not None])
-    for kind, ax in zip(kinds, panels, strict=False):
-        names = [name for name, p in place.items() if p.kind == kind]
+    colours = _depth_colours(fig, panels, [p.layer for p in positions.values() if p.layer is not None])
+    for (module_type, names), ax in zip(types.items(), panels, strict=False):
         for name in names:
-            _draw_spectrum(ax, normalise(spectra.values[name]), color=colours(place[name].layer), linewidth=0.7)
+            _draw_spectrum(ax, normalise(spectra.values[name]), color=colours(positions[name].layer), linewidth=0.7)
         for m, n in sorted({spectra.shapes[name] for name in names}):
             _draw_spectrum(ax, gaussian_null(m, n), color=BLACK, linestyle="--", linewidth=1.3, label=NULL)
         if plan is not None and plan.strategy == "welore":
             ax.axhline(plan.threshold, color=VERMILION, linewidth=1.3, label=f"threshold {plan.threshold:.3f}")
-        ax.set_title(plain(kind), fontsize=9)
+        ax.set_title(plain(module_type), fontsize=9)
     panels[0].set(xlim=(0, 1), ylim=(0, 1.02))
-    _label_outer(panels, len(kinds), columns)
+    _label_outer(panels, len(types), columns)
     legend(fig, panels[0])
     return fig
 
 
 def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
-    """Reduction ratio p / k of every matrix, module kind x layer; N-LRCs are hatched, as they stay dense.
+    """Reduction ratio p / k of every matrix, module type x layer; N-LRCs, which stay dense, are hatched.
 
-    A `welore` plan gets a last column: what its threshold takes from a Gaussian matrix of the same shape. Where neurons
-    were taken out before the cut, a last row shows their share of the MLP.
+    A `welore` plan gets a last column: the share that its threshold takes from a Gaussian matrix of the same shape.
+    Where MLP neurons were pruned, a last row shows their share of the MLP.
     """
-    kinds = summarise(plan)
-    row = {k.kind: i for i, k in enumerate(kinds)}
-    place = places(a.name for a in plan.allocations)
-    layers = sorted({p.layer for p in place.values()}, key=lambda layer: math.inf if layer is None else layer)
-    ratio = np.full((len(kinds), len(layers)), np.nan)
-    cells = {a.name: (row[place[a.name].kind], layers.index(place[a.name].layer)) for a in plan.allocations}
+    types = summarise(plan)
+    row = {t.module_type: i for i, t in enumerate(types)}
+    positions = module_positions(a.name for a in plan.allocations)
+    layers = sorted({p.layer for p in positions.values()}, key=lambda layer: math.inf if layer is None else layer)
+    ratio = np.full((len(types), len(layers)), np.nan)
+    cells = {name: (row[p.module_type], layers.index(p.layer)) for name, p in positions.items()}
     for a in plan.allocations:
         ratio[cells[a.name]] = a.reduction_ratio
-    gone = {p.layer: plan.neurons[mlp].pruned / plan.neurons[mlp].width for mlp, p in places(plan.neurons).items()}
-    names = [plain(k.kind) for k in kinds]
-    if gone:
+    names = [plain(t.module_type) for t in types]
+    if plan.neurons:
         names.append("neurons out")
-        ratio = np.vstack([ratio, [gone.get(layer, 0.0) for layer in layers]])
+        ratio = np.vstack([ratio, _pruned_shares(plan, layers)])
 
     width = min(16.0, 3.2 + max(0.24 * len(layers), 3.0))
     fig = new_figure(width, max(2.8, 1.6 + 0.34 * len(names)), title)
@@ -121,8 +99,8 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     ax.set_facecolor(PALE)  # shows where a model has no such matrix
     mesh = _cells(ax, np.arange(len(layers) + 1.0), ratio)
     ticks = _layer_ticks(layers)
-    if any(k.null is not None for k in kinds):
-        _draw_null(ax, len(layers), [k.null for k in kinds])
+    if any(t.null is not None for t in types):
+        _draw_null(ax, len(layers), [t.null for t in types])
         ticks[len(layers) + 1.5] = "Gaussian\nnull"
     hatch(ax, [cells[a.name] for a in plan.allocations if not a.factored])
     ax.set_xticks(list(ticks), labels=list(ticks.values()), fontsize=7)
@@ -138,34 +116,39 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
 
 
 def parameters_by_module(plan: Plan, *, title: str = "") -> "Figure":
-    """Parameters before and after by module kind, in millions, with their ratio on top."""
-    kinds = summarise(plan)
-    x = np.arange(len(kinds))
-    fig = new_figure(max(5.0, 1.5 + 0.85 * len(kinds)), 3.4, title)
+    """Parameters before and after by module type, in millions, with their ratio on top."""
+    types = summarise(plan)
+    x = np.arange(len(types))
+    fig = new_figure(max(5.0, 1.5 + 0.85 * len(types)), 3.4, title)
     ax = fig.subplots()
-    dense = [k.dense_parameters / 1e6 for k in kinds]
-    stored = [k.stored_parameters / 1e6 for k in kinds]
+    dense = [t.dense_parameters / 1e6 for t in types]
+    stored = [t.stored_parameters / 1e6 for t in types]
     ax.bar(x - 0.2, dense, 0.38, color=GREY, label="dense")
     ax.bar(x + 0.2, stored, 0.38, color=BLUE, label="compressed")
-    for i, k in enumerate(kinds):
-        text = f"{100 * k.parameter_ratio:.0f} %"
+    for i, t in enumerate(types):
+        text = f"{100 * t.parameter_ratio:.0f} %"
         ax.annotate(text, (i, max(dense[i], stored[i])), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-    ax.set_xticks(x, labels=[plain(k.kind) for k in kinds], fontsize=8)
-    if len(kinds) > 8:
+    ax.set_xticks(x, labels=[plain(t.module_type) for t in types])
+    if len(types) > 8:
         ax.tick_params(axis="x", rotation=90)
-    ax.tick_params(axis="y", labelsize=8)
     ax.margins(y=0.12)
-    ax.set_ylabel("parameters, millions", fontsize=9)
-    ax.spines[["top", "right"]].set_visible(False)
+    finish_axes(ax, y="parameters, millions")
     legend(fig, ax)
     return fig
 
 
 def perplexities(texts: Mapping[str, Sequence[Result]], *, title: str = "") -> "Figure":
-    """Perplexities on a log axis, one panel per text (caption -> results); dotted: the dense models.
+    """Perplexities on a logarithmic axis, one panel per text; the dense models are dotted lines.
 
-    Points, not bars: a log axis has no zero for a bar to start from. A perplexity that is not finite is written
-    at the right edge. Raises WeLoreError when there is no finite one at all.
+    Points, not bars: a log axis has no zero for a bar to start from. A perplexity that is not finite is written at
+    the right edge.
+
+    Args:
+        texts: Caption -> results (tables.results).
+        title: Above the figure.
+
+    Raises:
+        WeLoreError: No perplexity is finite.
     """
     results = [result for group in texts.values() for result in group]
     finite = [r.perplexity for r in results if r.perplexity is not None]
@@ -176,7 +159,7 @@ def perplexities(texts: Mapping[str, Sequence[Result]], *, title: str = "") -> "
     heights = [0.7 + 0.42 * len(group) for group in texts.values()]
     fig = new_figure(9.0, 0.9 + sum(heights), title)
     panels = fig.subplots(len(texts), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    # the limits come first: the automatic ones overflow on the perplexity of a broken model
+    # The limits come first: automatic ones overflow on the perplexity of a broken model.
     panels[0].set_xlim(low / span**0.06, min(high * span**0.16, 1e307))
     panels[0].set_xscale("log")
     strategies = sorted({r.strategy for r in results}, key=lambda s: (s != DENSE, s))
@@ -190,30 +173,27 @@ def perplexities(texts: Mapping[str, Sequence[Result]], *, title: str = "") -> "
     return fig
 
 
-# --- pieces ----------------------------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------------------------
 
 
 def _draw_spectrum(ax: "Axes", s: NDArray[np.float64], **style: Any) -> None:
-    """One normalised spectrum (k,) over the share of the full rank; at a few dozen points, for a small page.
-
-    Spectra bend at their ends: the points lie dense there and sparse between.
-    """
+    """One normalised spectrum (k,) over the share of the full rank, at a few dozen points to keep the page small."""
     k = len(s)
-    ends = np.geomspace(1, max(k, 2), 16) - 1
-    some = np.concatenate([ends, k - 1 - ends, np.linspace(0, k - 1, 24)])
-    i = np.unique(np.clip(some.round().astype(int), 0, k - 1))
-    # the middle of each value's step, so that the curve crosses the threshold at the share that is kept
+    ends = np.geomspace(1, max(k, 2), 16) - 1  # spectra bend at their ends
+    points = np.concatenate([ends, k - 1 - ends, np.linspace(0, k - 1, 24)])
+    i = np.unique(np.clip(points.round().astype(int), 0, k - 1))
+    # The middle of each value's step, so that the curve crosses the threshold at the share above it.
     ax.plot((i + 0.5) / k, s[i], marker="." if k == 1 else None, **style)
 
 
 def _depth_colours(fig: "Figure", panels: Sequence["Axes"], layers: Sequence[int]) -> Callable[[int | None], Any]:
-    """Layer -> colour, with its colour bar; matrices outside the blocks are blue."""
+    """Layer -> colour, and its colour bar; matrices outside the blocks are blue."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.ticker import MaxNLocator
 
-    # without the palest tenth, which paper swallows
+    # Without the palest tenth, which is invisible on paper.
     shades = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)))
     low, high = min(layers, default=0), max(layers, default=0)
     if high > low:
@@ -231,6 +211,13 @@ def _label_outer(panels: Sequence["Axes"], used: int, columns: int) -> None:
         ax.tick_params(labelbottom=lowest, labelsize=7)
         ax.set_xlabel("index / full rank" if lowest else "", fontsize=8)
         ax.set_ylabel("normalised value" if i % columns == 0 else "", fontsize=8)
+
+
+def _pruned_shares(plan: Plan, layers: Sequence[int | None]) -> list[float]:
+    """Share of the MLP's neurons that were pruned in every layer."""
+    positions = module_positions(plan.neurons)
+    pruned = {positions[mlp].layer: n.pruned / n.width for mlp, n in plan.neurons.items()}
+    return [pruned.get(layer, 0.0) for layer in layers]
 
 
 def _cells(ax: "Axes", edges: NDArray[np.float64], values: NDArray[np.float64]) -> Any:
@@ -252,11 +239,12 @@ def _heat_legend(fig: "Figure", *, holes: bool, columns: int) -> None:
 
     handles = [
         Patch(facecolor="white", edgecolor=HATCH, hatch="/////", label="N-LRC: stays dense, nothing is removed"),
-        Patch(facecolor="white", edgecolor=HATCH, label="LRC: factored to the ranks that are left"),
+        Patch(facecolor="white", edgecolor=HATCH, label="LRC: stored as two factors of lower rank"),
         Patch(facecolor=PALE, label="no such matrix"),
     ]
-    shown = handles if holes else handles[:2]
-    fig.legend(handles=shown, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    fig.legend(
+        handles=handles if holes else handles[:2], loc="outside lower center", ncols=columns, fontsize=8, frameon=False
+    )
 
 
 def _layer_ticks(layers: Sequence[int | None]) -> dict[float, str]:

@@ -1,4 +1,4 @@
-"""The kinds of matrices of a model: names without their layer, as short as tells them apart, and a plan by kind."""
+"""Module types of a model (q_proj, mlp.c_fc, ...): a matrix's name without its layer; and a plan summed by type."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,18 +10,21 @@ from welore.linalg.spectrum import gaussian_null
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a matrix sits: its kind is its name without the layer; layer None: outside the blocks."""
+class ModulePosition:
+    """Module type and layer of a matrix; the layer is None outside the decoder blocks."""
 
-    kind: str
+    module_type: str
     layer: int | None
 
 
 @dataclass(frozen=True)
-class KindSummary:
-    """One module kind in a plan: means over its matrices; null is the Gaussian share (`welore` plans only)."""
+class TypeSummary:
+    """One module type in a plan; reduction_ratio and null are means over its matrices.
 
-    kind: str
+    null: share of the singular values below the threshold in Gaussian noise; plans of the strategy `welore` only.
+    """
+
+    module_type: str
     matrices: int
     lrcs: int
     reduction_ratio: float
@@ -35,23 +38,29 @@ class KindSummary:
         return self.stored_parameters / self.dense_parameters
 
 
-def places(names: Iterable[str]) -> dict[str, Place]:
-    """Name -> place. A kind is shortened to the fewest last components that tell it from all other kinds."""
-    parted = {name: _without_layer(name) for name in names}
-    kinds = {kind for kind, _ in parted.values()}
-    short = {kind: _shortest(kind, kinds) for kind in kinds}
-    return {name: Place(short[kind], layer) for name, (kind, layer) in parted.items()}
+def module_positions(names: Iterable[str]) -> dict[str, ModulePosition]:
+    """Name -> position; a type is shortened to the fewest last components that tell it from all other types."""
+    split = {name: _split_layer(name) for name in names}
+    full_names = {module_type for module_type, _ in split.values()}
+    short = {module_type: _shorten(module_type, full_names) for module_type in full_names}
+    return {name: ModulePosition(short[module_type], layer) for name, (module_type, layer) in split.items()}
 
 
-def summarise(plan: Plan) -> list[KindSummary]:
-    """One line per module kind, in the model's order."""
-    place = places(a.name for a in plan.allocations)
-    members: dict[str, list[Allocation]] = {}
-    for a in plan.allocations:
-        members.setdefault(place[a.name].kind, []).append(a)
+def group_by_type(names: Iterable[str]) -> dict[str, list[str]]:
+    """Module type -> names, both in the order given."""
+    groups: dict[str, list[str]] = {}
+    for name, position in module_positions(names).items():
+        groups.setdefault(position.module_type, []).append(name)
+    return groups
+
+
+def summarise(plan: Plan) -> list[TypeSummary]:
+    """One entry per module type, in the model's order."""
+    allocations = {a.name: a for a in plan.allocations}
+    groups = {kind: [allocations[name] for name in names] for kind, names in group_by_type(allocations).items()}
     return [
-        KindSummary(
-            kind=kind,
+        TypeSummary(
+            module_type=module_type,
             matrices=len(group),
             lrcs=sum(a.factored for a in group),
             reduction_ratio=float(np.mean([a.reduction_ratio for a in group])),
@@ -59,11 +68,11 @@ def summarise(plan: Plan) -> list[KindSummary]:
             dense_parameters=sum(map(plan.dense_numel, group)),
             stored_parameters=sum(a.stored_parameters for a in group),
         )
-        for kind, group in members.items()
+        for module_type, group in groups.items()
     ]
 
 
-def _without_layer(name: str) -> tuple[str, int | None]:
+def _split_layer(name: str) -> tuple[str, int | None]:
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
     if at is None:
@@ -71,12 +80,12 @@ def _without_layer(name: str) -> tuple[str, int | None]:
     return ".".join(parts[:at] + parts[at + 1 :]), int(parts[at])
 
 
-def _shortest(kind: str, kinds: Iterable[str]) -> str:
-    parts = kind.split(".")
-    others = [f".{other}" for other in kinds if other != kind]
-    # an ending that starts with an expert's number tells a reader nothing
+def _shorten(module_type: str, all_types: Iterable[str]) -> str:
+    parts = module_type.split(".")
+    others = [f".{other}" for other in all_types if other != module_type]
+    # An ending that starts with an expert's number tells a reader nothing.
     endings = (".".join(parts[-n:]) for n in range(1, len(parts)) if not parts[-n].isdecimal())
-    return next((end for end in endings if not any(o.endswith(f".{end}") for o in others)), kind)
+    return next((end for end in endings if not any(o.endswith(f".{end}") for o in others)), module_type)
 
 
 def _null_share(group: Sequence[Allocation], threshold: float) -> float:

@@ -1,10 +1,13 @@
-"""What all figures share: colours, an empty figure, ticks, a legend.
+"""What all figures share: colours, an empty figure, ticks, a legend, and the finished picture.
 
-Colours are safe for the colour-blind and fall or rise evenly in grey, so that they survive a printer.
+Colours are safe for colour-blind readers and evenly spaced in grey, so that they survive a black-and-white printer.
 """
 
 import math
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from io import BytesIO, StringIO
 from typing import TYPE_CHECKING
 
 from welore.errors import WeLoreError
@@ -16,21 +19,30 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INSTALL = "figures and reports need matplotlib and jinja2: pip install 'welore[report]'"
-# Okabe and Ito's colours; a marker of its own for each, for printers without colour
+# The colours of Okabe and Ito, each with its own marker for printers without colour.
 STYLES = (("#000000", "D"), ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"), ("#56B4E9", "P"))
 BLACK, BLUE, VERMILION = (STYLES[i][0] for i in range(3))
 GREY, PALE, HATCH = "#A0A0A0", "#E4E4E4", "#404040"
 N_LRC = "n-lrc"  # names the hatched cells in the drawing
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A figure in both forms: `svg` is embedded in the page, `png` is written to the file of that name."""
+
+    file: str
+    svg: str
+    png: bytes
+
+
 def new_figure(width: float, height: float, title: str) -> "Figure":
-    """An empty figure, inches; WeLoreError if matplotlib is not installed."""
+    """An empty figure; sizes in inches. WeLoreError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
         raise WeLoreError(INSTALL) from error
-    # letters are not equally wide in SVG and PNG: without a margin one of the two is cut at the edge
+    # Letters are not equally wide in SVG and PNG: without a margin one of the two is cut at the edge.
     fig = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.07))
     if title:
         fig.suptitle(plain(title), fontsize=10)
@@ -38,9 +50,19 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
 
 
 def plain(text: str) -> str:
-    """Text of a user's, for a label."""
-    # a dollar sign in a user's label must not start a formula
+    """A user's text as a label: a dollar sign must not start a formula."""
     return text.replace("$", r"\$")
+
+
+def finish_axes(*axes: "Axes", x: str | None = None, y: str | None = None, ticks: int = 8) -> None:
+    """Axis labels, small tick labels, no frame at the top and the right."""
+    for ax in axes:
+        if x is not None:
+            ax.set_xlabel(x, fontsize=9)
+        if y is not None:
+            ax.set_ylabel(y, fontsize=9)
+        ax.tick_params(labelsize=ticks)
+        ax.spines[["top", "right"]].set_visible(False)
 
 
 def hatch(ax: "Axes", cells: Iterable[tuple[int, int]]) -> None:
@@ -55,12 +77,12 @@ def hatch(ax: "Axes", cells: Iterable[tuple[int, int]]) -> None:
 
 
 def log_ticks(axis: "Axis") -> None:
-    """Ticks in plain numbers on a logarithmic axis whose limits are known: a few, however wide or narrow it is."""
+    """A few ticks in plain numbers on a logarithmic axis whose limits are set, however wide or narrow it is."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
     locator: Locator = MaxNLocator(5, steps=[1, 2, 5, 10])
-    if math.log10(high) - math.log10(low) > 1:  # not matplotlib's LogLocator, which overflows where models are broken
+    if math.log10(high) - math.log10(low) > 1:  # matplotlib's LogLocator overflows on the range of a broken model
         first, last = math.floor(math.log10(low)), math.floor(math.log10(high))
         factors = (1, 2, 5) if last - first < 3 else (1,)
         decades = range(first, last + 1, 1 + (last - first) // 10)
@@ -77,3 +99,24 @@ def legend(fig: "Figure", *axes: "Axes") -> None:
     pairs = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
     distinct = {label: handle for handle, label in pairs}
     fig.legend(list(distinct.values()), list(distinct), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+
+
+def picture(figure: "Figure", name: str) -> Picture:
+    """The figure as an SVG element for a page and as a PNG file; the same figure gives the same bytes."""
+    import matplotlib
+
+    svg, png = StringIO(), BytesIO()
+    # Without a salt the ids would be drawn at random.
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
+        figure.savefig(svg, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.set_layout_engine("none")  # a second layout would take most of the time
+        figure.savefig(png, format="png", dpi=150)
+    return Picture(f"{name}.png", _inline(svg.getvalue(), name), png.getvalue())
+
+
+def _inline(svg: str, name: str) -> str:
+    """An SVG file as an element of a page: ids of its own, no outside addresses, hundredths of a point."""
+    svg = re.sub(r"<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
+    return re.sub(r' d="[^"]*"', lambda d: re.sub(r"(\.\d\d)\d+", r"\1", d[0]), svg)

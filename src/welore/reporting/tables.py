@@ -1,10 +1,10 @@
-"""7 - comparisons: records of perplexities, fine-tuning and scoring -> groups that may be compared, their tables.
+"""Records of perplexities, fine-tuning and scoring -> groups that may be compared, and their tables.
 
 Reads records only: neither torch nor a model.
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -12,101 +12,127 @@ from typing import Any
 from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS
 from welore.records import MODEL_FINGERPRINT, Record
-from welore.reporting.figures import DENSE, Result
-from welore.reporting.formatting import megabytes, percent, perplexity_text
+from welore.reporting.formatting import last_name, megabytes, percent, perplexity_text
 
-# the order of methods in tables and figures
-METHOD_ORDER = ("full", "lrc", "nlrc", "lora", "galore")
+DENSE = "dense"
+METHOD_ORDER = ("full", "lrc", "nlrc", "lora", "galore")  # in tables and figures; other methods follow
 UNKNOWN = "–"
+PLAN_HEADINGS = ("plan", "model", "strategy", "target", "ERR", "parameters", "bytes", "LRCs", "min_ratio", "threshold")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headings and rows of text; caption: what all rows have in common, names: columns that are words."""
+    """Headings and rows of text. caption: common to all rows; text_columns: the first columns hold words."""
 
     caption: str
-    headings: list[str]
-    rows: list[list[str]]
-    names: int = 1
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text_columns: int = 1
+
+    def __post_init__(self) -> None:
+        for cell in (cell for row in self.rows for cell in row):
+            if not isinstance(cell, str):
+                raise TypeError(f"{cell!r} is not text")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One row of the results: a model on a text. strategy: "dense" for a model without low-rank layers.
+
+    perplexity: None when it is not finite. ratio: to the dense model on the same text, None without one.
+    """
+
+    name: str
+    strategy: str
+    rank_reduction: float
+    parameter_ratio: float
+    bytes: int
+    perplexity: float | None
+    ratio: float | None = None
+
+    @property
+    def size(self) -> str:
+        """ERR, parameter ratio and bytes, which always stand together."""
+        err, ratio = percent(self.rank_reduction), percent(self.parameter_ratio)
+        return f"ERR {err}, parameters {ratio}, {megabytes(self.bytes)}"
+
+
+# --- plans ------------------------------------------------------------------------------------------------------
+
+
+def plan_row(name: str, model: str, settings: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[str]:
+    """A row of the table of plans; numbers have `bytes` and `bytes_dense` once a checkpoint was written."""
+    n, size = numbers, "not written"
+    if "bytes" in n:
+        size = f"{megabytes(n['bytes'])} of {megabytes(n['bytes_dense'])}"
+    return [
+        name,
+        last_name(model),
+        settings["strategy"],
+        target_text(settings["target"]),
+        percent(n["rank_reduction"]),
+        percent(n["parameter_ratio"]),
+        size,
+        f"{n['lrcs']} of {n['matrices']}",
+        str(settings["min_ratio"]),
+        f"{n['threshold']:.4f}",
+    ]
+
+
+def target_text(target: Mapping[str, float]) -> str:
+    """The target of a plan in words: "ERR 50.0 %"."""
+    names = {"rank_reduction": "ERR", "keep": "parameters"}
+    return ", ".join(
+        f"{names[name]} {percent(value)}" if name in names else f"{name} {value:.4g}" for name, value in target.items()
+    )
+
+
+# --- fine-tuning ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Fine-tuning runs on the same material, with the same seed, steps, tokens of a step and dtype."""
+    """Fine-tuning runs on the same data, with the same seed, steps, tokens of a step and dtype."""
 
     caption: str
     runs: list[Record]
 
     @property
     def best(self) -> list[Record]:
-        """Of each name, method and beginning the run of lowest held-out loss: its learning rate was the best tried."""
-        found: dict[tuple[str, ...], Record] = {}
+        """The run of lowest held-out loss for each name, method and initial model: it had the best learning rate."""
+        best: dict[tuple[str, ...], Record] = {}
         for run in self.runs:
             key = (run_name(run), run.settings["method"], run.inputs[MODEL_FINGERPRINT])
-            if key not in found or _final_loss(run) < _final_loss(found[key]):
-                found[key] = run
-        return list(found.values())
+            if key not in best or _final_loss(run) < _final_loss(best[key]):
+                best[key] = run
+        return list(best.values())
 
     @property
     def table(self) -> Table:
-        """A line per run: what it trained, how large that is, how fast it was and what it reached."""
+        """A row per run: what it trained, the size, the speed and the losses."""
         best = self.best
         headings = ["run", "trained", "learning rate", "trained parameters", "of", "tokens / s", "peak memory"]
         headings += ["held-out loss before", "after", "perplexity after", "ERR", "parameters", "bytes"]
-        return Table(self.caption, headings, [_run_row(run, chosen=run in best) for run in self.runs], names=2)
+        rows = [_run_row(run, is_best=run in best) for run in self.runs]
+        return Table(self.caption, headings, rows, text_columns=2)
 
 
 def comparisons(records: Iterable[Record]) -> list[Comparison]:
-    """The fine-tuning runs among `records` in groups that may be compared, in the order of the first of each."""
+    """The fine-tuning runs among the records, in groups that may be compared, in the order of each group's first."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for run in records:
         if run.kind == "finetune":
             s = run.settings
-            material = (run.inputs["data_sha256"], run.inputs["split"], s["max_length"], s["seed"], s["loss_on_prompt"])
-            groups.setdefault(
-                (*material, s["max_eval_samples"], s["max_steps"], _sequences(run), s["dtype"]), []
-            ).append(run)
-    return [Comparison(_caption(runs[0]), sorted(runs, key=_place)) for runs in groups.values()]
+            data = (run.inputs["data_sha256"], run.inputs["split"], s["max_length"], s["seed"], s["loss_on_prompt"])
+            groups.setdefault((*data, s["max_eval_samples"], s["max_steps"], _sequences(run), s["dtype"]), []).append(
+                run
+            )
+    return [Comparison(_caption(runs[0]), sorted(runs, key=_sort_key)) for runs in groups.values()]
 
 
-def task_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of the methods-by-tasks table: accuracy in per cent, its 95 % interval, unreadable answers.
-
-    records: of kind "accuracy", others are passed over; a row is a label (`welore score --label`), else a model.
-    An answer that could not be read was counted as wrong. The last rows say what the most frequent answer scores,
-    and on how many questions. WeLoreError if two records are of the same label and task, or if the tasks were not
-    scored on the same questions.
-    """
-    scores = [r for r in records if r.kind == "accuracy"]
-    if not scores:
-        raise WeLoreError("there is no record of an accuracy: make one with `welore score`")
-    tasks = [task for task in TASKS if any(r.settings["task"] == task for r in scores)]
-    cells: dict[str, dict[str, Record]] = {}
-    for r in scores:
-        row, task = cells.setdefault(run_name(r), {}), r.settings["task"]
-        if task in row:
-            raise WeLoreError(f"two records are of {run_name(r)!r} and {task}: keep one")
-        row[task] = r
-    asked = {task: {_questions(r) for r in scores if r.settings["task"] == task} for task in tasks}
-    for task, found in asked.items():
-        if len(found) > 1:
-            raise WeLoreError(f"{task} was scored on different questions: n and majority rate are {sorted(found)}")
-    rows = [[name, *(_accuracy(row.get(task)) for task in tasks)] for name, row in cells.items()]
-    sizes, rates = zip(*(next(iter(asked[task])) for task in tasks), strict=True)
-    rows.append(["most frequent answer", *(f"{100 * rate:.1f}" for rate in rates)])
-    rows.append(["n", *map(str, sizes)])
-    return ["accuracy, %", *tasks], rows
-
-
-def task_tables(records: Iterable[Record]) -> list[Table]:
-    """The accuracies among `records` in as few tables as can be: what one table refuses begins another."""
-    groups: list[list[Record]] = []
-    for record in (r for r in records if r.kind == "accuracy"):
-        group = next((g for g in groups if all(_side_by_side(record, other) for other in g)), None)
-        if group is None:
-            groups.append(group := [])
-        group.append(record)
-    return [Table("", *task_table(group)) for group in groups]
+def order_methods(methods: Iterable[str]) -> list[str]:
+    """METHOD_ORDER, then those of the methods that are not in it, by name."""
+    return [*METHOD_ORDER, *sorted(set(methods) - set(METHOD_ORDER))]
 
 
 def run_name(record: Record) -> str:
@@ -122,7 +148,7 @@ def run_name(record: Record) -> str:
 
 
 def _sequences(run: Record) -> int:
-    """Sequences that a step reads, in all processes."""
+    """Sequences per step, in all processes."""
     s = run.settings
     return int(s["batch_size"] * s["gradient_accumulation_steps"] * s["processes"])
 
@@ -133,31 +159,30 @@ def _caption(run: Record) -> str:
     return f"{text}, {s['max_steps']:,} steps of {_sequences(run)} x {s['max_length']} tokens, {s['dtype']}"
 
 
-def _place(run: Record) -> tuple[Any, ...]:
-    dense = run.numbers["rank_reduction"] == 0
+def _sort_key(run: Record) -> tuple[Any, ...]:
     method = run.settings["method"]
-    known = METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER)
-    return known, method, dense, run_name(run), run.settings["learning_rate"]
+    position = order_methods([method]).index(method)
+    return position, method, run.numbers["rank_reduction"] == 0, run_name(run), run.settings["learning_rate"]
 
 
 def _final_loss(run: Record) -> float:
-    return float(run.numbers["evaluation"][-1][1]) if run.numbers["evaluation"] else float("inf")
+    return float(run.numbers["evaluation"][-1][1]) if run.numbers["evaluation"] else math.inf
 
 
-def _run_row(run: Record, *, chosen: bool) -> list[str]:
+def _run_row(run: Record, *, is_best: bool) -> list[str]:
     s, n = run.settings, run.numbers
     curve = n["evaluation"]
-    whole = bool(curve) and curve[0][0] == 0
+    from_start = bool(curve) and curve[0][0] == 0
     speed = n.get("tokens_per_second")
     return [
         run_name(run),
         n["trains"],
-        f"{s['learning_rate']:g}" + ("" if chosen else " (not the best)"),
+        f"{s['learning_rate']:g}" + ("" if is_best else " (not the best)"),
         f"{n['trainable_parameters']:,}",
         f"{n['total_parameters']:,}",
         UNKNOWN if speed is None else f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}",
         f"{n['peak_memory_bytes'] / 1e9:.2f} GB",
-        f"{curve[0][1]:.4f}" if whole else UNKNOWN,
+        f"{curve[0][1]:.4f}" if from_start else UNKNOWN,
         f"{curve[-1][1]:.4f}" if curve else UNKNOWN,
         perplexity_text(curve[-1][2]) if curve else UNKNOWN,
         percent(n["rank_reduction"]),
@@ -166,12 +191,58 @@ def _run_row(run: Record, *, chosen: bool) -> list[str]:
     ]
 
 
+# --- tasks ------------------------------------------------------------------------------------------------------
+
+
+def task_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of the table of methods by tasks: accuracy in per cent with its 95 % interval.
+
+    Args:
+        records: Those of kind "accuracy" are read. A row is a label (`welore score --label`), else a model.
+
+    The last rows give the accuracy of the most frequent answer, and the number of questions.
+
+    Raises:
+        WeLoreError: Two records have the same label and task, or a task was scored on different questions.
+    """
+    scores = [r for r in records if r.kind == "accuracy"]
+    if not scores:
+        raise WeLoreError("there is no record of an accuracy: make one with `welore score`")
+    tasks = [task for task in TASKS if any(r.settings["task"] == task for r in scores)]
+    cells: dict[str, dict[str, Record]] = {}
+    for r in scores:
+        row, task = cells.setdefault(run_name(r), {}), r.settings["task"]
+        if task in row:
+            raise WeLoreError(f"two records are of {run_name(r)!r} and {task}: keep one")
+        row[task] = r
+    questions = {task: {_questions(r) for r in scores if r.settings["task"] == task} for task in tasks}
+    for task, sets in questions.items():
+        if len(sets) > 1:
+            raise WeLoreError(f"{task} was scored on different questions: n and majority rate are {sorted(sets)}")
+    rows = [[name, *(_accuracy(row.get(task)) for task in tasks)] for name, row in cells.items()]
+    sizes, rates = zip(*(next(iter(questions[task])) for task in tasks), strict=True)
+    rows.append(["most frequent answer", *(f"{100 * rate:.1f}" for rate in rates)])
+    rows.append(["n", *map(str, sizes)])
+    return ["accuracy, %", *tasks], rows
+
+
+def task_tables(records: Iterable[Record]) -> list[Table]:
+    """The accuracies among the records in as few tables as possible: a record that one table refuses begins another."""
+    groups: list[list[Record]] = []
+    for record in (r for r in records if r.kind == "accuracy"):
+        group = next((g for g in groups if all(_side_by_side(record, other) for other in g)), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(record)
+    return [Table("", *task_table(group)) for group in groups]
+
+
 def _questions(record: Record) -> tuple[int, float]:
     return record.numbers["n"], record.numbers["majority_rate"]
 
 
 def _side_by_side(one: Record, other: Record) -> bool:
-    """Whether two accuracies can stand in one table."""
+    """Whether two accuracies can be in one table."""
     if one.settings["task"] != other.settings["task"]:
         return True
     return run_name(one) != run_name(other) and _questions(one) == _questions(other)
@@ -181,18 +252,22 @@ def _accuracy(record: Record | None) -> str:
     if record is None:
         return ""
     n = record.numbers
-    unread = f" ({n['unparsable']} unreadable)" if n["unparsable"] else ""
-    return f"{100 * n['accuracy']:.1f} [{100 * n['ci95_low']:.1f}, {100 * n['ci95_high']:.1f}]{unread}"
+    unreadable = f" ({n['unparsable']} unreadable)" if n["unparsable"] else ""
+    return f"{100 * n['accuracy']:.1f} [{100 * n['ci95_low']:.1f}, {100 * n['ci95_high']:.1f}]{unreadable}"
 
 
 # --- perplexities -----------------------------------------------------------------------------------------------
 
 
 def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[str, list[Result]]:
-    """Caption of a text -> results on it: same text, windows, length and dtype; dense first, then by falling size.
+    """Perplexities in groups that may be compared: same text, windows, length and dtype.
 
-    Batch size and device are left aside: they do not change a perplexity. originals: models that were compressed;
-    they decide when several dense models (a merged one, say) could be the one to compare with.
+    Args:
+        records: Of kind "perplexity". Batch size and device are ignored: they do not change a perplexity.
+        originals: Models that were compressed; they decide between several dense models (a merged one, say).
+
+    Returns:
+        Caption of a text -> results on it, dense first, then by falling size.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for r in records:
@@ -201,7 +276,7 @@ def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[
     texts: dict[str, list[Result]] = {}
     for (text, windows, length, dtype), group in groups.items():
         caption = f"{last_name(group[0].settings['dataset'])}, {windows} windows of {length} tokens, {dtype}"
-        # one name can hide two texts: pydoc differs between versions of Python
+        # One name can stand for two texts: pydoc differs between versions of Python.
         caption += f" (text {text[:8]})" if caption in texts else ""
         base = _dense_perplexity(group, originals)
         rows = [_result(r, base) for r in group]
@@ -238,8 +313,3 @@ def _dense_perplexity(group: Sequence[Record], originals: Collection[str]) -> fl
     dense = [r for r in group if _strategy(r) == DENSE]
     dense = [r for r in dense if r.inputs["model"] in originals] or dense
     return _perplexity(dense[0]) if len({r.inputs["model"] for r in dense}) == 1 else None
-
-
-def last_name(path: str) -> str:
-    """What a path or a hub id ends in."""
-    return PurePath(path.replace("\\", "/")).name or path
