@@ -6,6 +6,7 @@ import torch
 
 import welore
 from toys import characters, checkpoint
+from welore.config import ScoreConfig
 from welore.errors import WeLoreError
 from welore.evaluation.accuracy import NEW_TOKENS, answers, grade, score
 from welore.evaluation.tasks import TASKS, Item, items
@@ -31,7 +32,7 @@ def test_interval_is_wilsons() -> None:
 
 def test_record_holds_every_prompt_output_and_extracted_answer(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model")
-    record = score(model, "coin_flip", "generated", limit=5)
+    record = score(model, ScoreConfig("coin_flip", "generated", limit=5))
     path = tmp_path / "model.score.json"
     record.save(path)
     kept = welore.Record.load(path)
@@ -49,7 +50,7 @@ def test_record_holds_every_prompt_output_and_extracted_answer(tmp_path: Path) -
 def test_result_does_not_depend_on_the_batch_size(tmp_path: Path, family: str) -> None:
     changes: dict[str, Any] = {"n_positions": 512} if family == "gpt2" else {}
     model = checkpoint(tmp_path / "model", family=family, **changes)
-    alone, together = (score(model, "object_tracking", "generated", limit=7, batch_size=b) for b in (1, 4))
+    alone, together = (score(model, ScoreConfig("object_tracking", "generated", limit=7, batch_size=b)) for b in (1, 4))
     assert alone.numbers["items"] == together.numbers["items"]
 
 
@@ -86,16 +87,16 @@ def test_prompt_longer_than_the_context_keeps_its_end_and_is_counted(tmp_path: P
         ({"task": "coin_flip", "limit": 0}, "limit is 0"),
         ({"task": "coin_flip", "batch_size": 0}, "batch_size is 0"),
         ({"task": "coin_flip", "dtype": "float"}, "unknown dtype 'float'"),
-        ({"task": "svamp", "data": "nowhere.json"}, "nowhere.json does not exist"),
+        ({"task": "svamp", "dataset": "nowhere.json"}, "nowhere.json does not exist"),
     ],
 )
 def test_bad_settings_are_refused_in_one_sentence(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(WeLoreError, match=message):
-        score(tmp_path, **settings)
+        score(tmp_path, ScoreConfig(**settings))
 
 
 def test_model_in_memory_needs_its_tokenizer() -> None:
     from conftest import build
 
     with pytest.raises(WeLoreError, match="needs its tokenizer"):
-        score(build("llama"), "coin_flip", "generated", limit=1)
+        score(build("llama"), ScoreConfig("coin_flip", "generated", limit=1))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import welore
 from conftest import build
+from welore.config import EvaluationConfig
 from welore.errors import WeLoreError
 
 IDS = random.Random(0).choices(range(96), k=24)
@@ -69,7 +70,7 @@ def reference(model: PreTrainedModel) -> list[list[float]]:
 
 
 def test_perplexity_is_that_of_a_loop_over_tokens(directory: Callable[..., Path], text: str) -> None:
-    numbers = welore.evaluate(directory(), text, length=LENGTH).numbers
+    numbers = welore.evaluate(directory(), EvaluationConfig(text, max_length=LENGTH)).numbers
     losses = [loss for window in reference(decided()) for loss in window]
     assert (numbers["tokens"], numbers["windows"]) == (6 + 6 + 6 + 2, 4)
     assert numbers["nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
@@ -77,7 +78,7 @@ def test_perplexity_is_that_of_a_loop_over_tokens(directory: Callable[..., Path]
 
 
 def test_last_window_counts_by_its_own_tokens(directory: Callable[..., Path], text: str) -> None:
-    measured = welore.evaluate(directory(), text, length=LENGTH).numbers["nll"]
+    measured = welore.evaluate(directory(), EvaluationConfig(text, max_length=LENGTH)).numbers["nll"]
     means = own_losses(decided())
     assert measured == pytest.approx(sum(m * n for m, n in zip(means, (6, 6, 6, 2), strict=True)) / 20, rel=1e-5)
     assert abs(measured - sum(means) / 4) > 0.01  # so that the weights matter
@@ -88,7 +89,9 @@ def test_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary(
 ) -> None:
     model = build("llama")
     torch.nn.init.zeros_(model.lm_head.weight)
-    measured = welore.evaluate(model, text, tokenizer=tokenizer, length=LENGTH).numbers["perplexity"]
+    measured = welore.evaluate(model, EvaluationConfig(text, max_length=LENGTH), tokenizer=tokenizer).numbers[
+        "perplexity"
+    ]
     assert measured == pytest.approx(96, rel=1e-6)
 
 
@@ -97,14 +100,14 @@ def test_perplexity_does_not_depend_on_the_batch_size(
     directory: Callable[..., Path], text: str, batch_size: int
 ) -> None:
     path = directory()
-    alone = welore.evaluate(path, text, length=LENGTH).numbers
-    together = welore.evaluate(path, text, length=LENGTH, batch_size=batch_size).numbers
+    alone = welore.evaluate(path, EvaluationConfig(text, max_length=LENGTH)).numbers
+    together = welore.evaluate(path, EvaluationConfig(text, max_length=LENGTH, batch_size=batch_size)).numbers
     assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
     assert together["tokens"] == alone["tokens"]
 
 
 def test_limit_reads_only_the_first_windows(directory: Callable[..., Path], text: str) -> None:
-    record = welore.evaluate(directory(), text, length=LENGTH, limit=2)
+    record = welore.evaluate(directory(), EvaluationConfig(text, max_length=LENGTH, num_windows=2))
     losses = [loss for window in reference(decided())[:2] for loss in window]
     assert record.numbers["nll"] == pytest.approx(sum(losses) / 12, rel=1e-6)
     assert (record.numbers["windows"], record.settings["num_windows"]) == (2, 2)
@@ -118,7 +121,7 @@ def test_progress_counts_every_batch(directory: Callable[..., Path], text: str) 
             seen.append((label, tuple(batch.shape), cost / total))
             yield batch
 
-    welore.evaluate(directory(), text, length=LENGTH, batch_size=2, progress=count)
+    welore.evaluate(directory(), EvaluationConfig(text, max_length=LENGTH, batch_size=2), progress=count)
     third = pytest.approx(1 / 3)
     assert seen == [("perplexity", shape, third) for shape in ((2, 7), (1, 7), (1, 3))]
 
@@ -129,7 +132,7 @@ def test_number_beyond_a_double_is_cut_but_its_logarithm_is_exact(
     model = decided()
     with torch.no_grad():
         model.lm_head.weight.mul_(1000)
-    record = welore.evaluate(model, text, tokenizer=tokenizer, length=LENGTH)
+    record = welore.evaluate(model, EvaluationConfig(text, max_length=LENGTH), tokenizer=tokenizer)
     assert record.numbers["nll"] > 710
     assert math.isfinite(record.numbers["perplexity"])
     json.dumps(record.numbers, allow_nan=False)
@@ -140,7 +143,7 @@ def test_number_beyond_a_double_is_cut_but_its_logarithm_is_exact(
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 def test_dtype_is_that_of_the_checkpoint(directory: Callable[..., Path], text: str, stored: torch.dtype) -> None:
-    record = welore.evaluate(directory(dtype=stored), text, length=LENGTH)
+    record = welore.evaluate(directory(dtype=stored), EvaluationConfig(text, max_length=LENGTH))
     losses = own_losses(decided(dtype=stored))
     assert record.settings["dtype"] == str(stored).removeprefix("torch.")
     assert record.numbers["bytes"] == record.numbers["parameters"] * stored.itemsize
@@ -151,11 +154,13 @@ def test_dtype_is_that_of_the_checkpoint(directory: Callable[..., Path], text: s
 
 def test_chosen_dtype_is_used(directory: Callable[..., Path], text: str) -> None:
     path = directory(dtype=torch.bfloat16)
-    record = welore.evaluate(path, text, length=LENGTH, dtype="float32")
+    record = welore.evaluate(path, EvaluationConfig(text, max_length=LENGTH, dtype="float32"))
     losses = [loss for window in reference(decided(dtype=torch.bfloat16)) for loss in window]
     assert record.settings["dtype"] == "float32"
     assert record.numbers["nll"] == pytest.approx(sum(losses) / 20, rel=1e-6)
-    assert welore.evaluate(path, text, length=LENGTH).numbers["nll"] != pytest.approx(sum(losses) / 20, rel=1e-6)
+    assert welore.evaluate(path, EvaluationConfig(text, max_length=LENGTH)).numbers["nll"] != pytest.approx(
+        sum(losses) / 20, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,15 +182,15 @@ def test_half_precision_on_a_processor_without_it_is_called_slow(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
     path = directory(dtype=torch.bfloat16)
-    welore.evaluate(path, text, length=LENGTH, dtype="float32", device="cpu")
+    welore.evaluate(path, EvaluationConfig(text, max_length=LENGTH, dtype="float32"), device="cpu")
     assert not caplog.text
-    welore.evaluate(path, text, length=LENGTH, device="cpu")
+    welore.evaluate(path, EvaluationConfig(text, max_length=LENGTH), device="cpu")
     assert ("no instructions for bfloat16: --dtype float32 is several times faster" in caplog.text) == slow
 
 
 def test_unknown_dtype_is_answered_with_the_nearest(text: str) -> None:
     with pytest.raises(WeLoreError, match="unknown dtype 'bfloat61'; did you mean 'bfloat16'?"):
-        welore.evaluate("model", text, dtype="bfloat61")
+        welore.evaluate("model", EvaluationConfig(text, dtype="bfloat61"))
 
 
 # --- what stands beside the number -----------------------------------------------------------------------------------
@@ -195,7 +200,7 @@ def test_compressed_record_equals_a_recount_of_the_file(
     directory: Callable[..., Path], text: str, tmp_path: Path
 ) -> None:
     compression = welore.compress(directory(), tmp_path / "small", rank_reduction=0.4)
-    record = welore.evaluate(tmp_path / "small", text, length=LENGTH)
+    record = welore.evaluate(tmp_path / "small", EvaluationConfig(text, max_length=LENGTH))
 
     with safe_open(tmp_path / "small" / "model.safetensors", "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -224,12 +229,12 @@ def test_compressed_perplexity_is_that_of_the_product_of_the_factors(
     welore.compress(directory(), tmp_path / "small", rank_reduction=0.4)
     welore.merge(tmp_path / "small", tmp_path / "merged")
     losses = [x for window in reference(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")) for x in window]
-    numbers = welore.evaluate(tmp_path / "small", text, length=LENGTH).numbers
+    numbers = welore.evaluate(tmp_path / "small", EvaluationConfig(text, max_length=LENGTH)).numbers
     assert numbers["nll"] == pytest.approx(sum(losses) / 20, rel=1e-5)
 
 
 def test_dense_model_has_lost_nothing(directory: Callable[..., Path], text: str) -> None:
-    record = welore.evaluate(directory(), text, length=LENGTH, label="dense")
+    record = welore.evaluate(directory(), EvaluationConfig(text, max_length=LENGTH), label="dense")
     assert (record.numbers["rank_reduction"], record.numbers["parameter_ratio"]) == (0, 1)
     assert record.inputs["compression"] is None
     assert record.inputs["label"] == "dense"
@@ -238,13 +243,13 @@ def test_dense_model_has_lost_nothing(directory: Callable[..., Path], text: str)
 def test_tied_weights_are_counted_once(text: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     build("llama", tie_word_embeddings=True).save_pretrained(tmp_path / "tied")
     tokenizer.save_pretrained(tmp_path / "tied")
-    numbers = welore.evaluate(tmp_path / "tied", text, length=LENGTH).numbers
+    numbers = welore.evaluate(tmp_path / "tied", EvaluationConfig(text, max_length=LENGTH)).numbers
     stored = load_file(tmp_path / "tied" / "model.safetensors")
     assert numbers["parameters"] == sum(tensor.numel() for tensor in stored.values())
 
 
 def test_record_comes_back_from_disk(directory: Callable[..., Path], text: str, tmp_path: Path) -> None:
-    record = welore.evaluate(directory(), text, length=LENGTH)
+    record = welore.evaluate(directory(), EvaluationConfig(text, max_length=LENGTH))
     record.save(tmp_path / "a.ppl.json")
     assert welore.Record.load(tmp_path / "a.ppl.json") == record
     assert record.settings == {
@@ -264,8 +269,8 @@ def test_model_in_memory_gives_what_its_directory_gives(
     directory: Callable[..., Path], text: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     model = decided().train()
-    in_memory = welore.evaluate(model, text, tokenizer=tokenizer, length=LENGTH)
-    on_disk = welore.evaluate(directory(), text, length=LENGTH)
+    in_memory = welore.evaluate(model, EvaluationConfig(text, max_length=LENGTH), tokenizer=tokenizer)
+    on_disk = welore.evaluate(directory(), EvaluationConfig(text, max_length=LENGTH))
     assert in_memory.numbers["perplexity"] == pytest.approx(on_disk.numbers["perplexity"], rel=1e-6)
     assert in_memory.numbers["bytes"] == on_disk.numbers["bytes"]
     assert model.training, "evaluation must give the model back as it was"
@@ -273,18 +278,21 @@ def test_model_in_memory_gives_what_its_directory_gives(
 
 def test_dropout_is_off_while_a_model_in_training_is_evaluated(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
     model = build("llama", attention_dropout=0.9).train()
-    first, second = (welore.evaluate(model, text, tokenizer=tokenizer, length=LENGTH).numbers["nll"] for _ in range(2))
+    first, second = (
+        welore.evaluate(model, EvaluationConfig(text, max_length=LENGTH), tokenizer=tokenizer).numbers["nll"]
+        for _ in range(2)
+    )
     assert first == second
 
 
 def test_model_in_memory_needs_its_tokenizer(text: str) -> None:
     with pytest.raises(WeLoreError, match="a model in memory needs its tokenizer"):
-        welore.evaluate(build("llama"), text)
+        welore.evaluate(build("llama"), dataset=text)
 
 
 def test_tokenizer_of_another_model_is_refused(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(WeLoreError, match=rf"tokenizer is another model's: it gives token {max(IDS)}, .* knows 50"):
-        welore.evaluate(build("llama", vocab_size=50), text, tokenizer=tokenizer, length=LENGTH)
+        welore.evaluate(build("llama", vocab_size=50), EvaluationConfig(text, max_length=LENGTH), tokenizer=tokenizer)
 
 
 # --- what a user can put right ------------------------------------------------------------------------------------
@@ -302,7 +310,7 @@ def test_nan_is_refused_and_never_a_perplexity(directory: Callable[..., Path], t
         tensors["model.norm.weight"][3] = torch.nan
 
     with pytest.raises(WeLoreError, match="computes NaN or Inf"):
-        welore.evaluate(damaged(directory(), nan), text, length=LENGTH)
+        welore.evaluate(damaged(directory(), nan), EvaluationConfig(text, max_length=LENGTH))
 
 
 @pytest.mark.parametrize("shape", [None, (3, 32)])
@@ -317,7 +325,7 @@ def test_lost_or_foreign_tensor_is_named_and_never_random(
             tensors[name] = torch.ones(shape)
 
     with pytest.raises(WeLoreError, match=f"lacks {name}, or has it in another shape"):
-        welore.evaluate(damaged(directory(), lose), text, length=LENGTH)
+        welore.evaluate(damaged(directory(), lose), EvaluationConfig(text, max_length=LENGTH))
 
 
 def test_file_that_is_cut_off_is_one_sentence(directory: Callable[..., Path], text: str) -> None:
@@ -325,14 +333,14 @@ def test_file_that_is_cut_off_is_one_sentence(directory: Callable[..., Path], te
     content = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(content[:-100])
     with pytest.raises(WeLoreError, match="cannot be loaded") as caught:
-        welore.evaluate(path, text, length=LENGTH)
+        welore.evaluate(path, EvaluationConfig(text, max_length=LENGTH))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_missing_tokenizer_is_one_sentence(saved: Callable[..., Path], text: str, family: str) -> None:
     with pytest.raises(WeLoreError, match="has no tokenizer that can be read: copy") as caught:
-        welore.evaluate(saved(family), text, length=LENGTH)
+        welore.evaluate(saved(family), EvaluationConfig(text, max_length=LENGTH))
     assert "\n" not in str(caught.value)
 
 
@@ -342,11 +350,13 @@ def test_window_longer_than_the_model_reads_is_refused(
 ) -> None:
     (tmp_path / "long.txt").write_text("w5 " * 100)
     with pytest.raises(WeLoreError, match="length is 65: this model reads at most 64 tokens at once, pass --length 64"):
-        welore.evaluate(build(family), str(tmp_path / "long.txt"), tokenizer=tokenizer, length=65)
-    numbers = welore.evaluate(build(family), str(tmp_path / "long.txt"), tokenizer=tokenizer, length=64).numbers
+        welore.evaluate(build(family), EvaluationConfig(str(tmp_path / "long.txt"), max_length=65), tokenizer=tokenizer)
+    numbers = welore.evaluate(
+        build(family), EvaluationConfig(str(tmp_path / "long.txt"), max_length=64), tokenizer=tokenizer
+    ).numbers
     assert numbers["tokens"] == 63 + 35
 
 
 def test_batch_of_nothing_is_refused(text: str) -> None:
     with pytest.raises(WeLoreError, match="batch_size is 0: it must be at least 1"):
-        welore.evaluate("model", text, batch_size=0)
+        welore.evaluate("model", EvaluationConfig(text, batch_size=0))

@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_propagation, enable_propagation
 import welore
 from conftest import allocate
 from toys import characters, checkpoint, weights
+from welore.config import EvaluationConfig
 from welore.errors import WeLoreError
 from welore.training.finetune import finetune
 
@@ -126,7 +127,7 @@ def test_lora_is_merged_into_an_ordinary_checkpoint(stored: Path, text: str, tmp
     result = tmp_path / "run" / "model"
     blocks = {n for n, t in weights(model).items() if "proj" in n and t.numel() and t.is_floating_point()}
     assert changed(model, result) == blocks  # the same tensors as before: no adapter is left
-    evaluated = welore.evaluate(result, text, length=48, limit=4).numbers["nll"]
+    evaluated = welore.evaluate(result, EvaluationConfig(text, 48, 4)).numbers["nll"]
     assert evaluated == pytest.approx(record.numbers["eval_loss"], rel=1e-4)
 
 
@@ -141,7 +142,7 @@ def test_galore_trains_everything_with_a_projected_optimiser(model: Path, text: 
 
 def test_result_loads_and_gives_the_perplexity_that_the_record_says(model: Path, text: str, tmp_path: Path) -> None:
     record = finetune(model, tmp_path / "run", data=text, **SHORT)
-    evaluated = welore.evaluate(tmp_path / "run" / "model", text, length=48, limit=4).numbers
+    evaluated = welore.evaluate(tmp_path / "run" / "model", EvaluationConfig(text, 48, 4)).numbers
     assert evaluated["perplexity"] == pytest.approx(record.numbers["eval_perplexity"], rel=1e-5)
     assert 0 < evaluated["rank_reduction"] < 1
 
@@ -349,7 +350,7 @@ def test_record_says_what_the_teacher_costs_and_what_it_reaches(
     model: Path, dense: Path, text: str, tmp_path: Path
 ) -> None:
     record = finetune(model, tmp_path / "run", data=text, distill=dense, **SHORT)
-    n, held = record.numbers, welore.evaluate(dense, text, length=48, limit=4).numbers["nll"]
+    n, held = record.numbers, welore.evaluate(dense, EvaluationConfig(text, 48, 4)).numbers["nll"]
     assert n["teacher_eval_loss"] == pytest.approx(held, rel=1e-5)
     assert record.inputs["teacher_fingerprint"] != record.inputs["model_fingerprint"]
     teachers, factored = weights(dense), {name for name in weights(model) if name.endswith(".weight")}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, choose
 
 StrategyName = Literal["welore", "uniform", "owl", "energy", "waterfill"]
 ScalingName = Literal["none", "asvd", "whitening", "kfac"]
@@ -278,6 +278,7 @@ class EvaluationConfig:
     dtype: DtypeName = option("auto", "Data type of the weights; auto is that of the checkpoint.", panel="Text")
 
     def __post_init__(self) -> None:
+        require_choice("dtype", self.dtype, DtypeName)
         require_at_least(1, batch_size=self.batch_size, num_windows=self.num_windows)
 
 
@@ -295,6 +296,8 @@ class ScoreConfig:
     seed: int = option(0, "Random seed of generated questions.", panel="Task")
 
     def __post_init__(self) -> None:
+        require_choice("task", self.task, TaskName)
+        require_choice("dtype", self.dtype, DtypeName)
         require_at_least(1, batch_size=self.batch_size, limit=self.limit)
 
 
@@ -400,6 +403,11 @@ def require_at_least(minimum: int, **values: Any) -> None:
     for name, value in values.items():
         if value is not None and not value >= minimum:
             raise WeLoreError(f"{name} is {value}: it must be at least {minimum}")
+
+
+def require_choice(kind: str, name: str, literal: Any) -> None:
+    """Raise WeLoreError for a name that is not in the closed set; it names the nearest one and the whole set."""
+    choose(kind, name, dict.fromkeys(choices(literal)))
 
 
 def as_record(config: Any) -> dict[str, Any]:

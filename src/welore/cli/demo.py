@@ -10,7 +10,7 @@ from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
 from welore.compression.analysis import analyze
 from welore.compression.pipeline import compress
-from welore.config import AllocationConfig
+from welore.config import AllocationConfig, EvaluationConfig
 from welore.evaluation.perplexity import evaluate
 from welore.io.atomic import read_json
 from welore.io.checkpoint import PLAN, RECORD
@@ -156,6 +156,6 @@ def _evaluated(model: Path, path: Path, label: str, progress: Progress) -> Recor
         )
         if made_with == (str(model), DATA, LENGTH, WINDOWS):
             return record
-    record = evaluate(model, DATA, length=LENGTH, limit=WINDOWS, label=label, progress=progress)
+    record = evaluate(model, EvaluationConfig(DATA, LENGTH, WINDOWS), label=label, progress=progress)
     record.save(path)
     return record

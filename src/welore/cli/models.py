@@ -29,6 +29,7 @@ from welore.cli.options import (
     WarmUp,
 )
 from welore.cli.terminal import device_of, leads, plain, progress_bars, say, silence_bitsandbytes, tell
+from welore.config import EvaluationConfig, RunOptions, ScoreConfig
 from welore.errors import WeLoreError
 
 if TYPE_CHECKING:
@@ -74,22 +75,18 @@ def evaluate(
         raise WeLoreError("--length and --windows go with --data; of a task, --limit questions are read")
     if output is not None:
         require_writable(output)
-    common: dict[str, Any] = {
-        "batch_size": batch_size,
-        "dtype": dtype,
-        "device": device_of(device),
-        "label": label,
-        "cache_dir": cache_dir,
-        "revision": revision,
-    }
+    run: RunOptions = {"device": device_of(device) or "auto", "cache_dir": cache_dir, "revision": revision}
     with progress_bars() as progress:
+        run["progress"] = progress if sys.stderr.isatty() else False
         if lm_eval is not None:
             names = [name.strip() for name in lm_eval.split(",") if name.strip()]
-            quiet = not sys.stderr.isatty()
-            record = evaluate_tasks(model, names, tasks_dir=tasks_dir, limit=limit, quiet=quiet, **common)
+            record = evaluate_tasks(
+                model, names, tasks_dir=tasks_dir, limit=limit, batch_size=batch_size, dtype=dtype, label=label, **run
+            )
         else:
-            data, length = data or "wikitext2", 2048 if length is None else length
-            record = evaluate(model, data, length=length, limit=windows, progress=progress, **common)
+            text: dict[str, Any] = {"dataset": data or "wikitext2", "max_length": 2048 if length is None else length}
+            config = EvaluationConfig(**text, num_windows=windows, batch_size=batch_size, dtype=dtype)  # type: ignore[arg-type]
+            record = evaluate(model, config, label=label, **run)
     if output is not None:
         record.save(output)
     line = _measured(record) if output is None else f"{_measured(record)} -> {output}"
@@ -211,19 +208,10 @@ def score(
     if task is None:
         raise WeLoreError("name the task: --task commonsense_qa, svamp, boolq, coin_flip, object_tracking, strategy_qa")
     with progress_bars() as progress:
-        record = score(
-            model,
-            task,
-            data,
-            limit=limit,
-            batch_size=batch_size,
-            dtype=dtype,
-            device=device_of(device),
-            label=label,
-            cache_dir=cache_dir,
-            revision=revision,
-            progress=progress,
-        )
+        run: RunOptions = {"device": device_of(device) or "auto", "cache_dir": cache_dir, "revision": revision}
+        run["progress"] = progress
+        config = ScoreConfig(task, data, limit, batch_size, dtype)  # type: ignore[arg-type]
+        record = score(model, config, label=label, **run)
     if output is not None:
         record.save(output)
     n = record.numbers

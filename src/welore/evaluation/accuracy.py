@@ -1,17 +1,19 @@
-"""5 - score: how many questions of a task a language model answers right."""
+"""How many questions of a task a language model answers correctly."""
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from scipy.stats import binomtest
 
-from welore.errors import WeLoreError, choose
+from welore.config import RunOptions, ScoreConfig, TaskName, as_record
 from welore.evaluation.tasks import TASKS, Item, Task, items, majority_rate
+from welore.io.context import RunContext
 from welore.io.progress import Progress, counted, silent
-from welore.models.load import DTYPES, made_ready, warn_if_slow
+from welore.models.load import evaluating, load_for_inference, warn_if_slow
 from welore.models.replace import sizes
 from welore.models.skeleton import context_length
 from welore.records import Record
@@ -24,59 +26,56 @@ NEW_TOKENS = 8  # enough for every answer: " True.", " 1200."
 
 def score(
     model: "str | Path | PreTrainedModel",
-    task: str,
-    data: str | Path | None = None,
+    config: ScoreConfig | None = None,
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    limit: int | None = None,
-    batch_size: int = 8,
-    dtype: str = "auto",
-    device: str | None = None,
-    seed: int = 0,
+    task: TaskName | None = None,
     label: str | None = None,
-    cache_dir: str | Path | None = None,
-    revision: str | None = None,
-    progress: Progress = silent,
+    **options: Unpack[RunOptions],
 ) -> Record:
-    """Accuracy record of MODEL on the evaluation items of a task: training items cannot be scored.
+    """Measure how many evaluation questions of a task a model answers correctly.
 
-    Greedy decoding of 8 new tokens; an answer that does not complete the answer sentence is wrong and is counted
-    apart. data: see tasks.items. limit: only the first questions. seed: of generated items. The record holds
-    every prompt, output and extracted answer, n, the 95 % interval (Wilson) and the rate of the most frequent
-    answer, beside ERR, parameter ratio and bytes. batch_size does not change the result, but for the rounding of
-    the model's arithmetic. tokenizer: needed for a model in memory. label: a name for tables.
+    The model writes 8 tokens after each prompt by greedy decoding. An answer that does not complete the answer
+    sentence is wrong, and is counted apart. Training questions cannot be scored. The batch size changes the result
+    only by the rounding of the model's arithmetic.
+
+    Args:
+        model: hub id, directory, .gguf file or model in memory; the last one needs the option `tokenizer`.
+        config: the task, its data, how many questions, batch size and dtype of the weights.
+        task: the task, in place of config.task.
+        label: a name for tables.
+        **options: device, progress, cache_dir, revision, tokenizer.
+
+    Returns:
+        A record of kind "accuracy": accuracy, n, its 95 % interval (Wilson), the rate of the most frequent answer,
+        every prompt with its output and extracted answer, effective rank reduction, parameter ratio and bytes.
+
+    Raises:
+        WeLoreError: the model or the data of the task cannot be read.
     """
-    the_task = choose("task", task, TASKS)
-    choose("dtype", dtype, DTYPES)
-    for name, value in (("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
-        if value < 1:
-            raise WeLoreError(f"{name} is {value}: it must be at least 1")
-    found = items(the_task, "evaluation", data, seed=seed, cache_dir=cache_dir)[:limit]
-    ready = made_ready(
-        model, tokenizer, dtype=dtype, device=device, cache_dir=cache_dir, revision=revision, label=label
-    )
-    warn_if_slow(ready.model.dtype, ready.model.device)
-    model = ready.model
-
+    context = RunContext.create(**options)
+    config = config or ScoreConfig()
+    config = config if task is None else replace(config, task=task)
+    the_task = TASKS[config.task]
+    questions = items(the_task, "evaluation", config.dataset, seed=config.seed, cache_dir=context.cache_dir)
+    questions = questions[: config.limit]
+    loaded = load_for_inference(model, context, config.dtype, label)
+    net = loaded.model
+    warn_if_slow(net.dtype, net.device)
     started = time.perf_counter()
-    outputs, truncated = answers(model, ready.tokenizer, [item.prompt for item in found], batch_size, progress)
-    numbers = grade(the_task, found, outputs) | {"truncated": truncated, "seconds": time.perf_counter() - started}
-    settings = {
-        "task": task,
-        "data": None if data is None else str(data),
+    prompts = [item.prompt for item in questions]
+    outputs, truncated = answers(net, loaded.tokenizer, prompts, config.batch_size, context.progress)
+    numbers = grade(the_task, questions, outputs) | {"truncated": truncated, "seconds": time.perf_counter() - started}
+    settings = as_record(config) | {
         "part": "evaluation",
-        "limit": limit,
-        "seed": seed,
-        "batch_size": batch_size,
         "new_tokens": NEW_TOKENS,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
+        "dtype": str(net.dtype).removeprefix("torch."),
+        "device": str(net.device),
     }
-    return Record("accuracy", ready.inputs, settings, numbers | sizes(model))
+    return Record("accuracy", loaded.inputs, settings, numbers | sizes(net))
 
 
-def grade(task: Task, found: Sequence[Item], outputs: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, its 95 % interval and what it stands on; every item with output and extracted answer."""
+def grade(task: Task, questions: Sequence[Item], outputs: Sequence[str]) -> dict[str, Any]:
+    """Accuracy, its 95 % interval, and every question with its output and extracted answer."""
     graded = [
         {
             "prompt": item.prompt,
@@ -85,7 +84,7 @@ def grade(task: Task, found: Sequence[Item], outputs: Sequence[str]) -> dict[str
             "answer": item.answer,
             "correct": task.extract(output) == item.answer,
         }
-        for item, output in zip(found, outputs, strict=True)
+        for item, output in zip(questions, outputs, strict=True)
     ]
     n, correct = len(graded), sum(bool(g["correct"]) for g in graded)
     interval = binomtest(correct, n).proportion_ci(confidence_level=0.95, method="wilson")
@@ -94,7 +93,7 @@ def grade(task: Task, found: Sequence[Item], outputs: Sequence[str]) -> dict[str
         "n": n,
         "ci95_low": float(interval.low),
         "ci95_high": float(interval.high),
-        "majority_rate": majority_rate(found),
+        "majority_rate": majority_rate(questions),
         "unparsable": sum(g["extracted"] is None for g in graded),
         "items": graded,
     }
@@ -108,24 +107,22 @@ def answers(
     batch_size: int,
     progress: Progress = silent,
 ) -> tuple[list[str], int]:
-    """What the model writes after each prompt, greedily; and how many prompts lost their beginning.
+    """Greedy continuations of the prompts, and how many prompts lost their beginning.
 
     Prompts are padded on the left and batched by length. One that leaves no room for the answer in the model's
     context keeps its end.
     """
     room = context_length(model.config)
     encoded: list[list[int]] = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
-    kept = [ids if room is None else ids[-(room - NEW_TOKENS) :] for ids in encoded]
-    longest_first = sorted(range(len(kept)), key=lambda index: -len(kept[index]))
-    batches = [longest_first[start : start + batch_size] for start in range(0, len(kept), batch_size)]
-    outputs = [""] * len(kept)
-    training = model.training
-    model.eval()
-    for batch in counted(progress, batches, "answers"):
-        for index, text in zip(batch, _write(model, tokenizer, [kept[index] for index in batch]), strict=True):
-            outputs[index] = text
-    model.train(training)
-    return outputs, sum(len(a) > len(b) for a, b in zip(encoded, kept, strict=True))
+    inputs = [ids if room is None else ids[-max(1, room - NEW_TOKENS) :] for ids in encoded]
+    longest_first = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
+    batches = [longest_first[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
+    outputs = [""] * len(inputs)
+    with evaluating(model):
+        for batch in counted(progress, batches, "answers"):
+            for index, text in zip(batch, _write(model, tokenizer, [inputs[i] for i in batch]), strict=True):
+                outputs[index] = text
+    return outputs, sum(len(a) > len(b) for a, b in zip(encoded, inputs, strict=True))
 
 
 def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]]) -> list[str]:

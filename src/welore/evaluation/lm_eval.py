@@ -1,4 +1,4 @@
-"""4 - evaluate on the tasks of EleutherAI's lm-eval: its engine, its numbers, a record of ours."""
+"""Tasks of EleutherAI's lm-eval: its engine, its numbers, a record of ours."""
 
 import contextlib
 import difflib
@@ -9,15 +9,18 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
+from welore.config import RunOptions, require_at_least
 from welore.errors import WeLoreError, choose, first_line
-from welore.models.load import DTYPES, made_ready, warn_if_slow
+from welore.io.context import RunContext
+from welore.io.progress import silent
+from welore.models.load import DTYPES, LoadedModel, evaluating, load_for_inference, warn_if_slow
 from welore.models.replace import sizes
 from welore.records import Record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def evaluate_tasks(
@@ -25,64 +28,90 @@ def evaluate_tasks(
     tasks: Sequence[str],
     *,
     tasks_dir: str | Path | None = None,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
     limit: int | None = None,
     batch_size: int = 1,
     dtype: str = "auto",
-    device: str | None = None,
     label: str | None = None,
-    cache_dir: str | Path | None = None,
-    revision: str | None = None,
-    quiet: bool = True,
+    **options: Unpack[RunOptions],
 ) -> Record:
-    """Record of MODEL on stock tasks (or groups, tags) of lm-eval, beside its ERR, parameter ratio and bytes.
+    """Evaluate a model on tasks of EleutherAI's lm-eval. Needs the extra `eval`.
 
-    tasks_dir: only the tasks defined there (yaml files), none of lm-eval's own. limit: only the first documents of each
-    task. numbers["tasks"]: of every task, and group, its metrics as lm-eval names them, n and the version of the task.
-    quiet: without lm-eval's progress bars. Needs the extra `eval`.
+    Args:
+        model: hub id, directory, .gguf file or model in memory; the last one needs the option `tokenizer`.
+        tasks: names of tasks, groups or tags of lm-eval.
+        tasks_dir: read only the tasks that the .yaml files of this directory define.
+        limit: read only the first documents of each task.
+        batch_size: requests answered at once.
+        dtype: of the weights; "auto" is that of the checkpoint.
+        label: a name for tables.
+        **options: device, progress (lm-eval's own bars), cache_dir, revision, tokenizer.
+
+    Returns:
+        A record of kind "lm_eval". numbers["tasks"] holds the metrics of every task and group under lm-eval's names,
+        n and the version of the task; beside it stand effective rank reduction, parameter ratio and bytes.
+
+    Raises:
+        WeLoreError: lm-eval is absent, a task is unknown, or the model or the data cannot be read.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise WeLoreError("tasks of lm-eval need the package lm-eval: pip install 'welore[eval]'")
     choose("dtype", dtype, DTYPES)
-    for name, value in (("batch_size", batch_size), ("limit", 1 if limit is None else limit)):
-        if value < 1:
-            raise WeLoreError(f"{name} is {value}: it must be at least 1")
-    if tasks_dir is not None and not Path(tasks_dir).is_dir():
-        raise WeLoreError(f"{tasks_dir} is not a directory: --tasks-dir names one with task definitions (.yaml)")
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    own = tasks_dir is not None
-    known = TaskManager(include_path=str(tasks_dir) if own else None, include_defaults=not own)
-    _refuse_unknown(tasks, known.all_tasks)
-    ready = made_ready(
-        model, tokenizer, dtype=dtype, device=device, cache_dir=cache_dir, revision=revision, label=label
-    )
-    warn_if_slow(ready.model.dtype, ready.model.device)
+    require_at_least(1, batch_size=batch_size, limit=limit)
+    context = RunContext.create(**options)
+    manager = _task_manager(tasks, tasks_dir)
+    loaded = load_for_inference(model, context, dtype, label)
+    net = loaded.model
+    warn_if_slow(net.dtype, net.device)
     started = time.perf_counter()
-    with contextlib.redirect_stderr(io.StringIO()) if quiet else contextlib.nullcontext():
-        engine: Any = HFLM(pretrained=ready.model, tokenizer=ready.tokenizer, batch_size=batch_size)
-        try:
-            found = simple_evaluate(
-                engine, tasks=list(tasks), limit=limit, task_manager=known, log_samples=False, bootstrap_iters=0
-            )
-        except OSError as error:  # a data set that is not there, or no way to the hub
-            raise WeLoreError(f"the data of {', '.join(tasks)} cannot be read: {first_line(error)}") from error
-    numbers = {"tasks": _numbers(found), "seconds": time.perf_counter() - started}
+    with evaluating(net), _without_bars() if context.progress is silent else contextlib.nullcontext():
+        results = _run(loaded, tasks, manager, limit, batch_size)
+    numbers = {"tasks": _numbers(results), "seconds": time.perf_counter() - started}
     settings = {
         "tasks": list(tasks),
         "tasks_dir": None if tasks_dir is None else str(tasks_dir),
         "limit": limit,
         "batch_size": batch_size,
-        "dtype": str(ready.model.dtype).removeprefix("torch."),
-        "device": str(ready.model.device),
+        "dtype": str(net.dtype).removeprefix("torch."),
+        "device": str(net.device),
         "lm_eval": metadata.version("lm_eval"),
     }
-    return Record("lm_eval", ready.inputs, settings, numbers | sizes(ready.model))
+    return Record("lm_eval", loaded.inputs, settings, numbers | sizes(net))
 
 
-def _refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
+def _without_bars() -> contextlib.redirect_stderr[io.StringIO]:
+    return contextlib.redirect_stderr(io.StringIO())
+
+
+def _task_manager(tasks: Sequence[str], tasks_dir: str | Path | None) -> Any:
+    """lm-eval's registry of tasks: its own, or those of a directory; WeLoreError if a task is not in it."""
+    if tasks_dir is not None and not Path(tasks_dir).is_dir():
+        raise WeLoreError(f"{tasks_dir} is not a directory: --tasks-dir names one with task definitions (.yaml)")
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(
+        include_path=None if tasks_dir is None else str(tasks_dir), include_defaults=tasks_dir is None
+    )
+    _require_known(tasks, manager.all_tasks)
+    return manager
+
+
+def _run(
+    loaded: LoadedModel, tasks: Sequence[str], manager: Any, limit: int | None, batch_size: int
+) -> Mapping[str, Any]:
+    """What lm-eval measures; WeLoreError if a data set is not there and the hub cannot be reached."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    engine: Any = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    common = {"task_manager": manager, "log_samples": False, "bootstrap_iters": 0}
+    try:
+        results: Any = simple_evaluate(engine, tasks=list(tasks), limit=limit, **common)
+    except OSError as error:
+        raise WeLoreError(f"the data of {', '.join(tasks)} cannot be read: {first_line(error)}") from error
+    return dict(results)
+
+
+def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
     if not tasks:
         raise WeLoreError("no task is named: --lm-eval takes names with commas between, such as boolq,piqa")
     for task in tasks:
@@ -92,16 +121,16 @@ def _refuse_unknown(tasks: Sequence[str], known: Sequence[str]) -> None:
             raise WeLoreError(f"unknown lm-eval task {task!r}{hint} ({len(known)} are known)")
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _numbers(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Metrics ("acc", or "exact_match (strict-match)" where a filter is named), n and version of every task."""
     tasks = {}
-    for name, measured in found["results"].items():
-        counts = found.get("n-samples", {}).get(name, {})
+    for name, measured in results["results"].items():
+        counts = results.get("n-samples", {}).get(name, {})
         metrics = {}
         for key, value in measured.items():
             metric, comma, way = key.partition(",")
             if comma and isinstance(value, int | float):
                 title = metric if way == "none" else f"{metric} ({way})"
                 metrics[title] = float(value) if math.isfinite(value) else None
-        tasks[name] = {"metrics": metrics, "n": counts.get("effective"), "version": found["versions"].get(name)}
+        tasks[name] = {"metrics": metrics, "n": counts.get("effective"), "version": results["versions"].get(name)}
     return tasks

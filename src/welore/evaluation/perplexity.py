@@ -1,81 +1,90 @@
-"""4 - evaluate: the perplexity of a language model on a text."""
+"""The perplexity of a language model on a text, and its divergence from the dense model it was made from."""
 
 import hashlib
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from welore.config import Dataset, EvaluationConfig, RunOptions, as_record
 from welore.data.text import read_text
 from welore.data.windows import stack, windows
-from welore.errors import WeLoreError, choose
+from welore.errors import WeLoreError
+from welore.evaluation.divergence import divergence
+from welore.io.context import RunContext
 from welore.io.progress import Progress, counted, silent
-from welore.models.load import DTYPES, made_ready, warn_if_slow
+from welore.models.load import evaluating, load_for_inference, warn_if_slow
 from welore.models.replace import sizes
 from welore.models.skeleton import context_length, require_context_length
 from welore.records import Record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+NATS = 700.0  # the exponential of more does not fit into a double
 
 
 def evaluate(
     model: "str | Path | PreTrainedModel",
-    data: str = "wikitext2",
+    config: EvaluationConfig | None = None,
     *,
-    tokenizer: "PreTrainedTokenizerBase | None" = None,
-    length: int = 2048,
-    limit: int | None = None,
-    batch_size: int = 1,
-    dtype: str = "auto",
-    device: str | None = None,
+    dataset: Dataset | None = None,
+    against: "str | Path | PreTrainedModel | None" = None,
     label: str | None = None,
-    cache_dir: str | Path | None = None,
-    revision: str | None = None,
-    progress: Progress = silent,
+    **options: Unpack[RunOptions],
 ) -> Record:
-    """Perplexity record of MODEL on `data` (see corpus.read_text), beside its ERR, parameter ratio and bytes.
+    """Measure the perplexity of a model on a text.
 
-    The text is cut into non-overlapping windows of `length` tokens (the first `limit` of them), each read on its
-    own; the result is exp of the mean negative log-likelihood over all predicted tokens, in float32, whatever the
-    batch size. dtype: of the weights; "auto" is that of the checkpoint. tokenizer: needed for a model in memory.
-    label: a name for tables.
+    The text is cut into non-overlapping windows of `max_length` tokens. Each window is read on its own. The result is
+    exp of the mean negative log-likelihood over all predicted tokens, in float32, whatever the batch size.
+
+    Args:
+        model: hub id, directory, .gguf file or model in memory; the last one needs the option `tokenizer`.
+        config: text, windows, batch size and dtype of the weights.
+        dataset: the text, in place of config.dataset.
+        against: the dense model; adds `kl_mean`, `kl_median`, `kl_p99` (nats per token) and `top1_agreement` of the
+            next-token distributions on the same windows.
+        label: a name for tables.
+        **options: device, progress, cache_dir, revision, tokenizer.
+
+    Returns:
+        A record of kind "perplexity": perplexity, nll (nats), effective rank reduction, parameter ratio and bytes.
+
+    Raises:
+        WeLoreError: the model or the text cannot be read, or the model computes NaN or Inf.
     """
-    choose("dtype", dtype, DTYPES)
-    if batch_size < 1:
-        raise WeLoreError(f"batch_size is {batch_size}: it must be at least 1")
-    text = read_text(data, cache_dir=cache_dir)
-    ready = made_ready(
-        model, tokenizer, dtype=dtype, device=device, cache_dir=cache_dir, revision=revision, label=label
-    )
-    warn_if_slow(ready.model.dtype, ready.model.device)
-    model = ready.model
-    found = windows(ready.tokenizer, text, length, limit)
-    _refuse_misfit(model, found)
+    context = RunContext.create(**options)
+    config = config or EvaluationConfig()
+    config = config if dataset is None else replace(config, dataset=dataset)
+    text = read_text(str(config.dataset), cache_dir=context.cache_dir)
+    loaded = load_for_inference(model, context, config.dtype, label)
+    net = loaded.model
+    warn_if_slow(net.dtype, net.device)
+    pieces = windows(loaded.tokenizer, text, config.max_length, config.num_windows)
+    _require_fit(net, pieces)
+    batches = stack(pieces, config.batch_size)
     started = time.perf_counter()
-    nll, tokens = negative_log_likelihood(model, stack(found, batch_size), progress)
+    nll, tokens = negative_log_likelihood(net, batches, context.progress)
     mean = nll / tokens
     numbers = {
-        "perplexity": math.exp(min(mean, 700.0)),  # beyond that a double overflows; nll stays exact
+        "perplexity": math.exp(min(mean, NATS)),
         "nll": mean,
         "tokens": tokens,
-        "windows": len(found),
+        "windows": len(pieces),
         "seconds": time.perf_counter() - started,
     }
-    settings = {
-        "data": data,
-        "length": length,
-        "windows": limit,
-        "batch_size": batch_size,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-    }
-    inputs = ready.inputs | {"text_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    return Record("perplexity", inputs, settings, numbers | sizes(model))
+    inputs = loaded.inputs | {"text_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    if against is not None:
+        dense = load_for_inference(against, context, config.dtype, None)
+        inputs["against"] = dense.inputs["model"]
+        numbers |= divergence(net, dense.model, batches, context.progress)
+    settings = as_record(config) | {"dtype": str(net.dtype).removeprefix("torch."), "device": str(net.device)}
+    return Record("perplexity", inputs, settings, numbers | sizes(net))
 
 
 @torch.inference_mode()
@@ -87,25 +96,23 @@ def negative_log_likelihood(
     batches: (b, length) token ids. Logits are read in float32; sums are kept in float64.
     """
     total, tokens = 0.0, 0
-    training = model.training
-    model.eval()
-    for batch in counted(progress, batches, "perplexity"):
-        ids = batch.to(model.device)
-        logits = model(ids, use_cache=False).logits
-        for window, scores in zip(ids, logits, strict=True):
-            losses = cross_entropy(scores[:-1].float(), window[1:], reduction="none")
-            total += float(losses.sum(dtype=torch.float64))
-        tokens += batch.numel() - len(batch)
-    model.train(training)
+    with evaluating(model):
+        for batch in counted(progress, batches, "perplexity"):
+            ids = batch.to(model.device)
+            logits = model(ids, use_cache=False).logits
+            for window, scores in zip(ids, logits, strict=True):
+                losses = cross_entropy(scores[:-1].float(), window[1:], reduction="none")
+                total += float(losses.sum(dtype=torch.float64))
+            tokens += batch.numel() - len(batch)
     if not math.isfinite(total):
         raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
     return total, tokens
 
 
-def _refuse_misfit(model: "PreTrainedModel", found: list[Tensor]) -> None:
+def _require_fit(model: "PreTrainedModel", pieces: list[Tensor]) -> None:
     """Raise WeLoreError if a window is longer than the model can read, or of a tokenizer with more tokens."""
-    require_context_length(len(found[0]), context_length(model.config))
+    require_context_length(len(pieces[0]), context_length(model.config))
     embeddings: Any = model.get_input_embeddings()
-    largest, size = max(int(window.max()) for window in found), len(embeddings.weight)
+    largest, size = max(int(window.max()) for window in pieces), len(embeddings.weight)
     if largest >= size:
         raise WeLoreError(f"the tokenizer is another model's: it gives token {largest}, this model knows {size}")
