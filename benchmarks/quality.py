@@ -89,7 +89,7 @@ class Row:
 
 
 OURS_RAW = Row(
-    "ours, of the dense model tuned on 459k tokens of raw text, healed on 312k others",
+    "dense model tuned on 459k tokens of raw text, then preset best, recovered on 312k others",
     f"--heal {{rest}} --tokens {RAW['rest'] * LENGTH}",
     "raw",
     of="dense-tuned-first",
@@ -97,22 +97,20 @@ OURS_RAW = Row(
 )
 ROWS = {
     "plain-uniform": Row("plain SVD, uniform", "--scaling none --strategy uniform --storage factored"),
-    "welore": Row("WeLore (`--paper`)", "--paper"),
+    "welore": Row("WeLore as published (`--preset paper`)", "--paper"),
     "plain-waterfill": Row("plain SVD, water-filling", "--scaling none --strategy waterfill --storage factored"),
     "asvd": Row("ASVD, uniform", "--scaling asvd --strategy uniform --storage factored", "mix"),
-    "svd-llm": Row("input-whitened, uniform", "--scaling input --strategy uniform --storage factored", "mix"),
-    "input-waterfill": Row("input-whitened, water-filling", "--scaling input --storage factored", "mix"),
+    "svd-llm": Row("whitening, uniform (SVD-LLM)", "--scaling input --strategy uniform --storage factored", "mix"),
+    "input-waterfill": Row("whitening, water-filling", "--scaling input --storage factored", "mix"),
     "kfac-factored": Row(
         "K-FAC, water-filling, factored", "--scaling kfac --storage factored --no-split --neurons 0", "whole"
     ),
-    "ours-whole": Row(
-        "ours, calibrated, only cut, nothing split, all neurons", "--heal none --no-split --neurons 0", "whole"
-    ),
-    "ours-more": Row("ours, calibrated on 128k tokens, only cut", "--heal none", "more"),
-    "ours-self": Row("ours, data-free, only cut (`--heal none`)", "--heal none", "self"),
-    "ours-default": Row("ours, data-free (`--params` alone)", "", "self"),
+    "ours-whole": Row("K-FAC, water-filling, smaller storage form", "--heal none --no-split --neurons 0", "whole"),
+    "ours-more": Row("preset best, statistics of 128k tokens of text, no recovery", "--heal none", "more"),
+    "ours-self": Row("preset best, no data, no recovery", "--heal none", "self"),
+    "ours-default": Row("preset best, no data", "", "self"),
     "ours-web": Row(
-        "ours, cut data-free, healed on 64k tokens of web pages",
+        "preset best, recovered on 64k tokens of web pages",
         "--heal {web}",
         "self",
         controls=("dense-tuned-web",),
@@ -120,8 +118,7 @@ ROWS = {
     "ours-raw": OURS_RAW,
     "ours-raw-tested": replace(
         OURS_RAW,
-        label="ours, of the same tuned model, cut by statistics of the two kinds that are tested, "
-        "healed on the same 312k",
+        label="the same tuned model, statistics of the two tested kinds, recovered on the same 312k",
         calibration="tested",
     ),
 }
