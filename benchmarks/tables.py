@@ -12,7 +12,7 @@ import sys
 from pathlib import Path, PurePath
 
 from welore.emergence.claims import claims_table
-from welore.emergence.downstream_checks import Closed, closed, cuts_table, tunings_table, verdicts
+from welore.emergence.downstream_checks import Downstream, compression_table, downstream, tunings_table, verdicts
 from welore.records import Record
 from welore.reporting.formatting import megabytes, percent, perplexity_text
 from welore.reporting.tables import Table, task_table
@@ -171,9 +171,9 @@ def study_records() -> dict[Path, Record]:
     return {path: Record.load(path) for path in sorted(STUDY.rglob("*.json"))}
 
 
-def study_closed() -> list[Closed]:
+def study_closed() -> list[Downstream]:
     """What was made of the pre-trained models."""
-    return closed(study_records())
+    return downstream(study_records())
 
 
 def quality_cells(of: str) -> dict[tuple[str, float], list[Record]]:
@@ -317,7 +317,7 @@ TABLES = {
     "recovered": recovered,
     "study": lambda: marked_down(claims_table(list(study_records().values()))),
     "study_closing": lambda: marked_down(verdicts(study_closed())),
-    "study_cuts": lambda: marked_down(cuts_table(study_closed())),
+    "study_cuts": lambda: marked_down(compression_table(study_closed())),
     "study_tunings": lambda: marked_down(tunings_table(study_closed())),
 }
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from welore.emergence.downstream_checks import closed, cuts_table, tunings_table, verdicts
+from welore.emergence.downstream_checks import compression_table, downstream, tunings_table, verdicts
 from welore.records import Record
 
 
@@ -43,7 +43,7 @@ BOTH = {
 
 
 def test_verdicts_want_every_run_to_agree() -> None:
-    runs = closed(records({0: BOTH, 1: BOTH | {"uniform-0.3": 90.0, "nlrc-0.3": [4.8]}}))
+    runs = downstream(records({0: BOTH, 1: BOTH | {"uniform-0.3": 90.0, "nlrc-0.3": [4.8]}}))
     assert [run.name for run in runs] == ["seed 0", "seed 1"]
     rows = {(row[0], row[1].rpartition(", ")[2]): row[3:] for row in verdicts(runs).rows}
     assert rows["C3", "ERR 0.3"] == ["+0.693", "-0.105", "cannot be told"]
@@ -54,13 +54,13 @@ def test_verdicts_want_every_run_to_agree() -> None:
 
 @pytest.mark.parametrize(("full", "verdict"), [(4.58, "holds"), (4.5, "does not hold")])
 def test_losses_that_hardly_differ_match(full: float, verdict: str) -> None:
-    rows = verdicts(closed(records({0: BOTH | {"full-0.3": [full]}}))).rows
+    rows = verdicts(downstream(records({0: BOTH | {"full-0.3": [full]}}))).rows
     assert next(row for row in rows if row[0] == "C7")[-1] == verdict
 
 
 def test_tables_show_every_run_and_not_the_pre_training_itself() -> None:
-    runs = closed(records({0: BOTH, 1: BOTH | {"welore-0.3": None}}))
-    cuts, tunings = cuts_table(runs), tunings_table(runs)
+    runs = downstream(records({0: BOTH, 1: BOTH | {"welore-0.3": None}}))
+    cuts, tunings = compression_table(runs), tunings_table(runs)
     assert [row[0] for row in cuts.rows] == ["dense", "uniform-0.3", "welore-0.3"]
     assert cuts.rows[0][1] == "30.0 %, 90.0 %, 8.0 MB: 90"
     assert cuts.rows[2][2].endswith("not finite")
@@ -70,4 +70,4 @@ def test_tables_show_every_run_and_not_the_pre_training_itself() -> None:
 
 
 def test_a_pre_training_with_nothing_beside_it_is_passed_over() -> None:
-    assert closed(records({0: {}})) == []
+    assert downstream(records({0: {}})) == []

@@ -211,7 +211,7 @@ def test_report_shows_claims_and_figures(run: Path, tmp_path: Path) -> None:
 
     page = report([run], tmp_path / "report").read_text()
     assert "how weights become low rank" in page
-    assert all(claim.says in page.replace("&#39;", "'") for claim in CLAIMS.values())
+    assert all(claim.statement in page.replace("&#39;", "'") for claim in CLAIMS.values())
     assert (tmp_path / "report" / "study-settling.png").is_file()
     assert (tmp_path / "report" / "study-1-partition.png").is_file()
 

@@ -1,7 +1,7 @@
-"""6 - The claims of the paper about a pre-training: what a trace says of each, and the verdict over several seeds.
+"""The claims of the paper about pre-training: the measure of each in a trace, and the verdict over several seeds.
 
-Every measure is written so that a positive value is what the paper claims, with a 95 % interval by bootstrap over
-the matrices (the seeds are told apart, never pooled). numpy and scipy only.
+A claim is one entry of CLAIMS. A positive measure agrees with the claim; its 95 % interval is a bootstrap over the
+matrices of a run (runs are compared, never pooled). numpy and scipy only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,81 +22,118 @@ from welore.reporting.tables import Table
 
 RESAMPLED, COVERED = 2000, 0.95
 SETTLED = 0.5  # of the overlap that noise would leave, corrected for chance
-SUBSPACE = 16  # rank of the subspaces by which settling is told
-LOW_KINDS, HIGH_KINDS = ("q_proj", "k_proj", "o_proj", "gate_proj"), ("v_proj", "up_proj", "down_proj")
+SUBSPACE = 16  # rank of the subspaces that define settling
+LOW_TYPES, HIGH_TYPES = ("q_proj", "k_proj", "o_proj", "gate_proj"), ("v_proj", "up_proj", "down_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
-RANK_AXIS = {  # numbers of a matrix that are held against its reduction ratio, and how an axis calls them
+RANK_AXIS = {  # numbers of a matrix that are compared with its reduction ratio, and the names of their axes
     "settles_at": "settling step, as a share of the run",
     "stable_rank_to_noise": "stable rank of the gradient / that of noise",
 }
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be told"
+Interval = list[float]  # value, lower end, upper end
+
+
+class Rows:
+    """The rows of all matrices by column, and which of them are of some type, outer, or in the middle of the model."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self.rows = rows
+        self.types = np.array([row["kind"].rpartition(".")[2] for row in rows])
+        layers = np.array([row["layer"] for row in rows])
+        third = (layers.max() + 1) / 3
+        self.outer = np.isin(layers, (layers.min(), layers.max()))
+        self.middle_mlps = self.of(MLP) & (layers >= np.floor(third)) & (layers < np.ceil(2 * third))
+
+    def __getitem__(self, column: str) -> Array:
+        """One number of every matrix, (n,)."""
+        return np.array([row[column] for row in self.rows], dtype=np.float64)
+
+    def of(self, types: Sequence[str]) -> NDArray[np.bool_]:
+        """The matrices of these module types."""
+        return np.isin(self.types, types)
+
+    def within_types(self, column: str) -> Array:
+        """A column less the mean of each module type."""
+        values = self[column]
+        means = {name: values[self.types == name].mean() for name in np.unique(self.types)}
+        return values - np.array([means[name] for name in self.types])
 
 
 @dataclass(frozen=True)
 class Claim:
-    """says: the claim; by: what is measured, positive where it is as claimed."""
+    """A claim in words, its measure in words, and the measure itself, which is positive if the claim holds."""
 
-    says: str
-    by: str
+    statement: str
+    measure: str
+    value: Callable[[Rows], Interval]
 
 
 CLAIMS = {
     "C1": Claim(
         "q, k, gate and o become lower in rank than v, up and down",
         "mean reduction ratio of q, k, gate, o minus that of v, up, down",
+        lambda m: _difference(m["reduction_ratio"][m.of(LOW_TYPES)], m["reduction_ratio"][m.of(HIGH_TYPES)]),
     ),
     "C2": Claim(
         "the first and the last block are lower in rank than those between",
         "mean reduction ratio of the first and last block minus that of the others",
+        lambda m: _difference(m["reduction_ratio"][m.outer], m["reduction_ratio"][~m.outer]),
     ),
     "C4a": Claim(
         "gradients are low rank",
         "1 - median stable rank of a gradient over that of noise of the same shape, after warm-up, mean over matrices",
+        lambda m: _mean(1 - m["stable_rank_to_noise"]),
     ),
     "C4b": Claim(
         "gradients of the MLPs in the middle fall to rank 1",
         "2 - the least stable rank of their gradients, mean over these matrices",
+        lambda m: _mean(2 - m["stable_rank_least"][m.middle_mlps]),
     ),
     "C4b, later": Claim(
         "and stay there after warm-up",
         "2 - median stable rank of their gradients after warm-up, mean over these matrices",
+        lambda m: _mean(2 - m["stable_rank"][m.middle_mlps]),
     ),
     "C5a": Claim(
         "gradients of low-rank matrices keep changing, those of the others saturate (v1)",
         "-(rank correlation of reduction ratio and mean cosine of one batch's gradients in the second half)",
+        lambda m: _against(m["reduction_ratio"], m["late_cosine"]),
     ),
     "C5a, less noise": Claim(
         "the same, if noise is taken out",
         "-(the same with cosines of two batches' gradients, over their noise ceiling)",
+        lambda m: _against(m["reduction_ratio"], m["late_cosine_less_noise"]),
     ),
     "C5b": Claim(
         "gradient subspaces of low-rank matrices settle sooner (v2)",
         "-(rank correlation of reduction ratio and settling step)",
+        lambda m: _against(m["reduction_ratio"], m["settles_at"]),
     ),
     "C5b, within kinds": Claim(
         "the same among matrices of one kind",
         "-(the same, each less the mean of its module kind)",
+        lambda m: _against(m.within_types("reduction_ratio"), m.within_types("settles_at")),
     ),
     "C6": Claim(
         "low-rank weights go together with low-rank gradients",
         "-(rank correlation of reduction ratio and stable rank of the gradient over that of noise)",
+        lambda m: _against(m["reduction_ratio"], m["stable_rank_to_noise"]),
     ),
 }
 
 
 def measured(trace: Trace) -> dict[str, Any]:
-    """Numbers of a record: the threshold, every matrix, and a value with its interval for each of CLAIMS."""
+    """Numbers of a record: the threshold, every matrix, and the value with its interval of each of CLAIMS."""
     plan, positions = trace.plans[-1], module_positions(trace.matrices)
     rows = [_row(allocation, positions[allocation.name], trace) for allocation in plan.allocations]
-    claims = _claims(rows)
-    assert claims.keys() == CLAIMS.keys()
+    matrices = Rows(rows)
     return {
         "threshold": plan.threshold,
         "rank_reduction": plan.rank_reduction,
         "parameter_ratio": plan.parameter_ratio,
         "lrcs": len(plan.ranks),
         "matrices": rows,
-        "claims": claims,
+        "claims": {name: claim.value(matrices) for name, claim in CLAIMS.items()},
     }
 
 
@@ -107,8 +144,8 @@ def _row(allocation: Allocation, position: ModulePosition, trace: Trace) -> dict
     """One matrix in numbers; steps are shares of the run, 0 to 1."""
     matrix = trace.matrices[allocation.name]
     warm = after_warm_up(trace)
-    late = trace.steps >= trace.steps[-1] / 2
-    null = noise_stable_rank(*matrix.shape)
+    late = np.ix_(*2 * [trace.steps >= trace.steps[-1] / 2])
+    stable_rank = float(np.median(matrix.stable_rank[warm]))
     return {
         "name": allocation.name,
         "kind": position.module_type,
@@ -117,12 +154,12 @@ def _row(allocation: Allocation, position: ModulePosition, trace: Trace) -> dict
         "lrc": allocation.factored,
         "stable_rank_first": float(matrix.stable_rank[0]),
         "stable_rank_least": float(matrix.stable_rank.min()),
-        "stable_rank": float(np.median(matrix.stable_rank[warm])),
-        "stable_rank_to_noise": float(np.median(matrix.stable_rank[warm])) / null,
+        "stable_rank": stable_rank,
+        "stable_rank_to_noise": stable_rank / noise_stable_rank(*matrix.shape),
         "top1_energy": float(np.median(matrix.top1_energy[warm])),
-        "late_cosine": _off_diagonal(matrix.same[COSINE][np.ix_(late, late)]),
-        "late_cosine_less_noise": _less_noise(matrix.other[COSINE][np.ix_(late, late)]),
-        "late_ceiling": float(np.mean(np.diag(matrix.other[COSINE])[late])),
+        "late_cosine": _off_diagonal(matrix.same[COSINE][late]),
+        "late_cosine_less_noise": _less_noise(matrix.other[COSINE][late]),
+        "late_ceiling": float(np.mean(np.diag(matrix.other[COSINE][late]))),
         "settles_at": settling(matrix, trace.steps),
         "settles_at_same_batch": _last_below(corrected(matrix, matrix.same, SUBSPACE)[:, -1], trace.steps),
         "effective_rank": effective_rank(matrix.weight[-1]),
@@ -133,7 +170,7 @@ def _row(allocation: Allocation, position: ModulePosition, trace: Trace) -> dict
 
 
 def after_warm_up(trace: Trace) -> NDArray[np.bool_]:
-    """Which checkpoints lie behind the step of the highest learning rate."""
+    """The checkpoints from the step of the highest learning rate on."""
     return trace.steps >= trace.steps[int(np.argmax(trace.learning_rate))]
 
 
@@ -144,8 +181,7 @@ def noise_stable_rank(m: int, n: int) -> float:
 
 def effective_rank(sigma: Array) -> float:
     """exp of the entropy of the singular values' shares (Roy and Vetterli, 2007); 0 for a zero matrix."""
-    total = sigma.sum()
-    share = sigma[sigma > 0] / total if total > 0 else np.zeros(0)
+    share = sigma[sigma > 0] / sigma.sum() if sigma.any() else np.zeros(0)
     return float(np.exp(-(share * np.log(share)).sum())) if len(share) else 0.0
 
 
@@ -156,8 +192,8 @@ def _stable(sigma: Array) -> float:
 def overlap_with_last(matrix: Matrix, rank: int = SUBSPACE) -> Array:
     """Overlap of the gradient's subspace with that of the last checkpoint, (T,): 0 chance, 1 as noise would leave it.
 
-    Of two batches, chance r / k taken off, divided by what the two agree on at either checkpoint (the correction for
-    attenuation of psychometrics). May exceed 1 by chance; 0 where two batches agree on nothing.
+    Of two batches: less chance (r / k), then divided by the overlap of the two batches at either checkpoint (the
+    correction for attenuation of psychometrics). May exceed 1 by chance; 0 where the two batches do not overlap.
     """
     square = corrected(matrix, matrix.other, rank)
     ceiling = np.sqrt(np.clip(np.diag(square) * square[-1, -1], 0, None))
@@ -165,12 +201,12 @@ def overlap_with_last(matrix: Matrix, rank: int = SUBSPACE) -> Array:
 
 
 def settling(matrix: Matrix, steps: Array) -> float:
-    """Share of the run after which `overlap_with_last` never falls below one half again."""
+    """Share of the run after which `overlap_with_last` never falls below SETTLED again."""
     return _last_below(overlap_with_last(matrix), steps)
 
 
 def corrected(matrix: Matrix, table: Mapping[str, Array], rank: int) -> Array:
-    """Overlaps (T, T) of `matrix.same` or `matrix.other`, chance taken off: 0 random subspaces, 1 equal ones."""
+    """Overlaps (T, T) of `matrix.same` or `matrix.other` less chance: 0 random subspaces, 1 equal ones."""
     chance = min(rank, matrix.full_rank) / matrix.full_rank
     return (table[OVERLAPS[rank]] - chance) / max(1 - chance, 1e-12)
 
@@ -191,37 +227,15 @@ def _less_noise(square: Array) -> float:
     return _off_diagonal(square) / most if most > 0 else 0.0
 
 
-# --- all matrices ----------------------------------------------------------------------------------------------
+# --- values with their intervals --------------------------------------------------------------------------------
 
 
-def _claims(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """Value, lower and upper end of the interval of each of CLAIMS."""
-    ratio, settles, low_rank = (_column(rows, n) for n in ("reduction_ratio", "settles_at", "stable_rank_to_noise"))
-    kind = np.array([row["kind"].rpartition(".")[2] for row in rows])
-    layer = np.array([row["layer"] for row in rows])
-    outer = np.isin(layer, (layer.min(), layer.max()))
-    third = (layer.max() + 1) / 3
-    middle = np.isin(kind, MLP) & (layer >= np.floor(third)) & (layer < np.ceil(2 * third))
-    return {
-        "C1": _difference(ratio[np.isin(kind, LOW_KINDS)], ratio[np.isin(kind, HIGH_KINDS)]),
-        "C2": _difference(ratio[outer], ratio[~outer]) if not outer.all() else [0.0, 0.0, 0.0],
-        "C4a": _mean(1 - low_rank),
-        "C4b": _mean(2 - _column(rows, "stable_rank_least")[middle]),
-        "C4b, later": _mean(2 - _column(rows, "stable_rank")[middle]),
-        "C5a": _against(ratio, _column(rows, "late_cosine")),
-        "C5a, less noise": _against(ratio, _column(rows, "late_cosine_less_noise")),
-        "C5b": _against(ratio, settles),
-        "C5b, within kinds": _against(_less_mean_of(kind, ratio), _less_mean_of(kind, settles)),
-        "C6": _against(ratio, low_rank),
-    }
-
-
-def rank_correlation(x: Array, y: Array) -> list[float]:
+def rank_correlation(x: Array, y: Array) -> Interval:
     """Spearman's coefficient of x and y, (n,), with its interval; 0 where one of them is constant."""
     return _interval([np.arange(len(x))], lambda i: _spearman(x[i], y[i]))
 
 
-def _against(x: Array, y: Array) -> list[float]:
+def _against(x: Array, y: Array) -> Interval:
     value, low, high = rank_correlation(x, y)
     return [-value, -high, -low]
 
@@ -234,29 +248,23 @@ def _spearman(x: Array, y: Array) -> Array:
     return np.where(spread > 0, (x * y).sum(-1) / np.maximum(spread, 1e-12), 0.0)
 
 
-def _mean(x: Array) -> list[float]:
+def _mean(x: Array) -> Interval:
     return _interval([np.arange(len(x))], lambda i: x[i].mean(-1))
 
 
-def _difference(x: Array, y: Array) -> list[float]:
+def _difference(x: Array, y: Array) -> Interval:
+    """Of two means; 0 where one group is empty."""
+    if not len(x) or not len(y):
+        return [0.0, 0.0, 0.0]
     return _interval([np.arange(len(x)), np.arange(len(y))], lambda i, j: x[i].mean(-1) - y[j].mean(-1))
 
 
-def _interval(groups: Sequence[NDArray[np.int64]], statistic: Callable[..., Array]) -> list[float]:
-    """The statistic of all, and the ends of its percentile bootstrap interval: every group drawn with replacement."""
+def _interval(groups: Sequence[NDArray[np.int64]], statistic: Callable[..., Array]) -> Interval:
+    """The statistic of all, and its percentile bootstrap interval: every group is resampled with replacement."""
     draws = np.random.default_rng(0)
     drawn = [draws.choice(group, (RESAMPLED, len(group))) for group in groups]
     ends = np.quantile(statistic(*drawn), [(1 - COVERED) / 2, (1 + COVERED) / 2])
     return [float(statistic(*groups)), *map(float, ends)]
-
-
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> Array:
-    return np.array([row[name] for row in rows], dtype=np.float64)
-
-
-def _less_mean_of(group: NDArray[np.str_], values: Array) -> Array:
-    means = {name: values[group == name].mean() for name in np.unique(group)}
-    return values - np.array([means[name] for name in group])
 
 
 # --- several seeds ---------------------------------------------------------------------------------------------
@@ -266,36 +274,43 @@ def load_pretraining(path: str | Path) -> Record:
     """The record of a pre-training; WeLoreError if it lacks one of CLAIMS or the numbers of a matrix."""
     record = Record.load(path)
     claims, rows = record.numbers.get("claims", {}), record.numbers.get("matrices", [])
-    needed = {"kind", "reduction_ratio", *RANK_AXIS}
-    whole = all(isinstance(claims.get(name), list) and len(claims[name]) == 3 for name in CLAIMS)
-    if not whole or not rows or not all(needed <= row.keys() for row in rows):
+    required = {"kind", "reduction_ratio", *RANK_AXIS}
+    complete = all(isinstance(claims.get(name), list) and len(claims[name]) == 3 for name in CLAIMS)
+    if not complete or not rows or not all(required <= row.keys() for row in rows):
         raise WeLoreError(f"{path} lacks claims or matrices: it is of another version, run `welore pretrain` again")
+    run_name(record)
     return record
 
 
 def claims_table(records: Sequence[Record]) -> Table:
     """Claims by runs: value and interval in every run, and the verdict over all of them.
 
-    records: of kind "pretrain", others are passed over. A claim holds where every run's interval lies above 0, and
-    does not where every run's lies below.
+    records: those of kind "pretrain" are read. A claim holds if the interval of every run lies above 0, and does not
+    hold if that of every run lies below.
     """
     runs = [record for record in records if record.kind == "pretrain"]
     rows = []
     for name, claim in CLAIMS.items():
-        found = [record.numbers["claims"][name] for record in runs]
-        cells = [f"{value:+.2f} [{low:+.2f}, {high:+.2f}]" for value, low, high in found]
-        rows.append([name, claim.says, claim.by, *cells, verdict(found)])
-    headings = ["", "claim", "measure, above 0 as claimed", *map(run_of, runs), "verdict"]
+        values = [record.numbers["claims"][name] for record in runs]
+        cells = [interval_text(value) for value in values]
+        rows.append([name, claim.statement, claim.measure, *cells, verdict(values)])
+    headings = ["", "claim", "measure, above 0 as claimed", *map(run_name, runs), "verdict"]
     return Table("", headings, rows, text_columns=3)
 
 
-def verdict(found: Sequence[Sequence[float]]) -> str:
-    """Of values with their intervals (value, low, high), one for each run."""
-    if all(low > 0 for _, low, _ in found):
+def interval_text(interval: Sequence[float]) -> str:
+    """A value with its interval."""
+    value, low, high = interval
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def verdict(values: Sequence[Sequence[float]]) -> str:
+    """The verdict on values with their intervals (value, low, high), one for each run."""
+    if all(low > 0 for _, low, _ in values):
         return HOLDS
-    return FAILS if all(high < 0 for _, _, high in found) else OPEN
+    return FAILS if all(high < 0 for _, _, high in values) else OPEN
 
 
-def run_of(record: Record) -> str:
+def run_name(record: Record) -> str:
     """The name of a pre-training in tables: its label, or its seed."""
-    return record.inputs["label"] or f"seed {record.settings['seed']}"
+    return str(record.inputs["label"] or f"seed {record.settings['seed']}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from welore.emergence.claims import claims_table, load_pretraining
-from welore.emergence.downstream_checks import closed, verdicts
+from welore.emergence.downstream_checks import downstream, verdicts
 from welore.emergence.figures import FIGURES, settling
 from welore.emergence.trace import LINES, Trace
 from welore.records import Record
@@ -21,7 +21,7 @@ def build(artefacts: Mapping[Path, Any]) -> Content | None:
     runs = [record for record in records.values() if record.kind == "pretrain"]
     if not traces and not runs:
         return None
-    checked = closed(records)
+    checked = downstream(records)
     drawn: dict[str, list[tuple[Picture, str]]] = {}
     for number, trace in enumerate(traces, 1):
         name = str(trace.header["name"])
