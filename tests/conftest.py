@@ -23,6 +23,12 @@ from welore.cli.main import main
 from welore.config import AllocationConfig
 from welore.errors import WeLoreError
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 COMMON = {

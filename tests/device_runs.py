@@ -1,0 +1,211 @@
+"""Every verb on a tiny model, on the GPU of this process: a simulated one, or the machine's own.
+
+python tests/device_runs.py simulated|real DIRECTORY NAME...    # a line of JSON for every run
+
+Nothing says `device` but what a user would say: "auto" has to find the GPU.
+"""
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import welore
+
+WRITTEN = 384  # tokens of self-written text
+TRAINING: dict[str, Any] = {"steps": 3, "batch_size": 2, "length": 48, "eval_every": 2, "eval_items": 2}
+
+
+def refuse(at: Path) -> None:
+    """The simulated GPU refuses what a real one refuses."""
+    numbers = torch.ones(32, 32, device="cuda")
+    for mix in (lambda: numbers + torch.ones(32, 32), lambda: numbers @ torch.ones(32, 32), numbers.numpy):
+        try:
+            mix()
+        except (RuntimeError, TypeError):
+            continue
+        raise AssertionError("a tensor of the GPU and one of the CPU went together")
+    assert (numbers @ numbers).sum().item() == 32**3
+
+
+def forward(at: Path) -> None:
+    """The numbers are those of the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(2, 66)[None]
+    expected = AutoModelForCausalLM.from_pretrained(at / "dense")(ids).logits
+    torch.testing.assert_close(on_gpu(at / "dense")(ids.cuda()).logits.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+def calibrate(at: Path) -> None:
+    welore.calibrate(at / "dense", {"self": 1.0}, at / "statistics", tokens=WRITTEN, length=64, measure=0.5)
+
+
+def calibrate_whole(at: Path) -> None:
+    welore.calibrate(at / "dense", {str(at / "text.txt"): 1.0}, at / "whole", tokens=WRITTEN, length=64, whole=True)
+
+
+def analyze(at: Path) -> None:
+    spectra = welore.analyze(at / "dense", scaling="kfac", calibration=at / "statistics")
+    spectra.save(at / "spectra")
+    plan = welore.allocate(spectra, params=0.7)
+    assert abs(plan.parameter_ratio - 0.7) < 0.03
+
+
+def compress(at: Path) -> None:
+    record = welore.compress(at / "dense", at / "best", params=0.8, tokens=WRITTEN)
+    assert abs(record.numbers["parameter_ratio"] - 0.8) < 0.03
+
+
+def compress_pruning_neurons(at: Path) -> None:
+    record = welore.compress(at / "dense", at / "smaller", params=0.6, neurons=0.25, tokens=WRITTEN)
+    assert abs(record.numbers["parameter_ratio"] - 0.6) < 0.03
+
+
+def compress_as_the_paper(at: Path) -> None:
+    welore.compress(at / "dense", at / "paper", paper=True, rank_reduction=0.4)
+
+
+def compress_in_memory(at: Path) -> None:
+    model = on_gpu(at / "dense")
+    record = welore.compress(model, params=0.7, scaling="kfac", calibration=at / "statistics")
+    assert abs(record.numbers["parameter_ratio"] - 0.7) < 0.03
+    assert all(parameter.device.type == "cuda" for parameter in model.parameters())
+
+
+def evaluate(at: Path) -> None:
+    perplexity = welore.evaluate(at / "factored", data=str(at / "text.txt"), length=64, limit=4)
+    assert 1 < perplexity.numbers["perplexity"] < 1e6
+
+
+def score(at: Path) -> None:
+    welore.score(at / "factored", "coin_flip", "generated", limit=4)
+
+
+def finetune_lrc(at: Path) -> None:
+    record = welore.finetune(at / "factored", at / "lrc", "lrc", data=str(at / "text.txt"), **TRAINING)
+    assert len(record.numbers["train_loss"]) > 0
+
+
+def finetune_full(at: Path) -> None:
+    welore.finetune(at / "factored", at / "full", "full", data=str(at / "text.txt"), **TRAINING)
+
+
+def finetune_lora(at: Path) -> None:
+    welore.finetune(at / "dense", at / "lora", "lora", data=str(at / "text.txt"), **TRAINING)
+
+
+def finetune_selective(at: Path) -> None:
+    how = TRAINING | {"selective_checkpointing": True}
+    welore.finetune(at / "factored", at / "selective", "lrc", data=str(at / "text.txt"), **how)
+
+
+def finetune_task(at: Path) -> None:
+    how = TRAINING | {"length": 400}
+    welore.finetune(at / "factored", at / "task", "lrc", task="coin_flip", task_data="generated", **how)
+
+
+def distill(at: Path) -> None:
+    welore.finetune(at / "factored", at / "distilled", "lrc", distill=at / "dense", data="self", **TRAINING)
+
+
+def pretrain(at: Path) -> None:
+    how: dict[str, Any] = {"steps": 4, "probes": 4, "probe_items": 2, "batch_size": 4, "length": 32, "eval_items": 8}
+    welore.pretrain(at / "trained", "32/2/4/56", data=str(at / "text.txt"), tokenizer=str(at / "dense"), **how)
+
+
+def merge(at: Path) -> None:
+    welore.merge(at / "factored", at / "merged")
+
+
+def merge_in_memory(at: Path) -> None:
+    model = on_gpu(at / "factored")
+    welore.merge(model)
+    assert all(parameter.device.type == "cuda" for parameter in model.parameters())
+
+
+def generate(at: Path) -> None:
+    model = on_gpu(at / "factored")
+    ids = torch.tensor([[5, 6, 7]], device=model.device)
+    written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert written.device.type == "cuda"
+
+
+def on_gpu(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return torch.nn.Module.to(AutoModelForCausalLM.from_pretrained(directory), torch.device("cuda", 0))
+
+
+COMPRESSION: dict[str, Callable[[Path], None]] = {
+    run.__name__: run
+    for run in (
+        refuse,
+        forward,
+        calibrate,
+        calibrate_whole,
+        analyze,
+        compress,
+        compress_pruning_neurons,
+        compress_as_the_paper,
+        compress_in_memory,
+        merge,
+        merge_in_memory,
+    )
+}
+TRAINED: dict[str, Callable[[Path], None]] = {
+    run.__name__: run
+    for run in (
+        finetune_lrc,
+        finetune_full,
+        finetune_lora,
+        finetune_selective,
+        finetune_task,
+        distill,
+        pretrain,
+        evaluate,
+        score,
+        generate,
+    )
+}
+RUNS = COMPRESSION | TRAINED
+
+
+def prepare(at: Path) -> None:
+    """The tiny models and the text that the runs read."""
+    from toys import checkpoint
+
+    checkpoint(at / "dense", None)
+    checkpoint(at / "factored", 0.4)
+    words = [f"{i} green bottles hang on wall number {i * i % 97}." for i in range(600)]
+    (at / "text.txt").write_text("\n".join(words))
+
+
+def main(kind: str, at: Path, names: list[str]) -> None:
+    """Run them in order; a failure does not stop the next."""
+    ledger = None
+    if kind == "simulated":
+        import simulated_gpu
+
+        simulated_gpu.install()
+        ledger = simulated_gpu.ledger
+    for name in names:
+        if ledger is not None:
+            ledger.clear()
+        started, error = time.perf_counter(), ""
+        try:
+            RUNS[name](at)
+        except Exception:
+            error = traceback.format_exc()
+        seconds = time.perf_counter() - started
+        counts = {} if ledger is None else vars(ledger)
+        print(json.dumps({"name": name, "error": error, "seconds": seconds, **counts}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])

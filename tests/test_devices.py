@@ -1,0 +1,71 @@
+"""Every verb finds the GPU by itself, computes there, and mixes no devices: on a simulated one, and on a real one.
+
+The simulator changes torch for the whole process; each group of verbs has a process of its own.
+"""
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from device_runs import COMPRESSION, RUNS, TRAINED, prepare
+
+TESTS = Path(__file__).parent
+
+# Verbs that do not yet compute on the GPU what they could compute there.
+ON_CPU: dict[str, str] = {}
+FAILING: dict[str, str] = {}
+
+
+def outcomes(kind: str, directory: Path) -> dict[str, dict[str, Any]]:
+    """Runs all verbs; name -> error and counts."""
+    prepare(directory)
+    lines: list[str] = []
+    for group in (COMPRESSION, TRAINED):
+        command = [sys.executable, str(TESTS / "device_runs.py"), kind, str(directory), *group]
+        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+        assert process.returncode == 0, process.stderr
+        lines += [line for line in process.stdout.splitlines() if line.startswith('{"name"')]
+    return {run["name"]: run for run in map(json.loads, lines)}
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return outcomes("simulated", tmp_path_factory.mktemp("simulated"))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return outcomes("real", tmp_path_factory.mktemp("real"))
+
+
+def each(marks: dict[str, str]) -> Any:
+    """A case for every verb; those that are known to fail must fail."""
+    xfail = functools.partial(pytest.mark.xfail, strict=True)
+    return pytest.mark.parametrize(
+        "name", [pytest.param(n, marks=xfail(reason=marks[n]) if n in marks else ()) for n in RUNS]
+    )
+
+
+@pytest.mark.slow
+@each(FAILING)
+def test_verb_runs_on_a_simulated_gpu(simulated: dict[str, dict[str, Any]], name: str) -> None:
+    assert not simulated[name]["error"], simulated[name]["error"]
+
+
+@pytest.mark.slow
+@each(ON_CPU)
+def test_verb_leaves_no_work_to_the_cpu(simulated: dict[str, dict[str, Any]], name: str) -> None:
+    assert simulated[name]["launches"], "nothing was computed on the GPU"
+    assert not simulated[name]["cpu_work"]
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@each(FAILING)
+def test_verb_runs_on_a_gpu(real: dict[str, dict[str, Any]], name: str) -> None:
+    assert not real[name]["error"], real[name]["error"]
