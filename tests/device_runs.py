@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import welore
+from welore.config import EvaluationConfig, ScoreConfig
 
 WRITTEN = 384  # tokens of self-written text
 TRAINING: dict[str, Any] = {"steps": 3, "batch_size": 2, "length": 48, "eval_every": 2, "eval_items": 2}
@@ -53,17 +54,17 @@ def calibrate_whole(at: Path) -> None:
 def analyze(at: Path) -> None:
     spectra = welore.analyze(at / "dense", scaling="kfac", calibration=at / "statistics")
     spectra.save(at / "spectra")
-    plan = welore.allocate(spectra, params=0.7)
+    plan = welore.allocate(spectra, keep=0.7)
     assert abs(plan.parameter_ratio - 0.7) < 0.03
 
 
 def compress(at: Path) -> None:
-    record = welore.compress(at / "dense", at / "best", params=0.8, tokens=WRITTEN)
+    record = welore.compress(at / "dense", at / "best", keep=0.8, tokens=WRITTEN)
     assert abs(record.numbers["parameter_ratio"] - 0.8) < 0.03
 
 
 def compress_pruning_neurons(at: Path) -> None:
-    record = welore.compress(at / "dense", at / "smaller", params=0.6, neurons=0.25, tokens=WRITTEN)
+    record = welore.compress(at / "dense", at / "smaller", keep=0.6, neurons=0.25, tokens=WRITTEN)
     assert abs(record.numbers["parameter_ratio"] - 0.6) < 0.03
 
 
@@ -73,18 +74,19 @@ def compress_as_the_paper(at: Path) -> None:
 
 def compress_in_memory(at: Path) -> None:
     model = on_gpu(at / "dense")
-    record = welore.compress(model, params=0.7, scaling="kfac", calibration=at / "statistics")
+    record = welore.compress(model, keep=0.7, scaling="kfac", calibration=at / "statistics")
     assert abs(record.numbers["parameter_ratio"] - 0.7) < 0.03
     assert all(parameter.device.type == "cuda" for parameter in model.parameters())
 
 
 def evaluate(at: Path) -> None:
-    perplexity = welore.evaluate(at / "factored", data=str(at / "text.txt"), length=64, limit=4)
+    how = EvaluationConfig(dataset=at / "text.txt", max_length=64, num_windows=4)
+    perplexity = welore.evaluate(at / "factored", how, against=at / "dense")
     assert 1 < perplexity.numbers["perplexity"] < 1e6
 
 
 def score(at: Path) -> None:
-    welore.score(at / "factored", "coin_flip", "generated", limit=4)
+    welore.score(at / "factored", ScoreConfig(task="coin_flip", dataset="generated", limit=4))
 
 
 def finetune_lrc(at: Path) -> None:
