@@ -191,11 +191,11 @@ def sound(record: Record) -> bool:
 
 def _summary(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings and numbers of a healing, for the record of what was healed."""
-    found, numbers = record.settings, record.numbers
-    names = ("steps", "batch_size", "length", "lr", "warmup", "dtype", "seed", "distill_weight")
-    return {name: found[name] for name in names}, {
+    settings, numbers = record.settings, record.numbers
+    names = ("max_steps", "batch_size", "max_length", "learning_rate", "warmup_steps", "dtype", "seed")
+    return {name: settings[name] for name in (*names, "distill_weight")}, {
         "healed": sound(record),
-        "healing_tokens": found["steps"] * found["batch_size"] * found["length"],  # before a kill, too
+        "healing_tokens": settings["max_steps"] * settings["batch_size"] * settings["max_length"],  # before a kill, too
         "healing_seconds": numbers["seconds"],
         "held_out_loss": _losses(record),
     }
