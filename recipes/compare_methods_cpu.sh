@@ -18,9 +18,9 @@ run() { # name, method, learning rate, checkpoint, further arguments
     local name=$1 method=$2 rate=$3 checkpoint=$4
     shift 4
     [ -f "$out/$name-$rate/finetune.json" ] && return
-    welore finetune "$checkpoint" "$out/$name-$rate" --method "$method" --lr "$rate" --label "$name" --overwrite \
-        --data "${DATA:-pydoc}" --steps "$steps" --batch-size "${BATCH:-2}" --length "${LENGTH:-96}" \
-        --dtype "${DTYPE:-bfloat16}" --eval-every "$(((steps + 1) / 2))" --eval-items "${ITEMS:-16}" --save-every 0 "$@"
+    welore finetune "$checkpoint" "$out/$name-$rate" --method "$method" --learning-rate "$rate" --label "$name" --overwrite \
+        --dataset "${DATA:-pydoc}" --max-steps "$steps" --batch-size "${BATCH:-2}" --max-length "${LENGTH:-96}" \
+        --dtype "${DTYPE:-bfloat16}" --eval-steps "$(((steps + 1) / 2))" --max-eval-samples "${ITEMS:-16}" --save-steps 0 "$@"
     rm -r "$out/$name-$rate/model" # the record is what is compared; 0.4 GB each
 }
 

@@ -16,9 +16,9 @@ mkdir -p "$out"
 for method in ${METHODS:-lrc}; do # METHODS="lrc nlrc full lora galore" for figures 1 and 5
     run="$out/$method"
     [ -f "$run/finetune.json" ] ||
-        ${LAUNCH:-} welore finetune "$out/compressed" "$run" --method "$method" --data "${DATA:-c4}" \
-            --steps "${STEPS:-10000}" --batch-size "${BATCH:-4}" --length "${LENGTH:-1024}" --lr 5e-5 --eval-every 500 \
-            --save-every 500 --gradient-checkpointing --label "$method" $([ -f "$run/run.json" ] && echo --resume)
-    welore evaluate "$run/model" --data "${DATA:-c4}" --length "${LENGTH:-2048}" --label "$method" \
+        ${LAUNCH:-} welore finetune "$out/compressed" "$run" --method "$method" --dataset "${DATA:-c4}" \
+            --max-steps "${STEPS:-10000}" --batch-size "${BATCH:-4}" --max-length "${LENGTH:-1024}" --learning-rate 5e-5 --eval-steps 500 \
+            --save-steps 500 --gradient-checkpointing --label "$method" $([ -f "$run/run.json" ] && echo --resume)
+    welore evaluate "$run/model" --dataset "${DATA:-c4}" --max-length "${LENGTH:-2048}" --label "$method" \
         -o "$out/$method.ppl.json"
 done

@@ -19,10 +19,10 @@ for method in ${METHODS:-lrc}; do
         run="$out/$task-$method"
         [ -f "$run/finetune.json" ] ||
             ${LAUNCH:-} welore finetune "$out/compressed" "$run" --method "$method" --task "$task" \
-                ${TASK_DATA:+--task-data "$TASK_DATA"} --steps "${STEPS:-1000}" --batch-size "${BATCH:-8}" \
-                --length "${LENGTH:-512}" --lr "${LR:-5e-5}" --dtype "${DTYPE:-auto}" --label "$method" \
+                ${TASK_DATA:+--task-dataset "$TASK_DATA"} --max-steps "${STEPS:-1000}" --batch-size "${BATCH:-8}" \
+                --max-length "${LENGTH:-512}" --learning-rate "${LR:-5e-5}" --dtype "${DTYPE:-auto}" --label "$method" \
                 $([ -f "$run/run.json" ] && echo --resume)
-        welore score "$run/model" --task "$task" ${TASK_DATA:+--data "$TASK_DATA"} ${LIMIT:+--limit "$LIMIT"} \
+        welore score "$run/model" --task "$task" ${TASK_DATA:+--dataset "$TASK_DATA"} ${LIMIT:+--limit "$LIMIT"} \
             --label "$method" -o "$out/$task-$method.score.json"
     done
 done

@@ -13,7 +13,7 @@ length=${LENGTH:-128}
 
 evaluated() { # checkpoint, name
     [ -f "$place/$2.ppl.json" ] ||
-        welore evaluate "$1" --data "$data" --length "$length" --windows "${WINDOWS:-64}" --label "$2" \
+        welore evaluate "$1" --dataset "$data" --max-length "$length" --num-windows "${WINDOWS:-64}" --label "$2" \
             -o "$place/$2.ppl.json"
 }
 
@@ -21,9 +21,9 @@ tuned() { # name, method, checkpoint, further arguments
     local name=$1 method=$2 checkpoint=$3
     shift 3
     [ -f "$place/$name/finetune.json" ] ||
-        welore finetune "$checkpoint" "$place/$name" --method "$method" --data "$data" --length "$length" \
-            --batch-size "${BATCH:-16}" --steps "${TUNING_STEPS:-60}" --lr "${TUNING_LR:-3e-4}" --seed "$seed" \
-            --eval-every "${TUNING_STEPS:-60}" --eval-items 64 --save-every 0 --label "$name" --overwrite "$@"
+        welore finetune "$checkpoint" "$place/$name" --method "$method" --dataset "$data" --max-length "$length" \
+            --batch-size "${BATCH:-16}" --max-steps "${TUNING_STEPS:-60}" --learning-rate "${TUNING_LR:-3e-4}" --seed "$seed" \
+            --eval-steps "${TUNING_STEPS:-60}" --max-eval-samples 64 --save-steps 0 --label "$name" --overwrite "$@"
 }
 
 branch() { # rank reduction: cut both ways at equal parameters, then fine-tune
@@ -31,7 +31,7 @@ branch() { # rank reduction: cut both ways at equal parameters, then fine-tune
     [ -f "$cut/config.json" ] || welore compress "$model" "$cut" --rank-reduction "$1"
     if [ ! -f "$uniform/config.json" ]; then
         ratio=$(sed -n 's/.*"parameter_ratio": \([0-9.]*\).*/\1/p' "$cut/compression.json" | head -n 1)
-        welore compress "$model" "$uniform" --strategy uniform --params "$ratio"
+        welore compress "$model" "$uniform" --strategy uniform --keep "$ratio"
     fi
     evaluated "$cut" "welore-$1"
     evaluated "$uniform" "uniform-$1"
@@ -45,9 +45,9 @@ for seed in ${SEEDS:-0}; do
     run=$place/pretrain
     model=$run/training/model
     [ -f "$run/pretrain.json" ] ||
-        welore pretrain "$run" --data "$data" --size "${SIZE:-2m}" --vocabulary "${VOCABULARY:-4096}" \
-            --steps "${STEPS:-1465}" --batch-size "${BATCH:-16}" --length "$length" --lr "${LR:-2e-3}" --seed "$seed" \
-            --probes "${PROBES:-30}" --probe-items "${PROBE_ITEMS:-32}" --eval-items "${EVAL_ITEMS:-64}" \
+        welore pretrain "$run" --dataset "$data" --size "${SIZE:-2m}" --vocab-size "${VOCABULARY:-4096}" \
+            --max-steps "${STEPS:-1465}" --batch-size "${BATCH:-16}" --max-length "$length" --learning-rate "${LR:-2e-3}" --seed "$seed" \
+            --probes "${PROBES:-30}" --probe-items "${PROBE_ITEMS:-32}" --max-eval-samples "${EVAL_ITEMS:-64}" \
             $([ -f "$run/run.json" ] && echo --resume)
     evaluated "$model" dense
     OMP_NUM_THREADS=1 branch 0.3 & # one core each

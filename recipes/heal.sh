@@ -12,16 +12,16 @@ out=${2:-runs/heal}
 mkdir -p "$out"
 
 [ -f "$out/small/config.json" ] ||
-    welore compress "$model" "$out/small" --params "${PARAMS:-0.8}" --heal none ${TOKENS:+--tokens "$TOKENS"}
+    welore compress "$model" "$out/small" --keep "${PARAMS:-0.8}" --recovery none ${TOKENS:+--num-tokens "$TOKENS"}
 
 run="$out/healed"
 [ -f "$run/finetune.json" ] ||
-    welore finetune "$out/small" "$run" --method lrc --distill "$model" --data "${DATA:-self}" --lr "${LR:-3e-5}" \
-        --steps "${STEPS:-256}" --batch-size "${BATCH:-2}" --length "${LENGTH:-512}" --eval-every 50 --save-every 50 \
+    welore finetune "$out/small" "$run" --method lrc --distill "$model" --dataset "${DATA:-self}" --learning-rate "${LR:-3e-5}" \
+        --max-steps "${STEPS:-256}" --batch-size "${BATCH:-2}" --max-length "${LENGTH:-512}" --eval-steps 50 --save-steps 50 \
         --label healed $([ -f "$run/run.json" ] && echo --resume)
 
 for name in dense small healed; do
     case $name in dense) checkpoint=$model ;; small) checkpoint=$out/small ;; healed) checkpoint=$run/model ;; esac
-    welore evaluate "$checkpoint" --data "${TEXT:-pydoc}" --length "${WINDOW:-512}" --windows "${WINDOWS:-16}" \
+    welore evaluate "$checkpoint" --dataset "${TEXT:-pydoc}" --max-length "${WINDOW:-512}" --num-windows "${WINDOWS:-16}" \
         --label "$name" -o "$out/$name.ppl.json"
 done

@@ -16,20 +16,20 @@ mkdir -p "$out"
 
 run="$out/tuned"
 [ -f "$run/finetune.json" ] ||
-    welore finetune "$model" "$run" --method full --data "$text" --lr "${LR:-1e-4}" \
-        --steps "${STEPS:-$((tokens * 9 / 10 / batch / length))}" --batch-size "$batch" --length "$length" \
-        --eval-every 50 --save-every 50 --label tuned $([ -f "$run/run.json" ] && echo --resume)
+    welore finetune "$model" "$run" --method full --dataset "$text" --learning-rate "${LR:-1e-4}" \
+        --max-steps "${STEPS:-$((tokens * 9 / 10 / batch / length))}" --batch-size "$batch" --max-length "$length" \
+        --eval-steps 50 --save-steps 50 --label tuned $([ -f "$run/run.json" ] && echo --resume)
 
 [ -f "$out/calibration.safetensors" ] ||
-    welore calibrate "$run/model" --data "$text" --tokens "${STATISTICS:-65536}" --measure 0 \
+    welore calibrate "$run/model" --dataset "$text" --num-tokens "${STATISTICS:-65536}" --measure-losses 0 \
         -o "$out/calibration.safetensors"
 
 [ -f "$out/small/config.json" ] ||
-    welore compress "$run/model" "$out/small" --params "${PARAMS:-0.8}" --calibration "$out/calibration.safetensors" \
-        --heal "$text" --tokens "$tokens"
+    welore compress "$run/model" "$out/small" --keep "${PARAMS:-0.8}" --statistics "$out/calibration.safetensors" \
+        --recovery "$text" --num-tokens "$tokens"
 
 for name in dense tuned small; do
     case $name in dense) checkpoint=$model ;; tuned) checkpoint=$run/model ;; small) checkpoint=$out/small ;; esac
-    welore evaluate "$checkpoint" --data "${TEST:-$text}" --length "${WINDOW:-512}" --windows "${WINDOWS:-16}" \
+    welore evaluate "$checkpoint" --dataset "${TEST:-$text}" --max-length "${WINDOW:-512}" --num-windows "${WINDOWS:-16}" \
         --label "$name" -o "$out/$name.ppl.json"
 done

@@ -117,7 +117,7 @@ def test_pipeline_writes_what_the_verbs_promise(command: Command, model: Path, t
 
     line = done(command("allocate", s, *TARGET, "-o", p))
     plan = welore.Plan.load(p)
-    assert f"asked rank_reduction 0.4; achieved ERR {plan.rank_reduction:.2%}" in line
+    assert f"target rank_reduction 0.4; achieved ERR {plan.rank_reduction:.2%}" in line
     assert f"parameters {plan.parameter_ratio:.2%}" in line
     assert plan.ranks == allocate(spectra, rank_reduction=0.4).ranks
 
@@ -132,7 +132,7 @@ def test_pipeline_writes_what_the_verbs_promise(command: Command, model: Path, t
     assert json.loads((small / "config.json").read_text())["quantization_config"]["ranks"] == plan.ranks
     assert welore.Record.load(small / "compression.json").kind == "compression"
 
-    line = done(command("evaluate", small, "--data", text, "--length", 9, "-o", tmp_path / "small.ppl.json"))
+    line = done(command("evaluate", small, "--dataset", text, "--max-length", 9, "-o", tmp_path / "small.ppl.json"))
     record = welore.Record.load(tmp_path / "small.ppl.json")
     assert record.numbers["rank_reduction"] == plan.rank_reduction
     assert f"perplexity {record.numbers['perplexity']:.4g}" in line
@@ -140,7 +140,7 @@ def test_pipeline_writes_what_the_verbs_promise(command: Command, model: Path, t
     done(command("merge", small, again))
     assert "quantization_config" not in json.loads((again / "config.json").read_text())
     assert load_file(again / "model.safetensors").keys() == load_file(model / "model.safetensors").keys()
-    done(command("evaluate", again, "--data", text, "--length", 9, "-o", tmp_path / "again.ppl.json"))
+    done(command("evaluate", again, "--dataset", text, "--max-length", 9, "-o", tmp_path / "again.ppl.json"))
     merged = welore.Record.load(tmp_path / "again.ppl.json").numbers
     assert merged["perplexity"] == pytest.approx(record.numbers["perplexity"], rel=1e-5)
 
@@ -185,8 +185,11 @@ def test_one_command_makes_what_three_make_and_what_python_makes(
 def test_calibrate_says_what_it_gathered_and_writes_what_python_writes(
     command: Command, model: Path, text: Path, tmp_path: Path
 ) -> None:
-    path, how = tmp_path / "c.safetensors", ("--tokens", 32, "--length", 8, "--seed", 3, "--exclude", "down_proj")
-    answer = done(command("calibrate", model, "--data", f"{text}:3", "--data", "self", "-o", path, *how))
+    path, how = (
+        tmp_path / "c.safetensors",
+        ("--num-tokens", 32, "--max-length", 8, "--seed", 3, "--exclude", "down_proj"),
+    )
+    answer = done(command("calibrate", model, "--dataset", f"{text}:3,self", "-o", path, *how))
     assert answer == f"second moments of 12 matrices over 32 tokens -> {path}\n"
     found = welore.Statistics.load(path)
     assert [source["weight"] for source in found.record.inputs["sources"]] == [3.0, 1.0]
@@ -205,7 +208,7 @@ def test_patterns_choose_the_targets(command: Command, model: Path, tmp_path: Pa
     command("analyze", model, "-o", tmp_path / "s.safetensors", *only)
     names = {f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")}
     assert set(welore.Spectra.load(tmp_path / "s.safetensors").values) == names
-    command("compress", model, tmp_path / "out", "--paper", "--params", 0.5, *only)
+    command("compress", model, tmp_path / "out", "--paper", "--keep", 0.5, *only)
     assert {a.name for a in welore.Plan.load(tmp_path / "out" / "plan.json").allocations} == names
 
 
@@ -217,7 +220,7 @@ def test_shards_are_as_small_as_asked(command: Command, model: Path, tmp_path: P
 
 
 def test_what_stays_dense_is_said(command: Command, saved: Callable[..., Path], tmp_path: Path) -> None:
-    answer = command("compress", saved("mixtral"), tmp_path / "out", "--paper", "--params", 0.9)
+    answer = command("compress", saved("mixtral"), tmp_path / "out", "--paper", "--keep", 0.9)
     assert answer.status == 0
     assert "left dense inside the blocks" in answer.err
     assert "experts" in answer.err
@@ -242,7 +245,7 @@ def test_json_holds_the_whole_result(command: Command, model: Path, text: Path, 
     assert facts["numbers"]["bytes"] == (small / "model.safetensors").stat().st_size
 
     o = tmp_path / "small.ppl.json"
-    facts = json.loads(done(command("evaluate", small, "--data", text, "--length", 9, "-o", o, "--json")))
+    facts = json.loads(done(command("evaluate", small, "--dataset", text, "--max-length", 9, "-o", o, "--json")))
     assert facts == json.loads(o.read_text())
     assert {"rank_reduction", "parameter_ratio", "bytes", "perplexity"} <= facts["numbers"].keys()
 
@@ -253,7 +256,7 @@ def test_json_of_the_other_verbs_says_what_was_made(command: Command, model: Pat
     assert (facts["output"], facts["matrices"]) == (str(s), 14)
     facts = json.loads(done(command("allocate", s, *TARGET, "-o", p, "--json")))
     assert facts["rank_reduction"] == welore.Plan.load(p).rank_reduction
-    assert facts["asked"] == {"rank_reduction": 0.4}
+    assert facts["target"] == {"rank_reduction": 0.4}
     command("compress", model, small, "--plan", p)
     assert json.loads(done(command("merge", small, again, "--json"))) == {"output": str(again)}
 
@@ -324,7 +327,7 @@ def test_missing_shard_is_named(
     for arguments in (
         ("analyze", sharded, "-o", tmp_path / "s.safetensors"),
         ("compress", sharded, tmp_path / "out", *TARGET),
-        ("evaluate", sharded, "--data", text, "--length", 9, "-o", tmp_path / "a.json"),
+        ("evaluate", sharded, "--dataset", text, "--max-length", 9, "-o", tmp_path / "a.json"),
     ):
         assert f"lacks {missing.name}" in refused(*arguments)
 
@@ -341,7 +344,7 @@ def test_plan_of_another_model_is_refused(
     assert "plan was made for another model" in sentence
 
 
-@pytest.mark.parametrize("target", [("--rank-reduction", 0.99), ("--params", 0.001), ("--params", 1.5)])
+@pytest.mark.parametrize("target", [("--rank-reduction", 0.99), ("--keep", 0.001), ("--keep", 1.5)])
 def test_unreachable_target_says_what_can_be_reached(
     command: Command, refused: Callable[..., str], model: Path, tmp_path: Path, target: tuple[str, float]
 ) -> None:
@@ -374,50 +377,53 @@ def test_existing_directory_needs_overwrite(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("compress MODEL OUT --params 0.8 --strategy unifrom", "unknown strategy 'unifrom'; did you mean 'uniform'"),
-        ("compress MODEL OUT --params 0.8 --rank-reduction 0.3", "exactly one target"),
+        ("compress MODEL OUT --keep 0.8 --strategy unifrom", "unknown strategy 'unifrom'; did you mean 'uniform'"),
+        ("compress MODEL OUT --keep 0.8 --rank-reduction 0.3", "exactly one target"),
         ("compress MODEL OUT", "exactly one target"),
-        ("compress MODEL OUT --params 0.8 --min-ratio half", "min-ratio is 'half': it is a fraction .* or break-even"),
-        ("compress MODEL OUT --params 0.8 --min-ratio 1.5", "min_ratio is 1.5"),
-        ("compress MODEL OUT --params 0.8 --min-ratio nan", "min_ratio is nan"),
-        ("compress MODEL OUT --params 0.8 --rank-multiple 0", "rank_multiple is 0: it must be at least 1"),
+        ("compress MODEL OUT --keep 0.8 --min-ratio half", "min-ratio is 'half': it is a fraction .* or break-even"),
+        ("compress MODEL OUT --keep 0.8 --min-ratio 1.5", "min_ratio is 1.5"),
+        ("compress MODEL OUT --keep 0.8 --min-ratio nan", "min_ratio is nan"),
+        ("compress MODEL OUT --keep 0.8 --rank-multiple 0", "rank_multiple is 0: it must be at least 1"),
         ("compress MODEL OUT --threshold 1.5", "threshold is 1.5: .* between 0 and 1"),
-        ("compress MODEL OUT --params nan", "keep (is )?nan"),
-        ("compress MODEL OUT --params 0.8 --device cuda:77", "device 'cuda:77' is not there"),
-        ("compress MODEL OUT --params 0.8 --device meta", "device 'meta' is not there"),
-        ("compress MODEL OUT --params 0.8 --include q_porj", "pattern 'q_porj' matches no linear layer"),
-        ("compress MODEL OUT --paper --params 0.8 --max-shard-size many", "max_shard_size is 'many': write it like"),
-        ("compress MODEL TEXT/out --params 0.8", "cannot be made a directory"),
+        ("compress MODEL OUT --keep nan", "keep (is )?nan"),
+        ("compress MODEL OUT --keep 0.8 --device cuda:77", "device 'cuda:77' is not there"),
+        ("compress MODEL OUT --keep 0.8 --device meta", "device 'meta' is not there"),
+        ("compress MODEL OUT --keep 0.8 --include q_porj", "pattern 'q_porj' matches no linear layer"),
+        ("compress MODEL OUT --paper --keep 0.8 --max-shard-size many", "max_shard_size is 'many': write it like"),
+        ("compress MODEL TEXT/out --keep 0.8", "cannot be made a directory"),
         ("compress MODEL OUT --plan none.json", "none.json does not exist"),
         ("compress MODEL OUT --plan TEXT", "text.txt is not JSON"),
         ("compress MODEL OUT --plan CONFIG", "config.json is not a plan"),
-        ("compress ./none OUT --params 0.8", "none is neither a model directory, a .gguf file nor a hub id"),
+        ("compress ./none OUT --keep 0.8", "none is neither a model directory, a .gguf file nor a hub id"),
         (
-            "compress some/model OUT --params 0.8",
+            "compress some/model OUT --keep 0.8",
             "some/model is not in the local cache .*HF_HUB_OFFLINE.* connect",
         ),
-        ("compress none.gguf OUT --params 0.8", "none.gguf does not exist"),
-        ("compress HERE OUT --params 0.8", "is not a Hugging Face model: it has no config.json"),
+        ("compress none.gguf OUT --keep 0.8", "none.gguf does not exist"),
+        ("compress HERE OUT --keep 0.8", "is not a Hugging Face model: it has no config.json"),
         ("analyze MODEL -o TEXT/s.safetensors", "cannot be made a directory"),
         (
-            "allocate none.safetensors --params 0.8 -o OUT",
+            "allocate none.safetensors --keep 0.8 -o OUT",
             "none.safetensors does not exist: make it with `welore analyze",
         ),
-        ("allocate WEIGHTS --params 0.8 -o OUT", "model.safetensors holds no spectra"),
-        ("allocate TEXT --params 0.8 -o OUT", "text.txt is not a readable safetensors file"),
-        ("calibrate MODEL --length 8 --data wikitext -o OUT", "unknown data set 'wikitext'; did you mean 'wikitext2'"),
-        ("calibrate MODEL --data TEXT:0 -o OUT", "text.txt is 0: it must be above 0"),
-        ("calibrate MODEL --length 100 -o OUT", "length is 100: this model reads at most 64 tokens at once"),
-        ("calibrate MODEL --length 8 --first chat -o OUT", "this tokenizer has no chat template"),
+        ("allocate WEIGHTS --keep 0.8 -o OUT", "model.safetensors holds no spectra"),
+        ("allocate TEXT --keep 0.8 -o OUT", "text.txt is not a readable safetensors file"),
+        (
+            "calibrate MODEL --max-length 8 --dataset wikitext -o OUT",
+            "unknown data set 'wikitext'; did you mean 'wikitext2'",
+        ),
+        ("calibrate MODEL --dataset TEXT:0 -o OUT", "text.txt is 0: it must be above 0"),
+        ("calibrate MODEL --max-length 100 -o OUT", "length is 100: this model reads at most 64 tokens at once"),
+        ("calibrate MODEL --max-length 8 --first chat -o OUT", "this tokenizer has no chat template"),
         ("calibrate ./none -o OUT", "none is neither a model directory"),
         ("merge MODEL OUT", "is not a checkpoint compressed by welore"),
-        ("evaluate MODEL --data wikitext -o OUT", "unknown data set 'wikitext'; did you mean 'wikitext2'"),
-        ("evaluate MODEL --data none.txt -o OUT", "none.txt does not exist"),
-        ("evaluate MODEL --data TEXT --dtype float61 -o OUT", "unknown dtype 'float61'; did you mean 'float16'"),
-        ("evaluate MODEL --data TEXT --length 1 -o OUT", "length is 1: a window needs at least 2 tokens"),
-        ("evaluate MODEL --data TEXT --windows 0 -o OUT", "windows is 0"),
-        ("evaluate MODEL --data TEXT --batch-size 0 -o OUT", "batch_size is 0"),
-        ("evaluate ./none --data TEXT -o OUT", "none is neither a model directory"),
+        ("evaluate MODEL --dataset wikitext -o OUT", "unknown data set 'wikitext'; did you mean 'wikitext2'"),
+        ("evaluate MODEL --dataset none.txt -o OUT", "none.txt does not exist"),
+        ("evaluate MODEL --dataset TEXT --dtype float61 -o OUT", "unknown dtype 'float61'; did you mean 'float16'"),
+        ("evaluate MODEL --dataset TEXT --max-length 1 -o OUT", "length is 1: a window needs at least 2 tokens"),
+        ("evaluate MODEL --dataset TEXT --num-windows 0 -o OUT", "windows is 0"),
+        ("evaluate MODEL --dataset TEXT --batch-size 0 -o OUT", "batch_size is 0"),
+        ("evaluate ./none --dataset TEXT -o OUT", "none is neither a model directory"),
     ],
 )
 def test_mistake_is_one_sentence(
@@ -450,7 +456,7 @@ def test_output_that_is_a_directory_is_refused_before_the_work(
 
     monkeypatch.setattr("welore.compression.analysis.analyze", worked)
     monkeypatch.setattr("welore.evaluation.perplexity.evaluate", worked)
-    for arguments in (("analyze", model), ("calibrate", model), ("evaluate", model, "--data", text)):
+    for arguments in (("analyze", model), ("calibrate", model), ("evaluate", model, "--dataset", text)):
         answer = command(*arguments, "-o", tmp_path)
         assert answer.status == 2
         assert "is a directory" in re.sub(r"[\s│]+", " ", answer.err)
@@ -463,14 +469,14 @@ def test_our_own_mistake_shows_its_traceback(
         raise ZeroDivisionError
 
     monkeypatch.setattr("welore.compression.pipeline.compress", broken)
-    monkeypatch.setattr(sys, "argv", ["welore", "compress", str(model), str(tmp_path / "out"), "--params", "0.8"])
+    monkeypatch.setattr(sys, "argv", ["welore", "compress", str(model), str(tmp_path / "out"), "--keep", "0.8"])
     with pytest.raises(ZeroDivisionError):
         main()
 
 
 def test_installed_command_exits_with_two_and_a_sentence(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("welore")
-    run = [script, "allocate", "none.safetensors", "--params", "0.8", "-o", tmp_path / "plan.json"]
+    run = [script, "allocate", "none.safetensors", "--keep", "0.8", "-o", tmp_path / "plan.json"]
     answer = subprocess.run(run, capture_output=True, text=True, check=False)
     assert (answer.returncode, answer.stdout) == (2, "")
     assert (

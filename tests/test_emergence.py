@@ -195,13 +195,13 @@ def test_fsdp_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_command_says_what_came_out(text: str, tmp_path: Path, command: Command, refused: Any) -> None:
     out = tmp_path / "run"
-    flags = ["--size", "16/2/2/24", "--vocabulary", 300, "--steps", 6, "--batch-size", 4, "--length", 16]
-    flags += ["--probes", 4, "--probe-items", 2, "--eval-items", 4, "--device", "cpu", "--weight-decay", 0.1]
-    line = done(command("pretrain", out, "--data", text, *flags))
+    flags = ["--size", "16/2/2/24", "--vocab-size", 300, "--max-steps", 6, "--batch-size", 4, "--max-length", 16]
+    flags += ["--probes", 4, "--probe-items", 2, "--max-eval-samples", 4, "--device", "cpu", "--weight-decay", 0.1]
+    line = done(command("pretrain", out, "--dataset", text, *flags))
     assert "384 tokens, held-out loss 5." in line
     assert "of 14 matrices are LRCs" in line
     assert "name the text to learn from" in refused("pretrain", tmp_path / "other")
-    answer = command("pretrain", out, "--data", text, *flags, "--overwrite", "--json")
+    answer = command("pretrain", out, "--dataset", text, *flags, "--overwrite", "--json")
     assert json.loads(answer.out)["settings"]["weight_decay"] == 0.1
 
 

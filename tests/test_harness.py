@@ -126,8 +126,8 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lm-eval", "boolq", "--data", "pydoc"], "give --data or --lm-eval, not both"),
-        (["--lm-eval", "boolq", "--windows", "3"], "--length and --windows go with --data"),
+        (["--lm-eval", "boolq", "--dataset", "pydoc"], "give --dataset or --lm-eval, not both"),
+        (["--lm-eval", "boolq", "--num-windows", "3"], "--max-length and --num-windows go with --dataset"),
         (["--limit", "3"], "--limit and --tasks-dir go with --lm-eval"),
         (["--tasks-dir", "x"], "--limit and --tasks-dir go with --lm-eval"),
     ],

@@ -237,7 +237,7 @@ def test_what_cannot_heal_is_refused_before_anything_is_written(
     with pytest.raises(WeLoreError, match="cut, not healed"):
         welore.compress(build("llama"), heal="self", **how)
     monkeypatch.setattr(healing, "team", lambda: Processes(0, 2))
-    with pytest.raises(WeLoreError, match="--heal none"):
+    with pytest.raises(WeLoreError, match="--recovery none"):
         welore.compress(source, tmp_path / "out", keep=0.6, calibration=own)
     assert not (tmp_path / "out").exists()
 

@@ -349,7 +349,9 @@ def test_window_longer_than_the_model_reads_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str
 ) -> None:
     (tmp_path / "long.txt").write_text("w5 " * 100)
-    with pytest.raises(WeLoreError, match="length is 65: this model reads at most 64 tokens at once, pass --length 64"):
+    with pytest.raises(
+        WeLoreError, match="length is 65: this model reads at most 64 tokens at once, pass --max-length 64"
+    ):
         welore.evaluate(build(family), EvaluationConfig(str(tmp_path / "long.txt"), max_length=65), tokenizer=tokenizer)
     numbers = welore.evaluate(
         build(family), EvaluationConfig(str(tmp_path / "long.txt"), max_length=64), tokenizer=tokenizer

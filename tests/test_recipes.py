@@ -24,12 +24,13 @@ from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS
 from welore.models.embedded import PACKAGE, embedded_model
 from welore.records import Record
-from welore.training.settings import CONTINUAL, DOWNSTREAM
 
 ROOT = Path(__file__).resolve().parents[1]
 Answer = tuple[int, str]  # exit status, output
 TOY = {"STEPS": "2", "LENGTH": "16"}
-PAPER = {"lr": 5e-5, "accumulation": 1, "warmup": None, "method": "lrc", "train_norms": False}  # section 4
+CONTINUAL = {"max_steps": 10_000, "batch_size": 4, "max_length": 1024}
+DOWNSTREAM = {"max_steps": 1_000, "batch_size": 8, "max_length": 512}
+PAPER = {"learning_rate": 5e-5, "gradient_accumulation_steps": 1, "warmup_steps": None, "method": "lrc"}  # section 4
 
 CLIENT = """#!{python} -IS
 import json, socket, sys
@@ -244,7 +245,14 @@ def test_study_recipe_at_the_papers_size(tmp_path: Path) -> None:
     (status, _), commands = run("emergence_gpu.sh", tmp_path / "out", answer=noted_or_refused, place=tmp_path / "bin")
     assert status == 3  # the recipe stops where a command fails
     settings = parsed(commands[0])
-    wanted = {"size": "130m", "data": "c4", "steps": 25_000, "vocabulary": 32_000, "weight_decay": 0.0, "probes": 30}
+    wanted = {
+        "size": "130m",
+        "dataset": "c4",
+        "max_steps": 25_000,
+        "vocab_size": 32_000,
+        "weight_decay": 0.0,
+        "probes": 30,
+    }
     assert settings.items() >= wanted.items()
 
 
@@ -260,7 +268,7 @@ def test_continual_recipe_has_the_settings_of_the_paper(tmp_path: Path) -> None:
     assert [command[0] for command in commands] == ["compress", "finetune", "evaluate"]
     assert parsed(commands[0])["rank_reduction"] == 0.5
     (settings,) = tuned(commands)
-    assert settings.items() >= (CONTINUAL | PAPER | {"data": "c4", "task": None, "eval_every": 500}).items()
+    assert settings.items() >= (CONTINUAL | PAPER | {"dataset": "c4", "task": None, "eval_steps": 500}).items()
 
 
 def test_downstream_recipe_has_the_settings_of_the_paper(tmp_path: Path) -> None:
@@ -272,7 +280,7 @@ def test_downstream_recipe_has_the_settings_of_the_paper(tmp_path: Path) -> None
     assert parsed(commands[0])["rank_reduction"] == 0.5
     assert [settings["task"] for settings in tuned(commands)] == list(TASKS)
     for settings in tuned(commands):
-        assert settings.items() >= (DOWNSTREAM | PAPER | {"data": None, "loss_on_prompt": False}).items()
+        assert settings.items() >= (DOWNSTREAM | PAPER | {"dataset": None, "loss_on_prompt": False}).items()
 
 
 @pytest.mark.parametrize(
@@ -285,6 +293,6 @@ def test_a_stopped_recipe_goes_on_with_its_run(recipe: str, directory: str, tmp_
     (begun / "run.json").write_text("{}")
     knobs = {"TASKS": "svamp boolq", "DATA": "my.txt"}
     _, commands = run(recipe, "some/model", tmp_path / "out", answer=noted, place=tmp_path / "bin", **knobs)
-    resumed = {Path(settings["out"]).name: settings["resume"] for settings in tuned(commands)}
+    resumed = {Path(settings["output_dir"]).name: settings["resume"] for settings in tuned(commands)}
     assert resumed.pop(directory) is True
     assert not any(resumed.values())

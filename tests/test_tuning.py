@@ -288,10 +288,23 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_two_processes_give_the_losses_of_one(model: Path, text: str, tmp_path: Path) -> None:
-    common = ["--data", text, "--steps", "4", "--length", "48", "--lr", "5e-3", "--warmup", "1", "--eval-every", "2"]
+    common = [
+        "--dataset",
+        text,
+        "--max-steps",
+        "4",
+        "--max-length",
+        "48",
+        "--learning-rate",
+        "5e-3",
+        "--warmup-steps",
+        "1",
+        "--eval-steps",
+        "2",
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += ["--no-python", str(Path(sys.executable).with_name("welore")), "finetune", str(model)]
-    command += [str(tmp_path / "two"), *common, "--batch-size", "2", "--device", "cpu", "--eval-items", "5"]
+    command += [str(tmp_path / "two"), *common, "--batch-size", "2", "--device", "cpu", "--max-eval-samples", "5"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -304,10 +317,21 @@ def test_two_processes_give_the_losses_of_one(model: Path, text: str, tmp_path: 
 
 
 def test_two_processes_distil_as_one_does(model: Path, teacher: Path, tmp_path: Path) -> None:
-    common = ["--data", "self", "--distill", str(teacher), "--steps", "4", "--length", "48", "--lr", "5e-3"]
+    common = [
+        "--dataset",
+        "self",
+        "--distill",
+        str(teacher),
+        "--max-steps",
+        "4",
+        "--max-length",
+        "48",
+        "--learning-rate",
+        "5e-3",
+    ]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += ["--no-python", str(Path(sys.executable).with_name("welore")), "finetune", str(model)]
-    command += [str(tmp_path / "two"), *common, "--warmup", "1", "--eval-every", "2", "--eval-items", "4"]
+    command += [str(tmp_path / "two"), *common, "--warmup-steps", "1", "--eval-steps", "2", "--max-eval-samples", "4"]
     command += ["--batch-size", "2", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
@@ -466,7 +490,7 @@ def test_impossible_teachers_are_refused_before_anything_is_written(
         ({"distill_weight": 0.5}, "go with --distill TEACHER"),
         ({"distill_temperature": 2.0}, "go with --distill TEACHER"),
         ({"data": "self"}, "name the teacher, --distill TEACHER"),
-        ({"distill": dense, "self_tokens": 100}, "--self-tokens goes with --data self"),
+        ({"distill": dense, "self_tokens": 100}, "--self-tokens goes with --dataset self"),
         ({"distill": dense, "data": "self", "self_tokens": 48}, "two blocks of 48 tokens are needed"),
     ]
     for settings, message in cases:
@@ -493,8 +517,8 @@ def test_another_teacher_is_another_run(model: Path, dense: Path, text: str, tmp
         ({"dtype": "bf16"}, "unknown dtype 'bf16'"),
         ({"optimizer": "adam"}, "unknown optimizer 'adam'"),
         ({"report_to": "tensorbord"}, "did you mean 'tensorboard'"),
-        ({"task": "coin_flip"}, "give --data TEXT or --task NAME, one of them"),
-        ({"data": None}, "give --data TEXT or --task NAME, one of them"),
+        ({"task": "coin_flip"}, "give --dataset TEXT or --task NAME, one of them"),
+        ({"data": None}, "give --dataset TEXT or --task NAME, one of them"),
         ({"data": None, "task": "coinflip"}, "did you mean 'coin_flip'"),
         ({"loss_on_prompt": True}, "go with --task"),
         ({"method": "full", "train_norms": True}, "--train-norms goes with lrc and nlrc"),

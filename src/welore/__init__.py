@@ -1,6 +1,6 @@
 """WeLore: compress any Hugging Face decoder by non-uniform low rank, and load it anywhere transformers does.
 
-The verbs of the command line are functions here; torch and transformers are imported when one is first used.
+Every verb of the command line is a function here. torch and transformers are imported when one is first used.
 Importing this package makes `from_pretrained` know compressed checkpoints.
 """
 
@@ -11,51 +11,117 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {
-    "analyze": "welore.compression.analysis",
-    "allocate": "welore.allocation.solver",
-    "calibrate": "welore.calibration.collect",
-    "compress": "welore.compression.pipeline",
-    "merge": "welore.compression.merge",
-    "evaluate": "welore.evaluation.perplexity",
-    "finetune": "welore.training.finetune",
-    "score": "welore.evaluation.accuracy",
-    "pretrain": "welore.emergence.pretrain",
-    "report": "welore.reporting.page",
-    "demo": "welore.cli.demo",
-    "Spectra": "welore.allocation.spectra",
-    "Plan": "welore.allocation.plan",
-    "Statistics": "welore.calibration.statistics",
-    "Trace": "welore.emergence.trace",
-    "Record": "welore.records",
-    "LowRankLinear": "welore.layers.low_rank",
-    "PivotedLinear": "welore.layers.low_rank",
-    "SplitLinear": "welore.layers.low_rank",
-    "WeLoreConfig": "welore.models.quantizer",
-    "WeLoreError": "welore.errors",
+from welore.config import (
+    AllocationConfig,
+    CalibrationConfig,
+    CompressionConfig,
+    EvaluationConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    RecoveryConfig,
+    ScoreConfig,
+)
+from welore.errors import WeLoreError
+
+if TYPE_CHECKING:
+    from welore.allocation.plan import Plan
+    from welore.allocation.solver import allocate
+    from welore.allocation.spectra import Spectra
+    from welore.calibration.collect import calibrate
+    from welore.calibration.statistics import Statistics
+    from welore.cli.demo import demo
+    from welore.compression.analysis import analyze
+    from welore.compression.merge import merge
+    from welore.compression.pipeline import compress
+    from welore.emergence.pretrain import pretrain
+    from welore.emergence.trace import Trace
+    from welore.evaluation.accuracy import score
+    from welore.evaluation.lm_eval import evaluate_tasks
+    from welore.evaluation.perplexity import evaluate
+    from welore.layers.low_rank import LowRankLinear, PivotedLinear, SplitLinear
+    from welore.models.quantizer import WeLoreConfig
+    from welore.records import Record
+    from welore.reporting.page import report
+    from welore.training.finetune import finetune
+
+__all__ = [
+    "AllocationConfig",
+    "CalibrationConfig",
+    "CompressionConfig",
+    "EvaluationConfig",
+    "FinetuneConfig",
+    "LowRankLinear",
+    "PivotedLinear",
+    "Plan",
+    "PretrainConfig",
+    "Record",
+    "RecoveryConfig",
+    "ScoreConfig",
+    "Spectra",
+    "SplitLinear",
+    "Statistics",
+    "Trace",
+    "WeLoreConfig",
+    "WeLoreError",
+    "allocate",
+    "analyze",
+    "calibrate",
+    "compress",
+    "demo",
+    "evaluate",
+    "evaluate_tasks",
+    "finetune",
+    "merge",
+    "pretrain",
+    "report",
+    "score",
+]
+
+# Module -> the names that are read from it on first use; the same as above, for the interpreter.
+_LAZY = {
+    "allocation.plan": ["Plan"],
+    "allocation.solver": ["allocate"],
+    "allocation.spectra": ["Spectra"],
+    "calibration.collect": ["calibrate"],
+    "calibration.statistics": ["Statistics"],
+    "cli.demo": ["demo"],
+    "compression.analysis": ["analyze"],
+    "compression.merge": ["merge"],
+    "compression.pipeline": ["compress"],
+    "emergence.pretrain": ["pretrain"],
+    "emergence.trace": ["Trace"],
+    "evaluation.accuracy": ["score"],
+    "evaluation.lm_eval": ["evaluate_tasks"],
+    "evaluation.perplexity": ["evaluate"],
+    "layers.low_rank": ["LowRankLinear", "PivotedLinear", "SplitLinear"],
+    "models.quantizer": ["WeLoreConfig"],
+    "records": ["Record"],
+    "reporting.page": ["report"],
+    "training.finetune": ["finetune"],
 }
-__all__ = sorted(_PUBLIC)
-
-_QUANTIZERS = "transformers.quantizers.auto"
+_MODULE_OF = {name: f"welore.{module}" for module, names in _LAZY.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'welore' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
     return __all__
 
 
+_QUANTIZERS = "transformers.quantizers.auto"
+
+
 class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
     """Imports welore.models.quantizer right after transformers' table of quantizers, whoever imports that.
 
     Registration needs torch and transformers, ten seconds of imports on a small machine; this way `welore --help`
-    does not pay for them.
+    does not pay for them. An import of transformers that fails leaves the hook in place for the next one.
     """
 
     def find_spec(
@@ -64,12 +130,16 @@ class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
         if fullname != _QUANTIZERS:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            sys.meta_path.insert(0, self)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                sys.meta_path.remove(self)
                 importlib.import_module("welore.models.quantizer")
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]

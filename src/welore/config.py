@@ -6,7 +6,7 @@ their fields. Registries (STRATEGIES, SCALINGS, METHODS, ...) have exactly the n
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
@@ -35,7 +35,7 @@ NUM_TOKENS, MAX_LENGTH = 65_536, 512  # of calibration
 
 # A text: a name, a hub id, a file, several of them with weights ("wikitext2:1,my.txt:2"), a list of strings, a
 # datasets.Dataset, or windows of token ids (count, length).
-Dataset = str | Path | Sequence[str] | Mapping[str, float] | Any
+Dataset = Any
 
 
 def option(default: Any, help: str, *, panel: str = "Options", **more: Any) -> Any:
@@ -286,7 +286,7 @@ class EvaluationConfig:
 class ScoreConfig:
     """Which questions of a task a model answers."""
 
-    task: TaskName = option("boolq", "The task.", panel="Task")
+    task: TaskName | None = option(None, "The task.", panel="Task")
     dataset: str | Path | None = option(
         None, "The task's original file, or 'generated'.", panel="Task", shown="the hub's data set"
     )
@@ -296,7 +296,8 @@ class ScoreConfig:
     seed: int = option(0, "Random seed of generated questions.", panel="Task")
 
     def __post_init__(self) -> None:
-        require_choice("task", self.task, TaskName)
+        if self.task is not None:
+            require_choice("task", self.task, TaskName)
         require_choice("dtype", self.dtype, DtypeName)
         require_at_least(1, batch_size=self.batch_size, limit=self.limit)
 

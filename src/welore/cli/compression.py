@@ -1,181 +1,276 @@
-"""The verbs that write a smaller model, or a dense one again: compress, merge."""
+"""The verbs that make a model smaller, or dense again: analyze, allocate, calibrate, compress, merge, export, info."""
 
+import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from welore.cli.options import (
-    AllowGrowth,
-    AsJson,
-    CacheDir,
-    Device,
-    Exclude,
-    Include,
-    MinRatio,
-    Model,
-    Out,
-    Overwrite,
-    Params,
-    RankMultiple,
-    RankReduction,
-    Revision,
-    ShardSize,
-    Split,
-    StorageName,
-    StrategyName,
-    Threshold,
-    Workers,
-    ratio_of,
+from welore.cli.options import Model, OutputDir, OutputFile, StatisticsFile
+from welore.cli.output import achieved, is_main_process, log, print_result, quiet_libraries
+from welore.config import (
+    SHARD_SIZE,
+    AllocationConfig,
+    AnalysisConfig,
+    CalibrationConfig,
+    CompressionConfig,
+    RunConfig,
 )
-from welore.cli.terminal import achieved, device_of, plain, progress_bars, say, silence_bitsandbytes, tell
 from welore.errors import WeLoreError
+
+if TYPE_CHECKING:
+    from welore.records import Record
+
+PlanFile = Annotated[
+    Path | None, typer.Option(help="A plan made by `welore allocate`, in place of a target.", rich_help_panel="Target")
+]
+RecoveryText = Annotated[
+    str | None,
+    typer.Option(
+        "--recovery",
+        help="Train the factors on: self (what the model wrote), a text as for calibration, or none. "
+        "[default: self for preset best]",
+        rich_help_panel="Recovery",
+    ),
+]
+ShardSize = Annotated[str, typer.Option(help="Largest size of one weight file.")]
+
+
+def analyze(
+    model: Model,
+    output: OutputFile,
+    config: AnalysisConfig,
+    run: RunConfig,
+    as_json: bool,
+    statistics: StatisticsFile = None,
+    reference_values: Annotated[
+        Path | None, typer.Option(help="Take the values from this .pt file of the reference scripts instead.")
+    ] = None,
+) -> None:
+    """Compute the singular values of every targeted matrix and write a spectra file."""
+    from welore.compression.analysis import analyze
+    from welore.compression.reference_import import import_singular_values
+    from welore.io.context import RunContext
+
+    quiet_libraries()
+    if reference_values is not None:
+        if config.scaling not in (None, "none") or statistics or config.split:
+            raise WeLoreError("--reference-values are those of the weights: leave scaling, statistics and split out")
+        spectra = import_singular_values(
+            reference_values,
+            model,
+            include=config.include,
+            exclude=config.exclude,
+            cache_dir=run.cache_dir,
+            revision=run.revision,
+        )
+    else:
+        context = RunContext.create(**run.options)
+        spectra = analyze(
+            model,
+            calibration=statistics,
+            scaling=config.scaling or ("kfac" if statistics else "none"),
+            split=config.split,
+            include=config.include,
+            exclude=config.exclude,
+            cache_dir=context.cache_dir,
+            revision=context.revision,
+            device=str(context.device),
+            workers=context.workers,
+            work_dir=output.with_name(output.name + ".work"),
+            progress=context.progress,
+        )
+    if is_main_process():
+        spectra.save(output)
+    facts = {
+        "model": spectra.model.name,
+        "fingerprint": spectra.model.fingerprint,
+        "scaling": spectra.scaling,
+        "matrices": len(spectra.values),
+        "values": sum(map(len, spectra.values.values())),
+        "output": str(output),
+    }
+    print_result(facts, as_json, f"{facts['values']:,} singular values of {facts['matrices']} matrices -> {output}")
+
+
+def allocate(
+    spectra: Annotated[Path, typer.Argument(help="File made by `welore analyze`.", show_default=False)],
+    output: OutputFile,
+    config: AllocationConfig,
+    as_json: bool,
+) -> None:
+    """Choose the rank of every matrix for a target and write plan.json."""
+    from welore.allocation.solver import allocate
+    from welore.allocation.spectra import Spectra
+
+    plan = allocate(Spectra.load(spectra), config)
+    plan.save(output)
+    numbers = plan.numbers()
+    print_result(numbers | {"target": dict(plan.target)}, as_json, f"{achieved(plan.target, numbers)} -> {output}")
+
+
+def calibrate(model: Model, output: OutputFile, config: CalibrationConfig, run: RunConfig, as_json: bool) -> None:
+    """Collect second moments of inputs and output gradients of every targeted matrix."""
+    from welore.calibration.collect import calibrate
+    from welore.io.context import RunContext
+    from welore.io.parallel import team
+
+    quiet_libraries()
+    if team().size > 1:
+        raise WeLoreError("calibrate works in one process: start it without torchrun or accelerate")
+    context = RunContext.create(**run.options)
+    record = calibrate(
+        model,
+        config.dataset,
+        output,
+        tokens=config.num_tokens,
+        length=config.max_length,
+        seed=config.seed,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        first=config.first,
+        batch_size=config.batch_size,
+        measure=config.measure_losses,
+        split=config.split,
+        whole=config.whole_model,
+        dtype=config.dtype,
+        include=config.include,
+        exclude=config.exclude,
+        cache_dir=context.cache_dir,
+        revision=context.revision,
+        device=str(context.device),
+        progress=context.progress,
+    ).record
+    numbers = record.numbers
+    if numbers["never_reached"]:
+        log(
+            f"{numbers['never_reached']} of {numbers['matrices']} matrices were reached by no token: their statistics "
+            "are zero"
+        )
+    line = f"second moments of {numbers['matrices']} matrices over {numbers['tokens']:,} tokens -> {output}"
+    print_result(record, as_json, line)
 
 
 def compress(
     model: Model,
-    out: Out,
-    plan: Annotated[Path | None, typer.Option(help="A plan made by `welore allocate`, in place of a target.")] = None,
-    rank_reduction: RankReduction = None,
-    params: Params = None,
-    threshold: Threshold = None,
-    strategy: StrategyName = None,
-    scaling: Annotated[
-        str | None,
-        typer.Option(
-            help="What is cut: none (the weights), or scaled by a calibration: asvd, input, kfac. "
-            "[default: kfac for --params alone, else none]"
-        ),
+    output_dir: OutputDir,
+    config: CompressionConfig,
+    calibration: CalibrationConfig,
+    run: RunConfig,
+    as_json: bool,
+    plan: PlanFile = None,
+    paper: Annotated[bool, typer.Option("--paper", help="Short for --preset paper.", rich_help_panel="Target")] = False,
+    statistics: Annotated[
+        Path | None, typer.Option(help="File made by `welore calibrate`.", rich_help_panel="Calibration")
     ] = None,
-    storage: StorageName = None,
-    min_ratio: MinRatio = None,
-    allow_growth: AllowGrowth = False,
-    rank_multiple: RankMultiple = 1,
-    split: Split = None,
-    neurons: Annotated[
-        float | None,
-        typer.Option(
-            help="Share of the MLPs' neurons that is taken out before the cut. [default: for --params alone as many "
-            "as are worth less than the numbers they take, else 0]"
-        ),
-    ] = None,
-    paper: Annotated[
-        bool,
-        typer.Option("--paper", help="WeLore as published: strategy welore, scaling none, storage factored."),
-    ] = False,
-    calibration: Annotated[
-        str, typer.Option(help="File made by `welore calibrate`; self: text that the model writes, no data.")
-    ] = "self",
-    tokens: Annotated[int, typer.Option(help="Of that text, and of texts to heal on.")] = 65536,
-    seed: Annotated[int, typer.Option(help="Of the texts and their order.")] = 0,
-    heal: Annotated[
-        str | None,
-        typer.Option(
-            help="Text on which the factors then learn from the dense model: self, what the model wrote to be cut by; "
-            "texts as in calibrate; or none.  [default: self for --params alone]"
-        ),
-    ] = None,
-    include: Include = None,
-    exclude: Exclude = None,
-    cache_dir: CacheDir = None,
-    revision: Revision = None,
-    device: Device = None,
-    workers: Workers = None,
-    max_shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False,
+    recovery_text: RecoveryText = None,
     reference_checkpoint: Annotated[
-        Path | None, typer.Option(help="Take weights and factors from this state dict of the reference scripts.")
+        Path | None,
+        typer.Option(
+            help="Take weights and factors from this state dict of the reference scripts.", rich_help_panel="Method"
+        ),
     ] = None,
-    as_json: AsJson = False,
 ) -> None:
-    """Analyze, allocate and factor -> a Hugging Face directory that loads with from_pretrained."""
+    """Compress a model into a Hugging Face directory that loads with from_pretrained."""
     from welore.allocation.plan import Plan
     from welore.compression.pipeline import compress
     from welore.compression.reference_import import import_checkpoint
+    from welore.io.context import RunContext
     from welore.io.parallel import return_freed_memory
 
-    silence_bitsandbytes()
-    return_freed_memory()
-    common: dict[str, Any] = {
-        "cache_dir": cache_dir,
-        "revision": revision,
-        "max_shard_size": max_shard_size,
-        "overwrite": overwrite,
-    }
-    with progress_bars() as progress:
-        if reference_checkpoint is not None:
-            if (plan, rank_reduction, params, threshold) != (None, None, None, None):
-                raise WeLoreError("give --reference-checkpoint or a plan or target, not both: it has its own ranks")
-            record = import_checkpoint(reference_checkpoint, model, out, progress=progress, **common)
-        else:
-            record = compress(
-                model,
-                out,
-                plan=None if plan is None else Plan.load(plan),
-                rank_reduction=rank_reduction,
-                keep=params,
-                threshold=threshold,
-                strategy=strategy,
-                scaling=scaling,
-                storage=storage,
-                min_ratio=ratio_of(min_ratio),
-                allow_growth=allow_growth,
-                rank_multiple=rank_multiple,
-                split=split,
-                neurons=neurons,
-                paper=paper,
-                calibration=calibration,
-                tokens=tokens,
-                seed=seed,
-                heal=heal,
-                include=include or (),
-                exclude=exclude or (),
-                device=device_of(device),
-                workers=workers,
-                progress=progress,
-                **common,
-            )
-    numbers = record.numbers
+    quiet_libraries()
+    if paper:
+        if config.preset not in (None, "paper"):
+            raise WeLoreError("give --paper or --preset, not both")
+        config = dataclasses.replace(config, preset="paper")
+    if reference_checkpoint is not None:
+        if plan is not None or any(v is not None for v in (config.keep, config.rank_reduction, config.threshold)):
+            raise WeLoreError("give --reference-checkpoint or a plan or target, not both: it has its own ranks")
+        record = import_checkpoint(
+            reference_checkpoint,
+            model,
+            output_dir,
+            cache_dir=run.cache_dir,
+            revision=run.revision,
+            max_shard_size=config.max_shard_size,
+            overwrite=run.overwrite,
+        )
+    else:
+        return_freed_memory()
+        context = RunContext.create(**run.options)
+        record = compress(
+            model,
+            output_dir,
+            plan=None if plan is None else Plan.load(plan),
+            rank_reduction=config.rank_reduction,
+            keep=config.keep,
+            threshold=config.threshold,
+            strategy=config.strategy,
+            scaling=config.scaling,
+            storage=config.storage,
+            min_ratio=config.min_ratio,
+            allow_growth=config.allow_growth,
+            rank_multiple=config.rank_multiple,
+            split=config.split,
+            neurons=config.mlp_pruning,
+            paper=config.preset == "paper",
+            calibration=statistics or "self",
+            tokens=calibration.num_tokens,
+            seed=calibration.seed,
+            heal=recovery_text,
+            include=config.include,
+            exclude=config.exclude,
+            cache_dir=context.cache_dir,
+            revision=context.revision,
+            device=str(context.device),
+            workers=context.workers,
+            max_shard_size=config.max_shard_size,
+            overwrite=context.overwrite,
+            progress=context.progress,
+        )
+    _report_compression(record)
+    line = f"{achieved(record.settings['target'], record.numbers)}, {record.numbers['bytes'] / 1e6:.1f} MB"
+    print_result(record, as_json, f"{line} -> {output_dir}")
+
+
+def _report_compression(record: "Record") -> None:
+    """Say what stayed dense, how many neurons went, and how the recovery ended."""
+    numbers: dict[str, Any] = record.numbers
     if numbers.get("left_dense_in_blocks"):
-        say(
+        log(
             f"left dense inside the blocks: {numbers['left_dense_in_blocks'] / 1e6:.1f} M parameters "
             f"({', '.join(numbers['left_dense_names'])})"
         )
     if record.settings.get("mlp_pruning"):
-        say(f"{record.settings['mlp_pruning']:,} neurons of the MLPs were taken out before the cut")
+        log(f"{record.settings['mlp_pruning']:,} neurons of the MLPs were taken out before the factorisation")
     if "held_out_loss" in numbers:
         losses = {name: math.exp(min(loss, 700.0)) for name, loss in numbers["held_out_loss"].items()}
-        say(
-            f"healed on {numbers['healing_tokens']:,} tokens: held-out perplexity {losses['cut']:.4g} -> "
-            f"{losses['healed']:.4g} (dense {losses['dense']:.4g})" + ("" if numbers["healed"] else "; kept as cut")
+        log(
+            f"recovery on {numbers['healing_tokens']:,} tokens: held-out perplexity {losses['cut']:.4g} -> "
+            f"{losses['healed']:.4g} (dense {losses['dense']:.4g})"
+            + ("" if numbers["healed"] else "; kept as it was compressed")
         )
-    elif record.settings.get("recovery"):
-        say(f"kept as cut, healing failed: {record.settings['recovery']['failed']}")
-    line = f"{achieved(record.settings['target'], numbers)}, {numbers['bytes'] / 1e6:.1f} MB -> {out}"
-    tell(plain(record), as_json, line)
+    elif (record.settings.get("recovery") or {}).get("failed"):
+        log(f"kept as it was compressed, recovery failed: {record.settings['recovery']['failed']}")
 
 
 def merge(
-    model: Model,
-    out: Out,
-    cache_dir: CacheDir = None,
-    revision: Revision = None,
-    max_shard_size: ShardSize = "5GB",
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
+    model: Model, output_dir: OutputDir, run: RunConfig, as_json: bool, max_shard_size: ShardSize = SHARD_SIZE
 ) -> None:
-    """A compressed checkpoint -> a dense one, W = A B, that needs nothing of ours."""
+    """Turn a compressed checkpoint into a dense one, W = A B, that needs nothing of welore."""
     from welore.compression.merge import merge
+    from welore.io.progress import progress_bars
 
-    with progress_bars() as progress:
-        merge(
-            model,
-            out,
-            cache_dir=cache_dir,
-            revision=revision,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    tell({"output": str(out)}, as_json, f"dense checkpoint -> {out}")
+    quiet_libraries()
+    merge(
+        model,
+        output_dir,
+        cache_dir=run.cache_dir,
+        revision=run.revision,
+        max_shard_size=max_shard_size,
+        overwrite=run.overwrite,
+        progress=progress_bars(run.progress),
+    )
+    print_result({"output": str(output_dir)}, as_json, f"dense checkpoint -> {output_dir}")

@@ -1,87 +1,181 @@
-"""Arguments and options that several verbs take, and how they are read."""
+"""Settings classes -> command-line options: names, types, defaults, help and panels come from config.py."""
 
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
+from welore.config import BREAK_EVEN, MinRatio
 from welore.errors import WeLoreError
 
+Verb = Callable[..., None]
+
 Model = Annotated[str, typer.Argument(help="Hub id, local directory or .gguf file.", show_default=False)]
-Out = Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)]
-Output = Annotated[Path, typer.Option("--output", "-o", help="File to write.", show_default=False, dir_okay=False)]
-Include = Annotated[list[str] | None, typer.Option(help="Target only modules that match: q_proj, 'layers.*.mlp'.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="Leave modules that match dense.")]
-CacheDir = Annotated[Path | None, typer.Option(help="Where downloads and converted .gguf files are kept.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Workers = Annotated[int | None, typer.Option(help="Matrices in work at once. [default: one per core]")]
-Device = Annotated[
-    str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1. [default: a GPU if there is one]")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")]
-RankReduction = Annotated[float | None, typer.Option(help="Target: effective rank reduction (ERR), 0..1.")]
-Params = Annotated[
-    float | None, typer.Option("--keep", "--params", help="Target: parameters kept in the targeted matrices, 0..1.")
-]
-Threshold = Annotated[float | None, typer.Option(help="Target: the threshold on normalised singular values itself.")]
-StrategyName = Annotated[
-    str | None,
-    typer.Option(
-        help="How values are compared across matrices: welore, uniform, owl, energy, waterfill. "
-        "[default: waterfill; welore where nothing is scaled]"
-    ),
-]
-StorageName = Annotated[
-    str | None,
-    typer.Option(
-        help="How low-rank matrices are stored: factored, pivoted (smaller), auto (the smaller). "
-        "[default: auto; factored where nothing is scaled]"
-    ),
-]
-Split = Annotated[
-    bool | None,
-    typer.Option(
-        "--split/--no-split",
-        help="Cut matrices at least twice as long as wide block by block. [default: where the scaling is kfac]",
-        show_default=False,
-    ),
-]
-MinRatio = Annotated[
-    str | None,
-    typer.Option(
-        help="Factor a matrix iff it loses more than this share of its rank; or 'break-even': iff factors are smaller. "
-        "[default: 0.5 for welore, break-even for waterfill, else 0]"
-    ),
-]
-RankMultiple = Annotated[int, typer.Option(help="Make ranks multiples of this; 16 suits most kernels.")]
-AllowGrowth = Annotated[bool, typer.Option("--allow-growth", help="Also factor matrices that become larger by it.")]
-TaskName = Annotated[
-    str | None, typer.Option(help="commonsense_qa, svamp, boolq, coin_flip, object_tracking or strategy_qa.")
-]
-ShardSize = Annotated[str, typer.Option(help="Largest size of one weight file.")]
+OutputDir = Annotated[Path, typer.Argument(help="Directory to write.", show_default=False)]
+OutputFile = Annotated[Path, typer.Option("--output", "-o", help="File to write.", show_default=False, dir_okay=False)]
+RecordFile = Annotated[Path | None, typer.Option("--output", "-o", help="Record to write (JSON).", dir_okay=False)]
+StatisticsFile = Annotated[Path | None, typer.Option(help="File made by `welore calibrate`.")]
 Label = Annotated[str | None, typer.Option(help="A name for tables and figures.")]
-ReadDtype = Annotated[str, typer.Option(help="auto (that of the checkpoint), float32, float16 or bfloat16.")]
-LearningRate = Annotated[float, typer.Option(help="Peak learning rate; a cosine brings it down to a tenth.")]
-WarmUp = Annotated[int | None, typer.Option(help="Steps up to the peak.  [default: one in twenty]")]
-Accumulation = Annotated[int, typer.Option(help="Batches added up to one step.")]
-Optimizer = Annotated[str, typer.Option(help="Any optimiser of transformers' Trainer.")]
-MaxGradNorm = Annotated[float, typer.Option(help="Gradients are clipped to this norm; 0: not at all.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last checkpoint in OUT.")]
-ReportTo = Annotated[str, typer.Option(help="none, tensorboard, trackio or wandb.")]
-TaskData = Annotated[
-    str | None, typer.Option(help="The task's original file, or 'generated'.  [default: the hub's data set]")
-]
-GradientCheckpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Compute twice, remember less; the same losses.")
-]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last checkpoint in OUTPUT_DIR.")]
 
 
-def ratio_of(text: str | None) -> Any:
+def expand(function: Verb) -> Verb:
+    """A verb whose parameters that are settings classes have become one option per field.
+
+    An option that two classes share is there once, and both get its value. What nobody gave has the class's own
+    default. `--config` and `--json` are added to every verb.
+    """
+    parameters: list[inspect.Parameter] = []
+    classes: dict[str, Any] = {}
+    options: dict[str, inspect.Parameter] = {}
+    for name, parameter in inspect.signature(function, eval_str=True).parameters.items():
+        if dataclasses.is_dataclass(parameter.annotation):
+            classes[name] = parameter.annotation
+            options |= {key: o for key, o in _options(parameter.annotation).items() if key not in options}
+        elif parameter.default is not inspect.Parameter.empty:
+            options[name] = parameter
+        elif name != "as_json":
+            parameters.append(parameter)
+    options = {"config_file": CONFIG} | options | {"as_json": AS_JSON}
+    order = [*parameters, *(options[name] for name in sorted(options, key=lambda name: _is_common(options[name])))]
+    wanted = inspect.signature(function).parameters
+
+    def run(**values: Any) -> None:
+        given = {name: _given(kind, values) for name, kind in classes.items()}
+        function(**{name: given.get(name, values.get(name)) for name in wanted})
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in order])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in order}
+    return run
+
+
+def _options(kind: Any) -> dict[str, inspect.Parameter]:
+    """Destination -> parameter of every field of a settings class that the command line offers."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        key: _option(field, key, hints[field.name])
+        for field in dataclasses.fields(kind)
+        if (key := _key(field)) is not None
+    }
+
+
+def _key(field: "dataclasses.Field[Any]") -> str | None:
+    """The option's destination: the field's name, or its flag's; None for a field that has no option."""
+    flag = field.metadata.get("flag", field.name)
+    return None if flag is None else str(flag).replace("-", "_")
+
+
+def _option(field: "dataclasses.Field[Any]", key: str, hint: Any) -> inspect.Parameter:
+    text, default = str(field.metadata["help"]), field.default
+    kind, more = _as_typer(hint)
+    flag = "--" + key.replace("_", "-")
+    if kind is bool and default is not False:
+        flag += "/--no-" + key.replace("_", "-")
+    if "shown" in field.metadata:
+        text += f" [default: {field.metadata['shown']}]"
+    if "shown" in field.metadata or default is dataclasses.MISSING or get_origin(kind) is list:
+        default = None
+    described = typer.Option(
+        flag, help=text, rich_help_panel=field.metadata["panel"], show_default=default not in (None, False), **more
+    )
+    annotation: Any = Annotated[kind | None if default is None else kind, described]
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _as_typer(hint: Any) -> tuple[Any, dict[str, Any]]:
+    """The type by which typer reads a value, and what else it has to know."""
+    if hint == MinRatio | None:
+        return Any, {"parser": _ratio, "metavar": "FLOAT|break-even"}
+    members = [m for m in get_args(hint) if m is not type(None)] if _is_union(hint) else [hint]
+    if len(members) == 1:
+        (kind,) = members
+        if get_origin(kind) is tuple:
+            return list[str], {}
+        if kind in (str, int, float, bool, Path) or get_origin(kind) is Literal:
+            return kind, {}
+    return str, {}  # a dataset, a path or a name
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def _given(kind: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of the settings class from the values of its options."""
+    fields = {field.name: key for field in dataclasses.fields(kind) if (key := _key(field)) is not None}
+    chosen = {name: values[key] for name, key in fields.items() if values.get(key) is not None}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
+
+
+def _ratio(text: str) -> Any:
     """A --min-ratio as the library takes it."""
-    if text is None or text == "break-even":
-        return text
     try:
-        return float(text)
+        return text if text == BREAK_EVEN else float(text)
     except ValueError as error:
-        raise WeLoreError(f"min-ratio is {text!r}: it is a fraction such as 0.5, or break-even") from error
+        raise WeLoreError(f"min-ratio is {text!r}: it is a fraction such as 0.5, or {BREAK_EVEN}") from error
+
+
+def _is_common(parameter: inspect.Parameter) -> bool:
+    """Whether an option belongs to every verb: shown last."""
+    panel = next((getattr(m, "rich_help_panel", None) for m in typing.get_args(parameter.annotation)[1:]), None)
+    return panel in (COMMON, "Run")
+
+
+# --- --config and --json --------------------------------------------------------------------------------------------
+
+COMMON = "Everywhere"
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of all options; WeLoreError for a name that no option has."""
+    if path is None:
+        return None
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise WeLoreError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, Mapping):
+        raise WeLoreError(f"{path} must map option names to values, such as keep: 0.8")
+    names = {p.name for p in context.command.params if p.name and p.name != "config_file"}
+    values = {str(name).replace("-", "_"): value for name, value in content.items()}
+    for name in values:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise WeLoreError(f"{path}: {context.info_name} has no option {name!r}{hint}")
+    context.default_map = dict(context.default_map or {}) | values
+    return path
+
+
+CONFIG = inspect.Parameter(
+    "config_file",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="YAML file of options, such as `keep: 0.8`; the command line overrides it.",
+            callback=_read_config,
+            is_eager=True,
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=COMMON,
+        ),
+    ],
+)
+AS_JSON = inspect.Parameter(
+    "as_json",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--json", help="Print the whole result as JSON.", rich_help_panel=COMMON)],
+)

@@ -157,7 +157,7 @@ def compress(
         own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.generated or (0,))[0]
         heal = healing.chosen(heal, own, alone=alone)
         if neurons and (found is None and scaling == NONE):
-            raise WeLoreError("neurons are chosen by a calibration: give --calibration, or a scaling that needs one")
+            raise WeLoreError("neurons are chosen by a calibration: give --statistics, or a scaling that needs one")
         rests_on = [tokens, seed] if found is None else summary(found)
         grids = grids_of(source, split, scaling) if plan is None else plan.grids
         with shared_workspace(_beside(out), source, scaling, grids, rests_on) as (workspace, crew):

@@ -53,11 +53,11 @@ def chosen(asked: str | None, own: int, *, alone: bool) -> str:
     heal = asked or (SELF if alone and own > 1 else NONE)
     if heal == SELF and own < 2:
         raise WeLoreError(
-            "--heal self needs a calibration of at least two windows that the model wrote; or name another text"
+            "--recovery self needs a calibration of at least two windows that the model wrote; or name another text"
         )
     if heal != NONE and team().size > 1:
         raise WeLoreError(
-            "several processes cut, but do not heal: pass --heal none, and heal by `welore finetune --distill`"
+            "several processes cut, but do not heal: pass --recovery none, and heal by `welore finetune --distill`"
         )
     return heal
 
@@ -70,10 +70,12 @@ def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Pa
     length = min(LENGTH, context_length(config_of(directory)) or LENGTH)
     counts, found = draw(data, tokens, read_tokenizer(directory), length, seed=seed, cache_dir=cache_dir)
     if SELF in counts:
-        raise WeLoreError(f"--heal {data}: {SELF} cannot be mixed with other texts")
+        raise WeLoreError(f"--recovery {data}: {SELF} cannot be mixed with other texts")
     windows, _ = mixed(found, seed)
     if len(windows) < 2:
-        raise WeLoreError(f"--heal {data}: tokens is {tokens}, one window; two are the least to train on and hold out")
+        raise WeLoreError(
+            f"--recovery {data}: tokens is {tokens}, one window; two are the least to train on and hold out"
+        )
     return windows
 
 

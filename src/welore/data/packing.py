@@ -50,7 +50,7 @@ def blocks_of_text(
     """A text as blocks of exactly `length` tokens, documents one after the other, no padding.
 
     data: c4 or wikitext2 (trained on their training part, evaluated on their validation part), or anything that
-    corpus.read_text knows: the first tenth of its blocks is held out (`welore evaluate --windows` reads from the
+    corpus.read_text knows: the first tenth of its blocks is held out (`welore evaluate --num-windows` reads from the
     beginning, too). tokens: how many will be read in training (C4 is fetched no further). What does not fill a
     block at the end is left out and counted.
     """
@@ -66,7 +66,7 @@ def blocks_of_text(
     if not train or not held:
         raise WeLoreError(
             f"{data} gives {len(train) + len(held)} blocks of {length} tokens, training and evaluation need one each: "
-            "take a longer text or a smaller --length"
+            "take a longer text or a smaller --max-length"
         )
     counts = {"train_blocks": len(train), "held_out_blocks": len(held), "tokens_unused": unused}
     return DatasetSplit(_labelled(train), _labelled(held[:eval_items]), split, counts, digest_of_texts(texts))

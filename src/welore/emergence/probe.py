@@ -59,7 +59,7 @@ class Probe(TrainerCallback):
         if len(held_out) < 2 * items:
             raise WeLoreError(
                 f"{len(held_out)} sequences are held out, the two batches of the probe need {2 * items}: take a longer "
-                "text, a smaller --length or fewer --probe-items"
+                "text, a smaller --max-length or fewer --probe-items"
             )
         size = trainer.args.per_device_train_batch_size
         self.batches = [

@@ -10,6 +10,7 @@ import torch
 from scipy.stats import binomtest
 
 from welore.config import RunOptions, ScoreConfig, TaskName, as_record
+from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS, Item, Task, items, majority_rate
 from welore.io.context import RunContext
 from welore.io.progress import Progress, counted, silent
@@ -55,6 +56,8 @@ def score(
     context = RunContext.create(**options)
     config = config or ScoreConfig()
     config = config if task is None else replace(config, task=task)
+    if config.task is None:
+        raise WeLoreError(f"name the task: --task {', '.join(TASKS)}")
     the_task = TASKS[config.task]
     questions = items(the_task, "evaluation", config.dataset, seed=config.seed, cache_dir=context.cache_dir)
     questions = questions[: config.limit]

@@ -44,7 +44,9 @@ def context_length(config: "PretrainedConfig") -> int | None:
 def require_context_length(length: int, limit: int | None) -> None:
     """Raise WeLoreError if a model that reads `limit` tokens at once is to read more; None: it does not say."""
     if limit is not None and length > limit:
-        raise WeLoreError(f"length is {length}: this model reads at most {limit} tokens at once, pass --length {limit}")
+        raise WeLoreError(
+            f"length is {length}: this model reads at most {limit} tokens at once, pass --max-length {limit}"
+        )
 
 
 def dense_skeleton(config: "PretrainedConfig", kind: Any) -> "PreTrainedModel":

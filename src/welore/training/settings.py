@@ -91,11 +91,13 @@ def check(settings: Settings, save_every: int, report_to: str) -> None:
     if package is not None and importlib.util.find_spec(package) is None:
         raise WeLoreError(f"--report-to {report_to} needs the package {package}: pip install {package}")
     if (settings.data is None) == (settings.task is None):
-        raise WeLoreError("give --data TEXT or --task NAME, one of them (the file of a task is named by --task-data)")
+        raise WeLoreError(
+            "give --dataset TEXT or --task NAME, one of them (the file of a task is named by --task-dataset)"
+        )
     if settings.task is not None:
         choose("task", settings.task, TASKS)
     elif settings.task_data is not None or settings.loss_on_prompt:
-        raise WeLoreError("--task-data and --loss-on-prompt go with --task: a text has no answers")
+        raise WeLoreError("--task-dataset and --loss-on-prompt go with --task: a text has no answers")
     if settings.train_norms and settings.method not in WITH_NORMS:
         raise WeLoreError(
             f"--train-norms goes with {' and '.join(WITH_NORMS)}; {settings.method} has a rule of its own"
@@ -158,7 +160,7 @@ def _check_distillation(settings: Settings) -> None:
         if weight is not None or temperature is not None:
             raise WeLoreError("--distill-weight and --distill-temperature go with --distill TEACHER")
         if settings.data == SELF:
-            raise WeLoreError(f"--data {SELF} is text that the teacher writes: name the teacher, --distill TEACHER")
+            raise WeLoreError(f"--dataset {SELF} is text that the teacher writes: name the teacher, --distill TEACHER")
     else:
         assert weight is not None
         assert temperature is not None
@@ -167,7 +169,7 @@ def _check_distillation(settings: Settings) -> None:
         if not 0 < temperature < float("inf"):
             raise WeLoreError(f"distill_temperature is {temperature}: it must be above 0 (1 is the teacher's own)")
     if tokens is not None and settings.data != SELF:
-        raise WeLoreError(f"--self-tokens goes with --data {SELF}, text that the teacher writes")
+        raise WeLoreError(f"--self-tokens goes with --dataset {SELF}, text that the teacher writes")
     if tokens is not None and tokens <= settings.length:
         raise WeLoreError(
             f"self_tokens is {tokens}: two blocks of {settings.length} tokens are needed, one of them to evaluate on"

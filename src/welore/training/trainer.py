@@ -105,7 +105,9 @@ class ClockedTrainer(Trainer):
         """Mean negative log-likelihood over all tokens held out, and its exponential."""
         mean = self.held_out_loss(self.model)
         if not math.isfinite(mean):
-            raise DivergedError("the model computes NaN or Inf on the held-out part: try a smaller --lr, or float32")
+            raise DivergedError(
+                "the model computes NaN or Inf on the held-out part: try a smaller --learning-rate, or float32"
+            )
         metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -157,8 +159,8 @@ class StepCallback(TrainerCallback):
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             raise DivergedError(
-                f"the training loss is {loss} at step {state.global_step}: try a smaller --lr, a longer --warmup or "
-                "--dtype float32; earlier checkpoints are kept"
+                f"the training loss is {loss} at step {state.global_step}: try a smaller --learning-rate, longer "
+                "--warmup-steps or --dtype float32; earlier checkpoints are kept"
             )
 
 

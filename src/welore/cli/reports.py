@@ -1,5 +1,6 @@
-"""The verbs that show what was found: report, demo."""
+"""The verbs that show results: report, demo."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from welore.cli.options import AsJson, CacheDir
-from welore.cli.terminal import plain, progress_bars, say, tell
+from welore.cli.output import log, print_result, quiet_libraries
+from welore.config import RunConfig
 
 if TYPE_CHECKING:
     from welore.records import Record
@@ -18,34 +19,32 @@ if TYPE_CHECKING:
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Where to look for records.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.", show_default=False)],
-    as_json: AsJson = False,
+    as_json: bool,
 ) -> None:
-    """Every record under the directories -> one HTML page and its figures."""
+    """Draw one HTML page and its figures from every record under the directories."""
     from welore.reporting.page import report
 
     page = report(directories, output)
-    tell({"output": str(page)}, as_json, f"report -> {page}")
+    print_result({"output": str(page)}, as_json, f"report -> {page}")
 
 
 def demo(
-    out: Annotated[Path, typer.Argument(help="Directory for everything the demo makes.")] = Path("demo"),
-    cache_dir: CacheDir = None,
-    as_json: AsJson = False,
+    run: RunConfig,
+    as_json: bool,
+    output_dir: Annotated[Path, typer.Argument(help="Directory for everything the demo makes.")] = Path("demo"),
 ) -> None:
-    """The whole pipeline on a real 135M model: analyze, allocate, compress, load back, evaluate, fine-tune, report."""
+    """Run the whole pipeline on a real 135M model and compare the methods in one table."""
     from welore.cli.demo import demo
+    from welore.io.progress import progress_bars
 
-    with progress_bars() as progress:
-        results = demo(out, cache_dir=cache_dir, tell=say, progress=progress)
+    quiet_libraries()
+    results = demo(output_dir, cache_dir=run.cache_dir, tell=log, progress=progress_bars(run.progress))
     if not as_json:
         Console().print(_table(results.records))
         for sentence in results.findings:
             print(sentence)
-    tell(
-        {"output": str(results.page), "records": [plain(r) for r in results.records]},
-        as_json,
-        f"report -> {results.page}",
-    )
+    facts = {"output": str(results.page), "records": [dataclasses.asdict(r) for r in results.records]}
+    print_result(facts, as_json, f"report -> {results.page}")
 
 
 def _table(records: "Sequence[Record]") -> Table:

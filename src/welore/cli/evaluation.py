@@ -1,0 +1,112 @@
+"""The verbs that measure a model: evaluate, score."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from welore.cli.options import Label, Model, RecordFile
+from welore.cli.output import log, print_result, quiet_libraries
+from welore.config import EvaluationConfig, RunConfig, ScoreConfig
+from welore.errors import WeLoreError
+
+if TYPE_CHECKING:
+    from welore.records import Record
+
+
+def evaluate(
+    model: Model,
+    config: EvaluationConfig,
+    run: RunConfig,
+    as_json: bool,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="DENSE", help="Also measure the divergence from this model.", rich_help_panel="Text"),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(help="In place of a text: tasks of lm-eval, boolq,piqa.", rich_help_panel="lm-eval"),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Only the first questions of each of these tasks.", rich_help_panel="lm-eval")
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option(help="Directory with the definitions (.yaml) of these tasks.", rich_help_panel="lm-eval"),
+    ] = None,
+    label: Label = None,
+    output: RecordFile = None,
+) -> None:
+    """Measure the perplexity of any checkpoint, or its results on tasks of lm-eval."""
+    from welore.evaluation.lm_eval import evaluate_tasks
+    from welore.evaluation.perplexity import evaluate
+    from welore.io.atomic import require_writable
+
+    quiet_libraries()
+    usual = EvaluationConfig()
+    if lm_eval is None and (limit, tasks_dir) != (None, None):
+        raise WeLoreError("--limit and --tasks-dir go with --lm-eval; of a text, --num-windows are read")
+    if lm_eval is not None and config.dataset != usual.dataset:
+        raise WeLoreError("give --dataset or --lm-eval, not both: a text or tasks")
+    if lm_eval is not None and (config.max_length, config.num_windows) != (usual.max_length, usual.num_windows):
+        raise WeLoreError("--max-length and --num-windows go with --dataset; of a task, --limit questions are read")
+    if output is not None:
+        require_writable(output)
+    if lm_eval is not None:
+        names = [name.strip() for name in lm_eval.split(",") if name.strip()]
+        record = evaluate_tasks(
+            model,
+            names,
+            tasks_dir=tasks_dir,
+            limit=limit,
+            batch_size=config.batch_size,
+            dtype=config.dtype,
+            label=label,
+            **run.options,
+        )
+    else:
+        record = evaluate(model, config, against=against, label=label, **run.options)
+    if output is not None:
+        record.save(output)
+    line = _summary(record)
+    print_result(record, as_json, line if output is None else f"{line} -> {output}")
+
+
+def score(
+    model: Model, config: ScoreConfig, run: RunConfig, as_json: bool, label: Label = None, output: RecordFile = None
+) -> None:
+    """Measure the accuracy on the evaluation part of a task."""
+    from welore.evaluation.accuracy import score
+    from welore.io.atomic import require_writable
+
+    quiet_libraries()
+    if output is not None:
+        require_writable(output)
+    record = score(model, config, label=label, **run.options)
+    if output is not None:
+        record.save(output)
+    n = record.numbers
+    if n["truncated"]:
+        log(f"{n['truncated']} prompts were longer than the model's context and lost their beginning")
+    line = (
+        f"accuracy {n['accuracy']:.1%} on {config.task} (n = {n['n']}, 95 % interval {n['ci95_low']:.1%} to "
+        f"{n['ci95_high']:.1%}; always the most frequent answer: {n['majority_rate']:.1%}; {n['unparsable']} without "
+        f"an answer); ERR {n['rank_reduction']:.1%}, parameters {n['parameter_ratio']:.1%}, {n['bytes'] / 1e6:.1f} MB"
+    )
+    print_result(record, as_json, line if output is None else f"{line} -> {output}")
+
+
+def _summary(record: "Record") -> str:
+    """A line of a perplexity record; of a record of tasks a line for each."""
+    n = record.numbers
+    if record.kind == "lm_eval":
+        return "\n".join(
+            f"{name}: {', '.join(f'{m} {v:.4g}' for m, v in task['metrics'].items() if v is not None)} (n {task['n']})"
+            for name, task in n["tasks"].items()
+        )
+    divergence = f"KL {n['kl_mean']:.4g}, top-1 {n['top1_agreement']:.1%}; " if "kl_mean" in n else ""
+    return (
+        f"perplexity {n['perplexity']:.4g} on {record.settings['dataset']} ({n['tokens']:,} tokens); {divergence}"
+        f"ERR {n['rank_reduction']:.1%}, parameters {n['parameter_ratio']:.1%} of the targeted matrices, "
+        f"{n['bytes'] / 1e6:.1f} MB"
+    )

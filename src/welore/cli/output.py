@@ -1,0 +1,68 @@
+"""What the verbs print, and where: results on the standard output, all else on the standard error."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from welore.errors import WeLoreError, choose
+
+if TYPE_CHECKING:
+    from welore.records import Record
+
+
+def print_result(result: "Record | Mapping[str, Any]", as_json: bool, line: str) -> None:
+    """Print one line, or the whole result as JSON, from the first process alone."""
+    if is_main_process():
+        content = result if isinstance(result, Mapping) else dataclasses.asdict(result)
+        print(json.dumps(content) if as_json else line)
+
+
+def log(line: str) -> None:
+    """Print something worth knowing to the standard error, from the first process alone."""
+    if is_main_process():
+        print(line, file=sys.stderr)
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun or accelerate started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def achieved(target: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:
+    """The target and what a plan's numbers say was reached."""
+    wanted = ", ".join(f"target {name} {value:g}" for name, value in target.items()) or "imported"
+    return (
+        f"{wanted}; achieved ERR {numbers['rank_reduction']:.2%}, parameters {numbers['parameter_ratio']:.2%} "
+        f"of the targeted matrices, {numbers['lrcs']} of {numbers['matrices']} factored"
+    )
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars and warnings of the libraries: bars where nobody looks, kernels that nobody asked for."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if sys.stderr.isatty() and is_main_process():
+        return
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    disable_progress_bars()
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read by datasets, which is not imported yet
+
+
+def usage_sentence(message: str) -> str:
+    """One sentence of a usage error of the option parser; an unknown name is answered with the nearest one."""
+    text = " ".join(message.split()).replace("Value error, ", "")
+    wrong = re.fullmatch(r"Invalid value for '--([\w-]+)'.*?: '(.*?)' is not one of (.+)", text)
+    if wrong:
+        option, value, names = wrong.groups()
+        try:
+            choose(option.replace("-", " "), value, dict.fromkeys(re.findall(r"'([^']+)'", names)))
+        except WeLoreError as error:
+            return str(error)
+    return text[:1].lower() + text[1:] if text.startswith(("Missing", "Invalid", "No such")) else text

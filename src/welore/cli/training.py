@@ -1,0 +1,142 @@
+"""The verbs that train a model: finetune, pretrain."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from welore.cli.options import Label, Model, OutputDir, Resume
+from welore.cli.output import log, print_result, quiet_libraries
+from welore.config import FinetuneConfig, PretrainConfig, RunConfig
+from welore.errors import WeLoreError
+
+
+def finetune(
+    model: Model,
+    output_dir: OutputDir,
+    config: FinetuneConfig,
+    run: RunConfig,
+    as_json: bool,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Which matrices of a dense model count as low-rank.", rich_help_panel="Method"),
+    ] = None,
+    resume: Resume = False,
+    label: Label = None,
+) -> None:
+    """Fine-tune a checkpoint on a text or a task; any other field of TrainingArguments goes by its own name."""
+    quiet_libraries()
+    from welore.io.context import RunContext
+    from welore.training.finetune import finetune
+
+    context = RunContext.create(**run.options)
+    record = finetune(
+        model,
+        output_dir,
+        config.method,
+        data=config.dataset,
+        task=config.task,
+        task_data=config.task_dataset,
+        plan=plan,
+        steps=config.max_steps,
+        lr=config.learning_rate,
+        warmup=config.warmup_steps,
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        length=config.max_length,
+        seed=config.seed,
+        dtype=config.dtype,
+        save_dtype=config.save_dtype,
+        attention=config.attention,
+        train_norms=config.train_norms,
+        loss_on_prompt=config.loss_on_prompt,
+        rank=config.rank,
+        optimizer=config.optimizer,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        selective_checkpointing=config.selective_checkpointing,
+        whole_logits=config.whole_logits,
+        eval_every=config.eval_steps,
+        eval_items=config.max_eval_samples,
+        save_every=config.save_steps,
+        distill=config.distill,
+        distill_weight=config.distill_weight,
+        distill_temperature=config.distill_temperature,
+        self_tokens=config.self_tokens,
+        resume=resume,
+        overwrite=run.overwrite,
+        report_to=config.report_to,
+        device=str(context.device),
+        label=label,
+        cache_dir=context.cache_dir,
+        revision=context.revision,
+        progress=context.progress,
+    )
+    n = record.numbers
+    if n.get("prompts_cut"):
+        log(f"{n['prompts_cut']} prompts were longer than {record.settings['length']} tokens and lost their beginning")
+    teacher = f" (teacher {math.exp(min(n['teacher_eval_loss'], 700.0)):.4g})" if "teacher_eval_loss" in n else ""
+    held_out = f"held-out perplexity {n['eval_perplexity']:.4g}{teacher}, " if "eval_perplexity" in n else ""
+    line = (
+        f"{config.method}: {n['trainable_parameters']:,} of {n['total_parameters']:,} parameters trained, {held_out}"
+        f"{n.get('tokens_per_second', 0):.0f} tokens/s, {n['peak_memory_bytes'] / 1e9:.2f} GB -> {output_dir / 'model'}"
+    )
+    print_result(record, as_json, line)
+
+
+def pretrain(
+    output_dir: OutputDir,
+    config: PretrainConfig,
+    run: RunConfig,
+    as_json: bool,
+    resume: Resume = False,
+    label: Label = None,
+) -> None:
+    """Pre-train a small Llama and record how its weights and gradients become low rank."""
+    quiet_libraries()
+    if config.dataset is None:
+        raise WeLoreError("name the text to learn from: --dataset c4, wikitext2, pydoc or a file")
+    from welore.emergence.pretrain import pretrain
+    from welore.io.context import RunContext
+
+    context = RunContext.create(**run.options)
+    record = pretrain(
+        output_dir,
+        config.size,
+        data=config.dataset,
+        steps=config.max_steps,
+        tokenizer=config.tokenizer,
+        vocabulary=config.vocab_size,
+        lr=config.learning_rate,
+        warmup=config.warmup_steps,
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        length=config.max_length,
+        seed=config.seed,
+        dtype=config.dtype,
+        optimizer=config.optimizer,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        gradient_checkpointing=config.gradient_checkpointing,
+        probes=config.probes,
+        probe_items=config.probe_items,
+        eval_items=config.max_eval_samples,
+        save_every=config.save_steps,
+        resume=resume,
+        overwrite=run.overwrite,
+        report_to=config.report_to,
+        device=str(context.device),
+        label=label,
+        cache_dir=context.cache_dir,
+        progress=context.progress,
+    )
+    n = record.numbers
+    share = f", {n['probe_share']:.0%} of the time for the trace" if n["probe_share"] is not None else ""
+    line = (
+        f"{n['parameters']:,} parameters, {n['tokens']:,} tokens, held-out loss {n['held_out_loss'][0][1]:.3f} -> "
+        f"{n['held_out_loss'][-1][1]:.3f}{share}; at ERR {n['rank_reduction']:.1%}, parameters "
+        f"{n['parameter_ratio']:.1%}, {n['lrcs']} of {len(n['matrices'])} matrices are LRCs -> {output_dir}"
+    )
+    print_result(record, as_json, line)
