@@ -76,7 +76,8 @@ def finetune(
     )
     n = record.numbers
     if n.get("prompts_cut"):
-        log(f"{n['prompts_cut']} prompts were longer than {record.settings['max_length']} tokens and lost their beginning")
+        limit = record.settings["max_length"]
+        log(f"{n['prompts_cut']} prompts were longer than {limit} tokens and lost their beginning")
     teacher = f" (teacher {math.exp(min(n['teacher_eval_loss'], 700.0)):.4g})" if "teacher_eval_loss" in n else ""
     held_out = f"held-out perplexity {n['eval_perplexity']:.4g}{teacher}, " if "eval_perplexity" in n else ""
     line = (
