@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import build, logits
+from welore.config import AllocationConfig
 from welore.errors import WeLoreError
 from welore.layers.low_rank import LowRankLayer
 from welore.layers.registry import FACTORED, FORMS, PIVOTED, StorageForm, cost, form_of
@@ -93,11 +94,12 @@ def test_a_new_form_is_one_object(family: str, tmp_path: Path, tokens: Tensor, m
     scaled = StorageForm("scaled", "A (m, r), s (r,) and B (r, n)", f"{__name__}:ScaledLinear", parts)
     monkeypatch.setitem(FORMS, "scaled", scaled)
     build(family).save_pretrained(tmp_path / "dense")
-    plan = welore.allocate(welore.analyze(tmp_path / "dense"), rank_reduction=0.4, storage="scaled")
+    settings = AllocationConfig(rank_reduction=0.4, storage="scaled")  # type: ignore[arg-type]
+    plan = welore.allocate(welore.analyze(tmp_path / "dense"), settings)
     plan.save(tmp_path / "plan.json")
     assert set(welore.Plan.load(tmp_path / "plan.json").forms.values()) == {"scaled"}
     m, n = (a := next(a for a in plan.allocations if a.factored)).shape
-    assert a.stored_parameters == a.kept * (m + n + 1)
+    assert a.stored_parameters == a.rank * (m + n + 1)
 
     welore.compress(tmp_path / "dense", tmp_path / "small", plan=welore.Plan.load(tmp_path / "plan.json"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")

@@ -19,9 +19,10 @@ from welore.errors import WeLoreError
 from welore.layers.block_grid import Grid
 from welore.layers.low_rank import SplitLinear
 from welore.layers.registry import FACTORED, PIVOTED
+from welore.models.mlp import long_matrices
 from welore.models.replace import replace_module, sizes
 from welore.models.source import ModelSource
-from welore.models.targets import find_targets, in_blocks, long_matrices
+from welore.models.targets import find_targets, in_blocks
 from welore.training.methods import matrices
 
 GATE = "model.layers.0.mlp.gate_proj"
@@ -68,13 +69,15 @@ def test_blocks_that_do_not_fit_are_refused() -> None:
         ("llama", {}, {}),  # 56 x 32 is not twice as long as wide; k and v are, along the width of the model
         ("llama", {"intermediate_size": 64}, {"gate_proj": (2, 1), "up_proj": (2, 1), "down_proj": (1, 2)}),
         ("llama", {"intermediate_size": 112}, {"gate_proj": (2, 1), "up_proj": (2, 1), "down_proj": (1, 2)}),  # not 3
-        ("gpt2", {}, {"c_attn": (3, 1), "c_fc": (4, 1), "c_proj": (1, 4)}),
-        ("gpt_neox", {}, {"query_key_value": (3, 1)}),
+        ("gpt2", {}, {"c_fc": (4, 1), "c_proj": (1, 4)}),
+        ("gpt_neox", {"intermediate_size": 64}, {"dense_h_to_4h": (2, 1), "dense_4h_to_h": (1, 2)}),
+        ("phi3", {}, {"gate_up_proj": (2, 1)}),
+        ("opt", {"ffn_dim": 96}, {"fc1": (3, 1), "fc2": (1, 3)}),
+        ("qwen3", {"head_dim": 16}, {}),  # 64 x 32 and 32 x 64 are those of the attention, as in Qwen3-0.6B
+        ("qwen3", {"head_dim": 16, "num_key_value_heads": 4}, {}),
     ],
 )
-def test_what_is_split_is_long_and_not_along_the_width(
-    family: str, changes: dict[str, int], expected: dict[str, Grid]
-) -> None:
+def test_what_is_split_is_long_and_of_an_mlp(family: str, changes: dict[str, int], expected: dict[str, Grid]) -> None:
     model = build(family, **changes)
     found = long_matrices(model, find_targets(model))
     assert {name.rpartition(".")[2]: grid for name, grid in found.items()} == expected

@@ -68,7 +68,7 @@ def test_mlps_are_found_in_the_model_itself(family: str) -> None:
     found = find_mlps(model, find_targets(model))
     assert [mlp.name.rpartition(".")[2] for mlp in found] == ["mlp"] * model.config.num_hidden_layers
     assert {mlp.width for mlp in found} == {128 if family == "gpt2" else 56}
-    assert {sum(map(mlp.copies, mlp.makers)) for mlp in found} == {1 if "gpt" in family or "star" in family else 2}
+    assert {sum(map(mlp.copies, mlp.up_layers)) for mlp in found} == {1 if "gpt" in family or "star" in family else 2}
 
 
 def test_what_only_looks_like_an_mlp_is_none() -> None:

@@ -5,13 +5,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from conftest import FAMILIES, MIXTURES, build
+from conftest import FAMILIES, MIXTURES, build, logits
 from welore.errors import WeLoreError
+from welore.io.checkpoint import OutputTensors
 from welore.io.hub import resolve_model
-from welore.models.source import CheckpointSource, ModelSource, open_source
-from welore.models.targets import census, find_targets
+from welore.io.progress import silent
+from welore.io.safetensors_stream import TensorInfo
+from welore.models.quantizer import WeLoreConfig
+from welore.models.sink import open_sink
+from welore.models.source import CheckpointSource, ModelSource, OverlaySource, TensorSource, open_source
+from welore.models.targets import CONV1D, LINEAR, census, find_targets, kind_of
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
@@ -26,8 +32,8 @@ def test_targets_are_the_linear_layers_of_the_decoder_blocks(family: str) -> Non
     assert [t.name for t in targets] == expected
     for t in targets:
         weight = model.get_submodule(t.name).weight
-        assert t.shape == tuple(weight.T.shape if t.transposed else weight.shape)
-        assert t.transposed == (family == "gpt2")
+        assert t.shape == tuple(weight.T.shape if t.kind.transposed else weight.shape)
+        assert t.kind.transposed == (family == "gpt2")
 
 
 def test_head_and_projections_outside_the_blocks_are_not_targeted_unless_asked() -> None:
@@ -66,6 +72,50 @@ def test_experts_are_counted_as_left_dense(family: str) -> None:
     assert found.total == sum(p.numel() for p in model.parameters())
 
 
+class Named(torch.nn.Linear):
+    """A subclass that adds nothing to the map."""
+
+
+class Rewritten(torch.nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Rounded(torch.nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.round())
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class NamedConv1D(Conv1D):
+    pass
+
+
+def test_subclasses_of_linear_layers_are_targeted_if_they_are_linear_maps() -> None:
+    for bias in (True, False):
+        assert kind_of(Named(5, 7, bias=bias)) is kind_of(Rewritten(5, 7, bias=bias)) is LINEAR
+        assert kind_of(Rounded(5, 7, bias=bias)) is kind_of(Doubled(5, 7, bias=bias)) is None
+    assert kind_of(NamedConv1D(7, 5)) is CONV1D
+    assert kind_of(torch.nn.Embedding(5, 7)) is None
+    before = torch.get_rng_state()
+    assert kind_of(Rewritten(5, 7, device="meta")) is LINEAR
+    assert torch.equal(torch.get_rng_state(), before)
+    model = build("llama")
+    for name, kind in (("q_proj", Named), ("k_proj", Rewritten), ("v_proj", Rounded)):
+        layer = model.model.layers[0].self_attn.get_submodule(name)
+        layer.__class__ = kind
+    names = {t.name for t in find_targets(model)}
+    assert {n for n in ("q_proj", "k_proj", "v_proj") if f"model.layers.0.self_attn.{n}" in names} == {
+        "q_proj",
+        "k_proj",
+    }
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("shard", ["5GB", "20KB"])
 def test_checkpoint_and_model_in_memory_read_the_same(saved, family: str, shard: str) -> None:
@@ -77,6 +127,87 @@ def test_checkpoint_and_model_in_memory_read_the_same(saved, family: str, shard:
         for target in disk.targets:
             assert disk.read(target).shape == target.shape
             assert torch.equal(disk.read(target), memory.read(target))
+
+
+def halved(source: TensorSource, mlp: str, down: str) -> OverlaySource:
+    """The source with half the columns of a down projection."""
+    (target,) = (t for t in source.targets if t.name == f"{mlp}.{down}")
+    shape = (target.shape[0], target.shape[1] // 2)
+    name = f"{target.name}.weight"
+    W = target.kind.stored(source.read(target)[:, : shape[1]].contiguous())
+    return OverlaySource(source, {target.name: shape}, {name: lambda: W})
+
+
+@pytest.mark.parametrize(
+    ("family", "mlp", "down"), [("llama", "model.layers.0.mlp", "down_proj"), ("gpt2", "transformer.h.0.mlp", "c_proj")]
+)
+def test_overlay_is_the_source_but_for_what_it_says(saved, family: str, mlp: str, down: str) -> None:
+    with open_source(saved(family)) as disk:
+        for source in (disk, ModelSource(build(family))):
+            overlay = halved(source, mlp, down)
+            assert overlay.original is source
+            assert overlay.identity == source.identity
+            assert list(overlay.names()) == list(source.names())
+            for before, after in zip(source.targets, overlay.targets, strict=True):
+                W = source.read(before)
+                expected = W[:, : W.shape[1] // 2] if before.name == f"{mlp}.{down}" else W
+                assert torch.equal(overlay.read(after), expected)
+                assert after.shape == overlay.read(after).shape
+                assert (
+                    tuple(overlay.skeleton.get_parameter(f"{after.name}.weight").shape)
+                    == overlay.info(f"{after.name}.weight").shape
+                )
+                assert overlay.dtype(after) == source.dtype(before)
+                assert torch.equal(
+                    torch.cat(list(overlay.chunks(f"{after.name}.weight"))),
+                    overlay.tensor(f"{after.name}.weight").flatten(),
+                )
+
+
+def zeroed(source: TensorSource, name: str) -> list[OutputTensors]:
+    """Everything as it is, but for one matrix, which is stored as factors of zeros of rank 3."""
+    (target,) = (t for t in source.targets if t.name == name)
+    (m, n), dtype = target.shape, source.dtype(target)
+    parts = {f"{name}.A.weight": TensorInfo(dtype, (m, 3)), f"{name}.B.weight": TensorInfo(dtype, (3, n))}
+    made = {part: [torch.zeros(info.shape).flatten()] for part, info in parts.items()}
+    low_rank = OutputTensors(
+        parts | {f"{name}.weight": TensorInfo(dtype, (0,))}, lambda: made | {f"{name}.weight": []}, name
+    )
+    return [low_rank if key == f"{name}.weight" else source.copied(key) for key in source.names()]
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("llama", "model.layers.0.mlp.up_proj"), ("gpt2", "transformer.h.0.mlp.c_fc")]
+)
+def test_directory_and_model_take_the_same_outputs(
+    saved, tmp_path: Path, tokens: torch.Tensor, family: str, name: str
+) -> None:
+    config, model = WeLoreConfig({name: 3}), build(family)
+    with open_source(saved(family)) as disk, open_sink(disk, tmp_path / "small") as sink:
+        sink.write(zeroed(disk, name), config, silent)
+    memory = ModelSource(model)
+    with open_sink(memory, tmp_path / "saved") as sink:
+        sink.write(zeroed(memory, name), config, silent)
+    loaded = [AutoModelForCausalLM.from_pretrained(tmp_path / out) for out in ("small", "saved")]
+    assert torch.equal(logits(loaded[0], tokens), logits(model, tokens))
+    assert torch.equal(logits(loaded[1], tokens), logits(model, tokens))
+    assert model.get_submodule(name).rank == 3
+    dense = OutputTensors(
+        {f"{name}.weight": memory.info(f"{name}.A.weight")},
+        lambda: {f"{name}.weight": [torch.ones(build(family).get_submodule(name).weight.shape).flatten()]},
+        name,
+    )
+    with open_sink(memory, None) as sink:
+        sink.write([dense], None, silent)
+    assert type(model.get_submodule(name)) is type(build(family).get_submodule(name))
+    assert bool((model.get_submodule(name).weight == 1).all())
+    assert not hasattr(model.config, "quantization_config")
+    with (
+        open_source(saved(family)) as disk,
+        pytest.raises(WeLoreError, match="name the directory"),
+        open_sink(disk, None),
+    ):
+        pass
 
 
 def test_fingerprint_tells_other_weights(saved) -> None:

@@ -26,9 +26,10 @@ from welore.layers.block_grid import Grid
 from welore.linalg.svd import factorise
 from welore.models.copies import writer
 from welore.models.load import DTYPES, made_ready
+from welore.models.mlp import long_matrices
 from welore.models.skeleton import context_length, require_context_length
 from welore.models.source import TensorSource, open_source
-from welore.models.targets import Target, in_blocks, long_matrices
+from welore.models.targets import Target, in_blocks
 from welore.records import Record
 
 if TYPE_CHECKING:

@@ -229,7 +229,7 @@ class Statistics:
             expected = statistics.layout()
         except (KeyError, TypeError, ValueError) as error:
             raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
-        if expected != {name: (entry.dtype, entry.shape) for name, entry in entries.items()}:
+        if expected != {name: entry.info for name, entry in entries.items()}:
             raise WeLoreError(f"{path} does not hold the statistics that it names: make it again")
         return statistics
 

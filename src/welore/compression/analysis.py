@@ -24,8 +24,9 @@ from welore.io.progress import Progress, silent
 from welore.io.resume import Workspace
 from welore.layers.block_grid import Grid
 from welore.linalg.svd import reduce, singular_values
+from welore.models.mlp import long_matrices
 from welore.models.source import TensorSource, open_source
-from welore.models.targets import Target, in_blocks, long_matrices
+from welore.models.targets import Target, in_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,6 +1,7 @@
 """The matrices of a plan: factored in parallel into a workspace, streamed from there into a Hugging Face directory."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,22 @@ from torch import Tensor
 from welore.allocation.plan import Allocation, Plan
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import Statistics
-from welore.io.checkpoint import PLAN, OutputTensors, copied, weight_files, write_config, write_weights
+from welore.io.checkpoint import PLAN, OutputTensors, weight_files, write_config, write_weights
 from welore.io.parallel import Processes, parallel_map
 from welore.io.progress import Progress
 from welore.io.resume import Workspace
+from welore.io.safetensors_stream import TensorInfo
 from welore.layers.registry import FORMS
 from welore.linalg.svd import Reduction, factorise
 from welore.models.quantizer import WeLoreConfig
-from welore.models.source import CheckpointSource
-from welore.models.targets import Target, census, in_blocks, kept_as
+from welore.models.source import TensorSource
+from welore.models.targets import Target, census, in_blocks, result_key
 
 Trained = Callable[[str], Tensor]  # name of a factor -> its numbers
 
 
 def factor_matrices(
-    source: CheckpointSource,
+    source: TensorSource,
     plan: Plan,
     calibration: Statistics | None,
     workspace: Workspace,
@@ -41,7 +43,7 @@ def factor_matrices(
     def compute(a: Allocation) -> dict[str, Tensor]:
         found = workspace.fetch(_kept(a))
         if found is None:
-            kept = workspace.fetch(f"{kept_as(a.name, a.shape)}.reduction") if device is None else None
+            kept = workspace.fetch(f"{result_key(a.name, a.shape)}.reduction") if device is None else None
             reduction = None if kept is None else Reduction.from_tensors(kept)
             norm = metric(plan.scaling, calibration, targets[a.name])
             # W without a name here: factorise makes its own copy and lets this one go.
@@ -54,7 +56,7 @@ def factor_matrices(
                 "repaired": torch.tensor(factors.repaired),
             }
             workspace.store(_kept(a), found)
-        workspace.drop(f"{kept_as(a.name, a.shape)}.reduction")
+        workspace.drop(f"{result_key(a.name, a.shape)}.reduction")
         return {name: found[name] for name in ("excess", "repaired")}
 
     lrcs = [a for a in plan.allocations if a.factored]
@@ -74,7 +76,7 @@ def factor_matrices(
 
 
 def write_checkpoint(
-    source: CheckpointSource,
+    source: TensorSource,
     plan: Plan,
     workspace: Workspace,
     directory: Path,
@@ -84,14 +86,13 @@ def write_checkpoint(
 ) -> dict[str, Any]:
     """Weights, configuration and plan of a compressed checkpoint; the sizes."""
     written = write_weights(directory, _compressed(source, plan, workspace, trained), max_shard_size, progress)
-    write_config(source.directory, directory, WeLoreConfig.of(plan).to_dict())
+    origin: Any = source.original
+    write_config(origin.directory, directory, WeLoreConfig.of(plan).to_dict())
     plan.save(directory / PLAN)
     return _sizes_on_disk(source, plan, written)
 
 
-def _compressed(
-    source: CheckpointSource, plan: Plan, workspace: Workspace, trained: Trained | None
-) -> list[OutputTensors]:
+def _compressed(source: TensorSource, plan: Plan, workspace: Workspace, trained: Trained | None) -> list[OutputTensors]:
     """What a compressed checkpoint holds, in the order of the source; trained: the factors after healing."""
     cut = plan.split
     layers: dict[str, list[tuple[Target, Allocation]]] = {}
@@ -112,20 +113,25 @@ def _compressed(
     def matrix(target: Target, a: Allocation, dtype: torch.dtype) -> OutputTensors:
         if not a.factored:
             return OutputTensors(
-                {f"{a.name}.weight": (dtype, a.shape)}, lambda: {f"{a.name}.weight": [source.read(target).flatten()]}
+                {f"{a.name}.weight": TensorInfo(dtype, a.shape)},
+                lambda: {f"{a.name}.weight": [source.read(target).flatten()]},
+                target.layer,
             )
         form = FORMS[a.form]
         announced = {
-            f"{a.name}.{part}": (torch.int32 if part in form.indices else dtype, shape)
+            f"{a.name}.{part}": TensorInfo(torch.int32 if part in form.indices else dtype, shape)
             for part, shape in form.shapes(*a.shape, a.rank).items()
         }
-        return OutputTensors({**announced, f"{a.name}.weight": (dtype, (0,))}, partial(factors, a))
+        return OutputTensors(
+            {**announced, f"{a.name}.weight": TensorInfo(dtype, (0,))}, partial(factors, a), target.layer
+        )
 
     steps = []
-    for key in source.keys():  # noqa: SIM118 - a method of ours
-        name, dtype = source.prefix + key, source.entry(key).dtype
+    for name in source.names():
+        dtype = source.info(name).dtype
         if name not in layers:
-            steps.append(copied(source, key, name))
+            layer = name.rpartition(".")[0]
+            steps.append(replace(source.copied(name), layer=layer if layer in plan.shapes else None))
             continue
         if name.removesuffix(".weight") in cut:
             steps.append(_tombstone(name, dtype))
@@ -136,19 +142,19 @@ def _compressed(
 
 def _tombstone(name: str, dtype: torch.dtype) -> OutputTensors:
     """The empty weight of a layer that is stored in blocks."""
-    return OutputTensors({name: (dtype, (0,))}, lambda: {name: []})
+    return OutputTensors({name: TensorInfo(dtype, (0,))}, lambda: {name: []}, name.removesuffix(".weight"))
 
 
 def _kept(a: Allocation) -> str:
     """Name of the factors of a matrix in the workspace."""
-    return f"{kept_as(a.name, a.shape)}.{a.form}-{a.rank}"
+    return f"{result_key(a.name, a.shape)}.{a.form}-{a.rank}"
 
 
-def _sizes_on_disk(source: CheckpointSource, plan: Plan, written: int) -> dict[str, Any]:
+def _sizes_on_disk(source: TensorSource, plan: Plan, written: int) -> dict[str, Any]:
     found = census(source.skeleton, source.targets)
-    whole = source.whole
+    whole: Any = source.original
     return {
-        "bytes_dense": sum(path.stat().st_size for path in weight_files(source.directory)),
+        "bytes_dense": sum(path.stat().st_size for path in weight_files(whole.directory)),
         "bytes": written,
         "parameters_dense": census(whole.skeleton, whole.targets).total,
         "parameters": found.total - found.targeted + plan.numbers()["targeted_parameters"],

@@ -20,11 +20,11 @@ from welore.layers.block_grid import Grid
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.registry import FORMS
 from welore.linalg.svd import factorise
-from welore.models.mlp import copies_of, with_zeros
-from welore.models.replace import _config, place, replace_module, split_module
+from welore.models.mlp import outputs_per_neuron, pad_neurons
+from welore.models.replace import _config, replace_module, split_module, submodule_name
 from welore.models.skeleton import dense_skeleton
 from welore.models.source import ModelSource
-from welore.models.targets import Target, find_targets, in_blocks
+from welore.models.targets import Target, in_blocks, known_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,8 +86,8 @@ def compress_model(
 def merge_model(model: "PreTrainedModel") -> None:
     """Make a compressed model in memory dense again, in place: every low-rank layer becomes its product."""
     skeleton = dense_skeleton(model.config, type(model))
-    resized = [place(model, name) for name in _config(model).get("shapes", {})]
-    copies = copies_of(skeleton, find_targets(skeleton)) if resized else {}
+    resized = [submodule_name(model, name) for name in _config(model).get("shapes", {})]
+    copies = outputs_per_neuron(skeleton) if resized else {}
     inside: set[nn.Module] = set()
     done: set[str] = set()
     for name, layer in list(model.named_modules()):
@@ -95,9 +95,9 @@ def merge_model(model: "PreTrainedModel") -> None:
             continue
         inside.update(layer.modules())
         done.add(name)
-        dense = skeleton.get_submodule(name)  # nn.Linear, or GPT-2's Conv1D, which stores W^T
+        dense = skeleton.get_submodule(name)
         W = _matrix(layer).to(next(next(layer.children()).parameters()).dtype)
-        _make_dense(model, name, dense, W if isinstance(dense, nn.Linear) else W.T.contiguous(), copies.get(name, 1))
+        _make_dense(model, name, dense, known_kind(dense).stored(W), copies.get(name, 1))
     for name in resized:
         if name not in done:
             weight = model.get_submodule(name).weight
@@ -110,8 +110,8 @@ def _make_dense(model: nn.Module, name: str, dense: nn.Module, weight: Tensor, c
     old = model.get_submodule(name)
     bias, full = (layer._parameters.get("bias") for layer in (old, dense))
     if bias is not None and full is not None and full.shape != bias.shape:
-        bias = nn.Parameter(with_zeros(dense, bias.detach(), copies), requires_grad=bias.requires_grad)
-    dense.weight = nn.Parameter(with_zeros(dense, weight, copies))
+        bias = nn.Parameter(pad_neurons(dense, bias.detach(), copies), requires_grad=bias.requires_grad)
+    dense.weight = nn.Parameter(pad_neurons(dense, weight, copies))
     dense.register_parameter("bias", bias)
     dense.train(old.training)
     model.set_submodule(name, dense)

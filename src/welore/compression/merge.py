@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from welore.compression.in_memory import joined, merge_model
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory, read_json, require_free, require_outside
-from welore.io.checkpoint import SHARD_SIZE, OutputTensors, copied, weight_files, write_config, write_weights
+from welore.io.checkpoint import SHARD_SIZE, OutputTensors, weight_files, write_config, write_weights
 from welore.io.hub import resolve_model
 from welore.io.progress import Progress, silent
+from welore.io.safetensors_stream import TensorInfo
 from welore.layers.block_grid import block_names, split_layers
 from welore.layers.registry import FACTORED, FORMS
-from welore.models.mlp import copies_of, with_zeros
+from welore.models.mlp import outputs_per_neuron, pad_neurons
 from welore.models.quantizer import METHOD, WeLoreConfig, check_factors
 from welore.models.source import CheckpointSource
-from welore.models.targets import find_targets
+from welore.models.targets import known_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +64,7 @@ def _merged(source: CheckpointSource, config: WeLoreConfig) -> list[OutputTensor
     """What the dense checkpoint holds: the product where there were factors, everything else as it is."""
     ranks = config.ranks or {}
     cut = split_layers(config.grids, ranks)
-    copies = copies_of(source.skeleton, find_targets(source.skeleton)) if config.shapes else {}
+    copies = outputs_per_neuron(source.skeleton) if config.shapes else {}
     forms = {name: config.forms.get(name, FACTORED) for name in ranks}
 
     def matrix(name: str) -> Tensor:
@@ -75,8 +75,7 @@ def _merged(source: CheckpointSource, config: WeLoreConfig) -> list[OutputTensor
         return FORMS[forms[name]].unpack({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]].parts})
 
     def dense(name: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
-        # GPT-2's Conv1D stores W^T
-        W = matrix(name).T if isinstance(source.skeleton.get_submodule(name), Conv1D) else matrix(name)
+        W = known_kind(source.skeleton.get_submodule(name)).stored(matrix(name))
         return {f"{name}.weight": [restored(f"{name}.weight", W).to(dtype).flatten()]}
 
     def larger(key: str) -> dict[str, list[Tensor]]:
@@ -84,21 +83,21 @@ def _merged(source: CheckpointSource, config: WeLoreConfig) -> list[OutputTensor
 
     def restored(key: str, numbers: Tensor) -> Tensor:
         name = key.rpartition(".")[0]
-        return with_zeros(source.skeleton.get_submodule(name), numbers, copies.get(name, 1))
+        return pad_neurons(source.skeleton.get_submodule(name), numbers, copies.get(name, 1))
 
     gone = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form].parts}
     gone |= {f"{name}.weight" for layer, grid in cut.items() for name in block_names(layer, grid)}
     steps = []
-    for key in source.keys():  # noqa: SIM118 - a method of ours
+    for key in source.names():
         name = key.removesuffix(".weight")
         if key in gone:
             continue
         if name in cut or name in forms:
-            kind = source.entry(key).dtype, tuple(source.skeleton.get_parameter(key).shape)
-            steps.append(OutputTensors({key: kind}, partial(dense, name, kind[0])))
+            info = TensorInfo(source.info(key).dtype, tuple(source.skeleton.get_parameter(key).shape))
+            steps.append(OutputTensors({key: info}, partial(dense, name, info.dtype), name))
         elif key.rpartition(".")[0] in config.shapes:
-            kind = source.entry(key).dtype, tuple(source.skeleton.get_parameter(key).shape)
-            steps.append(OutputTensors({key: kind}, partial(larger, key)))
+            info = TensorInfo(source.info(key).dtype, tuple(source.skeleton.get_parameter(key).shape))
+            steps.append(OutputTensors({key: info}, partial(larger, key), key.rpartition(".")[0]))
         else:
-            steps.append(copied(source, key, key))
+            steps.append(source.copied(key))
     return steps

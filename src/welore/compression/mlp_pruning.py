@@ -8,12 +8,12 @@ columns, in the norm of K-FAC.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from welore.allocation.neurons import Neurons
 from welore.calibration.scaling import DAMPING_INPUTS, damped
@@ -22,17 +22,17 @@ from welore.errors import WeLoreError
 from welore.io.parallel import Processes, parallel_map
 from welore.io.progress import Progress
 from welore.io.resume import Workspace
-from welore.io.safetensors_stream import Entry
 from welore.linalg.brain_surgeon import refit, removal
-from welore.models.mlp import Mlp, find_mlps, resize_layers, take_rows
-from welore.models.source import CheckpointSource, TensorOverrides
+from welore.models.mlp import Mlp, find_mlps
+from welore.models.source import OverlaySource, TensorSource
+from welore.models.targets import Target
 
 WORTH = 0.4  # what neurons cost is predicted two and a half times worse than what cuts cost (research/LOG.md)
 LEAST = 0.05  # of all neurons: fewer are not worth layers of another size
 
 
 def worth_taking_out(
-    source: CheckpointSource,
+    source: TensorSource,
     calibration: Statistics,
     workspace: Workspace,
     crew: Processes,
@@ -58,7 +58,7 @@ def worth_taking_out(
         found = workspace.fetch(f"{mlp.name}.removal")
         if found is None:
             G, H = _statistics(mlp, calibration)
-            order, costs = removal(source.read(mlp.reader), G, H)
+            order, costs = removal(source.read(mlp.down_layer), G, H)
             found = {"order": order, "costs": costs}
             workspace.store(f"{mlp.name}.removal", found)
         return found
@@ -84,7 +84,7 @@ def worth_taking_out(
 
 
 def without(
-    source: CheckpointSource,
+    source: TensorSource,
     calibration: Statistics,
     neurons: Mapping[str, Neurons],
     workspace: Workspace,
@@ -92,7 +92,7 @@ def without(
     *,
     workers: int | None,
     progress: Progress,
-) -> tuple[CheckpointSource, Statistics]:
+) -> tuple[TensorSource, Statistics]:
     """The checkpoint and its calibration with these neurons alone; WeLoreError if it has no such MLPs.
 
     Both are views: tensors of smaller layers are made when they are read. Losses that were measured along the matrices
@@ -109,7 +109,7 @@ def without(
         place = f"{mlp.name}.refit-{len(kept[mlp.name])}"
         found = workspace.fetch(place)
         if found is None:
-            W, (G, H) = source.read(mlp.reader), _statistics(mlp, calibration)
+            W, (G, H) = source.read(mlp.down_layer), _statistics(mlp, calibration)
             made = refit(W, H, kept[mlp.name])
             felt = [(columns * (G @ columns)).sum(0) for columns in (W.double()[:, kept[mlp.name]], made)]
             stronger = (felt[1] / felt[0].clamp(min=float(felt[0].max()) * 1e-12 or 1.0)).sqrt()
@@ -119,46 +119,36 @@ def without(
 
     _over(chosen, compute, crew, workers, progress, "neurons refitted")
     shapes = {layer: shape for mlp in chosen for layer, shape in mlp.shapes(len(kept[mlp.name])).items()}
-    skeleton = deepcopy(source.skeleton)
-    resize_layers(skeleton, shapes)
-    readers: dict[str, Mlp] = {}
-    rows: dict[str, tuple[nn.Module, Tensor]] = {}
     selections: dict[str, Selection] = {}
-    entries: dict[str, Entry] = {}
+    overrides: dict[str, Callable[[], Tensor]] = {}
+    names = set(source.names())
     for mlp in chosen:
-        ids, inputs, stronger = kept[mlp.name], calibration.shared[mlp.reader.name], compute(mlp)["stronger"]
+        ids, inputs, stronger = kept[mlp.name], calibration.shared[mlp.down_layer.name], compute(mlp)["stronger"]
         selections |= dict.fromkeys((f"{inputs}.inputs", f"{inputs}.magnitudes"), Selection(ids))
-        for layer in (*mlp.makers, mlp.reader):
-            for part in ("weight", "bias"):
-                key = source.key(f"{layer.name}.{part}")
-                if key is None or (layer == mlp.reader and part == "bias"):
-                    continue
-                if layer == mlp.reader:
-                    readers[key] = mlp
-                else:
-                    rows[key] = source.skeleton.get_submodule(layer.name), mlp.rows(layer, ids)
-                size = skeleton.get_parameter(f"{layer.name}.{part}").shape
-                entries[key] = Entry(source.entry(key).dtype, tuple(size), 0, 0)
-        for maker in mlp.makers:
-            weights = stronger.repeat(mlp.copies(maker))
-            selections[f"{maker.name}.outputs"] = Selection(mlp.rows(maker, ids), weights)
+        overrides[f"{mlp.down_layer.name}.weight"] = partial(_stored, mlp.down_layer, compute, mlp)
+        for up in mlp.up_layers:
+            rows = mlp.rows(up, ids)
+            selections[f"{up.name}.outputs"] = Selection(rows, stronger.repeat(mlp.copies(up)))
+            for name in names & {f"{up.name}.weight", f"{up.name}.bias"}:
+                overrides[name] = partial(_rows_of, source, name, up, rows)
+    return OverlaySource(source, shapes, overrides), calibration.select(shapes, selections)
 
-    def make(key: str) -> Tensor:
-        if key in rows:
-            return take_rows(rows[key][0], source.tensor(key), rows[key][1])
-        W = compute(readers[key])["W"]
-        return (W.T if readers[key].reader.transposed else W).contiguous()
 
-    return source.with_others(skeleton, TensorOverrides(entries, make)), calibration.select(shapes, selections)
+def _stored(down: Target, compute: Callable[[Mlp], dict[str, Tensor]], mlp: Mlp) -> Tensor:
+    return down.kind.stored(compute(mlp)["W"])
+
+
+def _rows_of(source: TensorSource, name: str, up: Target, rows: Tensor) -> Tensor:
+    return up.kind.take_rows(source.tensor(name), rows)
 
 
 def _reached(mlp: Mlp, calibration: Statistics) -> bool:
-    return all(calibration.counts.get(layer.name) for layer in (*mlp.makers, mlp.reader))
+    return all(calibration.counts.get(layer.name) for layer in mlp.layers)
 
 
 def _statistics(mlp: Mlp, calibration: Statistics) -> tuple[Tensor, Tensor]:
     """G (d, d) of what leaves the reader and H (width, width) of what enters it, float64; H damped as for a cut."""
-    G, H = calibration.outputs(mlp.reader.name), calibration.inputs(mlp.reader.name)
+    G, H = calibration.outputs(mlp.down_layer.name), calibration.inputs(mlp.down_layer.name)
     assert G is not None
     assert H is not None
     return G.double(), damped(H.double(), DAMPING_INPUTS)

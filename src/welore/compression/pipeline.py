@@ -43,7 +43,7 @@ from welore.io.resume import Workspace
 from welore.layers.registry import FACTORED
 from welore.models.quantizer import WeLoreConfig
 from welore.models.replace import sizes
-from welore.models.source import CheckpointSource
+from welore.models.source import CheckpointSource, TensorSource
 from welore.models.targets import Target, in_blocks
 from welore.records import Record
 
@@ -88,7 +88,7 @@ def compress(
     scaling.SCALINGS; by default kfac for `keep` alone, which is the best we have, and none for the paper's targets
     and for a named strategy. calibration: what a scaling rests on, made by `calibrate`; "self" makes one from `tokens`
     tokens that the model itself writes, so that no data is needed. split: matrices at least twice as long as wide are
-    cut block by block (targets.long_matrices); by default where the scaling is kfac. neurons: the share of the
+    cut block by block (mlp.long_matrices); by default where the scaling is kfac. neurons: the share of the
     MLPs' neurons that is taken out before the cut (mlp_pruning); by default none, but for `keep` alone those that
     cost less than the numbers that they take. paper: WeLore as published, which is strategy welore, scaling none,
     storage factored and nothing split.
@@ -152,7 +152,8 @@ def compress(
     directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
     require_outside(out, directory)
     windows = None if heal in (None, NONE, SELF) else healing.text(heal, directory, tokens, seed, cache_dir)
-    with CheckpointSource(directory, str(model), include, exclude) as source:
+    with CheckpointSource(directory, str(model), include, exclude) as checkpoint:
+        source: TensorSource = checkpoint
         found = None if calibration == SELF else opened_calibration(calibration, source)
         own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.generated or (0,))[0]
         heal = healing.chosen(heal, own, alone=alone)
@@ -224,21 +225,21 @@ def _method(
 
 
 def _planned(
-    source: CheckpointSource,
+    source: TensorSource,
     scaling: str,
     calibration: Statistics | None,
     split: bool | None,
     share: float | None,
     settings: Mapping[str, Any],
     how: dict[str, Any],
-) -> tuple[Plan, CheckpointSource, Statistics | None]:
+) -> tuple[Plan, TensorSource, Statistics | None]:
     """The plan, and what it is for: the matrices as they came, or with neurons taken out, where that is worth it.
 
     share: of the neurons; None: as many as are worth less than what a number costs in a plan with all of them.
     how: settings of `analyze_weights` that both plans have.
     """
 
-    def planned(weights: CheckpointSource, known: Statistics | None, neurons: Mapping[str, Neurons]) -> Plan:
+    def planned(weights: TensorSource, known: Statistics | None, neurons: Mapping[str, Neurons]) -> Plan:
         about: dict[str, Any] = {"scaling": scaling, "calibration": known, "neurons": neurons}
         return allocate(
             analyze_weights(weights, grids=grids_of(weights, split, scaling), **about, **how),
@@ -259,13 +260,13 @@ def _planned(
 
 def _as_planned(
     plan: Plan,
-    source: CheckpointSource,
+    source: TensorSource,
     calibration: Statistics | None,
     workspace: Workspace,
     crew: Processes,
     workers: int | None,
     progress: Progress,
-) -> tuple[CheckpointSource, Statistics | None]:
+) -> tuple[TensorSource, Statistics | None]:
     """What a plan that was given is for: the checkpoint and its calibration, without the neurons that it takes out."""
     if not plan.neurons:
         return source, calibration

@@ -32,7 +32,7 @@ from welore.io.resume import Workspace
 from welore.layers.registry import FORMS
 from welore.models.load import fastest, read_tokenizer
 from welore.models.skeleton import config_of, context_length
-from welore.models.source import CheckpointSource
+from welore.models.source import CheckpointSource, TensorSource
 from welore.records import Record
 from welore.training.run_dir import MODEL, RUN, TUNED, WRITTEN
 
@@ -80,7 +80,7 @@ def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Pa
 
 
 def heal(
-    source: CheckpointSource,
+    source: TensorSource,
     plan: Plan,
     workspace: Workspace,
     windows: Tensor,
@@ -98,7 +98,8 @@ def heal(
     in the workspace: what was killed goes on, what is finished is left as it is, and what was begun with other
     settings, as on another device, begins anew.
     """
-    how = _training(source.directory.resolve(), windows, own=own, device=device)
+    origin: Any = source.original
+    how = _training(origin.directory.resolve(), windows, own=own, device=device)
     about = json.dumps([plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), own, seed, how], default=str)
     place = workspace.directory / f"healing-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
     cut = place / "cut"

@@ -20,6 +20,7 @@ from welore.io.atomic import atomic_directory, require_free, require_outside
 from welore.io.checkpoint import RECORD, SHARD_SIZE, OutputTensors, check_finite, write_config, write_weights
 from welore.io.hub import resolve_model
 from welore.io.progress import Progress, silent
+from welore.io.safetensors_stream import TensorInfo
 from welore.models.quantizer import WeLoreConfig
 from welore.models.skeleton import config_of, decoder_blocks, dense_skeleton
 from welore.models.source import open_source
@@ -116,7 +117,9 @@ def _plan_import(
             _check_shape(path, name, tensor, tuple(parameter.shape))
             parts = {name: tensor}
         steps.append(
-            OutputTensors({key: (t.dtype, tuple(t.shape)) for key, t in parts.items()}, partial(_checked, parts))
+            OutputTensors(
+                {key: TensorInfo(t.dtype, tuple(t.shape)) for key, t in parts.items()}, partial(_checked, parts)
+            )
         )
     dense = sum(m * n for m, n in (t.shape for t in targets.values()))
     saved = sum(m * n - ranks[t.name] * (m + n) for t in targets.values() if t.name in ranks for m, n in [t.shape])

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from welore.errors import WeLoreError
 from welore.io.atomic import read_json, write_json
 from welore.io.progress import Progress
-from welore.io.safetensors_stream import TensorWriter
+from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -30,17 +30,13 @@ NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json", PLAN, RECORD
 class OutputTensors:
     """A piece of the output that is made at once: one copied tensor, or what replaces one matrix.
 
-    tensors: name -> dtype and shape, known beforehand. make: name -> the numbers, as flat pieces in order.
+    tensors: name -> dtype and shape, known beforehand. make: name -> the numbers, as flat pieces in order. layer: the
+    layer that they change; None for a tensor that is copied.
     """
 
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    tensors: Mapping[str, TensorInfo]
     make: Callable[[], Mapping[str, Iterable[Tensor]]]
-
-
-def copied(source: Any, key: str, name: str) -> OutputTensors:
-    """A tensor of the source as it is, under the name `name`."""
-    entry = source.entry(key)
-    return OutputTensors({name: (entry.dtype, entry.shape)}, lambda: {name: source.chunks(key)})
+    layer: str | None = None
 
 
 def write_weights(directory: Path, steps: Sequence[OutputTensors], max_shard_size: str, progress: Progress) -> int:
@@ -59,7 +55,7 @@ def write_weights(directory: Path, steps: Sequence[OutputTensors], max_shard_siz
         for filename, names in split.filename_to_tensors.items():
             writer = TensorWriter(directory / filename, {name: announced[name] for name in names})
             writer_of |= dict.fromkeys(names, stack.enter_context(writer))
-        sizes = [sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in s.tensors.values()) for s in steps]
+        sizes = [sum(info.bytes for info in step.tensors.values()) for step in steps]
         for step in progress(zip(steps, map(float, sizes), strict=True), "writing", float(sum(sizes))):
             for name, chunks in step.make().items():
                 writer_of[name].write(name, chunks)
@@ -98,6 +94,39 @@ def weight_files(directory: Path) -> list[Path]:
             why = f" (it has {others[0]}; only safetensors are read)" if others and names == [SINGLE] else ""
             raise WeLoreError(f"{directory} lacks {name}{why}: fetch the model again or convert it to safetensors")
     return [directory / name for name in names]
+
+
+class CheckpointReader:
+    """All tensors of a checkpoint directory by their names in the files; WeLoreError if one of them is not there.
+
+    entries: name -> dtype and shape.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._readers: dict[str, TensorReader] = {}
+        self.entries: dict[str, TensorInfo] = {}
+        with ExitStack() as stack:  # closes what is open already if a later file is refused
+            for path in weight_files(directory):
+                reader = stack.enter_context(TensorReader(path))
+                self._readers |= dict.fromkeys(reader.entries, reader)
+                self.entries |= {name: entry.info for name, entry in reader.entries.items()}
+            if (directory / INDEX).is_file():
+                missing = set(read_json(directory / INDEX)["weight_map"]) - set(self.entries)
+                if missing:
+                    raise WeLoreError(f"{directory}: tensor {min(missing)} of {INDEX} is in none of its files")
+            self._stack = stack.pop_all()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor."""
+        return self._readers[name].read(name)
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """One tensor in flat pieces."""
+        return self._readers[name].chunks(name)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

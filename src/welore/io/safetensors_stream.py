@@ -6,12 +6,13 @@ Files are byte-equal to those of safetensors.torch.save_file (a test says so).
 """
 
 import json
+import math
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -38,12 +39,23 @@ CHUNK = 4 << 20  # bytes moved at once when a tensor is copied
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
+class TensorInfo(NamedTuple):
+    """Dtype and shape of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of its numbers."""
+        return self.dtype.itemsize * math.prod(self.shape)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a file; start and stop are byte offsets in the file."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    info: TensorInfo
     start: int
     stop: int
 
@@ -60,13 +72,13 @@ class TensorReader:
     def read(self, name: str) -> Tensor:
         """A fresh copy of the tensor."""
         entry = self.entries[name]
-        return self._numbers(entry.dtype, entry.start, entry.stop).reshape(entry.shape)
+        return self._numbers(entry.info.dtype, entry.start, entry.stop).reshape(entry.info.shape)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor as flat pieces of at most 4 MiB, in order."""
         entry = self.entries[name]
         for start in range(entry.start, entry.stop, CHUNK):
-            yield self._numbers(entry.dtype, start, min(start + CHUNK, entry.stop))
+            yield self._numbers(entry.info.dtype, start, min(start + CHUNK, entry.stop))
 
     def _numbers(self, dtype: torch.dtype, start: int, stop: int) -> Tensor:
         buffer = torch.empty(stop - start, dtype=torch.uint8)  # a bytearray would be filled with zeros first
@@ -113,9 +125,10 @@ class TensorWriter:
         position = 0
         for name in order:
             dtype, shape = tensors[name]
-            stop = position + dtype.itemsize * torch.Size(shape).numel()
+            info = TensorInfo(dtype, tuple(shape))
+            stop = position + info.bytes
             header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
-            self.entries[name] = Entry(dtype, tuple(shape), position, stop)
+            self.entries[name] = Entry(info, position, stop)
             position = stop
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
@@ -130,7 +143,7 @@ class TensorWriter:
         entry = self.entries[name]
         self._file.seek(self._data + entry.start)
         for chunk in chunks:
-            assert chunk.dtype == entry.dtype, f"{name}: {chunk.dtype} is not {entry.dtype}"
+            assert chunk.dtype == entry.info.dtype, f"{name}: {chunk.dtype} is not {entry.info.dtype}"
             self._file.write(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
         assert self._file.tell() == self._data + entry.stop, f"{name}: wrong number of bytes"
         self._missing.discard(name)
@@ -156,17 +169,14 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             metadata = header.pop("__metadata__", None) or {}
             entries = {
                 name: Entry(
-                    DTYPES[about["dtype"]],
-                    tuple(about["shape"]),
-                    8 + length + about["data_offsets"][0],
-                    8 + length + about["data_offsets"][1],
+                    TensorInfo(DTYPES[fields["dtype"]], tuple(fields["shape"])),
+                    *(8 + length + offset for offset in fields["data_offsets"]),
                 )
-                for name, about in header.items()
+                for name, fields in header.items()
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeLoreError(f"{path} has a header that cannot be read ({error!r})") from error
     for name, entry in entries.items():
-        expected = entry.dtype.itemsize * torch.Size(entry.shape).numel()
-        if entry.stop - entry.start != expected or entry.stop > size:
+        if entry.stop - entry.start != entry.info.bytes or entry.stop > size:
             raise WeLoreError(f"{path} is cut off or damaged at tensor {name}: fetch it again")
     return entries, metadata

@@ -1,14 +1,15 @@
 """The MLPs of a decoder, found in the model itself: whose neurons can be taken out, and layers of another size."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from welore.models.targets import Target
+from welore.layers.block_grid import Grid
+from welore.models.targets import Target, find_targets, known_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,135 +21,148 @@ TRIAL = 8  # neurons of the small MLP on which it is tried whether they can be t
 class Mlp:
     """A module in which every neuron is computed by itself, and one layer reads them all.
 
-    makers: layers (c width, d) whose outputs the neurons are computed from, c = 1 for each (gate and up), or more where
-    several are stored as one, below each other; reader: the layer (d, width) that reads them (down).
+    up_layers: layers (c width, d) whose outputs the neurons are computed from, c = 1 for each (gate and up), or more
+    where several are stored as one, below each other. down_layer: the layer (d, width) that reads them.
     """
 
     name: str
-    makers: tuple[Target, ...]
-    reader: Target
+    up_layers: tuple[Target, ...]
+    down_layer: Target
+
+    @property
+    def layers(self) -> tuple[Target, ...]:
+        """All of its layers."""
+        return (*self.up_layers, self.down_layer)
 
     @property
     def width(self) -> int:
         """How many neurons it has."""
-        return self.reader.shape[1]
+        return self.down_layer.shape[1]
 
     @property
     def numbers(self) -> int:
         """Parameters that one neuron takes, biases not counted."""
-        return sum(m * n for m, n in (layer.shape for layer in (*self.makers, self.reader))) // self.width
+        return sum(m * n for m, n in (layer.shape for layer in self.layers)) // self.width
 
-    def copies(self, maker: Target) -> int:
-        """How many outputs of a maker a neuron is computed from."""
-        return maker.shape[0] // self.width
+    def copies(self, up_layer: Target) -> int:
+        """How many outputs of an up layer a neuron is computed from."""
+        return up_layer.shape[0] // self.width
 
-    def rows(self, maker: Target, kept: Tensor) -> Tensor:
-        """The rows of a maker's matrix that belong to the neurons `kept` (count,)."""
-        return _rows(self.copies(maker), self.width, kept)
+    def rows(self, up_layer: Target, neurons: Tensor) -> Tensor:
+        """The rows of an up layer's matrix that belong to the neurons (count,)."""
+        return _rows(self.copies(up_layer), self.width, neurons)
 
     def shapes(self, count: int) -> dict[str, tuple[int, int]]:
         """Layer -> its shape when `count` neurons are left."""
-        makers = {t.name: (self.copies(t) * count, t.shape[1]) for t in self.makers}
-        return makers | {self.reader.name: (self.reader.shape[0], count)}
+        up = {t.name: (self.copies(t) * count, t.shape[1]) for t in self.up_layers}
+        return up | {self.down_layer.name: (self.down_layer.shape[0], count)}
 
 
 def find_mlps(model: "PreTrainedModel", targets: Sequence[Target]) -> list[Mlp]:
     """The MLPs all of whose matrices are targeted, in the model's order; model: may live on the meta device.
 
-    What a module looks like is no proof: a small copy of it is run, with and without some of its neurons, and what
-    enters its last layer has to be the same but for those.
+    A small copy of each is run, with and without some of its neurons: what enters its last layer has to be the same
+    but for those.
     """
+    d = model.config.get_text_config(decoder=True).hidden_size
+    tried: dict[tuple[object, ...], bool] = {}
+    mlps = []
+    for mlp in _candidates(model, targets):
+        module = model.get_submodule(mlp.name)
+        kind = (type(module), *(t.shape for t in mlp.layers))
+        if kind not in tried:
+            tried[kind] = _neurons_are_apart(module, mlp, d)
+        if tried[kind]:
+            mlps.append(mlp)
+    return mlps
+
+
+def _candidates(model: "PreTrainedModel", targets: Sequence[Target]) -> Iterator[Mlp]:
+    """Modules whose matrices have the shapes of an MLP's."""
     d = model.config.get_text_config(decoder=True).hidden_size
     inside: dict[str, list[Target]] = {}
     for target in targets:
         inside.setdefault(target.name.rpartition(".")[0], []).append(target)
-    tried: dict[tuple[object, ...], bool] = {}
-    found = []
     for name, layers in inside.items():
-        readers = [t for t in layers if t.shape[0] == d < t.shape[1]]
-        makers = [t for t in layers if t not in readers]
-        if len(readers) != 1 or not makers:
-            continue
-        mlp = Mlp(name, tuple(makers), readers[0])
-        if any(m % mlp.width or n != d for m, n in (t.shape for t in makers)):
-            continue
-        module = model.get_submodule(name)
-        kind = (type(module), *(t.shape for t in layers))
-        if kind not in tried:
-            tried[kind] = _neurons_are_apart(module, mlp, d)
-        if tried[kind]:
-            found.append(mlp)
-    return found
+        down = [t for t in layers if t.shape[0] == d < t.shape[1]]
+        up = [t for t in layers if t not in down]
+        if len(down) == 1 and up:
+            mlp = Mlp(name, tuple(up), down[0])
+            if all(m % mlp.width == 0 and n == d for m, n in (t.shape for t in up)):
+                yield mlp
+
+
+def long_matrices(model: "PreTrainedModel", targets: Sequence[Target]) -> dict[str, Grid]:
+    """Layer -> grid of the MLPs' matrices that are at least twice as long as wide: equal blocks, no taller than wide.
+
+    They are split by their neurons. Other matrices stay whole, because splitting an attention loses (docs/method.md);
+    one with as many neurons looks like an MLP with three outputs to a neuron, an MLP has one or two.
+    """
+    mlps = [mlp for mlp in _candidates(model, find_targets(model)) if sum(map(mlp.copies, mlp.up_layers)) <= 2]
+    neurons = {t.name: 0 for mlp in mlps for t in mlp.up_layers} | {mlp.down_layer.name: 1 for mlp in mlps}
+    grids: dict[str, Grid] = {}
+    for target in targets:
+        axis = neurons.get(target.name)
+        long, short = max(target.shape), min(target.shape)
+        count = max(c for c in range(1, long // short + 1) if long % c == 0)
+        if axis is not None and count > 1 and target.shape[axis] == long:
+            grids[target.name] = (1, count) if axis else (count, 1)
+    return grids
 
 
 def resize_layers(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> None:
     """Put (uninitialised) linear layers with W of these shapes (m, n) in the place of those that are there."""
-    for name, (m, n) in shapes.items():
-        old = model.get_submodule(name)
-        weight, bias = old.weight, old.bias
-        assert isinstance(weight, Tensor)
-        new = copy.copy(old)  # of its class, with what else it knows
-        new._parameters = dict(old._parameters)
-        size = (m, n) if isinstance(old, nn.Linear) else (n, m)
-        new.weight = nn.Parameter(weight.new_empty(size), requires_grad=weight.requires_grad)
-        if isinstance(bias, nn.Parameter):
-            new.bias = nn.Parameter(bias.new_empty(m), requires_grad=bias.requires_grad)
-        names = ("in_features", "out_features") if isinstance(old, nn.Linear) else ("nx", "nf")  # GPT-2's Conv1D
-        vars(new).update(zip(names, (n, m), strict=True))
-        model.set_submodule(name, new)
+    for name, shape in shapes.items():
+        layer = model.get_submodule(name)
+        model.set_submodule(name, known_kind(layer).resized(layer, shape))
 
 
-def copies_of(model: "PreTrainedModel", targets: Sequence[Target]) -> dict[str, int]:
-    """Layer -> how many of its outputs a neuron is computed from, of all makers."""
-    return {maker.name: mlp.copies(maker) for mlp in find_mlps(model, targets) for maker in mlp.makers}
+def outputs_per_neuron(model: "PreTrainedModel") -> dict[str, int]:
+    """Layer -> how many of its outputs a neuron is computed from, of the up layers of all MLPs."""
+    return {up.name: mlp.copies(up) for mlp in find_mlps(model, find_targets(model)) for up in mlp.up_layers}
 
 
-def with_zeros(layer: nn.Module, numbers: Tensor, copies: int) -> Tensor:
+def pad_neurons(layer: nn.Module, values: Tensor, copies: int) -> Tensor:
     """Weight or bias of a layer that has lost neurons, as the dense `layer` holds it: zeros stand for what is gone.
 
-    copies: see `copies_of`; 1 for other layers. What is whole is given back as it is.
+    copies: see `outputs_per_neuron`; 1 for other layers. A tensor of the dense shape is returned as it is.
     """
-    full = layer.weight if numbers.ndim > 1 else layer.bias
-    assert isinstance(full, Tensor)
-    if numbers.shape == full.shape:
-        return numbers
-    flip = numbers.ndim > 1 and not isinstance(layer, nn.Linear)  # GPT-2's Conv1D stores W^T
-    found = numbers.new_zeros(full.shape[::-1] if flip else full.shape)
-    some = (numbers.T if flip else numbers).unflatten(0, (copies, -1))
-    found.unflatten(0, (copies, -1))[(slice(None), *(slice(size) for size in some.shape[1:]))] = some
-    return found.T.contiguous() if flip else found
+    dense, kind = (layer.weight if values.ndim > 1 else layer.bias), known_kind(layer)
+    assert isinstance(dense, Tensor)
+    if values.shape == dense.shape:
+        return values
+    matrix = values.ndim > 1
+    padded = values.new_zeros(kind.shape(layer) if matrix else dense.shape)
+    some = (kind.matrix(values) if matrix else values).unflatten(0, (copies, -1))
+    padded.unflatten(0, (copies, -1))[(slice(None), *(slice(size) for size in some.shape[1:]))] = some
+    return kind.stored(padded) if matrix else padded
 
 
-def take_rows(layer: nn.Module, parameter: Tensor, rows: Tensor) -> Tensor:
-    """The weight or the bias of a layer for some of its outputs, as it is stored."""
-    return parameter.index_select(0 if parameter.ndim == 1 or isinstance(layer, nn.Linear) else 1, rows)
-
-
-def _rows(copies: int, width: int, kept: Tensor) -> Tensor:
-    return (torch.arange(copies, device=kept.device)[:, None] * width + kept).flatten()
+def _rows(copies: int, width: int, neurons: Tensor) -> Tensor:
+    return (torch.arange(copies, device=neurons.device)[:, None] * width + neurons).flatten()
 
 
 def _neurons_are_apart(module: nn.Module, mlp: Mlp, d: int) -> bool:
     """Whether a copy of the module with few neurons, random weights, gives the others the same when some are gone."""
-    inside = [t.name.removeprefix(mlp.name + ".") for t in (*mlp.makers, mlp.reader)]
+    inside = [t.name.removeprefix(mlp.name + ".") for t in mlp.layers]
     known = {id(parameter) for layer in inside for parameter in module.get_submodule(layer).parameters()}
     if any(id(p) not in known for p in module.parameters()) or any(True for _ in module.buffers()):
         return False  # a norm over the neurons, say
-    kept = torch.tensor([0, 2, 3, 6])
-    all_of_them, some = _small(module, mlp, TRIAL), _small(module, mlp, len(kept))
+    neurons = torch.tensor([0, 2, 3, 6])
+    large, small = _small(module, mlp, TRIAL), _small(module, mlp, len(neurons))
     draws = torch.Generator().manual_seed(0)
-    for parameter in all_of_them.parameters():
+    for parameter in large.parameters():
         parameter.data.normal_(std=d**-0.5, generator=draws)
-    for maker, name in zip(mlp.makers, inside, strict=False):
-        layer, rows = all_of_them.get_submodule(name), _rows(mlp.copies(maker), TRIAL, kept)
-        for mine, whole in zip(some.get_submodule(name).parameters(), layer.parameters(), strict=True):
-            mine.data = take_rows(layer, whole.data, rows)
+    for up, name in zip(mlp.up_layers, inside, strict=False):
+        layer, rows = large.get_submodule(name), _rows(mlp.copies(up), TRIAL, neurons)
+        for mine, theirs in zip(small.get_submodule(name).parameters(), layer.parameters(), strict=True):
+            mine.data = up.kind.take_rows(theirs.data, rows)
     x = torch.randn((1, 3, d), generator=draws)
     try:
-        all_read, some_read = (_entering(trial, inside[-1], x) for trial in (all_of_them, some))
+        all_read, some_read = (_entering(trial, inside[-1], x) for trial in (large, small))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
         return False  # it wants more than hidden states (an attention), or its size is written elsewhere, too
-    return all_read.shape[-1] == TRIAL and torch.allclose(all_read[..., kept], some_read, atol=1e-4)
+    return all_read.shape[-1] == TRIAL and torch.allclose(all_read[..., neurons], some_read, atol=1e-4)
 
 
 def _small(module: nn.Module, mlp: Mlp, count: int) -> nn.Module:
@@ -167,5 +181,5 @@ def _entering(module: nn.Module, layer: str, x: Tensor) -> Tensor:
     seen: list[Tensor] = []
     module.get_submodule(layer).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     module(x)
-    (found,) = seen
-    return found
+    (entering,) = seen
+    return entering

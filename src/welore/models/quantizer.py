@@ -17,11 +17,10 @@ import welore
 from welore.config import MinRatio
 from welore.errors import WeLoreError, choose
 from welore.io.safetensors_stream import TensorReader
-from welore.layers.block_grid import Grid, block_names, read_grids, split_layers
+from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
 from welore.layers.low_rank import LowRankLayer
 from welore.layers.registry import FACTORED, FORMS
-from welore.models.mlp import resize_layers
-from welore.models.replace import place, replace_module, split_module
+from welore.models.replace import build_layer, submodule_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,6 +93,24 @@ class WeLoreConfig(QuantizationConfigMixin):
         """The config of a model that was compressed by `plan`."""
         return cls(plan.ranks, plan.forms, plan.grids, plan.shapes, include=plan.include, exclude=plan.exclude)
 
+    @property
+    def split(self) -> dict[str, Grid]:
+        """Layer -> grid of those that are stored in blocks."""
+        return split_layers(self.grids, self.ranks or {})
+
+    @property
+    def layers(self) -> list[str]:
+        """The layers that are not as the architecture says."""
+        return list(dict.fromkeys([layer_of(name, self.grids) for name in self.ranks or {}] + list(self.shapes)))
+
+    def within(self, model: nn.Module) -> "WeLoreConfig":
+        """The same under the names that modules have in `model`, which may be a bare AutoModel."""
+        fields: list[dict[str, Any]] = [
+            {submodule_name(model, name): value for name, value in field.items()}
+            for field in (self.ranks or {}, self.forms, self.grids, self.shapes)
+        ]
+        return WeLoreConfig(*fields, include=self.include, exclude=self.exclude)
+
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
         content: dict[str, Any] = {"quant_method": METHOD, "version": self.version, "ranks": self.ranks}
@@ -114,17 +131,12 @@ class WeLoreQuantizer(HfQuantizer):
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         config = self.quantization_config
-        ranks, forms = config.ranks, config.forms
-        if ranks is None:
+        if config.ranks is None:
             return
-        cut = split_layers(config.grids, ranks)
         if checkpoint_files:
             check_factors(config, checkpoint_files, model.base_model_prefix + ".")
-        resize_layers(model, {place(model, name): shape for name, shape in config.shapes.items()})
-        for name, grid in cut.items():
-            split_module(model, place(model, name), grid)
-        for name, rank in ranks.items():
-            replace_module(model, place(model, name), rank, forms.get(name, FACTORED))
+        for layer in config.layers:
+            build_layer(model, layer, config)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
@@ -169,7 +181,7 @@ def check_factors(config: WeLoreConfig, files: Sequence[str | Path], prefix: str
     for path in files:
         if str(path).endswith(".safetensors"):
             with TensorReader(path) as reader:
-                shapes |= {name: entry.shape for name, entry in reader.entries.items()}
+                shapes |= {name: entry.info.shape for name, entry in reader.entries.items()}
 
     def shape_of(key: str) -> tuple[int, ...]:
         shape = shapes.get(key, shapes.get(key.removeprefix(prefix)))
@@ -178,7 +190,7 @@ def check_factors(config: WeLoreConfig, files: Sequence[str | Path], prefix: str
         return shape
 
     ranks = config.ranks or {}
-    for layer, grid in split_layers(config.grids, ranks).items():
+    for layer, grid in config.split.items():
         for name in block_names(layer, grid):
             shape_of(f"{name}.weight")  # of a dense block the matrix, of others the tombstone
     for name, rank in ranks.items():

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError
-from welore.layers.block_grid import Grid
+from welore.layers.block_grid import Grid, block_names
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.registry import FACTORED, FORMS
+from welore.models.mlp import resize_layers
 from welore.models.skeleton import dense_skeleton
-from welore.models.targets import find_targets, in_blocks
+from welore.models.targets import find_targets, in_blocks, known_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from welore.models.quantizer import WeLoreConfig
 
 Layer = TypeVar("Layer", LowRankLayer, SplitLinear)
 
@@ -35,7 +38,7 @@ def _exchanged(model: nn.Module, name: str, make: Callable[..., Layer]) -> Layer
     old = model.get_submodule(name)
     weight, bias = old.weight, old.bias
     assert isinstance(weight, Tensor)
-    m, n = weight.shape if isinstance(old, nn.Linear) else weight.shape[::-1]
+    m, n = known_kind(old).shape(old)
     new = make(n, m, device=weight.device, dtype=weight.dtype)
     if bias is not None:
         assert isinstance(bias, nn.Parameter)
@@ -43,6 +46,31 @@ def _exchanged(model: nn.Module, name: str, make: Callable[..., Layer]) -> Layer
     new.train(old.training)
     model.set_submodule(name, new)
     return new
+
+
+def build_layer(model: nn.Module, layer: str, config: "WeLoreConfig") -> None:
+    """Put the (uninitialised) layer that a compression describes in the place of a dense one; its bias is kept."""
+    if layer in config.shapes:
+        resize_layers(model, {submodule_name(model, layer): config.shapes[layer]})
+    names = [layer]
+    if layer in config.split:
+        split_module(model, submodule_name(model, layer), config.split[layer])
+        names = block_names(layer, config.split[layer])
+    for name in names:
+        if name in (config.ranks or {}):
+            form = config.forms.get(name, FACTORED)
+            replace_module(model, submodule_name(model, name), (config.ranks or {})[name], form)
+
+
+def restore_layer(model: nn.Module, name: str, dense: nn.Module) -> None:
+    """Put the (uninitialised) layer `dense` in the place of a compressed one; a bias of its size is kept."""
+    old = model.get_submodule(name)
+    like, bias, full = next(old.parameters()), *(layer._parameters.get("bias") for layer in (old, dense))
+    dense.to_empty(device=like.device).to(like.dtype)
+    if bias is not None and full is not None and full.shape == bias.shape:
+        dense.register_parameter("bias", bias)
+    dense.train(old.training)
+    model.set_submodule(name, dense)
 
 
 def sizes(model: "PreTrainedModel") -> dict[str, Any]:
@@ -81,9 +109,9 @@ def _config(model: nn.Module) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else config.to_dict() if config is not None else {}
 
 
-def place(model: "PreTrainedModel", name: str) -> str:
-    """Where a module of the causal LM lies in `model`: a bare AutoModel has no such first component in its names."""
-    return name if has_module(model, name) else name.removeprefix(model.base_model_prefix + ".")
+def submodule_name(model: nn.Module, name: str) -> str:
+    """The name in `model` of a module of the causal LM: a bare AutoModel leaves out its first component."""
+    return name if has_module(model, name) else name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
 
 
 def has_module(model: nn.Module, name: str) -> bool:

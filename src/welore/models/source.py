@@ -1,10 +1,10 @@
-"""Where matrices come from, one at a time: a checkpoint directory on disk, or a model in memory."""
+"""Where matrices come from, one at a time: a checkpoint directory, a model in memory, either with other tensors."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from copy import copy
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError, first_line
-from welore.io.atomic import read_json
-from welore.io.checkpoint import INDEX, check_finite, weight_files
+from welore.io.checkpoint import CheckpointReader, OutputTensors, check_finite, weight_files
 from welore.io.hub import resolve_model
-from welore.io.safetensors_stream import Entry, TensorReader
+from welore.io.safetensors_stream import TensorInfo
+from welore.models.mlp import resize_layers
 from welore.models.skeleton import config_of, dense_skeleton
 from welore.models.targets import Target, find_targets
 from welore.records import Identity
@@ -25,67 +25,124 @@ from welore.records import Identity
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+FINGERPRINTED = 1024  # numbers of every matrix
 
-# --- a model in memory ---------------------------------------------------------------------------------------------
 
+class TensorSource(ABC):
+    """The tensors of one model, under the names of its parameters.
 
-class ModelSource:
-    """The matrices of a model in memory."""
+    name: what the user called the model. skeleton: its tree of modules. targets: its targeted matrices. identity: its
+    name and a fingerprint of the targeted weights. state: another text after any change of the weights.
+    """
 
-    def __init__(self, model: "PreTrainedModel", include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
-        _refuse_quantized(model.config)
-        self.model = model
-        self.name = model.config.name_or_path or type(model).__name__
-        self.include, self.exclude = tuple(include), tuple(exclude)
-        self.targets = find_targets(model, include, exclude)
-
-    @cached_property
-    def identity(self) -> Identity:
-        """Name and fingerprint of the weights."""
-        return Identity(self.name, _fingerprint((t, self._stored(t).reshape(-1)) for t in self.targets))
+    name: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    skeleton: "PreTrainedModel"
+    targets: list[Target]
+    identity: Identity
+    state: str
 
     @property
-    def state(self) -> str:
+    def original(self) -> "TensorSource":
+        """The source without the tensors that others stand for."""
+        return self
+
+    @abstractmethod
+    def empty_skeleton(self) -> "PreTrainedModel":
+        """A dense model of its own on the meta device: every module and shape, no memory."""
+
+    @abstractmethod
+    def names(self) -> Iterable[str]:
+        """All tensors."""
+
+    @abstractmethod
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor."""
+
+    @abstractmethod
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """A tensor in flat pieces, in order; WeLoreError if it holds NaN or Inf."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+
+    def read(self, target: Target) -> Tensor:
+        """W (m, n) in its own dtype; WeLoreError if it holds NaN or Inf."""
+        name = target.layer + ".weight"
+        weight = self.tensor(name)
+        check_finite(name, weight)
+        return target.matrix(weight)
+
+    def copied(self, name: str) -> OutputTensors:
+        """A tensor as an output that is copied as it is."""
+        return OutputTensors({name: self.info(name)}, lambda: {name: self.chunks(name)})
+
+    def dtype(self, target: Target) -> torch.dtype:
+        """The dtype in which a matrix is stored."""
+        return self.info(target.layer + ".weight").dtype
+
+
+class ModelSource(TensorSource):
+    """A model in memory, whose tensors are read as they are at that time."""
+
+    def __init__(self, model: "PreTrainedModel", include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
+        self.model = self.skeleton = model
+        self.name = model.config.name_or_path or type(model).__name__
+        self.include, self.exclude = tuple(include), tuple(exclude)
+
+    @cached_property
+    def targets(self) -> list[Target]:  # type: ignore[override]
+        """The targeted matrices."""
+        require_dense(self.model.config)
+        return find_targets(self.model, self.include, self.exclude)
+
+    @cached_property
+    def identity(self) -> Identity:  # type: ignore[override]
+        """Name and fingerprint of the weights."""
+        weights = ((t, self.tensor(t.layer + ".weight").reshape(-1)) for t in self.targets)
+        return Identity(self.name, _fingerprint(weights))
+
+    @property
+    def state(self) -> str:  # type: ignore[override]
         """The fingerprint: weights in memory have no files to look at."""
         return self.identity.fingerprint
 
-    @property
-    def skeleton(self) -> "PreTrainedModel":
-        """The tree of modules: the model itself."""
-        return self.model
+    def empty_skeleton(self) -> "PreTrainedModel":
+        """A dense model of its own on the meta device."""
+        return dense_skeleton(self.model.config, type(self.model))
 
-    def read(self, target: Target) -> Tensor:
-        """W (m, n) of a layer or of a block of it, a view."""
-        W = self._stored(target)
-        return (W.T if target.transposed else W)[target.rows, target.columns]
+    def names(self) -> Iterator[str]:
+        """Parameters, tied ones once, and buffers."""
+        yield from (name for name, _ in self.model.named_parameters())
+        yield from (name for name, _ in self.model.named_buffers())
 
-    def _stored(self, target: Target) -> Tensor:
-        weight = self.model.get_submodule(target.layer).weight
-        assert isinstance(weight, Tensor)
-        if weight.is_meta:
-            raise WeLoreError(f"{target.name} is not in memory (offloaded?): load the model on one device")
-        return weight.detach()
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor."""
+        tensor = self.tensor(name)
+        return TensorInfo(tensor.dtype, tuple(tensor.shape))
 
-
-# --- a checkpoint on disk ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TensorOverrides:
-    """Tensors in place of those of a checkpoint's files, made when they are read; entries: their dtypes and shapes."""
-
-    entries: Mapping[str, Entry]
-    read: Callable[[str], Tensor]
-
-    def chunks(self, key: str) -> Iterator[Tensor]:
+    def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor as one flat piece."""
-        yield self.read(key).flatten()
+        tensor = self.tensor(name)
+        check_finite(name, tensor)
+        yield tensor.flatten()
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, a view; WeLoreError if it is offloaded."""
+        layer, _, part = name.rpartition(".")
+        tensor = getattr(self.model.get_submodule(layer), part)
+        assert isinstance(tensor, Tensor)
+        if tensor.is_meta:
+            raise WeLoreError(f"{name} is not in memory (offloaded?): load the model on one device")
+        return tensor.detach()
 
 
-class CheckpointSource:
+class CheckpointSource(TensorSource):
     """A directory with config.json and safetensors, read one tensor at a time. A context manager.
 
-    name: what the user called it. targets: empty for a compressed checkpoint's factored layers (use `skeleton`).
+    targets: those that lie in the files under their own name; the others stay as they are.
     """
 
     def __init__(
@@ -97,13 +154,7 @@ class CheckpointSource:
     ) -> None:
         self.directory, self.name = Path(directory), name or str(directory)
         self.include, self.exclude = tuple(include), tuple(exclude)
-        self._readers: dict[str, TensorReader | TensorOverrides] = {}
-        with ExitStack() as stack:  # closes what is open already if a later file is refused
-            for path in weight_files(self.directory):
-                reader = stack.enter_context(TensorReader(path))
-                self._readers |= dict.fromkeys(reader.entries, reader)
-            self._check_index()
-            self._stack = stack.pop_all()
+        self._files = CheckpointReader(self.directory)
 
     @cached_property
     def config(self) -> "PretrainedConfig":
@@ -111,8 +162,12 @@ class CheckpointSource:
         return config_of(self.directory)
 
     @cached_property
-    def skeleton(self) -> "PreTrainedModel":
-        """The dense model on the meta device: every module and shape, no memory."""
+    def skeleton(self) -> "PreTrainedModel":  # type: ignore[override]
+        """The dense model on the meta device."""
+        return self.empty_skeleton()
+
+    def empty_skeleton(self) -> "PreTrainedModel":
+        """A dense model of its own on the meta device."""
         from transformers import AutoModelForCausalLM
 
         try:
@@ -121,30 +176,31 @@ class CheckpointSource:
             raise WeLoreError(f"{self.name} is not a causal language model: {first_line(error)}") from error
 
     @cached_property
-    def targets(self) -> list[Target]:
+    def targets(self) -> list[Target]:  # type: ignore[override]
         """The targeted matrices that lie in the files under their own name; the others stay as they are."""
-        _refuse_quantized(self.config)
-        found = []
+        require_dense(self.config)
+        targets = []
+        names = set(self.names())
         for target in find_targets(self.skeleton, self.include, self.exclude):
-            key = self.key(target.name + ".weight")
-            if key is None:
+            name = target.name + ".weight"
+            if name not in names:
                 continue  # stored under another name or fused: counted by `census` as left dense
-            m, n = target.shape
-            stored = (n, m) if target.transposed else (m, n)
-            if self.entry(key).shape != stored:
-                raise WeLoreError(f"{key} has shape {self.entry(key).shape}, config.json says {stored}")
-            found.append(target)
-        if not found:
+            shape, expected = self.info(name).shape, target.kind.stored_shape(target.shape)
+            if shape != expected:
+                raise WeLoreError(f"{name} has shape {shape}, config.json says {expected}")
+            targets.append(target)
+        if not targets:
             raise WeLoreError(f"{self.name}: none of the model's linear layers is stored under its own name")
-        return found
+        return targets
 
     @cached_property
-    def identity(self) -> Identity:
+    def identity(self) -> Identity:  # type: ignore[override]
         """Name and fingerprint of the weights."""
-        return Identity(self.name, _fingerprint((t, self._beginning(t)) for t in self.targets))
+        weights = ((t, next(self._files.chunks(self._key(t.layer + ".weight")))) for t in self.targets)
+        return Identity(self.name, _fingerprint(weights))
 
     @property
-    def state(self) -> str:
+    def state(self) -> str:  # type: ignore[override]
         """The fingerprint with the files' sizes and times: any change of a file is another state."""
         files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in weight_files(self.directory)]
         return f"{self.identity.fingerprint} {files}"
@@ -154,74 +210,29 @@ class CheckpointSource:
         """What the files leave out at the start of every name ("transformer." in old GPT-2 files), mostly ""."""
         prefix = getattr(self.skeleton, "base_model_prefix", "") + "."
         names = [name for name, _ in self.skeleton.named_parameters() if name.startswith(prefix)]
-        stripped = any(name.removeprefix(prefix) in self._readers for name in names)
-        return prefix if stripped and not any(name in self._readers for name in names) else ""
+        stripped = any(name.removeprefix(prefix) in self._files.entries for name in names)
+        return prefix if stripped and not any(name in self._files.entries for name in names) else ""
 
-    @cached_property
-    def whole(self) -> "CheckpointSource":
-        """The checkpoint as it lies in the files."""
-        return self
+    def names(self) -> Iterator[str]:
+        """All tensors of the files, in their order."""
+        return (self.prefix + key for key in self._files.entries)
 
-    def with_others(self, skeleton: "PreTrainedModel", others: TensorOverrides) -> "CheckpointSource":
-        """A view in which some layers have another size, as in `skeleton`, and other tensors; its identity is the same.
-
-        It lives as long as this one is open.
-        """
-        view = copy(self)
-        view._readers = self._readers | dict.fromkeys(others.entries, others)
-        vars(view).pop("targets", None)
-        vars(view).update(skeleton=skeleton, identity=self.identity, prefix=self.prefix, whole=self)
-        return view
-
-    def keys(self) -> Iterator[str]:
-        """All tensors of the checkpoint, under the names in the files."""
-        return iter(self._readers)
-
-    def entry(self, key: str) -> Entry:
+    def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor, from the header."""
-        return self._readers[key].entries[key]
+        return self._files.entries[self._key(name)]
 
-    def key(self, parameter: str) -> str | None:
-        """The name in the files of a parameter of the model, None where it has none of its own."""
-        key = parameter.removeprefix(self.prefix)
-        return key if key in self._readers else None
-
-    def tensor(self, key: str) -> Tensor:
-        """One whole tensor."""
-        return self._readers[key].read(key)
-
-    def chunks(self, key: str) -> Iterator[Tensor]:
-        """One tensor in flat pieces, each checked to be finite."""
-        for chunk in self._readers[key].chunks(key):
-            check_finite(key, chunk)
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """A tensor in flat pieces of a few MiB."""
+        for chunk in self._files.chunks(self._key(name)):
+            check_finite(name, chunk)
             yield chunk
 
-    def read(self, target: Target) -> Tensor:
-        """W (m, n) in its own dtype; WeLoreError if it holds NaN or Inf."""
-        key = self._key(target)
-        W = self.tensor(key)
-        check_finite(key, W)
-        return (W.T if target.transposed else W)[target.rows, target.columns]
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, read from its file."""
+        return self._files.read(self._key(name))
 
-    def dtype(self, target: Target) -> torch.dtype:
-        """The dtype in which a matrix is stored."""
-        return self.entry(self._key(target)).dtype
-
-    def _beginning(self, target: Target) -> Tensor:
-        key = self._key(target)
-        return next(self._readers[key].chunks(key))
-
-    def _key(self, target: Target) -> str:
-        key = self.key(target.layer + ".weight")
-        assert key is not None
-        return key
-
-    def _check_index(self) -> None:
-        index = self.directory / INDEX
-        if index.is_file():
-            missing = set(read_json(index)["weight_map"]) - set(self._readers)
-            if missing:
-                raise WeLoreError(f"{self.name}: tensor {sorted(missing)[0]} of {INDEX} is in none of its files")
+    def _key(self, name: str) -> str:
+        return name.removeprefix(self.prefix)
 
     def __enter__(self) -> Self:
         return self
@@ -229,28 +240,75 @@ class CheckpointSource:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stack.close()
+        self._files.close()
 
 
-TensorSource = ModelSource | CheckpointSource  # where matrices come from: a model in memory or a directory
+class OverlaySource(TensorSource):
+    """A source of which some layers have another size, and some tensors are made when they are read.
+
+    shapes: layer -> shape (m, n) of its matrix. overrides: name of a tensor -> a function that makes it, as it is
+    stored. The identity is that of the base, which has to stay open.
+    """
+
+    def __init__(
+        self,
+        base: TensorSource,
+        shapes: Mapping[str, tuple[int, int]],
+        overrides: Mapping[str, Callable[[], Tensor]],
+    ) -> None:
+        self.base, self.overrides = base, dict(overrides)
+        self.name, self.include, self.exclude = base.name, base.include, base.exclude
+        self.identity, self.state = base.identity, base.state
+        self.targets = [replace(target, shape=shapes.get(target.name, target.shape)) for target in base.targets]
+        self.skeleton = base.empty_skeleton()
+        resize_layers(self.skeleton, shapes)
+
+    @property
+    def original(self) -> TensorSource:
+        """The base."""
+        return self.base.original
+
+    def empty_skeleton(self) -> "PreTrainedModel":
+        """The dense model of the base."""
+        return self.base.empty_skeleton()
+
+    def names(self) -> Iterable[str]:
+        """All tensors, those of the base."""
+        return self.base.names()
+
+    def info(self, name: str) -> TensorInfo:
+        """Dtype and shape of a tensor."""
+        info = self.base.info(name)
+        if name not in self.overrides:
+            return info
+        return TensorInfo(info.dtype, tuple(self.skeleton.get_parameter(name).shape))
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """A tensor in flat pieces; one that is made is one piece."""
+        return iter([self.overrides[name]().flatten()]) if name in self.overrides else self.base.chunks(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor, made or read."""
+        return self.overrides[name]() if name in self.overrides else self.base.tensor(name)
 
 
-def _fingerprint(beginnings: Iterable[tuple[Target, Tensor]]) -> str:
-    """SHA-256 over name, shape and the first 1024 numbers of every targeted matrix, as float32."""
+def _fingerprint(weights: Iterable[tuple[Target, Tensor]]) -> str:
+    """SHA-256 over name, shape and the first numbers of every targeted weight as it is stored, as float32."""
     digest = hashlib.sha256()
-    for target, flat in beginnings:
+    for target, flat in weights:
         digest.update(f"{target.name} {target.shape}".encode())
-        digest.update(flat[:1024].to(torch.float32).cpu().contiguous().numpy().tobytes())
+        digest.update(flat[:FINGERPRINTED].to(torch.float32).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _refuse_quantized(config: "PretrainedConfig") -> None:
-    found: Any = getattr(config, "quantization_config", None)
-    if found is None:
+def require_dense(config: "PretrainedConfig") -> None:
+    """Raise WeLoreError if a model is compressed or quantized."""
+    quantization: Any = getattr(config, "quantization_config", None)
+    if quantization is None:
         return
-    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
-    how = "merge it first (`welore merge`)" if method == "welore" else "give the unquantized model"
-    raise WeLoreError(f"this model is compressed already ({method}): {how}")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    advice = "merge it first (`welore merge`)" if method == "welore" else "give the unquantized model"
+    raise WeLoreError(f"this model is compressed already ({method}): {advice}")
 
 
 @contextmanager
@@ -262,11 +320,10 @@ def open_source(
     cache_dir: str | Path | None = None,
     revision: str | None = None,
 ) -> Iterator[TensorSource]:
-    """The weights of a model in memory, or of anything that `resolve_model` finds."""
+    """The tensors of a model in memory, or of anything that `resolve_model` finds."""
     if isinstance(model, nn.Module):
         yield ModelSource(model, include, exclude)
         return
-    with CheckpointSource(
-        resolve_model(model, cache_dir=cache_dir, revision=revision), str(model), include, exclude
-    ) as found:
-        yield found
+    directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
+    with CheckpointSource(directory, str(model), include, exclude) as source:
+        yield source

@@ -1,11 +1,14 @@
-"""Which matrices of a decoder are targeted: found in the model itself, whatever its family."""
+"""The targeted matrices of a decoder, found in the model itself, whatever its family."""
 
+import copy
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from welore.errors import WeLoreError
 from welore.layers.block_grid import WHOLE, Grid, block_names, block_shape
@@ -15,18 +18,120 @@ from welore.models.skeleton import decoder_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+# --- kinds of weights ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WeightKind:
+    """How a kind of layer stores its matrix W (m, n) = (outputs, inputs).
+
+    transposed: the weight is W^T (n, m). sizes: the layer's attributes that hold n and m.
+    """
+
+    transposed: bool
+    sizes: tuple[str, str]
+
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        """(m, n) of a layer."""
+        n, m = (int(getattr(layer, name)) for name in self.sizes)
+        return m, n
+
+    def stored_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of the weight of W (m, n)."""
+        return (shape[1], shape[0]) if self.transposed else shape
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """W (m, n) of a weight, a view."""
+        return weight.T if self.transposed else weight
+
+    def stored(self, W: Tensor) -> Tensor:
+        """The weight of W (m, n)."""
+        return W.T.contiguous() if self.transposed else W
+
+    def take_rows(self, parameter: Tensor, rows: Tensor) -> Tensor:
+        """The weight or the bias of a layer for some of its outputs. rows: (count,), indices."""
+        return parameter.index_select(1 if self.transposed and parameter.ndim == 2 else 0, rows)
+
+    def resized(self, layer: nn.Module, shape: tuple[int, int]) -> nn.Module:
+        """A copy of the layer with an uninitialised W (m, n), of its class, with what else it knows."""
+        m, n = shape
+        weight, bias = layer.weight, layer.bias
+        assert isinstance(weight, Tensor)
+        new = copy.copy(layer)
+        new._parameters = dict(layer._parameters)
+        new.weight = nn.Parameter(weight.new_empty(self.stored_shape(shape)), requires_grad=weight.requires_grad)
+        if isinstance(bias, nn.Parameter):
+            new.bias = nn.Parameter(bias.new_empty(m), requires_grad=bias.requires_grad)
+        vars(new).update(zip(self.sizes, (n, m), strict=True))
+        return new
+
+
+LINEAR = WeightKind(False, ("in_features", "out_features"))
+CONV1D = WeightKind(True, ("nx", "nf"))  # GPT-2's
+
+
+@cache
+def _kinds() -> dict[type[nn.Module], WeightKind]:
+    from transformers.pytorch_utils import Conv1D
+
+    return {nn.Linear: LINEAR, Conv1D: CONV1D, LowRankLayer: LINEAR}
+
+
+def kind_of(layer: nn.Module) -> WeightKind | None:
+    """How a layer stores its matrix; None if it is no linear map. It may be a subclass of a linear layer."""
+    for base, kind in _kinds().items():
+        if isinstance(layer, base):
+            if base is LowRankLayer or type(layer).forward is base.forward or _is_linear_map(layer, kind):
+                return kind
+            return None
+    return None
+
+
+def known_kind(layer: nn.Module) -> WeightKind:
+    """The kind of a layer that is known to be linear."""
+    kind = kind_of(layer)
+    assert kind is not None, f"{type(layer).__name__} is no linear layer"
+    return kind
+
+
+@torch.no_grad()
+def _is_linear_map(layer: nn.Module, kind: WeightKind) -> bool:
+    """Whether y = W x + b, tried on a small copy of a layer with a forward of its own."""
+    weight = layer.weight
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        return False
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        W, b, x = torch.randn(4, 3), torch.randn(4), torch.randn(2, 3)
+    small = kind.resized(layer, (4, 3))
+    small.weight = nn.Parameter(kind.stored(W), requires_grad=False)
+    if small.bias is not None:
+        small.bias = nn.Parameter(b, requires_grad=False)
+    try:
+        y = small(x)
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
+        return False
+    expected = nn.functional.linear(x, W, b if small.bias is not None else None)
+    return isinstance(y, Tensor) and y.shape == expected.shape and torch.allclose(y, expected, atol=1e-5)
+
+
+# --- targets ---------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Target:
     """One targeted matrix W (m, n) = (out_features, in_features): that of a layer, or a block of it.
 
-    transposed: the checkpoint stores the layer's W^T (GPT-2's Conv1D). grid: how many blocks its matrix is split in,
-    down and across; a block is named LAYER.INDEX, row by row.
+    kind: how the layer stores its matrix. grid: how many blocks its matrix is split in, down and across; a block is
+    named LAYER.INDEX, row by row.
     """
 
     name: str
     shape: tuple[int, int]
-    transposed: bool = False
+    kind: WeightKind = LINEAR
     grid: Grid = WHOLE
 
     @property
@@ -36,24 +141,24 @@ class Target:
 
     @property
     def key(self) -> str:
-        """What its results are kept under; another one when neurons were taken out."""
-        return kept_as(self.name, self.shape)
+        """Name under which its results are stored; another one when neurons were taken out."""
+        return result_key(self.name, self.shape)
 
     @property
     def rows(self) -> slice:
-        """Which rows of the layer's matrix these are: which of its outputs."""
+        """The rows of the layer's matrix that these are: its outputs."""
         return self._share(0)
 
     @property
     def columns(self) -> slice:
-        """Which columns of the layer's matrix these are: which of its inputs."""
+        """The columns of the layer's matrix that these are: its inputs."""
         return self._share(1)
 
     def _share(self, axis: int) -> slice:
         if self.grid == WHOLE:
             return slice(None)
-        place = divmod(int(self.name.rpartition(".")[2]), self.grid[1])[axis]
-        return slice(place * self.shape[axis], (place + 1) * self.shape[axis])
+        position = divmod(int(self.name.rpartition(".")[2]), self.grid[1])[axis]
+        return slice(position * self.shape[axis], (position + 1) * self.shape[axis])
 
     @property
     def cost(self) -> float:
@@ -61,30 +166,78 @@ class Target:
         k, long = min(self.shape), max(self.shape)
         return float(k * k * (long + 2 * k))
 
-
-def in_blocks(targets: Iterable[Target], grids: Mapping[str, Grid]) -> list[Target]:
-    """The targets, those with a grid in blocks; WeLoreError for a grid that does not fit."""
-    found = []
-    for target in targets:
-        grid = grids.get(target.name, WHOLE)
-        if grid == WHOLE:
-            found.append(target)
-            continue
-        m, n = target.shape
-        try:
-            shape = block_shape(m, n, grid)
-        except WeLoreError as error:
-            raise WeLoreError(f"{target.name}: {error}") from error
-        found += [Target(name, shape, target.transposed, grid) for name in block_names(target.name, grid)]
-    return found
+    def matrix(self, weight: Tensor) -> Tensor:
+        """W (m, n), a view of the layer's weight as it is stored."""
+        return self.kind.matrix(weight)[self.rows, self.columns]
 
 
-def kept_as(name: str, shape: tuple[int, int]) -> str:
-    """What the results for a matrix of this shape are kept under."""
+def result_key(name: str, shape: tuple[int, int]) -> str:
+    """Name under which the results of a matrix of this shape are stored."""
     return f"{name}.{shape[0]}x{shape[1]}"
 
 
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+def in_blocks(targets: Iterable[Target], grids: Mapping[str, Grid]) -> list[Target]:
+    """The targets, those with a grid in blocks; WeLoreError for a grid that does not fit."""
+    blocks = []
+    for target in targets:
+        grid = grids.get(target.name, WHOLE)
+        if grid == WHOLE:
+            blocks.append(target)
+            continue
+        try:
+            shape = block_shape(*target.shape, grid)
+        except WeLoreError as error:
+            raise WeLoreError(f"{target.name}: {error}") from error
+        blocks += [replace(target, name=name, shape=shape, grid=grid) for name in block_names(target.name, grid)]
+    return blocks
+
+
+def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[Target]:
+    """Every linear layer inside the decoder blocks, in the model's order; routers of experts are left out.
+
+    include: only modules that match one of these patterns, anywhere in the model. exclude: none that match.
+    A pattern is a glob over whole components of a module's name: "q_proj", "layers.0", "layers.*.mlp".
+    model: may live on the meta device, and may be compressed already.
+    """
+    include, exclude = tuple(include), tuple(exclude)
+    blocks, _ = decoder_blocks(model)
+    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    experts = _expert_counts(model)
+    names = []
+    targets = []
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        if kind is None or isinstance(model.get_submodule(name.rpartition(".")[0]), LowRankLayer):  # a factor
+            continue
+        names.append(name)
+        m, n = kind.shape(module)
+        if include:
+            wanted = any(_matches(name, pattern) for pattern in include)
+        else:
+            wanted = name.startswith(blocks + ".") and m not in experts
+        if not wanted or any(_matches(name, pattern) for pattern in exclude):
+            continue
+        if module is tied:
+            raise WeLoreError(f"{name} shares its weight with the embeddings and cannot be low rank: exclude it")
+        targets.append(Target(name, (m, n), kind))
+    for pattern in (*include, *exclude):
+        if not any(_matches(name, pattern) for name in names):
+            raise WeLoreError(f"the pattern {pattern!r} matches no linear layer; one is called {names[0]!r}")
+    if not targets:
+        raise WeLoreError("no linear layer is targeted: the patterns leave nothing to compress")
+    return targets
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(f".{name}.", f"{head}.{pattern}.{tail}") for head in ("", "*") for tail in ("", "*"))
+
+
+def _expert_counts(model: "PreTrainedModel") -> set[int]:
+    config: Any = model.config.get_text_config(decoder=True)
+    return {count for key in EXPERT_COUNTS if (count := getattr(config, key, None))}
+
+
+# --- counting --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -95,60 +248,6 @@ class Census:
     blocks_other: int  # in matrices of the decoder blocks that are not targeted: experts, routers, excluded ones
     blocks_other_names: tuple[str, ...]
     total: int
-
-
-def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[Target]:
-    """Every linear layer inside the decoder blocks, in the model's order; routers of experts are left out.
-
-    include: only modules that match one of these patterns, anywhere in the model. exclude: none that match.
-    A pattern is a glob over whole components of a module's name: "q_proj", "layers.0", "layers.*.mlp".
-    model: may live on the meta device, and may be compressed already.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    include, exclude = tuple(include), tuple(exclude)
-    blocks, _ = decoder_blocks(model)
-    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
-    names = []
-    targets = []
-    for name, module in model.named_modules():
-        if not (type(module) in (nn.Linear, Conv1D) or isinstance(module, LowRankLayer)):
-            continue
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), LowRankLayer):  # A and B, or P and C
-            continue
-        names.append(name)
-        m, n = _shape(module)
-        if include:
-            wanted = any(_matches(name, pattern) for pattern in include)
-        else:
-            wanted = name.startswith(blocks + ".") and m not in _expert_counts(model)
-        if not wanted or any(_matches(name, pattern) for pattern in exclude):
-            continue
-        if module is tied:
-            raise WeLoreError(f"{name} shares its weight with the embeddings and cannot be low rank: exclude it")
-        targets.append(Target(name, (m, n), type(module) is Conv1D))
-    for pattern in (*include, *exclude):
-        if not any(_matches(name, pattern) for name in names):
-            raise WeLoreError(f"the pattern {pattern!r} matches no linear layer; one is called {names[0]!r}")
-    if not targets:
-        raise WeLoreError("no linear layer is targeted: the patterns leave nothing to compress")
-    return targets
-
-
-def long_matrices(model: "PreTrainedModel", targets: Sequence[Target]) -> dict[str, Grid]:
-    """Layer -> grid of the matrices that are at least twice as long as wide: as many equal blocks as are no taller.
-
-    Along the model's width nothing is split: what enters and leaves the stream of hidden states is one thing. So they
-    are those of the MLPs, by their neurons. Why that pays: docs/method.md.
-    """
-    width = model.config.get_text_config(decoder=True).hidden_size
-    found: dict[str, Grid] = {}
-    for target in targets:
-        long, short = max(target.shape), min(target.shape)
-        count = max(c for c in range(1, long // short + 1) if long % c == 0)
-        if count > 1 and long != width:
-            found[target.name] = (count, 1) if target.shape[0] == long else (1, count)
-    return found
 
 
 def census(model: "PreTrainedModel", targets: Sequence[Target]) -> Census:
@@ -166,19 +265,3 @@ def census(model: "PreTrainedModel", targets: Sequence[Target]) -> Census:
         blocks_other_names=tuple(sorted({".".join(n.split(".")[-3:-1]) for n in other})),
         total=sum(p.numel() for p in model.parameters()),
     )
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, (nn.Linear, LowRankLayer)):
-        return module.out_features, module.in_features
-    n, m = module.weight.shape  # type: ignore[misc]
-    return m, n
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return any(fnmatch.fnmatchcase(f".{name}.", f"{head}.{pattern}.{tail}") for head in ("", "*") for tail in ("", "*"))
-
-
-def _expert_counts(model: "PreTrainedModel") -> set[int]:
-    config = model.config.get_text_config(decoder=True)
-    return {count for key in EXPERT_COUNTS if (count := getattr(config, key, None))}

@@ -1,0 +1,115 @@
+"""Where the tensors of a result go: a checkpoint directory, or the model in memory whose layers are exchanged."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from welore.errors import WeLoreError
+from welore.io.atomic import atomic_directory
+from welore.io.checkpoint import SHARD_SIZE, OutputTensors, write_config, write_weights
+from welore.io.progress import Progress
+from welore.models.replace import build_layer, restore_layer, sizes
+from welore.models.skeleton import dense_skeleton
+from welore.models.source import CheckpointSource, TensorSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from welore.models.quantizer import WeLoreConfig
+
+
+class TensorSink(Protocol):
+    """Takes the tensors of a result.
+
+    directory: where other files of the result are to be written, None where nothing is.
+    """
+
+    directory: Path | None
+
+    def write(self, outputs: "Sequence[OutputTensors]", config: "WeLoreConfig | None", progress: Progress) -> int:
+        """Write all tensors and the configuration; returns the bytes of the weights.
+
+        config: of a compressed result; None for a dense one.
+        """
+
+
+class DirectorySink:
+    """A checkpoint directory, written one tensor at a time. source: the directory of the original model."""
+
+    def __init__(self, source: Path, directory: Path, max_shard_size: str = SHARD_SIZE) -> None:
+        self.source, self.max_shard_size = source, max_shard_size
+        self.directory: Path | None = directory
+
+    def write(self, outputs: "Sequence[OutputTensors]", config: "WeLoreConfig | None", progress: Progress) -> int:
+        """Write the weights, config.json and the small files of the original."""
+        assert self.directory is not None
+        size = write_weights(self.directory, outputs, self.max_shard_size, progress)
+        write_config(self.source, self.directory, None if config is None else config.to_dict())
+        return size
+
+
+class ModelSink:
+    """A model in memory, changed in place one layer at a time; saved, too, if there is a directory."""
+
+    def __init__(
+        self, model: "PreTrainedModel", directory: Path | None = None, max_shard_size: str = SHARD_SIZE
+    ) -> None:
+        self.model, self.directory, self.max_shard_size = model, directory, max_shard_size
+
+    def write(self, outputs: "Sequence[OutputTensors]", config: "WeLoreConfig | None", progress: Progress) -> int:
+        """Exchange the layers that the outputs change; tensors that are copied stay where they are."""
+        layers: dict[str, list[OutputTensors]] = {}
+        for output in outputs:
+            if output.layer is not None:
+                layers.setdefault(output.layer, []).append(output)
+        dense = dense_skeleton(self.model.config, type(self.model)) if config is None else None
+        costs = [float(sum(info.bytes for o in pieces for info in o.tensors.values())) for pieces in layers.values()]
+        for layer, pieces in progress(zip(layers.items(), costs, strict=True), "writing", sum(costs)):
+            tensors = {name: list(chunks) for piece in pieces for name, chunks in piece.make().items()}
+            if dense is not None:
+                restore_layer(self.model, layer, dense.get_submodule(layer))
+            elif config is not None:
+                build_layer(self.model, layer, config)
+            for name, chunks in tensors.items():
+                if chunks:
+                    self._load(name, torch.cat(chunks))
+        settings: Any = self.model.config
+        if config is not None:
+            settings.quantization_config = config
+        elif hasattr(settings, "quantization_config"):
+            del settings.quantization_config
+        if self.directory is not None:
+            self.model.save_pretrained(self.directory, max_shard_size=self.max_shard_size)
+        return int(sizes(self.model)["bytes"])
+
+    @torch.no_grad()
+    def _load(self, name: str, flat: Tensor) -> None:
+        layer, _, part = name.rpartition(".")
+        tensor = getattr(self.model.get_submodule(layer), part)
+        tensor.copy_(flat.reshape(tensor.shape))
+
+
+@contextmanager
+def open_sink(
+    source: TensorSource, output_dir: str | Path | None, *, max_shard_size: str = SHARD_SIZE, overwrite: bool = False
+) -> Iterator[TensorSink]:
+    """The sink for what is made from a source: a directory that appears whole, or the model itself.
+
+    A model in memory is changed in place, and saved to `output_dir` if there is one.
+    """
+    origin: Any = source.original
+    on_disk = isinstance(origin, CheckpointSource)
+    if output_dir is None:
+        if on_disk:
+            raise WeLoreError("name the directory to write: output_dir")
+        yield ModelSink(origin.model)
+        return
+    with atomic_directory(output_dir, overwrite=overwrite) as directory:
+        if on_disk:
+            yield DirectorySink(origin.directory, directory, max_shard_size)
+        else:
+            yield ModelSink(origin.model, directory, max_shard_size)
