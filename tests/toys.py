@@ -10,6 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 import welore
 from conftest import build
+from welore.calibration.statistics import Statistics
+from welore.config import CalibrationConfig
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 
@@ -38,6 +40,11 @@ def checkpoint(
     model.save_pretrained(out)
     characters().save_pretrained(out)
     return out
+
+
+def calibrate(model: Any, dataset: Any, output: Any = None, *, tokenizer: Any = None, **settings: Any) -> Statistics:
+    """`welore.calibrate` with the fields of its settings as keywords."""
+    return welore.calibrate(model, CalibrationConfig(**settings), output, dataset=dataset, tokenizer=tokenizer)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from transformers import TrainingArguments, set_seed
 from welore.allocation.plan import Plan
 from welore.data.mixture import SELF, seed_of
 from welore.data.packing import DatasetSplit, blocks_of_text, blocks_of_windows, blocks_to_write
+from welore.data.text import TextOptions
 from welore.data.windows import WINDOWS, read_windows
 from welore.errors import WeLoreError, first_line
 from welore.io.progress import Progress
@@ -117,7 +118,12 @@ def _material(
         return blocks_of_windows(windows, "a file of windows", eval_items=settings.eval_items)
     tokens = items_read(settings, processes) * settings.length
     return blocks_of_text(
-        settings.data, tokenizer, settings.length, tokens=tokens, eval_items=settings.eval_items, cache_dir=cache_dir
+        settings.data,
+        tokenizer,
+        settings.length,
+        tokens=tokens,
+        eval_items=settings.eval_items,
+        options=TextOptions(cache_dir=cache_dir),
     )
 
 
