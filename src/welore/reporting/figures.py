@@ -41,15 +41,10 @@ NULL = "Gaussian null: noise of the same shape"
 
 
 def normalised_spectra(spectra: Spectra, plan: Plan | None = None, *, title: str = "") -> "Figure":
-    """Normalised singular values, one panel per module type, one line per matrix. WeLore, figure 4.
+    """Normalised singular values, one panel per module type, one line per matrix; the null is dashed. WeLore, figure 4.
 
-    Args:
-        spectra: Singular values; the Gaussian null of each shape is dashed.
-        plan: Its threshold is drawn if it is a `welore` plan (levels of other strategies are no normalised values).
-        title: Above the figure.
-
-    Raises:
-        WeLoreError: The plan was made for another model.
+    plan: its threshold is drawn if it is a `welore` plan (levels of other strategies are no normalised values).
+    WeLoreError if the plan was made for another model.
     """
     if plan is not None:
         plan.model.check(spectra.model, "plan")
@@ -138,17 +133,10 @@ def parameters_by_module(plan: Plan, *, title: str = "") -> "Figure":
 
 
 def perplexities(texts: Mapping[str, Sequence[Result]], *, title: str = "") -> "Figure":
-    """Perplexities on a logarithmic axis, one panel per text; the dense models are dotted lines.
+    """Perplexities (tables.results) on a log axis, one panel per text; the dense models are dotted lines.
 
-    Points, not bars: a log axis has no zero for a bar to start from. A perplexity that is not finite is written at
-    the right edge.
-
-    Args:
-        texts: Caption -> results (tables.results).
-        title: Above the figure.
-
-    Raises:
-        WeLoreError: No perplexity is finite.
+    Points, because bars would need a zero. A perplexity that is not finite is written at the right edge; WeLoreError
+    if none is finite.
     """
     results = [result for group in texts.values() for result in group]
     finite = [r.perplexity for r in results if r.perplexity is not None]

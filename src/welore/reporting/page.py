@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from welore.records import MODEL_FINGERPRINT, Record
 from welore.reporting import figures
 from welore.reporting.discover import LOADERS, ROWS, Content, find_artefacts, load_sections, machine_text
 from welore.reporting.formatting import last_name, megabytes, percent, perplexity_text
-from welore.reporting.module_types import TypeSummary, summarise
+from welore.reporting.module_types import summarise
 from welore.reporting.style import INSTALL, Picture, picture
 from welore.reporting.tables import (
     PLAN_HEADINGS,
@@ -31,18 +30,6 @@ from welore.reporting.training_figures import FIGURE_1, FIGURE_5, fine_tuning
 
 Draw = Callable[[Any, str], Picture]  # (figure, name)
 MACROS, PAGE = "macros.html.jinja", "page.html.jinja"
-
-
-@dataclass(frozen=True)
-class PlanSection:
-    """One plan, its sums by module type, and its figures; spectra: of a `welore` plan whose spectra are there."""
-
-    name: str
-    plan: Plan
-    types: list[TypeSummary]
-    spectra: Picture | None
-    reduction: Picture
-    parameters: Picture
 
 
 def report(directories: Sequence[str | Path], output_dir: str | Path) -> Path:
@@ -114,7 +101,7 @@ def _content(artefacts: Mapping[Path, Any], shown_elsewhere: set[str]) -> Conten
 
     names = _names([*plans, *compressions])
     sections = _plan_sections(plans, names, spectra, draw)
-    drawn = {section.plan.model.fingerprint for section in sections if section.spectra}
+    drawn = {section["plan"].model.fingerprint for section in sections if section["spectra"]}
     alone = {s.model.fingerprint: s for s in spectra if s.model.fingerprint not in drawn}
     finite = any(r.perplexity is not None for group in texts.values() for r in group)
     content = {
@@ -182,30 +169,24 @@ def _plans_table(plans: Mapping[Path, Plan], compressions: Mapping[Path, Record]
 
 def _plan_sections(
     plans: Mapping[Path, Plan], names: Mapping[Path, str], spectra: Sequence[Spectra], draw: Draw
-) -> list[PlanSection]:
-    sections: list[PlanSection] = []
+) -> list[dict[str, Any]]:
+    """Name, plan, sums by module type, and pictures of every plan; spectra: of a `welore` plan whose spectra exist."""
+    sections: dict[str, dict[str, Any]] = {}  # by the beginning of the names of their files
     for path, plan in plans.items():
-        if any(section.plan == plan for section in sections):
+        if any(section["plan"] == plan for section in sections.values()):
             continue  # a compressed checkpoint has a copy of its plan
         slug = re.sub(r"[^\w.-]+", "-", names[path]).strip("-.") or "plan"
-        if any(section.reduction.file == f"{slug}-reduction.png" for section in sections):
+        if slug in sections:
             slug += f"-{len(sections) + 1}"
         sizes = f"ERR {percent(plan.rank_reduction)}, parameters {percent(plan.parameter_ratio)}"
         title = f"{names[path]}: {plan.strategy}, {sizes}"
-        drawn = None
+        section = sections[slug] = {"name": names[path], "plan": plan, "types": summarise(plan), "spectra": None}
         own = [s for s in spectra if s.model.fingerprint == plan.model.fingerprint]
         if own and plan.strategy == "welore":
-            drawn = draw(figures.normalised_spectra(own[0], plan, title=title), f"{slug}-spectra")
-        section = PlanSection(
-            name=names[path],
-            plan=plan,
-            types=summarise(plan),
-            spectra=drawn,
-            reduction=draw(figures.reduction_heatmap(plan, title=title), f"{slug}-reduction"),
-            parameters=draw(figures.parameters_by_module(plan, title=title), f"{slug}-parameters"),
-        )
-        sections.append(section)
-    return sections
+            section["spectra"] = draw(figures.normalised_spectra(own[0], plan, title=title), f"{slug}-spectra")
+        section["reduction"] = draw(figures.reduction_heatmap(plan, title=title), f"{slug}-reduction")
+        section["parameters"] = draw(figures.parameters_by_module(plan, title=title), f"{slug}-parameters")
+    return list(sections.values())
 
 
 # --- fine-tuning ------------------------------------------------------------------------------------------------

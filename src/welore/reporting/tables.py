@@ -197,30 +197,26 @@ def _run_row(run: Record, *, is_best: bool) -> list[str]:
 def task_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table of methods by tasks: accuracy in per cent with its 95 % interval.
 
-    Args:
-        records: Those of kind "accuracy" are read. A row is a label (`welore score --label`), else a model.
-
-    The last rows give the accuracy of the most frequent answer, and the number of questions.
-
-    Raises:
-        WeLoreError: Two records have the same label and task, or a task was scored on different questions.
+    A row is a label, else a model; the last rows are the accuracy of the most frequent answer, and the number of
+    questions. WeLoreError if a label has two records of a task, or a task was scored on different questions.
     """
     scores = [r for r in records if r.kind == "accuracy"]
     if not scores:
         raise WeLoreError("there is no record of an accuracy: make one with `welore score`")
     tasks = [task for task in TASKS if any(r.settings["task"] == task for r in scores)]
-    cells: dict[str, dict[str, Record]] = {}
+    cells: dict[str, dict[str, str]] = {}
+    questions: dict[str, set[tuple[int, float]]] = {task: set() for task in tasks}
     for r in scores:
         row, task = cells.setdefault(run_name(r), {}), r.settings["task"]
         if task in row:
             raise WeLoreError(f"two records are of {run_name(r)!r} and {task}: keep one")
-        row[task] = r
-    questions = {task: {_questions(r) for r in scores if r.settings["task"] == task} for task in tasks}
+        row[task] = _accuracy(r)
+        questions[task].add(_questions(r))
     for task, sets in questions.items():
         if len(sets) > 1:
             raise WeLoreError(f"{task} was scored on different questions: n and majority rate are {sorted(sets)}")
-    rows = [[name, *(_accuracy(row.get(task)) for task in tasks)] for name, row in cells.items()]
-    sizes, rates = zip(*(next(iter(questions[task])) for task in tasks), strict=True)
+    rows = [[name, *(row.get(task, "") for task in tasks)] for name, row in cells.items()]
+    sizes, rates = zip(*(questions[task].pop() for task in tasks), strict=True)
     rows.append(["most frequent answer", *(f"{100 * rate:.1f}" for rate in rates)])
     rows.append(["n", *map(str, sizes)])
     return ["accuracy, %", *tasks], rows
@@ -248,9 +244,7 @@ def _side_by_side(one: Record, other: Record) -> bool:
     return run_name(one) != run_name(other) and _questions(one) == _questions(other)
 
 
-def _accuracy(record: Record | None) -> str:
-    if record is None:
-        return ""
+def _accuracy(record: Record) -> str:
     n = record.numbers
     unreadable = f" ({n['unparsable']} unreadable)" if n["unparsable"] else ""
     return f"{100 * n['accuracy']:.1f} [{100 * n['ci95_low']:.1f}, {100 * n['ci95_high']:.1f}]{unreadable}"
@@ -260,20 +254,15 @@ def _accuracy(record: Record | None) -> str:
 
 
 def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[str, list[Result]]:
-    """Perplexities in groups that may be compared: same text, windows, length and dtype.
+    """Caption of a text -> perplexities on it (same windows, length and dtype), dense first, then by falling size.
 
-    Args:
-        records: Of kind "perplexity". Batch size and device are ignored: they do not change a perplexity.
-        originals: Models that were compressed; they decide between several dense models (a merged one, say).
-
-    Returns:
-        Caption of a text -> results on it, dense first, then by falling size.
+    originals: models that were compressed; they decide which of several dense models (a merged one, say) is the base.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for r in records:
         text = r.inputs.get("text_sha256") or r.settings["dataset"]
         groups.setdefault((text, r.numbers["windows"], r.settings["max_length"], r.settings["dtype"]), []).append(r)
-    texts: dict[str, list[Result]] = {}
+    texts: dict[str, list[Result]] = {}  # batch size and device are ignored: they do not change a perplexity
     for (text, windows, length, dtype), group in groups.items():
         caption = f"{last_name(group[0].settings['dataset'])}, {windows} windows of {length} tokens, {dtype}"
         # One name can stand for two texts: pydoc differs between versions of Python.
@@ -286,15 +275,10 @@ def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[
 
 def _result(record: Record, base: float | None) -> Result:
     value = _perplexity(record)
-    return Result(
-        name=record.inputs.get("label") or last_name(record.inputs["model"]),
-        strategy=_strategy(record),
-        rank_reduction=record.numbers["rank_reduction"],
-        parameter_ratio=record.numbers["parameter_ratio"],
-        bytes=record.numbers["bytes"],
-        perplexity=value,
-        ratio=value / base if value and base else None,
-    )
+    name = record.inputs.get("label") or last_name(record.inputs["model"])
+    rank_reduction, parameter_ratio, size = (record.numbers[n] for n in ("rank_reduction", "parameter_ratio", "bytes"))
+    ratio = value / base if value and base else None
+    return Result(name, _strategy(record), rank_reduction, parameter_ratio, size, value, ratio)
 
 
 def _perplexity(record: Record) -> float | None:

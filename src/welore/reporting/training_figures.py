@@ -45,13 +45,8 @@ class StyledRun:
 def fine_tuning(records: Sequence[Record], methods: Sequence[str] | None = None, *, title: str = "") -> "Figure":
     """Training loss, held-out perplexity, trained parameters and throughput by method. WeLore, figures 1 and 5.
 
-    Args:
-        records: Those of kind "finetune" are drawn, one per method and label.
-        methods: Only these (FIGURE_1, FIGURE_5); None: all.
-        title: Above the figure.
-
-    Raises:
-        WeLoreError: No record is left, or the runs differ in steps and tokens: their curves cannot be compared.
+    methods: only runs of these (FIGURE_1, FIGURE_5); None: all. WeLoreError if there is none, or if the runs differ in
+    steps and tokens: their curves cannot be compared.
     """
     runs = [r for r in records if r.kind == "finetune" and (methods is None or r.settings["method"] in methods)]
     if not runs:
