@@ -4,6 +4,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: as many workers as cores, a thread for each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads that spin make every other process of the machine wait
 
 import re
@@ -22,6 +24,15 @@ import welore
 from welore.cli.main import main
 from welore.config import AllocationConfig
 from welore.errors import WeLoreError
+
+
+# The files that take longest, longest first: with `-n 2 --dist loadfile` neither worker is left alone at the end.
+LONGEST = ("test_tuning", "test_cli", "test_healing", "test_calibration", "test_recipes", "test_devices", "test_emergence")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,0 +1,114 @@
+"""Every benchmark starts and writes its record, on a tiny model: what it measures there says nothing."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from toys import checkpoint
+
+DIRECTORY = Path(__file__).resolve().parents[1] / "benchmarks"
+NAMES = sorted(path.stem for path in DIRECTORY.glob("*.py"))
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., ModuleType]:
+    """A benchmark as a module, that measures a tiny model and writes its record to a temporary directory."""
+    monkeypatch.syspath_prepend(DIRECTORY)
+
+    def load(name: str, **constants: Any) -> ModuleType:
+        before = set(sys.modules)
+        module = importlib.import_module(name)
+        for added in set(sys.modules) & set(NAMES) - before:
+            monkeypatch.delitem(sys.modules, added)
+        if hasattr(module, "embedded_model"):
+            model = checkpoint(tmp_path / "model", None)
+            monkeypatch.setattr(module, "embedded_model", lambda: model)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+        for constant, value in (constants | {"HERE": tmp_path}).items():
+            if hasattr(module, constant):
+                monkeypatch.setattr(module, constant, value)
+        return module
+
+    return load
+
+
+def numbers(record: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(record.read_text("utf-8"))["numbers"]
+    return content
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_benchmark_can_be_imported(benchmark: Callable[..., ModuleType], name: str) -> None:
+    assert callable(getattr(benchmark(name), "main", None)) or name == "floor"
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "argparse" in (DIRECTORY / f"{n}.py").read_text("utf-8")])
+def test_benchmark_explains_itself(
+    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    module = benchmark(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        module.main()
+    assert "usage:" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_speed_counts_equal_ranks(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
+    benchmark("speed", ROUNDS=1, RANK_REDUCTION=0.4).main()
+    measured = numbers(tmp_path / "speed.json")
+    assert measured["ranks_equal_to_float64"] == measured["matrices"] == 14
+    assert measured["two_torch_svd_over_ours"] > 0
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_process_of_its_own(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
+    benchmark("memory", LIMIT_BYTES=1e9, RANK_REDUCTION=0.4).main()
+    measured = numbers(tmp_path / "memory.json")
+    assert measured["workers_2"]["resident_peak_bytes"] > 0
+    assert measured["workers_1"]["lrcs"] > 0
+
+
+@pytest.mark.slow
+def test_scale_measures_shapes_and_draws_them(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
+    shapes = {
+        "small": {"square": (24, 24), "k, v": (8, 24), "MLP": (48, 24)},
+        "large": {"square": (48, 48), "MLP": (96, 48)},
+    }
+    scale = benchmark("scale", SHAPES=shapes)
+    costs = scale.growth()
+    assert [cost.kind for cost in costs] == ["square", "k, v", "MLP", "square", "MLP"]
+    assert all(cost.svd > 0 and cost.ours > 0 and cost.floor > 0 for cost in costs)
+    scale.draw(costs, tmp_path / "scale.png")
+    assert (tmp_path / "scale.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_inference_compares_the_forms_of_a_layer_and_of_a_model(
+    benchmark: Callable[..., ModuleType], tmp_path: Path
+) -> None:
+    tiny: dict[str, Any] = {"SHAPES": ((24, 16), (32, 16)), "RANKS": (0.2, 0.3), "BEYOND_CACHE_BYTES": 4e3}
+    inference = benchmark(
+        "inference", PREFILL=8, REPEATS_PREFILL=1, REPEATS_DECODE=1, REPEATS_MODEL=1, NEW_TOKENS=2, **tiny
+    )
+    layer = inference.measure_layer(24, 16, 0.3, "fp32")
+    assert set(layer["speedup"]) == set(inference.PHASES)
+    models, sizes = inference.load_models()
+    assert set(models) == {"dense", "factored", "pivoted", "merged"}
+    assert 0 < sizes["targeted_parameter_ratio"]["pivoted"] < sizes["targeted_parameter_ratio"]["factored"]
+
+
+@pytest.mark.slow
+def test_tuning_measures_a_run_in_a_process_of_its_own(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
+    tuning = benchmark("tuning")
+    model = checkpoint(tmp_path / "small", 0.4)
+    short = {"steps": 3, "warmup": 0, "batch_size": 1, "length": 32, "dtype": "float32", "method": "lrc"}
+    measured = tuning.measured(model, tuning.SETTINGS | short)
+    assert measured["tokens_per_second"] > 0
+    assert measured["above_imports_bytes"] > 0
