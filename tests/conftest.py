@@ -25,9 +25,16 @@ from welore.cli.main import main
 from welore.config import AllocationConfig
 from welore.errors import WeLoreError
 
-
 # The files that take longest, longest first: with `-n 2 --dist loadfile` neither worker is left alone at the end.
-LONGEST = ("test_tuning", "test_cli", "test_healing", "test_calibration", "test_recipes", "test_devices", "test_emergence")
+LONGEST = (
+    "test_tuning",
+    "test_cli",
+    "test_healing",
+    "test_calibration",
+    "test_recipes",
+    "test_devices",
+    "test_emergence",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
