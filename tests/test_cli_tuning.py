@@ -139,8 +139,8 @@ def test_a_checkpoint_from_another_run_is_refused(
     (tmp_path / "run" / "finetune.json").unlink()  # as if it had been killed
     other = checkpoint(tmp_path / "other", 0.2)
     same = ("finetune", model, tmp_path / "run", *begun, "--resume")
-    assert re.search("another run: its fingerprint is .*, now it is", refused("finetune", other, *same[2:]))
-    assert "another run: its lr is 5e-05, now it is 0.01" in refused(*same, "--learning-rate", 0.01)
+    assert re.search("another run: its model_fingerprint is .*, now it is", refused("finetune", other, *same[2:]))
+    assert "another run: its learning_rate is 5e-05, now it is 0.01" in refused(*same, "--learning-rate", 0.01)
     assert "another run: its method is 'lrc', now it is 'full'" in refused(*same, "--method", "full")
     text.write_text(text.read_text() + " And so on, a few more words.")
     assert "another run: its data_sha256 is" in refused(*same)
@@ -192,12 +192,12 @@ def test_nothing_is_lost_when_a_run_that_was_to_be_replaced_cannot_begin(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("finetune MODEL OUT", "give --dataset TEXT or --task NAME, one of them"),
-        ("finetune MODEL OUT --dataset TEXT --task svamp", "give --dataset TEXT or --task NAME, one of them"),
+        ("finetune MODEL OUT", "give dataset or task, one of them"),
+        ("finetune MODEL OUT --dataset TEXT --task svamp", "give dataset or task, one of them"),
         ("finetune MODEL OUT --dataset TEXT --method lcr", "unknown method 'lcr'; did you mean 'lrc'"),
-        ("finetune MODEL OUT --dataset TEXT --max-steps 0", "steps is 0"),
-        ("finetune MODEL OUT --dataset TEXT --max-length 1", "length is 1: a block needs at least 2"),
-        ("finetune MODEL OUT --dataset TEXT --learning-rate nan", "lr is nan"),
+        ("finetune MODEL OUT --dataset TEXT --max-steps 0", "max_steps is 0"),
+        ("finetune MODEL OUT --dataset TEXT --max-length 1", "max_length is 1: it must be at least 2"),
+        ("finetune MODEL OUT --dataset TEXT --learning-rate nan", "learning_rate is nan"),
         ("finetune MODEL OUT --dataset TEXT --dtype bf16", "unknown dtype 'bf16'"),
         ("finetune MODEL OUT --dataset TEXT --optimizer adam", "unknown optimizer 'adam'"),
         (
@@ -213,14 +213,14 @@ def test_nothing_is_lost_when_a_run_that_was_to_be_replaced_cannot_begin(
         ("finetune MODEL OUT --dataset TEXT --device cuda:77", "device 'cuda:77' is not there"),
         ("finetune MODEL OUT --dataset TEXT --resume", "holds no run that could be resumed"),
         ("finetune MODEL OUT --max-length 32 --dataset pydok", "did you mean 'pydoc'"),
-        ("finetune MODEL OUT --dataset TEXT --task-dataset TEXT", "go with --task"),
+        ("finetune MODEL OUT --dataset TEXT --task-dataset TEXT", "go with task"),
         ("finetune MODEL OUT --task svamp --task-dataset generated", "svamp cannot be generated"),
-        ("finetune MODEL OUT --dataset self", "name the teacher, --distill TEACHER"),
-        ("finetune MODEL OUT --dataset TEXT --distill-weight 0.5", "go with --distill TEACHER"),
+        ("finetune MODEL OUT --dataset self", "name the teacher by distill"),
+        ("finetune MODEL OUT --dataset TEXT --distill-weight 0.5", "go with distill"),
         ("finetune MODEL OUT --dataset TEXT --distill MODEL --max-length 32", "is its own teacher"),
         ("finetune MODEL OUT --dataset TEXT --distill ./none --max-length 32", "none is neither a model directory"),
         ("finetune MODEL OUT --dataset TEXT --distill MODEL --distill-temperature 0", "distill_temperature is 0"),
-        ("finetune MODEL OUT --dataset TEXT --distill MODEL --self-tokens 9", "goes with --dataset self"),
+        ("finetune MODEL OUT --dataset TEXT --distill MODEL --self-tokens 9", "goes with dataset self"),
         ("finetune ./none OUT --dataset TEXT", "none is neither a model directory"),
         ("finetune MODEL TEXT/out --max-length 32 --dataset TEXT", "cannot be made a directory"),
         ("score MODEL", "name the task: --task commonsense_qa"),

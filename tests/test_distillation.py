@@ -7,8 +7,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from conftest import build
-from welore.training import distillation
-from welore.training.distillation import Distillation
+from welore.training import objective
+from welore.training.objective import Objective
 
 IDS = torch.tensor([[5, 17, 3, 88, 42, 9, 61, 30], [7, 7, 1, 90, 2, 4, 95, 50]])
 MASKED = torch.where(torch.arange(8) < torch.tensor([[4], [0]]), -100, IDS)  # a prompt of four tokens in the first row
@@ -16,7 +16,7 @@ MASKED = torch.where(torch.arange(8) < torch.tensor([[4], [0]]), -100, IDS)  # a
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distillation, "PIECE", 3)  # does not divide the positions
+    monkeypatch.setattr(objective, "CHUNK", 3)  # does not divide the positions
 
 
 def teacher_of(family: str, **changes: Any) -> PreTrainedModel:
@@ -46,15 +46,12 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def distilled(
     student: PreTrainedModel, teacher: PreTrainedModel, labels: Tensor, dtype: torch.dtype | None = None, **how: Any
-) -> tuple[float, dict[str, Tensor], Distillation]:
-    bound = Distillation(student, teacher, **how)
-    student.eval()  # no dropout,
-    student.get_output_embeddings().train()  # but the head as in training
-    bound.show({"input_ids": IDS, "labels": labels})
+) -> tuple[float, dict[str, Tensor], Objective]:
+    objective = Objective(student.eval(), teacher.eval(), **how)  # no dropout
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        loss = student(input_ids=IDS, labels=labels, num_items_in_batch=torch.tensor(9)).loss
+        loss = objective(student, {"input_ids": IDS, "labels": labels})[0] / 9
     loss.backward()
-    return loss.item(), gradients(student), bound
+    return loss.item(), gradients(student), objective
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
@@ -72,7 +69,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(
 
     how = {"weight": weight, "temperature": temperature}
     found, ours, bound = distilled(build(family), teacher_of(family), MASKED, dtype, **how)
-    assert bound.in_pieces
+    assert bound.chunked
     near = 3e-2 if dtype else 1e-5
     assert found == pytest.approx(loss.item(), rel=near)
     assert ours.keys() == wanted.keys()
@@ -97,7 +94,7 @@ def test_a_model_that_changes_its_logits_is_distilled_from_whole_logits() -> Non
     loss.backward()
     again = build("gemma2", final_logit_softcapping=0.5)
     found, ours, bound = distilled(again, teacher, MASKED)
-    assert not bound.in_pieces
+    assert not bound.chunked
     assert found == pytest.approx(loss.item(), rel=1e-5)
     for name, gradient in gradients(student).items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
@@ -105,8 +102,8 @@ def test_a_model_that_changes_its_logits_is_distilled_from_whole_logits() -> Non
 
 def test_whole_logits_give_the_same_loss() -> None:
     pieces, *_ = distilled(build("llama"), teacher_of("llama"), MASKED)
-    whole, _, bound = distilled(build("llama"), teacher_of("llama"), MASKED, in_pieces=False)
-    assert not bound.in_pieces
+    whole, _, bound = distilled(build("llama"), teacher_of("llama"), MASKED, whole_logits=True)
+    assert not bound.chunked
     assert whole == pytest.approx(pieces, rel=1e-6)
 
 
@@ -129,13 +126,10 @@ def test_no_more_than_a_piece_of_logits_exists_at_once(monkeypatch: pytest.Monke
         return linear(hidden, weight, bias)
 
     monkeypatch.setattr(functional, "linear", watched)
-    student, teacher = build("llama"), teacher_of("llama")
-    bound = Distillation(student, teacher)
-    seen.clear()
-    student.train()
-    bound.show({"input_ids": IDS})
-    student(input_ids=IDS, labels=IDS).loss.backward()
-    assert sum(seen) == 2 * 14  # once for the student, once for the teacher
+    student, teacher = build("llama").train(), teacher_of("llama")
+    loss, _ = Objective(student, teacher)(student, {"input_ids": IDS, "labels": IDS})
+    loss.backward()
+    assert sum(seen) == 2 * (14 + 2)  # once for the student, once for the teacher; and two last positions of each
     assert max(seen) <= 3
 
 
@@ -151,13 +145,11 @@ def test_evaluation_sees_logits_as_before_and_the_teacher_is_not_touched() -> No
 
 def test_padding_is_hidden_from_the_teacher() -> None:
     student, teacher = build("llama"), teacher_of("llama")
-    bound = Distillation(student, teacher)
+    bound = Objective(student, teacher)
     mask = torch.ones_like(IDS)
     mask[0, 5:] = 0
     padded = torch.where(mask.bool(), IDS, 0)
     found = []
     for ids in (padded, torch.where(mask.bool(), IDS, 33)):
-        bound.show({"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), IDS, -100)})
-        assert bound.taught is not None
-        found.append(bound.taught[mask.bool()])
+        found.append(bound.teacher_outputs({"input_ids": ids, "attention_mask": mask})[mask.bool()])
     assert torch.equal(*found)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import Command, done, everything
-from toys import weights
+from toys import finetuned, weights
 from welore.data.packing import blocks_of_text
 from welore.emergence.claims import CLAIMS
 from welore.emergence.pretrain import pretrain
@@ -22,7 +22,6 @@ from welore.emergence.trace import Trace
 from welore.errors import WeLoreError
 from welore.records import Record
 from welore.training.data import collate
-from welore.training.finetune import finetune
 
 TOY: dict[str, Any] = {
     "size": "32/3/4/56",
@@ -110,8 +109,9 @@ def test_gradients_are_those_of_the_mean_loss_on_the_held_out_batches(run: Path,
 
 
 def test_being_watched_changes_nothing(run: Path, text: str, tmp_path: Path) -> None:
-    same = {name: TOY[name] for name in ("steps", "lr", "batch_size", "length", "eval_items", "device")}
-    finetune(run / "start", tmp_path / "alone", "full", data=text, save_every=0, **same)
+    names = {"steps": "max_steps", "lr": "learning_rate", "batch_size": "batch_size", "length": "max_length"}
+    same = {new: TOY[old] for old, new in (names | {"eval_items": "max_eval_samples"}).items()}
+    finetuned(run / "start", tmp_path / "alone", "full", dataset=text, save_steps=0, **same)
     watched, alone = weights(run / "training" / "model"), weights(tmp_path / "alone" / "model")
     assert all(torch.equal(watched[name], alone[name]) for name in watched)
 

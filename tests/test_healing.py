@@ -9,14 +9,13 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import FAMILIES, MIXTURES, build, logits
-from toys import calibrate
 from welore.calibration.statistics import Statistics
 from welore.compression import recovery as healing
 from welore.data.windows import write_windows
 from welore.errors import WeLoreError
 from welore.io.parallel import Processes
 from welore.models.load import fastest
-from welore.training.trainer import ClockedTrainer
+from welore.training.trainer import FinetuneTrainer
 
 IDS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(3))
 
@@ -31,7 +30,7 @@ def source(saved: Callable[..., Path], tokenizer: Any) -> Path:
 @pytest.fixture
 def own(source: Path, tmp_path: Path) -> Statistics:
     """A calibration of 20 windows that the model wrote."""
-    return calibrate(source, "self", tmp_path / "c.safetensors", num_tokens=320, max_length=16, measure_losses=0)
+    return welore.calibrate(source, "self", tmp_path / "c.safetensors", tokens=320, length=16, measure=0)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -70,7 +69,7 @@ def test_params_alone_heals_the_factors_and_nothing_else(
 def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path: Path, family: str) -> None:
     source = saved(family, initializer_range=1.0)
     tokenizer.save_pretrained(source)
-    c = calibrate(source, "self", tmp_path / "c.safetensors", num_tokens=64, max_length=16, measure_losses=0)
+    c = welore.calibrate(source, "self", tmp_path / "c.safetensors", tokens=64, length=16, measure=0)
     record = welore.compress(source, tmp_path / "small", keep=0.5, calibration=c)
     assert record.settings["recovery"]["max_steps"] == 1
     assert record.numbers["healing_tokens"] == 32
@@ -103,14 +102,14 @@ def test_a_rate_that_harms_gives_way_to_a_smaller_one(
 def test_a_rate_that_diverges_gives_way_to_a_smaller_one(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, rates = ClockedTrainer.training_step, []
+    step, rates = FinetuneTrainer.training_step, []
 
     def first_rate_diverges(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         rates.append(trainer.args.learning_rate)
         loss = step(trainer, *args, **kwargs)
         return loss if trainer.args.learning_rate < rates[0] else loss * float("nan")
 
-    monkeypatch.setattr(ClockedTrainer, "training_step", first_rate_diverges)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", first_rate_diverges)
     monkeypatch.setattr(healing, "RATE", 1 / 50)
     record = welore.compress(source, tmp_path / "healed", keep=0.25, calibration=own)
     assert record.numbers["healed"]
@@ -120,7 +119,7 @@ def test_a_rate_that_diverges_gives_way_to_a_smaller_one(
 def test_a_failed_healing_does_not_take_the_cut_with_it(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ClockedTrainer, "training_step", lambda *_, **__: torch.tensor(float("nan")))
+    monkeypatch.setattr(FinetuneTrainer, "training_step", lambda *_, **__: torch.tensor(float("nan")))
     record = welore.compress(source, tmp_path / "healed", keep=0.5, calibration=own)
     welore.compress(source, tmp_path / "cut", keep=0.5, calibration=own, heal="none")
     assert "training loss is nan" in record.settings["recovery"]["failed"]
@@ -132,7 +131,7 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
 ) -> None:
     monkeypatch.setattr(healing, "SAVED", 2)
     welore.compress(source, tmp_path / "straight", keep=0.5, calibration=own)
-    step, taken = ClockedTrainer.training_step, []
+    step, taken = FinetuneTrainer.training_step, []
 
     def counted(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         taken.append(trainer.state.global_step)
@@ -140,7 +139,7 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
             raise KeyboardInterrupt
         return step(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(ClockedTrainer, "training_step", counted)
+    monkeypatch.setattr(FinetuneTrainer, "training_step", counted)
     with pytest.raises(KeyboardInterrupt):
         welore.compress(source, tmp_path / "killed", keep=0.5, calibration=own)
     assert not (tmp_path / "killed").exists()
@@ -163,7 +162,7 @@ def test_what_was_killed_under_other_settings_begins_anew(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
     straight = welore.compress(source, tmp_path / "straight", keep=0.5, calibration=own)
-    step = ClockedTrainer.training_step
+    step = FinetuneTrainer.training_step
 
     def killed(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if trainer.state.global_step == 3:
@@ -173,7 +172,7 @@ def test_what_was_killed_under_other_settings_begins_anew(
     with monkeypatch.context() as earlier:
         earlier.setattr(healing, name, value)
         earlier.setattr(healing, "SAVED", 2)
-        earlier.setattr(ClockedTrainer, "training_step", killed)
+        earlier.setattr(FinetuneTrainer, "training_step", killed)
         with pytest.raises(KeyboardInterrupt):
             welore.compress(source, tmp_path / "killed", keep=0.5, calibration=own)
     record = welore.compress(source, tmp_path / "killed", keep=0.5, calibration=own)
@@ -227,7 +226,7 @@ def test_a_tenth_of_every_text_is_held_out(source: Path, tmp_path: Path) -> None
 def test_what_cannot_heal_is_refused_before_anything_is_written(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    foreign = calibrate(source, IDS, tmp_path / "foreign.safetensors")
+    foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
     how: dict[str, Any] = {"keep": 0.6, "calibration": foreign}
     with pytest.raises(WeLoreError, match="windows that the model wrote"):
         welore.compress(source, tmp_path / "out", heal="self", **how)
@@ -244,7 +243,7 @@ def test_what_cannot_heal_is_refused_before_anything_is_written(
 
 
 def test_without_text_of_its_own_params_alone_only_cuts(source: Path, tmp_path: Path) -> None:
-    foreign = calibrate(source, IDS, tmp_path / "foreign.safetensors")
+    foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
     assert foreign.generated_text() is None
     assert welore.compress(source, tmp_path / "out", keep=0.6, calibration=foreign).settings["recovery"] is None
 

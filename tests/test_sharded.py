@@ -11,11 +11,10 @@ import pytest
 import torch
 
 import welore
-from toys import checkpoint, weights
+from toys import checkpoint, finetuned, weights
 from welore.errors import WeLoreError
+from welore.training.arguments import check_launch
 from welore.training.data import IGNORED
-from welore.training.finetune import finetune
-from welore.training.settings import check_launch
 from welore.training.trainer import share
 
 # accelerate uses FSDP on GPUs only. Told that these processes have some, it goes the same way on CPUs: its own code and
@@ -23,14 +22,15 @@ from welore.training.trainer import share
 COMMAND = """
 import json, sys
 from accelerate.utils import DistributedType
+from welore.config import FinetuneConfig
 from welore.training import finetune as finetuning
 
-usual = finetuning.arguments
-def arguments(*given):
-    found = usual(*given)
-    found.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return found
-finetuning.arguments = arguments
+usual = finetuning.training_arguments
+def arguments(*given, **more):
+    made = usual(*given, **more)
+    made.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return made
+finetuning.training_arguments = arguments
 finetuning.check_launch = lambda *given: None
 gathered = finetuning.gathered
 def told(model):
@@ -39,7 +39,8 @@ def told(model):
         print("cut over the processes")
     return state
 finetuning.gathered = told
-finetuning.finetune(**json.loads(sys.argv[1]))
+model, out, settings = json.loads(sys.argv[1])
+finetuning.finetune(model, out, FinetuneConfig(**settings), device="cpu")
 """
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -56,12 +57,12 @@ def test_fsdp2_gives_losses_and_weights_of_one_process(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", family=FAMILY, storage="pivoted")
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"The number after {n} is {n + 1}." for n in range(200)))
-    settings: dict[str, Any] = {"model": str(model), "data": str(text), "device": "cpu", "save_every": 0}
-    settings |= {"steps": 3, "length": 48, "lr": 5e-3, "warmup": 1, "eval_every": 3, "eval_items": 5}
-    one = finetune(out=tmp_path / "one", batch_size=4, **settings).numbers
-    settings |= {"out": str(tmp_path / "two"), "batch_size": 2}  # three batches are evaluated: one process has two
+    settings: dict[str, Any] = {"dataset": str(text), "save_steps": 0, "max_steps": 3, "max_length": 48}
+    settings |= {"learning_rate": 5e-3, "warmup_steps": 1, "eval_steps": 3, "max_eval_samples": 5}
+    one = finetuned(model, tmp_path / "one", batch_size=4, **settings).numbers
+    settings |= {"batch_size": 2}  # three batches are evaluated: one process has two
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
-    command += [sys.executable, "-c", COMMAND, json.dumps(settings)]
+    command += [sys.executable, "-c", COMMAND, json.dumps([str(model), str(tmp_path / "two"), settings])]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | FSDP2, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("cut over the processes") == 2

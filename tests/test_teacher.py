@@ -8,6 +8,7 @@ import welore
 from conftest import build
 from toys import characters, checkpoint
 from welore.errors import WeLoreError
+from welore.io.context import RunContext
 from welore.io.progress import silent
 from welore.models.load import load
 from welore.training.teacher import load_teacher, refuse_other_vocabulary, share_frozen, write_text
@@ -53,12 +54,13 @@ def test_another_vocabulary_is_refused(tokenizer: PreTrainedTokenizerFast) -> No
 def test_a_teacher_is_loaded_frozen_and_a_model_may_not_be_its_own(tmp_path: Path) -> None:
     dense, small = checkpoint(tmp_path / "dense", None), checkpoint(tmp_path / "small")
     student, tokenizer = load(small, "auto", "cpu")
-    teacher = load_teacher(str(dense), student, tokenizer, small, alone=True)
+    context = RunContext.create(device="cpu")
+    teacher = load_teacher(dense, student, tokenizer, small, True, None, context)
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     with pytest.raises(WeLoreError, match="is its own teacher"):
-        load_teacher(str(small), student, tokenizer, small, alone=True)
-    load_teacher(str(small), student, tokenizer, small, alone=False)  # beside the text: a bound on what may change
+        load_teacher(small, student, tokenizer, small, True, None, context)
+    load_teacher(small, student, tokenizer, small, False, None, context)  # beside the text: a bound on what may change
 
 
 def test_the_teacher_writes_whole_windows_from_a_seed() -> None:

@@ -1,5 +1,6 @@
 """A tokenizer of characters and small models that can read it, for the tests of training and answering."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 import welore
 from conftest import build
-from welore.calibration.statistics import Statistics
-from welore.config import CalibrationConfig
+from welore.config import FinetuneConfig
+from welore.records import Record
+from welore.training.finetune import finetune
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 
@@ -42,9 +44,12 @@ def checkpoint(
     return out
 
 
-def calibrate(model: Any, dataset: Any, output: Any = None, *, tokenizer: Any = None, **settings: Any) -> Statistics:
-    """`welore.calibrate` with the fields of its settings as keywords."""
-    return welore.calibrate(model, CalibrationConfig(**settings), output, dataset=dataset, tokenizer=tokenizer)
+def finetuned(model: Any, out: Path, method: str = "lrc", **settings: Any) -> Record:
+    """welore.finetune, with fields of its config and options side by side; on the CPU."""
+    fields = {field.name for field in dataclasses.fields(FinetuneConfig)}
+    config = FinetuneConfig(method=method, **{name: value for name, value in settings.items() if name in fields})  # type: ignore[arg-type]
+    options = {name: value for name, value in settings.items() if name not in fields}
+    return finetune(model, out, config, **{"device": "cpu"} | options)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from welore.records import Record
     from welore.reporting.page import report
     from welore.training.finetune import finetune
+    from welore.training.methods import MarkedModel, mark_trainable
 
 __all__ = [
     "AllocationConfig",
@@ -53,6 +54,7 @@ __all__ = [
     "EvaluationConfig",
     "FinetuneConfig",
     "LowRankLinear",
+    "MarkedModel",
     "PivotedLinear",
     "Plan",
     "PretrainConfig",
@@ -73,6 +75,7 @@ __all__ = [
     "evaluate",
     "evaluate_tasks",
     "finetune",
+    "mark_trainable",
     "merge",
     "pretrain",
     "report",
@@ -100,6 +103,7 @@ _LAZY = {
     "records": ["Record"],
     "reporting.page": ["report"],
     "training.finetune": ["finetune"],
+    "training.methods": ["MarkedModel", "mark_trainable"],
 }
 _MODULE_OF = {name: f"welore.{module}" for module, names in _LAZY.items() for name in names}
 

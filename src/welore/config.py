@@ -202,8 +202,6 @@ class CalibrationConfig:
         "self (the model writes), a name, hub id or file, or several with weights: wikitext2:1,my.txt:2.",
         panel="Calibration",
     )
-    dataset_split: str | None = option(None, "Split of a hub data set.", panel="Calibration", shown="train")
-    text_column: str = option("text", "Column or field of the text.", panel="Calibration")
     num_tokens: int = option(NUM_TOKENS, "Tokens to read, rounded up to whole windows.", panel="Calibration")
     max_length: int | None = option(
         None, "Tokens of a window.", panel="Calibration", shown="512, or what the model reads"
@@ -278,8 +276,6 @@ class EvaluationConfig:
     num_windows: int | None = option(None, "Only the first windows.", panel="Text", shown="the whole text")
     batch_size: int = option(1, "Windows read at once; does not change the result.", panel="Text")
     dtype: DtypeName = option("auto", "Data type of the weights; auto is that of the checkpoint.", panel="Text")
-    dataset_split: str | None = option(None, "Split of a hub data set.", panel="Text", shown="test")
-    text_column: str = option("text", "Column or field of the text.", panel="Text")
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DtypeName)
@@ -317,8 +313,6 @@ class FinetuneConfig:
     dataset: Dataset | None = option(
         None, "A text; self: the teacher writes it; a .safetensors file of windows.", panel="Data"
     )
-    dataset_split: str | None = option(None, "Split of a hub data set.", panel="Data", shown="train")
-    text_column: str = option("text", "Column or field of the text.", panel="Data")
     task: TaskName | None = option(None, "A task to learn in place of a text.", panel="Data")
     task_dataset: str | Path | None = option(
         None, "The task's original file, or 'generated'.", panel="Data", shown="the hub's data set"
@@ -369,6 +363,54 @@ class FinetuneConfig:
     training_arguments: Mapping[str, Any] = option(
         dict, "Any other field of transformers' TrainingArguments.", panel="Training", flag=None
     )
+
+    def __post_init__(self) -> None:
+        require_choice("method", self.method, MethodName)
+        require_choice("dtype", self.dtype, DtypeName)
+        if self.save_dtype is not None:
+            choose("dtype", self.save_dtype, dict.fromkeys(choices(DtypeName)[1:]))
+        require_choice("tracker", self.report_to, TrackerName)
+        counts = ("max_steps", "batch_size", "gradient_accumulation_steps", "max_eval_samples", "rank", "self_tokens")
+        require_at_least(1, **{name: getattr(self, name) for name in counts})
+        require_at_least(2, max_length=self.max_length)
+        not_negative = ("weight_decay", "max_grad_norm", "warmup_steps", "eval_steps", "save_steps")
+        require_at_least(0, **{name: getattr(self, name) for name in not_negative})
+        if not self.learning_rate > 0:
+            raise WeLoreError(f"learning_rate is {self.learning_rate}: it must be above 0")
+        if self.max_steps and self.warmup_steps and self.warmup_steps >= self.max_steps:
+            raise WeLoreError(
+                f"warmup_steps is {self.warmup_steps}: it must be less than the {self.max_steps} steps of the run"
+            )
+        if self.selective_checkpointing and self.gradient_checkpointing:
+            raise WeLoreError("give gradient_checkpointing or selective_checkpointing, not both")
+        self._check_data()
+        self._check_distillation()
+
+    def _check_data(self) -> None:
+        if self.task is not None:
+            require_choice("task", self.task, TaskName)
+            if self.dataset is not None:
+                raise WeLoreError("give dataset or task, one of them; task_dataset names the file of a task")
+        elif self.task_dataset is not None or self.loss_on_prompt:
+            raise WeLoreError("task_dataset and loss_on_prompt go with task: a text has no answers")
+
+    def _check_distillation(self) -> None:
+        own_text = isinstance(self.dataset, str) and self.dataset == SELF
+        if self.distill is None:
+            if self.distill_weight is not None or self.distill_temperature is not None:
+                raise WeLoreError("distill_weight and distill_temperature go with distill, the teacher")
+            if own_text:
+                raise WeLoreError(f"dataset {SELF} is text that the teacher writes: name the teacher by distill")
+        if self.distill_weight is not None and not 0 < self.distill_weight <= 1:
+            raise WeLoreError(
+                f"distill_weight is {self.distill_weight}: it is the teacher's share of the loss, above 0, at most 1"
+            )
+        if self.distill_temperature is not None and not 0 < self.distill_temperature < float("inf"):
+            raise WeLoreError(
+                f"distill_temperature is {self.distill_temperature}: it must be above 0 (1 is the teacher's own)"
+            )
+        if self.self_tokens is not None and not own_text:
+            raise WeLoreError(f"self_tokens goes with dataset {SELF}, text that the teacher writes")
 
 
 @dataclass(frozen=True)

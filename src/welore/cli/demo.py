@@ -10,7 +10,7 @@ from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
 from welore.compression.analysis import analyze
 from welore.compression.pipeline import compress
-from welore.config import AllocationConfig, EvaluationConfig
+from welore.config import AllocationConfig, EvaluationConfig, FinetuneConfig
 from welore.evaluation.perplexity import evaluate
 from welore.io.atomic import read_json
 from welore.io.checkpoint import PLAN, RECORD
@@ -18,7 +18,7 @@ from welore.io.hub import resolve_model
 from welore.io.progress import Progress, counted, silent
 from welore.models.embedded import PACKAGE, embedded_model
 from welore.models.source import CheckpointSource
-from welore.records import RENAMED, Record
+from welore.records import Record
 from welore.reporting.page import report
 from welore.training.finetune import finetune
 from welore.training.run_dir import MODEL
@@ -28,7 +28,10 @@ from welore.training.run_dir import TUNED as FINETUNED
 RANK_REDUCTION = 0.09
 DATA, LENGTH, WINDOWS = "pydoc", 512, 16
 # The windows lie in the first tenth of the text, which fine-tuning holds out: what is measured was not trained on.
-TUNING: dict[str, Any] = {"data": DATA, "steps": 12, "lr": 5e-4, "batch_size": 4, "length": 128, "eval_items": 32}
+TUNING: dict[str, Any] = {
+    **{"dataset": DATA, "max_steps": 12, "learning_rate": 5e-4, "batch_size": 4, "max_length": 128},
+    "max_eval_samples": 32,
+}
 
 
 TUNED, CONTROL = "welore-tuned", "dense-tuned"
@@ -70,7 +73,7 @@ def demo(
         (TUNED, "WeLore, then LRC-only fine-tuning", out / "welore", None),
         (CONTROL, "control: dense, the same matrices tuned", directory, out / "welore" / PLAN),
     ):
-        tell(f"{label}: {TUNING['steps']} steps of {TUNING['batch_size']} x {TUNING['length']} tokens")
+        tell(f"{label}: {TUNING['max_steps']} steps of {TUNING['batch_size']} x {TUNING['max_length']} tokens")
         runs.append(_tuned(model, out / name, label, plan_file, progress))
         records.append(_evaluated(out / name / MODEL, out / f"{name}.ppl.json", label, progress))
     return Results(records, findings(records, runs), report([out], out / "report"))
@@ -138,13 +141,11 @@ def _tuned(model: Path, out: Path, label: str, plan: Path | None, progress: Prog
     """The run in `out` if it is the same one, else a new one; measurements of an older result are removed."""
     if (out / FINETUNED).is_file():
         record = Record.load(out / FINETUNED)
-        same = {RENAMED.get(name, name): value for name, value in TUNING.items()}
-        if record.inputs["model"] == str(model) and record.settings.items() >= same.items():
+        if record.inputs["model"] == str(model) and record.settings.items() >= TUNING.items():
             return record
     out.with_name(f"{out.name}.ppl.json").unlink(missing_ok=True)
-    return finetune(
-        model, out, plan=plan, label=label, eval_every=6, save_every=0, overwrite=True, progress=progress, **TUNING
-    )
+    config = FinetuneConfig(eval_steps=6, save_steps=0, **TUNING)
+    return finetune(model, out, config, plan=plan, label=label, overwrite=True, progress=progress)
 
 
 def _evaluated(model: Path, path: Path, label: str, progress: Progress) -> Record:

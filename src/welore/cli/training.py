@@ -27,53 +27,9 @@ def finetune(
 ) -> None:
     """Fine-tune a checkpoint on a text or a task; any other field of TrainingArguments goes by its own name."""
     quiet_libraries()
-    from welore.io.context import RunContext
     from welore.training.finetune import finetune
 
-    context = RunContext.create(**run.options)
-    record = finetune(
-        model,
-        output_dir,
-        config.method,
-        data=config.dataset,
-        task=config.task,
-        task_data=config.task_dataset,
-        plan=plan,
-        steps=config.max_steps,
-        lr=config.learning_rate,
-        warmup=config.warmup_steps,
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        length=config.max_length,
-        seed=config.seed,
-        dtype=config.dtype,
-        save_dtype=config.save_dtype,
-        attention=config.attention,
-        train_norms=config.train_norms,
-        loss_on_prompt=config.loss_on_prompt,
-        rank=config.rank,
-        optimizer=config.optimizer,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        selective_checkpointing=config.selective_checkpointing,
-        whole_logits=config.whole_logits,
-        eval_every=config.eval_steps,
-        eval_items=config.max_eval_samples,
-        save_every=config.save_steps,
-        distill=config.distill,
-        distill_weight=config.distill_weight,
-        distill_temperature=config.distill_temperature,
-        self_tokens=config.self_tokens,
-        resume=resume,
-        overwrite=run.overwrite,
-        report_to=config.report_to,
-        device=str(context.device),
-        label=label,
-        cache_dir=context.cache_dir,
-        revision=context.revision,
-        progress=context.progress,
-    )
+    record = finetune(model, output_dir, config, plan=plan, resume=resume, label=label, **run.options)
     n = record.numbers
     if n.get("prompts_cut"):
         limit = record.settings["max_length"]

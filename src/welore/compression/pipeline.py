@@ -30,7 +30,9 @@ from welore.compression.analysis import (
 from welore.compression.factorize import factor_matrices, write_checkpoint
 from welore.compression.in_memory import compress_model
 from welore.compression.mlp_pruning import without, worth_taking_out
-from welore.config import KFAC, MAX_LENGTH, NONE, NUM_TOKENS, SELF, AllocationConfig, CalibrationConfig, MinRatio
+from welore.config import KFAC, NONE, AllocationConfig, MinRatio
+from welore.data.mixture import SELF
+from welore.data.self_generated import LENGTH, TOKENS
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import atomic_directory, require_free, require_outside
 from welore.io.checkpoint import PLAN, RECORD, SHARD_SIZE
@@ -67,7 +69,7 @@ def compress(
     neurons: float | None = None,
     paper: bool = False,
     calibration: "Statistics | str | Path" = SELF,
-    tokens: int = NUM_TOKENS,
+    tokens: int = TOKENS,
     seed: int = 0,
     heal: str | None = None,
     include: Sequence[str] = (),
@@ -153,7 +155,7 @@ def compress(
     with CheckpointSource(directory, str(model), include, exclude) as checkpoint:
         source: TensorSource = checkpoint
         found = None if calibration == SELF else opened_calibration(calibration, source)
-        own = (-(-tokens // MAX_LENGTH) if scaling != NONE else 0) if found is None else (found.generated or (0,))[0]
+        own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.generated or (0,))[0]
         heal = healing.chosen(heal, own, alone=alone)
         if neurons and (found is None and scaling == NONE):
             raise WeLoreError("neurons are chosen by a calibration: give --statistics, or a scaling that needs one")
@@ -164,7 +166,7 @@ def compress(
             how = {"device": place, "workers": workers, "progress": progress}
             if plan is None:
                 if found is None and scaling != NONE:
-                    text = {"num_tokens": tokens, "seed": seed, "device": device or "auto", "progress": progress}
+                    text = {"tokens": tokens, "seed": seed, "device": place, "progress": progress}
                     found = _own_calibration(directory, workspace, crew, **text, **patterns)
                 keep = place is None and _fits_on_disk(in_blocks(source.targets, grids), Path(out))
                 kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep, **how}
@@ -286,9 +288,7 @@ def _own_calibration(directory: Path, workspace: Workspace, crew: Processes, **h
     """
     made = workspace.directory / "calibration.safetensors"
     if crew.is_main and not made.is_file():
-        names = ("num_tokens", "seed", "include", "exclude")
-        config = CalibrationConfig(measure_losses=0, **{name: how.pop(name) for name in names})
-        calibrate(directory, config, made, **how)
+        calibrate(directory, SELF, made, measure=0, **how)
     crew.wait()
     return Statistics.load(made)
 

@@ -5,6 +5,7 @@ what each costs, half of which even biases would take away (research/LOG.md): a 
 the statistics. A long one is `finetune --distill`.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -19,9 +20,9 @@ from torch import Tensor
 from welore.allocation.neurons import as_json
 from welore.allocation.plan import Plan
 from welore.compression.factorize import Trained, write_checkpoint
-from welore.config import MAX_LENGTH, NONE, SELF
-from welore.data.mixture import draw, mixed
-from welore.data.text import TextOptions
+from welore.config import NONE, FinetuneConfig, RunOptions
+from welore.data.mixture import SELF, draw, mixed
+from welore.data.self_generated import LENGTH
 from welore.data.windows import digest, write_windows
 from welore.errors import DivergedError, WeLoreError
 from welore.io.atomic import atomic_directory
@@ -67,10 +68,8 @@ def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Pa
 
     Those of several texts are shuffled: the tenth that is held out is of all of them.
     """
-    length = min(MAX_LENGTH, context_length(config_of(directory)) or MAX_LENGTH)
-    counts, found = draw(
-        data, tokens, read_tokenizer(directory), length, seed=seed, options=TextOptions(cache_dir=cache_dir)
-    )
+    length = min(LENGTH, context_length(config_of(directory)) or LENGTH)
+    counts, found = draw(data, tokens, read_tokenizer(directory), length, seed=seed, cache_dir=cache_dir)
     if SELF in counts:
         raise WeLoreError(f"--recovery {data}: {SELF} cannot be mixed with other texts")
     windows, _ = mixed(found, seed)
@@ -110,9 +109,10 @@ def heal(
             write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
     write_windows(place / WRITTEN, windows)
     keep_freed_memory()
-    how |= {"data": str(place / WRITTEN), "seed": seed, "device": device, "progress": progress}
+    config = FinetuneConfig(dataset=str(place / WRITTEN), seed=seed, **how)
+    options: RunOptions = {"device": device or "auto", "progress": progress}
     try:
-        run, record = _without_harm(cut, place, rate(cut, plan, how["steps"]), how)
+        run, record = _without_harm(cut, place, rate(cut, plan, how["max_steps"]), config, options)
     except WeLoreError as error:
         return None, {"failed": str(error)}, {"healed": False}
     settings, numbers = _summary(record)
@@ -126,18 +126,20 @@ def _training(teacher: Path, windows: Tensor, *, own: bool, device: str | None) 
     return {
         "distill": teacher,
         "distill_weight": 1.0 if own else TEACHER,
-        "steps": steps,
-        "warmup": min(WARM_UP, steps // 4),
+        "max_steps": steps,
+        "warmup_steps": min(WARM_UP, steps // 4),
         "batch_size": BATCH,
-        "length": windows.shape[1],
+        "max_length": windows.shape[1],
         "save_dtype": "float32",
-        "eval_every": steps,
-        "eval_items": HELD_OUT,
-        "save_every": SAVED,
+        "eval_steps": steps,
+        "max_eval_samples": HELD_OUT,
+        "save_steps": SAVED,
     } | fastest(device)
 
 
-def _without_harm(cut: Path, place: Path, usual: float, how: dict[str, Any]) -> tuple[Path | None, Record]:
+def _without_harm(
+    cut: Path, place: Path, usual: float, config: FinetuneConfig, options: RunOptions
+) -> tuple[Path | None, Record]:
     """The run and its record; where the usual rate does harm (see `sound`) or diverges, smaller ones are tried."""
     from welore.training.finetune import finetune  # the Trainer: seconds of imports that a cut alone does not need
 
@@ -148,7 +150,8 @@ def _without_harm(cut: Path, place: Path, usual: float, how: dict[str, Any]) -> 
             if (run / TUNED).is_file():
                 record = Record.load(run / TUNED)
             else:
-                record = finetune(cut, run, "lrc", lr=lr, resume=(run / RUN).is_file(), **how)
+                config = dataclasses.replace(config, learning_rate=lr)
+                record = finetune(cut, run, config, resume=(run / RUN).is_file(), **options)
         except DivergedError:
             if share == SHARES[-1]:
                 raise

@@ -12,8 +12,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from welore.config import FinetuneConfig, MethodName
 from welore.data.packing import training_texts
-from welore.data.text import TextOptions
 from welore.emergence.claims import measured
 from welore.emergence.init_model import Size, about, fresh_model, known_tokenizer, save_fresh, size_of, vocabulary
 from welore.emergence.probe import Probe, probed_steps
@@ -23,20 +25,16 @@ from welore.io.progress import Progress, silent
 from welore.models.load import default_device
 from welore.models.targets import find_targets
 from welore.records import Record
+from welore.training.arguments import FSDP, is_on, resolve_defaults
 from welore.training.finetune import finetune
 from welore.training.run_dir import MODEL, RUN, TUNED, begin, check_out, fingerprint
-from welore.training.settings import ADAMW, FSDP, SETTINGS, check, is_on, settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 START, TRAINING, TRACE, PRETRAINED = "start", "training", "trace", "pretrain.json"
-METHOD, VOCABULARY = "full", 32_000
-# settings that are the training's alone
-SHARED = (
-    *("data", "steps", "lr", "warmup", "batch_size", "accumulation", "length", "seed", "dtype", "optimizer"),
-    *("weight_decay", "max_grad_norm", "gradient_checkpointing", "eval_items"),
-)
+VOCABULARY = 32_000
+METHOD: MethodName = "full"
 LEAST = 4  # checkpoints, to speak of a course
 WEIGHTS = "model.safetensors"
 
@@ -56,7 +54,7 @@ def pretrain(
     length: int = 256,
     seed: int = 0,
     dtype: str = "auto",
-    optimizer: str = ADAMW,
+    optimizer: str = FinetuneConfig.optimizer,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     gradient_checkpointing: bool = False,
@@ -82,13 +80,31 @@ def pretrain(
     resume: go on after the last checkpoint; the trace is the one of a run that never stopped, byte for byte.
     Raises WeLoreError for what cannot work.
     """
-    given = dict(locals())
     out, wanted = Path(out), size_of(size)
-    training = {name: given[name] for name in SHARED} | {"eval_every": steps}
-    asked = {name: given[name] for name in ("tokenizer", "data", "seed", "probes", "probe_items")}
-    asked |= {"size": about(wanted), "vocabulary": vocabulary if tokenizer is None else None}
+    training = FinetuneConfig(
+        method=METHOD,
+        dataset=data,
+        max_steps=steps,
+        learning_rate=lr,
+        warmup_steps=warmup,
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_length=length,
+        seed=seed,
+        dtype=dtype,  # type: ignore[arg-type]
+        optimizer=optimizer,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        gradient_checkpointing=gradient_checkpointing,
+        eval_steps=steps,
+        max_eval_samples=eval_items,
+        save_steps=save_every,
+        report_to=report_to,  # type: ignore[arg-type]
+    )
+    asked: dict[str, Any] = {"tokenizer": tokenizer, "data": data, "seed": seed, "probes": probes}
+    asked |= {"probe_items": probe_items, "size": about(wanted), "vocabulary": None if tokenizer else vocabulary}
     where = device or default_device()
-    check(settled(dict.fromkeys(SETTINGS) | {"method": METHOD} | training, where), save_every, report_to)
+    resolve_defaults(training, torch.device(where))
     _check(steps, probes, probe_items, eval_items)
     processes = _processes(where)
     if processes.is_main_process:
@@ -98,7 +114,8 @@ def pretrain(
 
     found: list[Probe] = []
 
-    def watch(trainer: Any, at: int | None) -> Probe:
+    def watch(trainer: Any) -> Probe:
+        at = trainer.resumed_at
         per_step = batch_size * accumulation * length * trainer.args.world_size
         found.append(
             _probe(trainer, at, out, f"{size}, seed {seed}", probed_steps(steps, probes), probe_items, per_step)
@@ -110,15 +127,14 @@ def pretrain(
         tuned = Record.load(place / TUNED)
     else:
         tuned = finetune(
-            *(out / START, place, METHOD),
-            **training,
-            save_every=save_every,
+            out / START,
+            place,
+            training,
             resume=resume and (place / RUN).is_file(),
-            report_to=report_to,
-            device=device,
             label=label or size,
+            callbacks=[watch],
+            device=where,
             cache_dir=cache_dir,
-            watch=watch,
             progress=progress,
         )
     processes.wait_for_everyone()
@@ -174,9 +190,7 @@ def _begin(
         return
     tokenizer: PreTrainedTokenizerBase
     if asked["tokenizer"] is None:
-        tokenizer = vocabulary(
-            training_texts(asked["data"], tokens, TextOptions(cache_dir=cache_dir)), asked["vocabulary"]
-        )
+        tokenizer = vocabulary(training_texts(asked["data"], tokens, cache_dir), asked["vocabulary"])
     else:
         tokenizer = known_tokenizer(asked["tokenizer"], cache_dir)
     model = fresh_model(size, tokenizer, length, asked["seed"])

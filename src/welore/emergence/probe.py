@@ -36,7 +36,7 @@ Arrays = dict[str, NDArray[Any]]  # by trace.key
 class Probe(TrainerCallback):
     """Records a checkpoint of the trace before the first step and after each of the steps it is given.
 
-    trainer: a ClockedTrainer; its first 2 x `items` held-out sequences are the two batches. writer: None in all
+    trainer: a FinetuneTrainer; its first 2 x `items` held-out sequences are the two batches. writer: None in all
     processes but the first, which compute the same. start: file of the weights that the training began with.
     seconds: what it has taken so far; work_bytes: what was on disk for it at most.
     """
@@ -97,11 +97,13 @@ class Probe(TrainerCallback):
         sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
         rows = sum(len(batch["input_ids"]) for batch in batches)
         training = model.training
-        model.train()  # the loss is then computed in pieces (headloss); a fresh Llama has no dropout
+        model.train()  # a fresh Llama has no dropout
         for batch in batches:
             inputs = {name: values.to(weights[0].device) for name, values in batch.items()}
             share = len(batch["input_ids"]) / rows
-            for total, found in zip(sums, torch.autograd.grad(model(**inputs).loss, weights), strict=True):
+            for total, found in zip(
+                sums, torch.autograd.grad(self.trainer.compute_loss(model, inputs), weights), strict=True
+            ):
                 total.add_(found, alpha=share)
         model.train(training)
         return sums

@@ -38,14 +38,14 @@ def questions_of_task(
     Loss on the answer and the end token only, unless loss_on_prompt. A question longer than `length` tokens loses
     the beginning of its prompt and is counted.
     """
-    found = items(choose("task", task, TASKS), "train", data, seed=seed, cache_dir=cache_dir)
-    if len(found) < 2:
-        raise WeLoreError(f"{task} has {len(found)} training item: two are needed, one of them to evaluate on")
-    encoded = [_encoded(item, tokenizer, loss_on_prompt) for item in found]
+    questions = items(choose("task", task, TASKS), "train", data, seed=seed, cache_dir=cache_dir)
+    if len(questions) < 2:
+        raise WeLoreError(f"{task} has {len(questions)} training item: two are needed, one of them to evaluate on")
+    encoded = [_encoded(item, tokenizer, loss_on_prompt) for item in questions]
     too_long = sum(len(sequence["input_ids"]) > length for sequence in encoded)
     longest = max(int((sequence["labels"] != IGNORED).sum()) for sequence in encoded) if not loss_on_prompt else 2
     if longest >= length:
-        raise WeLoreError(f"length is {length}: an answer of {task} alone has {longest} tokens")
+        raise WeLoreError(f"max_length is {length}: an answer of {task} alone has {longest} tokens")
     cut = [{name: values[-length:] for name, values in sequence.items()} for sequence in encoded]
     border = len(cut) - max(1, len(cut) // HELD_OUT)
     counts = {"train_items": border, "held_out_items": len(cut) - border, "prompts_cut": too_long}
@@ -54,24 +54,21 @@ def questions_of_task(
         cut[border:][:eval_items],
         f"the last {len(cut) - border} of {len(cut)} training items are held out; the evaluation part is not read",
         counts,
-        digest_of_texts([json.dumps([item.prompt, item.answer]) for item in found]),
+        digest_of_texts([json.dumps([item.prompt, item.answer]) for item in questions]),
     )
 
 
 def _encoded(item: Item, tokenizer: "PreTrainedTokenizerBase", loss_on_prompt: bool) -> Example:
     """Tokens of prompt, answer and end. Labels begin where the tokens with and without the answer part."""
     prompt: list[int] = tokenizer(item.prompt, verbose=False).input_ids
-    whole: list[int] = tokenizer(item.prompt + item.completion, verbose=False).input_ids
-    same = next(
-        (i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(len(prompt), len(whole))
-    )
-    if tokenizer.eos_token_id is not None and whole[-1] != tokenizer.eos_token_id:
-        whole = [*whole, tokenizer.eos_token_id]
-    ids = torch.tensor(whole)
-    labels = ids.clone()
+    ids: list[int] = tokenizer(item.prompt + item.completion, verbose=False).input_ids
+    same = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
+    if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
+        ids = [*ids, tokenizer.eos_token_id]
+    labels = torch.tensor(ids)
     if not loss_on_prompt:
         labels[:same] = IGNORED
-    return {"input_ids": ids, "labels": labels}
+    return {"input_ids": torch.tensor(ids), "labels": labels}
 
 
 def collate(sequences: Sequence[Example], pad: int = 0) -> Batch:
@@ -94,7 +91,7 @@ def collate(sequences: Sequence[Example], pad: int = 0) -> Batch:
     }
 
 
-def shuffled(found: Sequence[Any], count: int, seed: int) -> list[Any]:
+def shuffled(sequences: Sequence[Any], count: int, seed: int) -> list[Any]:
     """`count` items in an order that depends on the seed alone; every item once before any comes again.
 
     Made before the run, so that a resumed run goes on with the very next item.
@@ -102,5 +99,5 @@ def shuffled(found: Sequence[Any], count: int, seed: int) -> list[Any]:
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < count:
-        order.extend(torch.randperm(len(found), generator=generator).tolist())
-    return [found[index] for index in order[:count]]
+        order.extend(torch.randperm(len(sequences), generator=generator).tolist())
+    return [sequences[index] for index in order[:count]]

@@ -1,17 +1,19 @@
-"""The fine-tuning methods: each marks what is trained in a model, and says so."""
+"""The fine-tuning methods: which parameters of a model each trains. A new method is one entry of METHODS."""
 
+import importlib
 import importlib.util
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from welore.allocation.plan import Plan
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, choose
 from welore.layers.low_rank import LowRankLayer
 from welore.models.skeleton import decoder_blocks
 from welore.models.targets import find_targets
@@ -19,7 +21,6 @@ from welore.models.targets import find_targets
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LORA_RANK, GALORE_RANK = 8, 128
 GALORE_GAP, GALORE_SCALE = 200, 0.25  # steps between projections, and the update's factor: GaLore, section 5
 
 
@@ -32,25 +33,112 @@ class Matrices:
 
 
 @dataclass(frozen=True)
-class Marked:
-    """A model whose trained parameters have requires_grad, all others not.
+class MarkedModel:
+    """A model whose trained parameters have requires_grad; all other parameters are frozen.
 
-    trains: what is trained, in words. training: the optimiser, as arguments of transformers' TrainingArguments.
+    Attributes:
+        model: The model to train; with method lora a peft model around the one that was given.
+        description: Which parameters are trained, in words.
+        training_arguments: The optimiser where the method needs its own, as fields of transformers' TrainingArguments.
     """
 
     model: Any
-    trains: str
-    training: dict[str, Any] = field(default_factory=dict)
+    description: str
+    training_arguments: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained, for any optimiser."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def base(self) -> Any:
+        """The model without the adapters' wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "merge_and_unload") else self.model
+
+    def merged(self) -> Any:
+        """The ordinary model: adapters, if there are any, are added to the weights they adapt."""
+        return self.model.merge_and_unload() if hasattr(self.model, "merge_and_unload") else self.model
 
 
-def matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrices:
-    """The targeted matrices of a compressed model by their form; of a dense one by what `plan` would make of them.
+@dataclass(frozen=True)
+class Method:
+    """A fine-tuning method.
 
-    The dense model with a plan is the control of the paper's comparison: the same matrices, not yet damaged.
+    mark: sets requires_grad; of a model, its matrices and a rank. default_rank: None for a method without one.
+    fsdp: its parameters may be cut over processes. packages: what it needs beyond the package, from the extra `extra`.
+    optimizer: of transformers' Trainer, if the method is one itself; its state holds the classes `state_classes`.
     """
+
+    mark: Callable[["PreTrainedModel", Matrices, int], MarkedModel]
+    supports_norms: bool = False
+    default_rank: int | None = None
+    fsdp: bool = False
+    packages: tuple[str, ...] = ()
+    extra: str = ""
+    optimizer: str | None = None
+    state_classes: tuple[str, ...] = ()
+
+
+def mark_trainable(
+    model: "PreTrainedModel",
+    method: str = "lrc",
+    *,
+    plan: Plan | str | Path | None = None,
+    train_norms: bool = False,
+    rank: int | None = None,
+) -> MarkedModel:
+    """Set requires_grad on the parameters that a method trains, and freeze the others.
+
+    The model can then be trained by any loop, by transformers' Trainer or by trl's SFTTrainer. With lora train the
+    `model` of the result, which has the adapters.
+
+    Args:
+        model: A model in memory, compressed or dense.
+        method: lrc (the factors of the low-rank matrices; WeLore, section 3.3), nlrc (the targeted matrices that
+            stayed dense), full, lora (arXiv 2106.09685) or galore (arXiv 2403.03507).
+        plan: For a dense model, which of its matrices count as low-rank components: the control of the paper's
+            comparison.
+        train_norms: Train the norms, too (lrc, nlrc).
+        rank: The rank of lora (8) or galore (128).
+
+    Returns:
+        The model, a description of what is trained, and the arguments of the method's optimiser if it has its own.
+
+    Raises:
+        WeLoreError: The method is unknown, has nothing to train in this model, or lacks a package.
+    """
+    entry = choose("method", method, METHODS)
+    refuse_options(method, train_norms=train_norms, rank=rank)
+    plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
+    marked = entry.mark(model, _matrices(model, plan), rank or entry.default_rank or 0)
+    if not train_norms:
+        return marked
+    for module in model.modules():
+        if "norm" in type(module).__name__.lower():
+            module.requires_grad_(True)
+    return replace(marked, description=f"{marked.description} and the norms")
+
+
+def refuse_options(method: str, *, train_norms: bool, rank: int | None) -> None:
+    """Raise WeLoreError for options that a method does not have, and for packages that it lacks."""
+    entry = METHODS[method]
+    if train_norms and not entry.supports_norms:
+        names = " and ".join(name for name, other in METHODS.items() if other.supports_norms)
+        raise WeLoreError(f"train_norms goes with {names}; {method} has a rule of its own")
+    if rank is not None and entry.default_rank is None:
+        names = " and ".join(name for name, other in METHODS.items() if other.default_rank)
+        raise WeLoreError(f"rank goes with {names}; {method} has no rank")
+    missing = [package for package in entry.packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise WeLoreError(f"method {method} needs {', '.join(missing)}: pip install 'welore[{entry.extra}]'")
+
+
+def _matrices(model: "PreTrainedModel", plan: Plan | None) -> Matrices:
+    """The targeted matrices of a compressed model by their form; of a dense one by what `plan` would make of them."""
     config: Any = getattr(model.config, "quantization_config", None)
-    about = config if isinstance(config, dict) else config.to_dict() if config is not None else {}
-    include, exclude = about.get("include", ()), about.get("exclude", ())
+    patterns = config if isinstance(config, dict) else config.to_dict() if config is not None else {}
+    include, exclude = patterns.get("include", ()), patterns.get("exclude", ())
     if plan is not None:
         include, exclude = plan.include, plan.exclude
     names = [target.name for target in find_targets(model, include, exclude)]
@@ -59,119 +147,104 @@ def matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrices:
         if factored:
             raise WeLoreError("a plan tells the matrices of a dense model apart; this model is compressed already")
         factored = plan.lrc_layers
-        lost = factored - set(names)
-        if lost:
-            raise WeLoreError(f"the plan is for another model: it names {sorted(lost)[0]}, which this one has not")
+        missing = factored - set(names)
+        if missing:
+            raise WeLoreError(f"the plan is for another model: it names {sorted(missing)[0]}, which this one has not")
     return Matrices([n for n in names if n in factored], [n for n in names if n not in factored])
 
 
-def lrc(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int | None) -> Marked:
-    """Train the factors (A, B or P, C) of the low-rank matrices; everything else is frozen (WeLore, section 3.3)."""
-    if not found.lrc:
+def _lrc(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
+    if not matrices.lrc:
         raise WeLoreError(
             "method lrc has nothing to train: this model has no low-rank matrices; compress it first, or name by "
-            "--plan which of its matrices to train"
+            "plan which of its matrices to train"
         )
-    _freeze(model)
-    for name in found.lrc:
-        module = model.get_submodule(name)
-        for linear in module.children() if isinstance(module, LowRankLayer) else (module,):
-            _weight(linear).requires_grad_()
-    low = isinstance(model.get_submodule(found.lrc[0]), LowRankLayer)
-    trains = "the factors of the LRCs" if low else "the dense matrices that the plan calls LRCs"
-    return Marked(model, trains + _norms(model, train_norms))
+    layers = [model.get_submodule(name) for name in matrices.lrc]
+    _train_only(model, [part for layer in layers for part in (_parts(layer) or [layer])])
+    compressed = isinstance(layers[0], LowRankLayer)
+    return MarkedModel(
+        model, "the factors of the LRCs" if compressed else "the dense matrices that the plan calls LRCs"
+    )
 
 
-def nlrc(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int | None) -> Marked:
-    """Train the targeted matrices that stayed dense: the control of the paper's Figure 5."""
-    if not found.nlrc:
+def _nlrc(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
+    """The control of the paper's figure 5."""
+    if not matrices.nlrc:
         raise WeLoreError("method nlrc has nothing to train: every targeted matrix of this model is factored; use lrc")
-    _freeze(model)
-    for name in found.nlrc:
-        _weight(model.get_submodule(name)).requires_grad_()
-    return Marked(model, "the dense targeted matrices (N-LRCs)" + _norms(model, train_norms))
+    _train_only(model, [model.get_submodule(name) for name in matrices.nlrc])
+    return MarkedModel(model, "the dense targeted matrices (N-LRCs)")
 
 
-def full(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int | None) -> Marked:
-    """Train every parameter."""
+def _full(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
     model.requires_grad_(True)
-    return Marked(model, "every parameter")
+    return MarkedModel(model, "every parameter")
 
 
-def lora(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int | None) -> Marked:
-    """Train LoRA adapters (arXiv 2106.09685; peft) on every linear layer of the blocks, of factors on each.
-
-    They are merged into the weights at the end: the result is a checkpoint like any other.
-    """
-    _need("lora", "train", "peft")
+def _lora(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
+    """Adapters on every linear layer of the blocks, of factors on each."""
     from peft import LoraConfig, get_peft_model
 
-    rank = LORA_RANK if rank is None else rank
-    names = []
-    for name in (*found.lrc, *found.nlrc):
-        module = model.get_submodule(name)
-        names += (
-            [f"{name}.{child}" for child, _ in module.named_children()] if isinstance(module, LowRankLayer) else [name]
-        )
+    names: list[str] = []
+    for name in (*matrices.lrc, *matrices.nlrc):
+        layer = model.get_submodule(name)
+        names += [f"{name}.{child}" for child, _ in layer.named_children()] if _parts(layer) else [name]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
     with known_warnings():
         adapted = get_peft_model(model, config)
-    return Marked(adapted, f"LoRA adapters of rank {rank} on every linear layer of the blocks")
+    return MarkedModel(adapted, f"LoRA adapters of rank {rank} on every linear layer of the blocks")
 
 
-def galore(model: "PreTrainedModel", found: Matrices, train_norms: bool, rank: int | None) -> Marked:
-    """Train every parameter with GaLore's AdamW (arXiv 2403.03507): gradients of the blocks projected to low rank."""
-    _need("galore", "galore", "galore_torch", "bitsandbytes")
-    rank = GALORE_RANK if rank is None else rank
+def _galore(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
+    """GaLore's AdamW: the gradients of the blocks are projected to a low rank."""
     model.requires_grad_(True)
     blocks, _ = decoder_blocks(model)
-    training = {
-        "optim": "galore_adamw",
+    optimizer = {
+        "optim": METHODS["galore"].optimizer,
         "optim_target_modules": rf"{re.escape(blocks)}\..*",
         "optim_args": f"rank={rank},update_proj_gap={GALORE_GAP},scale={GALORE_SCALE}",
     }
-    return Marked(model, f"every parameter, by GaLore of rank {rank} in the blocks", training)
+    return MarkedModel(model, f"every parameter, by GaLore of rank {rank} in the blocks", optimizer)
 
 
-METHODS: dict[str, Callable[["PreTrainedModel", Matrices, bool, int | None], Marked]] = {
-    "lrc": lrc,
-    "nlrc": nlrc,
-    "full": full,
-    "lora": lora,
-    "galore": galore,
+METHODS: dict[str, Method] = {
+    "lrc": Method(_lrc, supports_norms=True, fsdp=True),
+    "nlrc": Method(_nlrc, supports_norms=True, fsdp=True),
+    "full": Method(_full, fsdp=True),
+    "lora": Method(_lora, default_rank=8, packages=("peft",), extra="train"),
+    "galore": Method(
+        _galore,
+        default_rank=128,
+        packages=("galore_torch", "bitsandbytes"),
+        extra="galore",
+        optimizer="galore_adamw",
+        state_classes=("galore_torch.galore_projector.GaLoreProjector",),
+    ),
 }
-WITH_NORMS = ("lrc", "nlrc")  # methods to which --train-norms adds something
-WITH_RANK = ("lora", "galore")  # methods that have a rank
 
 
 @contextmanager
 def known_warnings() -> Iterator[None]:
-    """Silence what the libraries of lora and galore say about each other's versions; none of it is the user's."""
+    """Silence the warnings of the libraries of lora and galore about each other's versions."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This implementation of AdamW is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
         yield
 
 
-def _freeze(model: nn.Module) -> None:
+def state_classes(method: str) -> list[Any]:
+    """The classes in a method's optimiser state besides tensors; torch reads them back only if they are named."""
+    paths = [path.rpartition(".") for path in METHODS[method].state_classes]
+    return [getattr(importlib.import_module(module), name) for module, _, name in paths]
+
+
+def _train_only(model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    """Train the weights of these layers; their biases and everything else are frozen."""
     model.requires_grad_(False)
+    for layer in layers:
+        assert isinstance(layer.weight, nn.Parameter)
+        layer.weight.requires_grad_()
 
 
-def _norms(model: nn.Module, train_norms: bool) -> str:
-    if not train_norms:
-        return ""
-    for module in model.modules():
-        if "norm" in type(module).__name__.lower():
-            module.requires_grad_(True)
-    return " and the norms"
-
-
-def _weight(module: nn.Module) -> nn.Parameter:
-    assert isinstance(module.weight, nn.Parameter)
-    return module.weight
-
-
-def _need(method: str, extra: str, *packages: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise WeLoreError(f"method {method} needs {', '.join(missing)}: pip install 'welore[{extra}]'")
+def _parts(layer: nn.Module) -> list[nn.Module]:
+    """The factors of a low-rank layer; none of another."""
+    return list(layer.children()) if isinstance(layer, LowRankLayer) else []

@@ -34,9 +34,9 @@ def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
     if not resume:
         require_free(out, overwrite=overwrite, marker=RUN)
     elif overwrite:
-        raise WeLoreError("give --resume or --overwrite, not both: one goes on with the run, the other deletes it")
+        raise WeLoreError("give resume or overwrite, not both: one goes on with the run, the other deletes it")
     elif not (out / RUN).is_file():
-        raise WeLoreError(f"{out} holds no run that could be resumed: leave --resume out to begin one")
+        raise WeLoreError(f"{out} holds no run that could be resumed: leave resume out to begin one")
     elif (out / TUNED).is_file():
         raise WeLoreError(f"the run in {out} is finished (see {TUNED}): there is nothing to resume")
 
@@ -57,15 +57,15 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
             )
 
 
-def written(out: Path) -> Tensor | None:
+def read_written(out: Path) -> Tensor | None:
     """What the teacher wrote for the run in `out`, None if it is not there."""
     return read_windows(out / WRITTEN) if (out / WRITTEN).is_file() else None
 
 
 def last_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint that is complete; what a killed run left incomplete is passed over."""
-    found = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    for path in sorted(found, key=lambda path: -int(path.name.split("-")[1])):
+    checkpoints = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    for path in sorted(checkpoints, key=lambda path: -int(path.name.split("-")[1])):
         try:
             json.loads((path / STATE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -85,8 +85,8 @@ def gathered(model: "PreTrainedModel") -> dict[str, Tensor] | None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # slow, seldom needed
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    whole: dict[str, Any] = get_model_state_dict(model, options=options)
-    return {name: tensor for name, tensor in whole.items() if name in once}
+    tensors: dict[str, Any] = get_model_state_dict(model, options=options)
+    return {name: tensor for name, tensor in tensors.items() if name in once}
 
 
 def save_result(
@@ -94,7 +94,7 @@ def save_result(
     model: "PreTrainedModel",
     state: dict[str, Tensor] | None,
     tokenizer: "PreTrainedTokenizerBase",
-    source: Path,
+    source: Path | None,
 ) -> None:
     """Write the tuned model, whole or not at all; plan and compression record come along.
 
@@ -104,7 +104,7 @@ def save_result(
         model.save_pretrained(unfinished, state_dict=state)
         tokenizer.save_pretrained(unfinished)
         for name in (PLAN, RECORD):
-            if (source / name).is_file():
+            if source is not None and (source / name).is_file():
                 shutil.copyfile(source / name, unfinished / name)
 
 
@@ -118,7 +118,7 @@ def fingerprint(model: "PreTrainedModel") -> str:
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in content.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+        values |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return values

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from welore.config import CalibrationConfig
 from welore.data.self_generated import generate_text
 from welore.errors import WeLoreError
+from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.progress import Progress
 from welore.models.copies import writer
@@ -19,27 +19,26 @@ if TYPE_CHECKING:
 
 
 def load_teacher(
-    name: str,
+    name: str | Path,
     student: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    directory: Path,
-    *,
+    directory: Path | None,
     alone: bool,
-    attention: str | None = None,
-    cache_dir: str | Path | None = None,
+    attention: str | None,
+    context: RunContext,
 ) -> "PreTrainedModel":
     """The model `name`, frozen, on the CPU in its own dtype; student and tokenizer: of the model in `directory`.
 
     alone: nothing else is learned from. Raises WeLoreError for a teacher that cannot teach this student.
     """
-    found = resolve_model(name, cache_dir=cache_dir)
-    if alone and found.resolve() == directory.resolve():
+    source = resolve_model(name, cache_dir=context.cache_dir)
+    if alone and directory is not None and source.resolve() == directory.resolve():
         raise WeLoreError(
             "the model is its own teacher and has nothing to learn from itself: name the dense model that it was made "
-            "from, or give --distill-weight below 1"
+            "from, or give a distill_weight below 1"
         )
-    teacher, teachers = load(found, "auto", "cpu", attention)
-    refuse_other_vocabulary(student, tokenizer, teacher, teachers)
+    teacher, teacher_tokenizer = load(source, "auto", "cpu", attention)
+    refuse_other_vocabulary(student, tokenizer, teacher, teacher_tokenizer)
     teacher.requires_grad_(False)
     return teacher.eval()
 
@@ -48,13 +47,13 @@ def refuse_other_vocabulary(
     student: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     teacher: "PreTrainedModel",
-    teachers: "PreTrainedTokenizerBase",
+    teacher_tokenizer: "PreTrainedTokenizerBase",
 ) -> None:
     """Raise WeLoreError unless a number stands for the same token in both models."""
     sizes = [len(_outputs(model)) for model in (student, teacher)]
-    if sizes[0] != sizes[1] or tokenizer.get_vocab() != teachers.get_vocab():
+    if sizes[0] != sizes[1] or tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
         raise WeLoreError(
-            f"the teacher has another vocabulary ({len(teachers)} tokens, {sizes[1]} outputs; the model has "
+            f"the teacher has another vocabulary ({len(teacher_tokenizer)} tokens, {sizes[1]} outputs; the model has "
             f"{len(tokenizer)} and {sizes[0]}): distilling needs the same tokens, as in the model it was made from"
         )
 
@@ -81,8 +80,8 @@ def write_text(
     progress: Progress,
 ) -> Tensor:
     """Windows (count, length) of text that the teacher writes on `device`, the same in every process."""
-    size = CalibrationConfig(num_tokens=tokens, max_length=length, seed=seed)
-    windows = generate_text(writer(teacher, device), tokenizer, size, progress=progress)
+    size: dict[str, Any] = {"tokens": tokens, "length": length, "seed": seed}
+    windows = generate_text(writer(teacher, device), tokenizer, **size, progress=progress)
     if not torch.distributed.is_initialized():
         return windows
     # Every process writes, so that none waits for long; two GPUs may differ in a last bit, and then in a word.

@@ -1,12 +1,10 @@
-"""transformers' Trainer with a clock: the same numbers, and where time and memory went."""
+"""transformers' Trainer with our loss, exact evaluation, the order of items as given, and a callback that measures."""
 
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,61 +17,30 @@ from transformers import Trainer, TrainerCallback
 from welore.errors import DivergedError
 from welore.io.progress import Progress, counted
 from welore.training.data import IGNORED, Batch
+from welore.training.objective import Objective
 
 WARM_UP = 2  # steps that are not timed: memory is allocated and caches are filled then
-CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-@dataclass
-class Clock:
-    """Seconds and tokens of every optimiser step, in this process; padding is not a token.
-
-    step: from the first forward pass to the end of the optimiser's step. forward and backward are parts of it;
-    the rest is clipping and the optimiser. Evaluating, saving and reading data are outside.
-    """
-
-    step: list[float] = field(default_factory=list)
-    forward: list[float] = field(default_factory=list)
-    compute: list[float] = field(default_factory=list)  # forward and backward
-    teacher: list[float] = field(default_factory=list)  # its forward pass, where a model is distilled
-    tokens: list[int] = field(default_factory=list)
-    memory_before_bytes: int = 0  # in use before the first step: the model, and on a CPU the program
-
-    def numbers(self, tokens_elsewhere: float = 1.0) -> dict[str, Any]:
-        """Tokens per second and seconds of a step, without the first steps.
-
-        tokens_elsewhere: tokens of all processes, as a multiple of this one's.
-        """
-        skip = WARM_UP if len(self.step) > WARM_UP else 0
-        steps = len(self.step) - skip
-        if not steps:
-            return {"timed_steps": 0}
-        books = (self.step, self.forward, self.compute, self.teacher)
-        wall, forward, compute, teacher = (sum(values[skip:]) for values in books)
-        return {
-            "timed_steps": steps,
-            "tokens_per_second": sum(self.tokens[skip:]) * tokens_elsewhere / wall,
-            "seconds_per_step": wall / steps,
-            "seconds_forward": forward / steps,
-            "seconds_backward": (compute - forward - teacher) / steps,
-            "seconds_optimizer": (wall - compute) / steps,
-        } | ({"seconds_teacher": teacher / steps} if teacher else {})
-
-
-class ClockedTrainer(Trainer):
+class FinetuneTrainer(Trainer):
     """A Trainer that takes its items in the given order, and evaluates exactly.
 
     evaluation: batches on the CPU. Their loss is summed over all tokens in float64 and divided once, so that it
-    depends neither on the batches nor on the number of processes. show: what a teacher does with a batch before the
-    model reads it.
+    depends neither on the batches nor on the number of processes. objective: the training loss; None for the model's
+    own. resumed_at: the step after which the run goes on; None for a new one.
     """
 
     def __init__(
-        self, *args: Any, evaluation: Sequence[Batch], show: Callable[[Batch], None] | None = None, **kwargs: Any
+        self,
+        *,
+        evaluation: Sequence[Batch],
+        objective: Objective | None = None,
+        resumed_at: int | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.clock = Clock()
-        self.evaluation, self.show = evaluation, show
-        super().__init__(*args, **kwargs)
+        self.evaluation, self.resumed_at = evaluation, resumed_at
+        self.objective: Objective | None = objective
+        super().__init__(compute_loss_func=objective, **kwargs)  # which says that the loss is divided here
         if self.is_fsdp_enabled and self.args.bf16:  # accelerate would add up gradients, and give the loss, in bfloat16
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
@@ -81,32 +48,27 @@ class ClockedTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # type: ignore[arg-type]
 
-    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """The Trainer's, timed."""
-        mask = inputs.get("attention_mask")
-        self.clock.tokens[-1] += inputs["input_ids"].numel() if mask is None else int(mask.sum())
-        started = self.now()
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        self.clock.compute[-1] += self.now() - started
-        return loss
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, timed; the teacher reads first."""
-        started = self.now()
-        if self.show is not None:
-            self.show(inputs)
-            self.clock.teacher[-1] += self.now() - started
-            started = self.now()
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.clock.forward[-1] += self.now() - started
-        return loss
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """Mean over the predicted tokens, or the sum divided by those of the whole step."""
+        if self.objective is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch, **kwargs)
+        total, outputs = self.objective(model, inputs)
+        count = (inputs["labels"][:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = total / (count.to(total.device) if isinstance(count, Tensor) else count)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over them
+        if getattr(outputs, "aux_loss", None) is not None:  # of a mixture of experts, which balances them by it
+            loss = loss + self.accelerator.unwrap_model(model).router_aux_loss_coef * outputs.aux_loss.to(loss.device)
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean negative log-likelihood over all tokens held out, and its exponential."""
         mean = self.held_out_loss(self.model)
         if not math.isfinite(mean):
             raise DivergedError(
-                "the model computes NaN or Inf on the held-out part: try a smaller --learning-rate, or float32"
+                "the model computes NaN or Inf on the held-out part: try a smaller learning_rate, or dtype float32"
             )
         metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
         self.log(metrics)
@@ -121,47 +83,67 @@ class ClockedTrainer(Trainer):
         total, tokens = self.accelerator.reduce(sums, "sum").tolist()
         return float(total / tokens)
 
-    def now(self) -> float:
-        """Seconds, when everything asked of the GPU so far is done."""
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
+class RunCallback(TrainerCallback):
+    """Moves the progress bar, stops a run whose loss is not a number, and measures the speed between two losses.
 
-class StepCallback(TrainerCallback):
-    """Starts and stops the clock of each step, moves the progress bar, and stops a run whose loss is not a number."""
+    tokens: how many a step reads, in all processes. A loss is read when everything asked of a GPU before is done, so
+    nothing has to wait for the measurement. Evaluating and saving are outside.
+    """
 
-    def __init__(self, steps: int, progress: Progress) -> None:
-        self.trainer: Any = None
+    def __init__(self, tokens: Callable[[int], int], steps: int, progress: Progress) -> None:
+        self.tokens = tokens
         self.bar = iter(counted(progress, range(steps), "finetune"))
+        self.began: tuple[int, float] | None = None  # the number of the step, and when
+        self.intervals: list[tuple[int, int, float]] = []  # steps, tokens, seconds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Memory is counted from here on."""
-        self.trainer.clock.memory_before_bytes = forget_peak_memory(args.device)
+        """The bar begins where the run goes on."""
         for _step in range(state.global_step + 1):
             next(self.bar, None)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A new line in the clock's books."""
-        clock = self.trainer.clock
-        for values in (clock.forward, clock.compute, clock.teacher, clock.tokens):
-            values.append(0)
-        clock.step.append(self.trainer.now())
+        """An interval begins, unless one is open."""
+        self.began = self.began or (state.global_step, time.perf_counter())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What the step took."""
-        clock = self.trainer.clock
-        clock.step[-1] = self.trainer.now() - clock.step[-1]
+        """The bar moves on."""
         next(self.bar, None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """No sense in going on without a loss."""
+        """An interval ends; without a loss there is no sense in going on."""
         loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
+        if loss is None:
+            return
+        if self.began is not None:
+            first, started = self.began
+            tokens = sum(map(self.tokens, range(first, state.global_step)))
+            self.intervals.append((state.global_step - first, tokens, time.perf_counter() - started))
+            self.began = None
+        if not math.isfinite(loss):
             raise DivergedError(
-                f"the training loss is {loss} at step {state.global_step}: try a smaller --learning-rate, longer "
-                "--warmup-steps or --dtype float32; earlier checkpoints are kept"
+                f"the training loss is {loss} at step {state.global_step}: try a smaller learning_rate, more "
+                "warmup_steps or dtype float32; earlier checkpoints are kept"
             )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """What is open is not measured."""
+        self.began = None
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """What is open is not measured."""
+        self.began = None
+
+    def numbers(self) -> dict[str, Any]:
+        """Tokens per second, of all processes, and seconds of a step, without the first steps."""
+        timed = list(self.intervals)
+        skipped = 0
+        while len(timed) > 1 and skipped < WARM_UP:
+            skipped += timed.pop(0)[0]
+        if not timed:
+            return {"timed_steps": 0}
+        steps, tokens, seconds = (sum(column) for column in zip(*timed, strict=True))
+        return {"timed_steps": steps, "tokens_per_second": tokens / seconds, "seconds_per_step": seconds / steps}
 
 
 def share(batches: Sequence[Batch], process: int, processes: int) -> list[Batch]:
@@ -181,39 +163,24 @@ def _loss_of(model: Any, batches: Sequence[Batch], device: torch.device) -> tupl
     total, tokens = 0.0, 0
     training = model.training
     model.eval()
-    for batch in batches:
-        labels = batch["labels"].to(device)
-        inputs = {name: values.to(device) for name, values in batch.items() if name != "labels"}
-        logits = model(**inputs, use_cache=False).logits
-        for scores, wanted in zip(logits, labels, strict=True):
-            losses = cross_entropy(scores[:-1].float(), wanted[1:], reduction="none", ignore_index=IGNORED)
-            total += float(losses.sum(dtype=torch.float64))
-        tokens += int((labels[:, 1:] != IGNORED).sum())
-    model.train(training)
+    try:
+        for batch in batches:
+            labels = batch["labels"].to(device)
+            inputs = {name: values.to(device) for name, values in batch.items() if name != "labels"}
+            logits = model(**inputs, use_cache=False).logits
+            for scores, target in zip(logits, labels, strict=True):
+                losses = cross_entropy(scores[:-1].float(), target[1:], reduction="none", ignore_index=IGNORED)
+                total += float(losses.sum(dtype=torch.float64))
+            tokens += int((labels[:, 1:] != IGNORED).sum())
+    finally:
+        model.train(training)
     return total, float(tokens)
 
 
-def forget_peak_memory(device: torch.device) -> int:
-    """Begin to count anew, where the system allows it; bytes in use now, 0 where they are not known."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    if CLEAR_REFS.exists():
-        CLEAR_REFS.write_text("5")  # Linux: the high-water mark becomes what is used now
-    return _status("VmRSS") if STATUS.exists() else 0
-
-
 def peak_memory(device: torch.device) -> dict[str, Any]:
-    """Largest memory since `forget_peak_memory`: of tensors on a GPU, of the whole process on a CPU."""
+    """The largest memory so far: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "peak_memory_of": "tensors on the GPU"}
-    if STATUS.exists():
-        return {"peak_memory_bytes": _status("VmHWM"), "peak_memory_of": "the process"}
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"peak_memory_bytes": peak, "peak_memory_of": "the process, loading included"}
-
-
-def _status(name: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    return {"peak_memory_bytes": peak, "peak_memory_of": "the process"}

@@ -1,0 +1,200 @@
+"""What a fine-tuning run is asked for -> its settings without gaps, and transformers' TrainingArguments."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from welore.config import FinetuneConfig
+from welore.errors import WeLoreError, choose, first_line
+from welore.training.methods import METHODS, refuse_options
+
+# The paper's settings, section 4: of continual fine-tuning and of a task.
+CONTINUAL = {"max_steps": 10_000, "batch_size": 4, "max_length": 1024}
+DOWNSTREAM = {"max_steps": 1_000, "batch_size": 8, "max_length": 512}
+WARM_UP_SHARE = 20  # one step in twenty: 500 of 10,000
+DISTILLED = {"distill_weight": 1.0, "distill_temperature": 1.0}  # the teacher alone, at its own temperature
+FSDP = "ACCELERATE_USE_FSDP"  # set by accelerate's launcher
+
+# Fields of TrainingArguments that a run would not obey: their work is done by settings of our own, or not at all.
+IGNORED = ("num_train_epochs", "per_device_eval_batch_size", "train_sampling_strategy", "do_train", "do_eval")
+
+
+def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneConfig:
+    """The settings with the usual values in place of None and auto; WeLoreError for what cannot work together."""
+    if config.dataset is None and config.task is None:
+        raise WeLoreError("give dataset or task, one of them; task_dataset names the file of a task")
+    usual: dict[str, Any] = dict(CONTINUAL if config.task is None else DOWNSTREAM)
+    usual["warmup_steps"] = (config.max_steps or usual["max_steps"]) // WARM_UP_SHARE
+    usual |= DISTILLED if config.distill is not None else {}
+    values = {name: value for name, value in usual.items() if getattr(config, name) is None}
+    if config.dtype == "auto":
+        values["dtype"] = _usual_dtype(device)
+    config = dataclasses.replace(config, **values)
+    if config.dtype == "float16" and device.type == "cpu":
+        raise WeLoreError("float16 is trained on a GPU only: use dtype float32 or bfloat16 on a CPU")
+    if config.self_tokens is not None and config.self_tokens <= length_of(config):
+        raise WeLoreError(
+            f"self_tokens is {config.self_tokens}: two blocks of {config.max_length} tokens are needed, one of them to "
+            "evaluate on"
+        )
+    choose("optimizer", config.optimizer, {name.value: name for name in OptimizerNames})
+    refuse_options(config.method, train_norms=config.train_norms, rank=config.rank)
+    if METHODS[config.method].optimizer and config.optimizer != FinetuneConfig.optimizer:
+        raise WeLoreError(f"method {config.method} is an optimizer itself: leave optimizer out")
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise WeLoreError(f"report_to {config.report_to} needs the package: pip install {config.report_to}")
+    return config
+
+
+def _usual_dtype(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+
+
+def sequences_read(config: FinetuneConfig, processes: int) -> int:
+    """How many sequences a run reads, in all its processes."""
+    assert config.max_steps
+    assert config.batch_size
+    return config.max_steps * config.batch_size * config.gradient_accumulation_steps * processes
+
+
+def length_of(config: FinetuneConfig) -> int:
+    """Tokens of a sequence."""
+    assert config.max_length
+    return config.max_length
+
+
+def check_launch(environment: Mapping[str, str], method: str, device: str, distill: Any = None) -> None:
+    """Raise WeLoreError for what accelerate's launcher asks (by its variables) and this package cannot do."""
+    if is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
+        raise WeLoreError("finetune does not run under DeepSpeed: use accelerate launch --use_fsdp, or torchrun (DDP)")
+    if not is_on(environment, FSDP):
+        return
+    if environment.get("FSDP_VERSION", "1") != "2":
+        raise WeLoreError("finetune runs under FSDP 2 only: pass --fsdp_version 2 to accelerate launch")
+    if is_on(environment, "FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise WeLoreError(
+            "every process reads the checkpoint itself: pass --fsdp_cpu_ram_efficient_loading false as well"
+        )
+    if distill is not None:
+        raise WeLoreError("distill does not run under FSDP: use torchrun, which is DDP")
+    if not METHODS[method].fsdp:
+        names = ", ".join(name for name, entry in METHODS.items() if entry.fsdp)
+        raise WeLoreError(f"method {method} does not run under FSDP, only {names} do: use torchrun, which is DDP")
+    if device == "cpu":
+        raise WeLoreError(
+            "accelerate has no FSDP on a CPU and would use DDP without a word: use torchrun, which is DDP"
+        )
+
+
+def is_on(environment: Mapping[str, str], name: str) -> bool:
+    """Whether a variable of accelerate's launcher says yes."""
+    return environment.get(name, "").lower() in ("1", "true")
+
+
+def training_arguments(
+    config: FinetuneConfig, output_dir: Path, device: torch.device, *, evaluate_first: bool = True
+) -> TrainingArguments:
+    """The same settings in transformers' words. Under torchrun this joins the other processes.
+
+    evaluate_first: evaluate before the first step, too.
+    """
+    usual: dict[str, Any] = {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "logging_steps": 1,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": device.type == "cuda",
+    }
+    if "lr_scheduler_type" in config.training_arguments:
+        del usual["lr_scheduler_kwargs"]  # of our own schedule
+    ours = _our_arguments(config, output_dir, device, evaluate_first)
+    for name in config.training_arguments:
+        _require_field(name)
+        if name in ours or name in IGNORED:
+            raise WeLoreError(
+                f"{name} is no training argument to give: fine-tuning sets it from max_steps, batch_size, dtype, "
+                "optimizer, eval_steps, save_steps, device and its other settings"
+            )
+    try:
+        arguments = TrainingArguments(**ours, **(usual | dict(config.training_arguments)))
+    except (ValueError, TypeError) as error:
+        raise WeLoreError(f"a training argument cannot be used: {first_line(error)}") from error
+    _use_device(arguments, device)
+    return arguments
+
+
+def _our_arguments(
+    config: FinetuneConfig, output_dir: Path, device: torch.device, evaluate_first: bool
+) -> dict[str, Any]:
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in _fields() else "gradient_checkpointing"
+    on = config.gradient_checkpointing
+    return {
+        "output_dir": str(output_dir),
+        "max_steps": config.max_steps,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "seed": config.seed,
+        "bf16": config.dtype == "bfloat16",
+        "fp16": config.dtype == "float16",
+        "optim": config.optimizer,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        checkpointing: on,
+        checkpointing + "_kwargs": {"use_reentrant": False} if on else None,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if config.eval_steps else "no",
+        "eval_steps": config.eval_steps or None,
+        "eval_on_start": bool(config.eval_steps) and evaluate_first,
+        "save_strategy": "steps" if config.save_steps else "no",
+        "save_steps": config.save_steps or 500,
+        "report_to": config.report_to,
+        "disable_tqdm": True,
+        "use_cpu": device.type == "cpu",
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def _use_device(arguments: TrainingArguments, device: torch.device) -> None:
+    """Train on this device: alone, TrainingArguments takes the first GPU, or all of them by DataParallel."""
+    if arguments.world_size == 1 and device.type == "cuda" and device.index is not None:
+        arguments.distributed_state.device = device
+        arguments._setup_devices = device  # the value of its property `device`
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs: one process each, by torchrun
+
+
+def training_argument(name: str, text: str) -> Any:
+    """The value of a field of transformers' TrainingArguments from the text of a command line.
+
+    Raises:
+        WeLoreError: There is no such field, or the text is not of its type.
+    """
+    _require_field(name)
+    parser = HfArgumentParser(TrainingArguments, exit_on_error=False)  # type: ignore[arg-type]
+    try:
+        return getattr(parser.parse_args([f"--{name}={text}"]), name)
+    except (argparse.ArgumentError, argparse.ArgumentTypeError, ValueError) as error:
+        raise WeLoreError(f"--{name.replace('_', '-')} cannot be {text!r}: {first_line(error)}") from error
+
+
+def _fields() -> list[str]:
+    return [field.name for field in dataclasses.fields(TrainingArguments)]
+
+
+def _require_field(name: str) -> None:
+    if name not in _fields():
+        close = difflib.get_close_matches(name, _fields(), n=1)
+        hint = f": did you mean {close[0]}?" if close else ""
+        raise WeLoreError(f"transformers' TrainingArguments has no field {name!r}{hint}")
