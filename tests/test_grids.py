@@ -23,7 +23,7 @@ from welore.models.mlp import long_matrices
 from welore.models.replace import replace_module, sizes
 from welore.models.source import ModelSource
 from welore.models.targets import find_targets, in_blocks
-from welore.training.methods import matrices
+from welore.training.methods import find_matrices
 
 GATE = "model.layers.0.mlp.gate_proj"
 

@@ -111,7 +111,7 @@ def mark_trainable(
     entry = choose("method", method, METHODS)
     refuse_options(method, train_norms=train_norms, rank=rank)
     plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
-    marked = entry.mark(model, _matrices(model, plan), rank or entry.default_rank or 0)
+    marked = entry.mark(model, find_matrices(model, plan), rank or entry.default_rank or 0)
     if not train_norms:
         return marked
     for module in model.modules():
@@ -134,7 +134,7 @@ def refuse_options(method: str, *, train_norms: bool, rank: int | None) -> None:
         raise WeLoreError(f"method {method} needs {', '.join(missing)}: pip install 'welore[{entry.extra}]'")
 
 
-def _matrices(model: "PreTrainedModel", plan: Plan | None) -> Matrices:
+def find_matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrices:
     """The targeted matrices of a compressed model by their form; of a dense one by what `plan` would make of them."""
     config: Any = getattr(model.config, "quantization_config", None)
     patterns = config if isinstance(config, dict) else config.to_dict() if config is not None else {}
