@@ -200,8 +200,8 @@ def test_fine_tuning_knows_the_layers_of_blocks(saved: Callable[..., Path], tmp_
     source = saved("gpt2")
     plan = allocate(welore.analyze(source, split=True), keep=0.7, strategy="waterfill")
     welore.compress(source, tmp_path / "small", plan=plan)
-    dense = matrices(AutoModelForCausalLM.from_pretrained(source), plan)
+    dense = find_matrices(AutoModelForCausalLM.from_pretrained(source), plan)
     assert set(dense.lrc) == plan.lrc_layers
-    small = matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "small"))
+    small = find_matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "small"))
     assert set(small.lrc) == set(plan.ranks)
     assert set(dense.nlrc) <= set(small.nlrc)
