@@ -149,7 +149,7 @@ def fastest(device: str | torch.device | None) -> dict[str, Any]:
     """Settings of `finetune` with which a device trains fastest: dtype, and attention (None: transformers' choice).
 
     bfloat16 where it is known to be multiplied. On a CPU not with torch's flash kernel, which multiplies it at the
-    speed of float32 (docs/method.md).
+    speed of float32 (docs/concepts/fine-tuning.md).
     """
     if not multiplies(torch.bfloat16, device):
         return {"dtype": "float32", "attention": None}
