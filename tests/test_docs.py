@@ -1,6 +1,12 @@
-"""The documentation builds, its links lead somewhere, and pages stay apart from the log."""
+"""The documentation builds, its links lead somewhere, and its commands and snippets are those of this version."""
 
+import ast
+import contextlib
+import io
+import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +20,10 @@ import welore.cli.main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+USER_PAGES = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+SETTINGS = [name for name in welore.__all__ if name.endswith("Config") and name != "WeLoreConfig"]
 LIMIT = 60  # seconds; the build takes a few
+COMING = ("--dry-run", "welore info", "welore export", "mark_trainable", "--lr-scheduler-type")  # not here yet
 
 
 def test_site_builds_without_a_warning_and_every_link_and_anchor_leads_somewhere(tmp_path: Path) -> None:
@@ -32,6 +41,57 @@ def test_site_builds_without_a_warning_and_every_link_and_anchor_leads_somewhere
         assert f"{name}</span>" in api or f".{name}" in api, name
 
 
+@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_of_a_page_parse(page: Path) -> None:
+    parser: Any = typer.main.get_command(welore.cli.main.app)
+    for command in commands(page):
+        verb, *words = shlex.split(command, comments=True)
+        if verb.startswith("-"):
+            continue
+        with contextlib.redirect_stderr(io.StringIO()):
+            assert parser.commands[verb].make_context(verb, words).params, f"{page}: {command}"
+
+
+@pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_of_a_page_is_python_and_names_what_is_public(page: Path) -> None:
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        check_snippet(code, page)
+
+
 def test_pages_do_not_link_to_the_log_of_experiments() -> None:
     for page in (*PAGES, ROOT / "README.md"):
-        assert "LOG.md" not in page.read_text(encoding="utf-8"), page
+        assert "research/LOG" not in page.read_text(encoding="utf-8"), page
+
+
+@pytest.mark.skipif(not hasattr(welore, "info"), reason="welore.info is not here yet")
+def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = json.loads((ROOT / "docs" / "notebooks" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) > 4
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(code, start=1):
+        check_snippet(cell, ROOT / "docs" / "notebooks" / "quickstart.ipynb")
+        exec(compile(cell, f"cell {number}", "exec"), names)
+    assert names["result"].parameter_ratio == pytest.approx(0.7, abs=0.02)
+
+
+def commands(page: Path) -> list[str]:
+    """The `welore` commands of a page's shell blocks, continued lines joined, launchers left out."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    found = [re.search(r"(?:^|--no-python |--no_python )welore (.*)", line) for line in lines]
+    return [match[1].replace(" ...", "") for match in found if match and not any(word in match[0] for word in COMING)]
+
+
+def check_snippet(code: str, page: Path) -> None:
+    """Every attribute of welore and every name imported from it is public; keyword arguments of configs are fields."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "welore":
+            assert node.attr in (*welore.__all__, *COMING), f"{page}: welore.{node.attr}"
+        if isinstance(node, ast.ImportFrom) and node.module == "welore":
+            assert {alias.name for alias in node.names} <= set(welore.__all__), page
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in SETTINGS:
+            fields = getattr(welore, node.func.id).__dataclass_fields__
+            assert {keyword.arg for keyword in node.keywords} <= set(fields), f"{page}: {node.func.id}"
