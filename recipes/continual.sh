@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Continual fine-tuning as in the paper (section 4): LLaMA-2-7B at ERR 50 %, C4, 10,000 steps of 4 x 1024 tokens,
-# AdamW 5e-5, cosine to a tenth, warm-up 500, evaluated every 500 steps; the factors only.
+# Continual fine-tuning as in section 4 of the paper: LLaMA-2-7B at ERR 50 %, C4, 10,000 steps of 4 x 1024 tokens,
+# AdamW with 5e-5, a cosine to a tenth, warm-up of 500 steps, evaluation every 500 steps. Only the factors are trained.
 #
-#   recipes/continual.sh [MODEL] [OUT]        several GPUs: BATCH=1 LAUNCH="torchrun --nproc_per_node 4 --no-python"
+#   recipes/continual.sh [MODEL] [OUT]
 #
-# One GPU with 80 GB; a step reads BATCH sequences in every process. What is stopped goes on when the same command is
-# given again.
+# It needs one GPU with 80 GB. For several GPUs: BATCH_SIZE=1 LAUNCH="torchrun --nproc_per_node 4 --no-python"; a step
+# reads BATCH_SIZE sequences in every process. Repeat the command to continue.
 set -euo pipefail
 model=${1:-meta-llama/Llama-2-7b-hf}
 out=${2:-runs/continual}
@@ -16,9 +16,10 @@ mkdir -p "$out"
 for method in ${METHODS:-lrc}; do # METHODS="lrc nlrc full lora galore" for figures 1 and 5
     run="$out/$method"
     [ -f "$run/finetune.json" ] ||
-        ${LAUNCH:-} welore finetune "$out/compressed" "$run" --method "$method" --dataset "${DATA:-c4}" \
-            --max-steps "${STEPS:-10000}" --batch-size "${BATCH:-4}" --max-length "${LENGTH:-1024}" --learning-rate 5e-5 --eval-steps 500 \
-            --save-steps 500 --gradient-checkpointing --label "$method" $([ -f "$run/run.json" ] && echo --resume)
-    welore evaluate "$run/model" --dataset "${DATA:-c4}" --max-length "${LENGTH:-2048}" --label "$method" \
+        ${LAUNCH:-} welore finetune "$out/compressed" "$run" --method "$method" --dataset "${DATASET:-c4}" \
+            --max-steps "${MAX_STEPS:-10000}" --batch-size "${BATCH_SIZE:-4}" --max-length "${MAX_LENGTH:-1024}" \
+            --learning-rate 5e-5 --eval-steps 500 --save-steps 500 --gradient-checkpointing --label "$method" \
+            $([ -f "$run/run.json" ] && echo --resume)
+    welore evaluate "$run/model" --dataset "${DATASET:-c4}" --max-length "${MAX_LENGTH:-2048}" --label "$method" \
         -o "$out/$method.ppl.json"
 done

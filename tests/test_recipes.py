@@ -27,10 +27,16 @@ from welore.records import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 Answer = tuple[int, str]  # exit status, output
-TOY = {"STEPS": "2", "LENGTH": "16"}
+TOY = {"MAX_STEPS": "2", "MAX_LENGTH": "16"}
 CONTINUAL = {"max_steps": 10_000, "batch_size": 4, "max_length": 1024}
 DOWNSTREAM = {"max_steps": 1_000, "batch_size": 8, "max_length": 512}
-PAPER = {"learning_rate": 5e-5, "gradient_accumulation_steps": 1, "warmup_steps": None, "method": "lrc"}  # section 4
+PAPER = {  # section 4
+    "learning_rate": 5e-5,
+    "gradient_accumulation_steps": 1,
+    "warmup_steps": None,
+    "method": "lrc",
+    "train_norms": False,
+}
 
 CLIENT = """#!{python} -IS
 import json, socket, sys
@@ -124,7 +130,14 @@ def test_methods_are_compared_on_the_same_tokens_and_with_their_controls(
     model: Path, text: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("galore_torch")
-    knobs = TOY | {"MODEL": str(model), "DATA": text, "ITEMS": "2", "BATCH": "1", "RATES": "1e-3", "LORA_RATES": "1e-2"}
+    knobs = TOY | {
+        "MODEL": str(model),
+        "DATASET": text,
+        "MAX_EVAL_SAMPLES": "2",
+        "BATCH_SIZE": "1",
+        "RATES": "1e-3",
+        "LORA_RATES": "1e-2",
+    }
     out = tmp_path / "out"
     (status, output), commands = run("compare_methods_cpu.sh", out, answer=obeyed, place=tmp_path / "first", **knobs)
     assert status == 0, output
@@ -159,7 +172,7 @@ def test_the_embedded_model_is_compared_when_none_is_named(tmp_path: Path) -> No
 def test_continual_recipe_tunes_and_evaluates(model: Path, text: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (status, output), _ = run(
-        "continual.sh", model, out, answer=obeyed, place=tmp_path / "bin", METHODS="lrc nlrc", DATA=text, **TOY
+        "continual.sh", model, out, answer=obeyed, place=tmp_path / "bin", METHODS="lrc nlrc", DATASET=text, **TOY
     )
     assert status == 0, output
     for method in ("lrc", "nlrc"):
@@ -169,7 +182,7 @@ def test_continual_recipe_tunes_and_evaluates(model: Path, text: str, tmp_path: 
 
 
 def test_downstream_recipe_tunes_scores_and_prints_the_table(model: Path, tmp_path: Path) -> None:
-    knobs = {"TASKS": "coin_flip object_tracking", "TASK_DATA": "generated", "LIMIT": "3", "STEPS": "2"}
+    knobs = {"TASKS": "coin_flip object_tracking", "TASK_DATASET": "generated", "LIMIT": "3", "MAX_STEPS": "2"}
     out = tmp_path / "out"
     (status, output), _ = run("downstream.sh", model, out, answer=obeyed, place=tmp_path / "bin", **knobs)
     assert status == 0, output
@@ -179,27 +192,41 @@ def test_downstream_recipe_tunes_scores_and_prints_the_table(model: Path, tmp_pa
     assert "| lrc |" in output
 
 
-def test_healing_recipe_needs_no_data_and_compares_the_three_models(model: Path, text: str, tmp_path: Path) -> None:
-    knobs = TOY | {"BATCH": "1", "PARAMS": "0.7", "TOKENS": "256", "TEXT": text, "WINDOW": "64", "WINDOWS": "2"}
+def test_recovery_recipe_needs_no_data_and_compares_the_three_models(model: Path, text: str, tmp_path: Path) -> None:
+    knobs = TOY | {
+        "BATCH_SIZE": "1",
+        "KEEP": "0.7",
+        "NUM_TOKENS": "256",
+        "EVAL_DATASET": text,
+        "EVAL_LENGTH": "64",
+        "NUM_WINDOWS": "2",
+    }
     out = tmp_path / "out"
-    (status, output), _ = run("heal.sh", model, out, answer=obeyed, place=tmp_path / "first", **knobs)
+    (status, output), _ = run("recover.sh", model, out, answer=obeyed, place=tmp_path / "first", **knobs)
     assert status == 0, output
-    record = Record.load(out / "healed" / "finetune.json")
+    record = Record.load(out / "recovered" / "finetune.json")
     assert (record.settings["method"], record.settings["dataset"]) == ("lrc", "self")
     assert record.settings["distill"] == str(model)
-    scores = {name: Record.load(out / f"{name}.ppl.json").numbers for name in ("dense", "small", "healed")}
+    scores = {name: Record.load(out / f"{name}.ppl.json").numbers for name in ("dense", "small", "recovered")}
     assert scores["dense"]["parameter_ratio"] == 1
-    assert scores["small"]["parameter_ratio"] == scores["healed"]["parameter_ratio"] < 0.75
+    assert scores["small"]["parameter_ratio"] == scores["recovered"]["parameter_ratio"] < 0.75
     assert all(numbers["tokens"] == scores["dense"]["tokens"] for numbers in scores.values())
 
-    again, commands = run("heal.sh", model, out, answer=noted, place=tmp_path / "again", **knobs)
+    again, commands = run("recover.sh", model, out, answer=noted, place=tmp_path / "again", **knobs)
     assert again[0] == 0, again[1]
     assert [command[0] for command in commands] == ["evaluate"] * 3  # what is finished is kept
 
 
 def test_own_text_recipe_cuts_the_model_that_has_learned_the_text(model: Path, text: str, tmp_path: Path) -> None:
-    knobs = {"BATCH": "1", "LENGTH": "16", "PARAMS": "0.7", "TOKENS": "1024", "STATISTICS": "512", "STEPS": "2"}
-    knobs |= {"DATA": text, "WINDOW": "64", "WINDOWS": "2"}
+    knobs = {
+        "BATCH_SIZE": "1",
+        "MAX_LENGTH": "16",
+        "KEEP": "0.7",
+        "NUM_TOKENS": "1024",
+        "STATISTICS_TOKENS": "512",
+        "MAX_STEPS": "2",
+    }
+    knobs |= {"DATASET": text, "EVAL_LENGTH": "64", "NUM_WINDOWS": "2"}
     out = tmp_path / "out"
     (status, output), _ = run("own_text.sh", model, out, answer=obeyed, place=tmp_path / "first", **knobs)
     assert status == 0, output
@@ -218,8 +245,21 @@ def test_own_text_recipe_cuts_the_model_that_has_learned_the_text(model: Path, t
 
 def test_study_recipe_pretrains_cuts_both_ways_and_fine_tunes_with_controls(text: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    knobs = {"DATA": text, "SIZE": "32/2/4/56", "VOCABULARY": "300", "STEPS": "8", "PROBES": "4", "PROBE_ITEMS": "2"}
-    knobs |= {"EVAL_ITEMS": "4", "BATCH": "4", "LENGTH": "16", "WINDOWS": "4", "TUNING_STEPS": "2"}
+    knobs = {
+        "DATASET": text,
+        "SIZE": "32/2/4/56",
+        "VOCAB_SIZE": "300",
+        "MAX_STEPS": "8",
+        "PROBES": "4",
+        "PROBE_ITEMS": "2",
+    }
+    knobs |= {
+        "MAX_EVAL_SAMPLES": "4",
+        "BATCH_SIZE": "4",
+        "MAX_LENGTH": "16",
+        "NUM_WINDOWS": "4",
+        "TUNING_MAX_STEPS": "2",
+    }
     out = tmp_path / "out"
     (status, output), _ = run("emergence_cpu.sh", out, answer=obeyed, place=tmp_path / "first", **knobs)
     assert status == 0, output
@@ -285,13 +325,13 @@ def test_downstream_recipe_has_the_settings_of_the_paper(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("recipe", "directory"),
-    [("continual.sh", "lrc"), ("downstream.sh", "svamp-lrc"), ("heal.sh", "healed"), ("own_text.sh", "tuned")],
+    [("continual.sh", "lrc"), ("downstream.sh", "svamp-lrc"), ("recover.sh", "recovered"), ("own_text.sh", "tuned")],
 )
 def test_a_stopped_recipe_goes_on_with_its_run(recipe: str, directory: str, tmp_path: Path) -> None:
     begun = tmp_path / "out" / directory
     begun.mkdir(parents=True)
     (begun / "run.json").write_text("{}")
-    knobs = {"TASKS": "svamp boolq", "DATA": "my.txt"}
+    knobs = {"TASKS": "svamp boolq", "DATASET": "my.txt"}
     _, commands = run(recipe, "some/model", tmp_path / "out", answer=noted, place=tmp_path / "bin", **knobs)
     resumed = {Path(settings["output_dir"]).name: settings["resume"] for settings in tuned(commands)}
     assert resumed.pop(directory) is True
