@@ -93,6 +93,11 @@ def test_a_line_says_what_was_trained_how_fast_and_to_what() -> None:
     }
 
 
+def test_methods_of_other_packages_are_listed_after_the_known_ones() -> None:
+    (comparison,) = comparisons([run("dora"), run("galore"), run("full")])
+    assert [row[0] for row in comparison.table.rows] == ["full of small", "galore of small", "dora of small"]
+
+
 def test_what_was_not_measured_is_not_made_up() -> None:
     record = run()
     del record.numbers["tokens_per_second"]

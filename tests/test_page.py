@@ -3,10 +3,11 @@
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
 from welore.records import Identity, Record
+from welore.reporting.discover import Section
 from welore.reporting.page import report
 from welore.reporting.tables import results
 
@@ -305,6 +307,27 @@ def test_a_broken_record_of_fine_tuning_is_named(tmp_path: Path, name: str, valu
     path = re.escape(str(tmp_path / "in" / "finetune.json"))
     with pytest.raises(WeLoreError, match=f"{path} is broken .*: make it again"):
         report([tmp_path / "in"], tmp_path / "out")
+
+
+# --- sections of other packages ---------------------------------------------------------------------------------
+
+
+def test_a_package_adds_a_section_by_an_entry_point(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(artefacts: Mapping[Path, Any]) -> tuple[dict[str, Any], list[Any]] | None:
+        notes = [a for a in artefacts.values() if isinstance(a, str)]
+        return ({"notes": notes}, []) if notes else None
+
+    template = "<h2>Notes</h2>{% for note in content.notes %}<p>{{ note }}</p>{% endfor %}"
+    section = Section(build, template, {"*.note": lambda path: path.read_text()}, kinds=("novelty",))
+    entry = SimpleNamespace(name="notes", load=lambda: section)
+    monkeypatch.setattr("welore.reporting.discover.entry_points", lambda group: [entry])
+    Record("novelty", {}, {}, {}).save(run / "new.ppl.json")
+    assert "Notes" not in Page(report([run], tmp_path / "without")).text
+    (run / "a.note").write_text("Seen & noted")
+    text = Page(report([run], tmp_path / "with")).text
+    assert "Notes" in text
+    assert "Seen & noted" in text
+    assert "novelty" not in text  # the section shows this kind of record
 
 
 # --- which dense model a result is compared with ---------------------------------------------------------------

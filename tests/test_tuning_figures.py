@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from io import BytesIO
 from typing import Any
 
@@ -54,6 +55,13 @@ def test_a_method_looks_the_same_in_every_figure() -> None:
         for methods in (FIGURE_1, FIGURE_5)
     )
     assert first["lrc"] == fifth["lrc"]
+
+
+def test_methods_of_other_packages_are_drawn_after_the_known_ones() -> None:
+    new = [replace(run("lora"), settings={"method": name, "steps": 400}) for name in ("dora", "boft")]
+    figure = fine_tuning([*new, run("lrc"), run("galore")])
+    assert [text.get_text() for text in figure.axes[3].get_xticklabels()] == ["lrc", "galore", "boft", "dora"]
+    assert len({line.get_color() for line in figure.axes[1].lines}) == 4
 
 
 def test_labels_name_runs_of_the_same_method() -> None:
