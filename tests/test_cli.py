@@ -200,7 +200,7 @@ def test_calibrate_says_what_it_gathered_and_writes_what_python_writes(
     facts = json.loads(done(command("calibrate", model, "-o", path, *how, "--json")))
     assert facts["kind"] == "calibration"
     assert [source["name"] for source in facts["inputs"]["sources"]] == ["self"]
-    assert facts["settings"]["generation"]["first"] == "vocabulary"
+    assert facts["settings"]["first"] == "vocabulary"
 
 
 def test_patterns_choose_the_targets(command: Command, model: Path, tmp_path: Path) -> None:

@@ -259,6 +259,8 @@ def test_record_comes_back_from_disk(directory: Callable[..., Path], text: str, 
         "batch_size": 1,
         "dtype": "float32",
         "device": "cpu",
+        "dataset_split": None,
+        "text_column": "text",
     }
 
 
