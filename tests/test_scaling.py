@@ -9,6 +9,7 @@ import welore
 from conftest import build, logits
 from welore.calibration.scaling import SCALINGS, metric
 from welore.calibration.statistics import Statistics
+from welore.config import CompressionConfig
 from welore.errors import WeLoreError
 from welore.models.targets import Target
 from welore.records import Identity, Record
@@ -64,7 +65,7 @@ def test_the_loss_of_outputs_is_smaller_than_with_plain_truncation(tmp_path: Pat
         return float((logits(model, WINDOWS) - dense).norm())
 
     plain = error(scaling="none", strategy="uniform")
-    scaled = {name: error(scaling=name, strategy="uniform", calibration=c) for name in ("input", "kfac")}
+    scaled = {name: error(scaling=name, strategy="uniform", calibration=c) for name in ("whitening", "kfac")}
     assert max(scaled.values()) < plain
 
 
@@ -92,8 +93,8 @@ def test_calibrations_that_do_not_fit_are_refused(saved: Callable[..., Path], tm
     stranger = Statistics(Identity("x", "0" * 64), c.shapes, c.counts, c.shared, c.store, c.record)
     with pytest.raises(WeLoreError, match="calibration was made for another model"):
         welore.compress(source, tmp_path / "out", keep=0.7, calibration=stranger)
-    with pytest.raises(WeLoreError, match="scaling input needs a calibration"):
-        welore.analyze(source, scaling="input")
+    with pytest.raises(WeLoreError, match="scaling whitening needs statistics"):
+        welore.analyze(source, scaling="whitening")
     with pytest.raises(WeLoreError, match="model in memory needs calibration="):
         welore.compress(build("llama"), keep=0.7)
     with pytest.raises(WeLoreError, match="unknown scaling 'kfca'; did you mean 'kfac'"):
@@ -124,3 +125,19 @@ def test_paper_is_welore_as_published(saved: Callable[..., Path], tmp_path: Path
     welore.compress(source, tmp_path / "said", keep=0.8, strategy="welore", scaling="none", storage="factored")
     assert (tmp_path / "paper" / "plan.json").read_bytes() == (tmp_path / "said" / "plan.json").read_bytes()
     assert welore.Plan.load(tmp_path / "paper" / "plan.json").strategy == "welore"
+
+
+def test_the_name_of_whitening_in_version_0_1_is_understood(tmp_path: Path) -> None:
+    c = calibrated("llama", tmp_path)
+    target = Target("model.layers.0.mlp.up_proj", c.shapes["model.layers.0.mlp.up_proj"])
+    old, new = (metric(name, c, target) for name in ("input", "whitening"))
+    assert old is not None
+    assert new is not None
+    assert torch.equal(old.inputs, new.inputs)
+    assert CompressionConfig(scaling="input").scaling == "whitening"  # type: ignore[arg-type]
+    assert {name: scaling.unit for name, scaling in SCALINGS.items()} == {
+        "none": "relative",
+        "asvd": "relative",
+        "whitening": "loss",
+        "kfac": "loss",
+    }

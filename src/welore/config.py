@@ -187,6 +187,8 @@ class CompressionConfig(AnalysisConfig, AllocationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.scaling is not None:
+            object.__setattr__(self, "scaling", current_name(self.scaling))
         if self.mlp_pruning is not None and not 0 <= self.mlp_pruning < 1:
             raise WeLoreError(
                 f"mlp_pruning is {self.mlp_pruning:g}: it is the share that is taken out, from 0 to below 1"
@@ -492,7 +494,7 @@ def _plain(value: Any) -> Any:
 
 def current_name(name: str) -> str:
     """The present name of a target or scaling that a file of version 0.1 gives."""
-    return {"params": "keep"}.get(name, name)
+    return {"params": "keep", INPUT: WHITENING}.get(name, name)
 
 
 def choices(literal: Any) -> tuple[str, ...]:
