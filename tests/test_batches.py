@@ -7,6 +7,7 @@ import torch
 
 from toys import characters
 from welore.data import packing as batches
+from welore.data import text as text_module
 from welore.data.packing import blocks_of_text
 from welore.errors import WeLoreError
 from welore.training.data import IGNORED, collate, questions_of_task, shuffled
@@ -60,11 +61,11 @@ def test_written_windows_lose_their_first_tenth_and_enough_are_written() -> None
 def test_named_data_sets_train_on_their_training_part(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
-    def rows(name: str, subset: str, split: str, limit: int | None, cache_dir: Any) -> list[str]:
+    def rows(name: str, config: str, split: str, limit: int | None, cache_dir: Any) -> list[str]:
         asked.append((name, split, limit))
         return [f"{split} document {n}" for n in range(8)]
 
-    monkeypatch.setattr(batches, "hub_rows", rows)
+    monkeypatch.setattr(text_module, "hub_rows", rows)
     found = blocks_of_text("c4", characters(), 16, tokens=900, eval_items=2)
     assert asked == [("allenai/c4", "train", 4), ("allenai/c4", "validation", 1100)]
     assert "first 4 documents of train" in found.split

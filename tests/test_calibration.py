@@ -13,13 +13,14 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 import welore
 import welore.models.load
 from conftest import FAMILIES, MIXTURES, build
-from toys import checkpoint
+from toys import calibrate, checkpoint
 from welore.calibration import collect as collection
-from welore.calibration import layerwise as sweep
+from welore.calibration import layerwise
 from welore.calibration.hooks import Moments
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import Statistics
-from welore.data.mixture import SELF, draw, seed_of
+from welore.config import SELF, CalibrationConfig
+from welore.data.mixture import draw, seed_of
 from welore.data.windows import write_windows
 from welore.errors import WeLoreError
 from welore.io.parallel import Processes
@@ -73,7 +74,7 @@ def by_hand(model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Tensor]
 
 
 def gathered(model: PreTrainedModel, directory: Path, ids: Tensor = IDS, **how: Any) -> Statistics:
-    return welore.calibrate(model, ids, directory / "c.safetensors", **how)
+    return calibrate(model, ids, directory / "c.safetensors", **how)
 
 
 def statistics(found: Statistics) -> dict[str, Tensor]:
@@ -89,8 +90,8 @@ def seed_of_labels() -> int:
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 def test_statistics_are_those_of_autograd_by_hand(family: str, whole: bool, tmp_path: Path) -> None:
     model = build(family)
-    found = gathered(model, tmp_path, whole=whole, batch_size=2)
-    assert found.record.numbers["road"] == ("whole" if whole else "blocks")
+    found = gathered(model, tmp_path, whole_model=whole, batch_size=2)
+    assert found.record.numbers["mode"] == ("whole" if whole else "blocks")
     expected = by_hand(model, IDS, seed_of_labels())
     for name in found.shapes:
         for kind, get in (("inputs", found.inputs), ("magnitudes", found.magnitudes), ("outputs", found.outputs)):
@@ -109,7 +110,7 @@ def test_statistics_are_those_of_autograd_by_hand(family: str, whole: bool, tmp_
 def test_blocks_one_at_a_time_give_what_the_whole_model_gives(family: str, tmp_path: Path) -> None:
     model = build(family)
     blocks = statistics(gathered(model, tmp_path))
-    whole = statistics(gathered(model, tmp_path, whole=True))
+    whole = statistics(gathered(model, tmp_path, whole_model=True))
     assert blocks.keys() == whole.keys()
     for name, value in blocks.items():
         share = 1e-3 if name.endswith(".losses") else 1e-6  # the last directions turn with the rounding of the moments
@@ -119,7 +120,7 @@ def test_blocks_one_at_a_time_give_what_the_whole_model_gives(family: str, tmp_p
 def test_sliding_windows_and_their_masks_belong_to_their_blocks(tmp_path: Path) -> None:
     ids = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(2))
     model = build("gemma3_text", sliding_window=8, layer_types=["sliding_attention", "full_attention"])
-    found, expected = gathered(model, tmp_path, ids, measure=0), by_hand(model, ids, seed_of_labels())
+    found, expected = gathered(model, tmp_path, ids, measure_losses=0), by_hand(model, ids, seed_of_labels())
     for name, value in statistics(found).items():
         torch.testing.assert_close(
             value.double(), expected[name], rtol=2e-3, atol=1e-5 * float(expected[name].abs().max())
@@ -129,7 +130,7 @@ def test_sliding_windows_and_their_masks_belong_to_their_blocks(tmp_path: Path) 
 @pytest.mark.parametrize(("family", "split"), [("llama", False), ("gpt2", False), ("gpt2", True)])
 def test_losses_of_components_are_measured(family: str, split: bool, tmp_path: Path) -> None:
     model = build(family)
-    found = gathered(model, tmp_path, measure=1.0, split=split)
+    found = gathered(model, tmp_path, measure_losses=1.0, split=split)
     assert found.measured == IDS.numel()
     assert bool(found.grids) == split
     seen = by_hand(model, IDS, seed_of(0, "measured"))
@@ -148,11 +149,11 @@ def test_losses_of_components_are_measured(family: str, split: bool, tmp_path: P
 
 
 def test_losses_are_left_out_when_nothing_is_to_be_measured(tmp_path: Path) -> None:
-    found = gathered(build("llama"), tmp_path, measure=0)
+    found = gathered(build("llama"), tmp_path, measure_losses=0)
     assert found.measured == 0
     assert found.losses(next(iter(found.shapes))) is None
-    with pytest.raises(WeLoreError, match="measure is 2"):
-        gathered(build("llama"), tmp_path, measure=2)
+    with pytest.raises(WeLoreError, match="measure_losses is 2"):
+        gathered(build("llama"), tmp_path, measure_losses=2)
 
 
 def _root(weight: Tensor) -> Tensor:
@@ -180,8 +181,8 @@ class Finds(LlamaDecoderLayer):
 def test_a_decoder_whose_blocks_share_more_than_hidden_states_runs_whole(tmp_path: Path) -> None:
     model = build("llama")
     model.model.layers[0].__class__, model.model.layers[1].__class__ = Leaves, Finds
-    found = gathered(model, tmp_path, measure=0)
-    assert found.record.numbers["road"] == "whole"
+    found = gathered(model, tmp_path, measure_losses=0)
+    assert found.record.numbers["mode"] == "whole"
     expected = by_hand(model, IDS, seed_of_labels())
     for name, value in statistics(found).items():
         torch.testing.assert_close(
@@ -191,7 +192,7 @@ def test_a_decoder_whose_blocks_share_more_than_hidden_states_runs_whole(tmp_pat
 
 def test_pieces_of_the_logits_do_not_change_the_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = statistics(gathered(build("llama"), tmp_path))
-    monkeypatch.setattr(sweep, "LOGITS", 4 * 96)  # four positions
+    monkeypatch.setattr(layerwise, "LOGITS", 4 * 96)  # four positions
     for name, value in statistics(gathered(build("llama"), tmp_path)).items():
         torch.testing.assert_close(value, at_once[name], rtol=1e-4, atol=1e-7)
 
@@ -214,7 +215,7 @@ def test_a_model_in_memory_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_bfloat16_weights_are_computed_with_in_float32(tmp_path: Path) -> None:
     half = build("llama", torch.bfloat16)
-    found, expected = gathered(half, tmp_path, measure=0), by_hand(half.float(), IDS, seed_of_labels())
+    found, expected = gathered(half, tmp_path, measure_losses=0), by_hand(half.float(), IDS, seed_of_labels())
     assert found.record.settings["dtype"] == "float32"
     for name, value in statistics(found).items():
         torch.testing.assert_close(
@@ -379,10 +380,10 @@ def text(directory: Path, name: str, words: str, repeats: int = 60) -> str:
 def test_a_directory_gives_what_the_same_model_in_memory_gives(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path / "model", rank_reduction=None)
     pears = text(tmp_path, "pears.txt", "Ann has 3 pears and 14 plums. ")
-    how: dict[str, Any] = {"tokens": 64, "length": 16}
-    streamed = welore.calibrate(directory, pears, tmp_path / "a.safetensors", **how)
+    how: dict[str, Any] = {"num_tokens": 64, "max_length": 16}
+    streamed = calibrate(directory, pears, tmp_path / "a.safetensors", **how)
     model, tokenizer = welore.models.load.load(directory, "auto", "cpu")
-    in_memory = welore.calibrate(model, pears, tmp_path / "b.safetensors", tokenizer=tokenizer, **how)
+    in_memory = calibrate(model, pears, tmp_path / "b.safetensors", tokenizer=tokenizer, **how)
     assert streamed.model.fingerprint == in_memory.model.fingerprint
     for name, value in statistics(streamed).items():
         assert torch.equal(value, statistics(in_memory)[name])
@@ -392,20 +393,20 @@ def test_a_directory_gives_what_the_same_model_in_memory_gives(tmp_path: Path) -
 def test_a_mixture_is_drawn_in_proportion_and_named_in_the_record(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path / "model", rank_reduction=None)
     pears, plums = text(tmp_path, "pears.txt", "3 pears. "), text(tmp_path, "plums.txt", "plums, 5 of them. ")
-    data = [f"{pears}:3", f"{plums}:1,self:1"]
-    how: dict[str, Any] = {"tokens": 160, "length": 16}
-    first, second = (welore.calibrate(directory, data, tmp_path / f"{n}.safetensors", **how) for n in (1, 2))
+    data = f"{pears}:3, {plums}:1,self:1"
+    how: dict[str, Any] = {"num_tokens": 160, "max_length": 16}
+    first, second = (calibrate(directory, data, tmp_path / f"{n}.safetensors", **how) for n in (1, 2))
     assert [(s["name"], s["windows"], s["weight"]) for s in first.record.inputs["sources"]] == [
         (pears, 6, 3.0),
         (plums, 2, 1.0),
         ("self", 2, 1.0),
     ]
     assert first.record.numbers["tokens"] == 160
-    assert first.record.settings["generation"]["temperature"] == 1.0
+    assert first.record.settings["temperature"] == 1.0
     assert first.record.inputs["sources"] == second.record.inputs["sources"]
     for name, value in statistics(first).items():
         assert torch.equal(value, statistics(second)[name])
-    other = welore.calibrate(directory, data, tmp_path / "3.safetensors", seed=1, **how)
+    other = calibrate(directory, data, tmp_path / "3.safetensors", seed=1, **how)
     assert other.record.inputs["sources"][2]["sha256"] != first.record.inputs["sources"][2]["sha256"]
 
 
@@ -428,14 +429,14 @@ def test_a_file_of_windows_is_read_as_it_is(tmp_path: Path) -> None:
     kept = tmp_path / "some.safetensors"
     write_windows(kept, ids)
     write_windows(kept, ids + 1)  # what is there stays
-    found = welore.calibrate(directory, str(kept), tmp_path / "file.safetensors", tokens=48, length=16)
-    expected = welore.calibrate(directory, ids[:3], tmp_path / "ids.safetensors")
+    found = calibrate(directory, str(kept), tmp_path / "file.safetensors", num_tokens=48, max_length=16)
+    expected = calibrate(directory, ids[:3], tmp_path / "ids.safetensors")
     for name, value in statistics(found).items():
         assert torch.equal(value, statistics(expected)[name])
     with pytest.raises(WeLoreError, match="has 5 windows of 16 tokens, 6 are wanted"):
-        welore.calibrate(directory, str(kept), tmp_path / "more.safetensors", tokens=96, length=16)
+        calibrate(directory, str(kept), tmp_path / "more.safetensors", num_tokens=96, max_length=16)
     with pytest.raises(WeLoreError, match="has windows of 16 tokens, not of 8"):
-        welore.calibrate(directory, str(kept), tmp_path / "more.safetensors", tokens=48, length=8)
+        calibrate(directory, str(kept), tmp_path / "more.safetensors", num_tokens=48, max_length=8)
     mixed = draw(f"{kept}:1,pydoc:1", 64, read_tokenizer(directory), 16, seed=0)[1]
     assert torch.equal(mixed[0].windows, ids[:2])
 
@@ -449,8 +450,9 @@ def test_on_a_cpu_a_model_in_half_precision_writes_in_float32(tmp_path: Path, mo
     monkeypatch.setattr(
         collection, "generate_text", lambda m, *args, **how: seen.append(m.dtype) or usual(m, *args, **how)
     )
-    found = welore.calibrate(directory, "self", tmp_path / "c.safetensors", tokens=64, length=16, measure=0)
-    expected = usual(half.float(), read_tokenizer(directory), tokens=64, length=16, seed=seed_of(0, SELF))
+    found = calibrate(directory, "self", tmp_path / "c.safetensors", num_tokens=64, max_length=16, measure_losses=0)
+    size = CalibrationConfig(num_tokens=64, max_length=16, seed=seed_of(0, SELF))
+    expected = usual(half.float(), read_tokenizer(directory), size)
     assert seen == [torch.float32]
     assert torch.equal(found.generated_text(), expected)
 
@@ -464,8 +466,8 @@ def test_a_killed_run_goes_on_to_the_same_statistics(
     after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = checkpoint(tmp_path / "model", rank_reduction=None)
-    how: dict[str, Any] = {"tokens": 64, "length": 16}
-    expected = statistics(welore.calibrate(directory, "self", tmp_path / "whole.safetensors", **how))
+    how: dict[str, Any] = {"num_tokens": 64, "max_length": 16}
+    expected = statistics(calibrate(directory, "self", tmp_path / "whole.safetensors", **how))
     usual, count, steps = Workspace.store, 0, ("written", "boundary-", "gradient-", "loss")
 
     def store(self: Workspace, name: str, tensors: Any) -> None:
@@ -479,10 +481,10 @@ def test_a_killed_run_goes_on_to_the_same_statistics(
         patched.setattr(Workspace, "store", store)
         if after <= 8:  # text, three boundaries, the loss, three gradients
             with pytest.raises(Killed):
-                welore.calibrate(directory, "self", tmp_path / "killed.safetensors", **how)
+                calibrate(directory, "self", tmp_path / "killed.safetensors", **how)
             assert not (tmp_path / "killed.safetensors").exists()
             assert (tmp_path / "killed.safetensors.work").is_dir()
-    again = welore.calibrate(directory, "self", tmp_path / "killed.safetensors", **how)
+    again = calibrate(directory, "self", tmp_path / "killed.safetensors", **how)
     assert torch.isfinite(torch.tensor(again.record.numbers["sampled_label_nll"]))
     for name, value in statistics(again).items():
         assert torch.equal(value, expected[name])
@@ -497,20 +499,20 @@ def test_impossible_settings_are_refused_before_anything_is_written(tmp_path: Pa
     pears = text(tmp_path, "pears.txt", "3 pears. ", repeats=10)
     before = sorted(tmp_path.rglob("*"))
     for data, how, message in (
-        (pears, {"tokens": 0}, "tokens is 0: it must be at least 1"),
-        (pears, {"length": 1}, "length is 1: it must be at least 2"),
+        (pears, {"num_tokens": 0}, "num_tokens is 0: it must be at least 1"),
+        (pears, {"max_length": 1}, "max_length is 1: it must be at least 2"),
         (pears, {"batch_size": 0}, "batch_size is 0: it must be at least 1"),
-        (pears, {"length": 1024}, "length is 1024: this model reads at most 512 tokens at once"),
-        (pears, {"tokens": 160, "length": 16}, r"has 4 windows of 16 tokens, 10 are wanted: take fewer tokens"),
+        (pears, {"max_length": 1024}, "length is 1024: this model reads at most 512 tokens at once"),
+        (pears, {"num_tokens": 160, "max_length": 16}, r"has 4 windows of 16 tokens, 10 are wanted: take fewer tokens"),
         (pears, {"dtype": "float31"}, "unknown dtype 'float31'; did you mean 'float32'"),
         (f"{pears}:0", {}, "is 0: it must be above 0"),
         (f"{pears}:-1", {}, "is -1: it must be above 0"),
         (f"{pears},{pears}:2", {}, "is named 2 times: name it once"),
         ("pydoc,", {}, "a name of a text is missing"),
         ({}, {}, "a name of a text is missing"),
-        (f"{pears}:1,pydoc:99", {"tokens": 64, "length": 16}, "gets none of 4 windows"),
+        (f"{pears}:1,pydoc:99", {"num_tokens": 64, "max_length": 16}, "gets none of 4 windows"),
         ("pidoc", {}, "unknown data set 'pidoc'; did you mean 'pydoc'"),
-        (torch.zeros(2, 3), {}, r"data is a tensor of shape \(2, 3\): give token ids"),
+        (torch.zeros(2, 3), {}, r"the dataset is a tensor of shape \(2, 3\): give token ids"),
         ("self", {"temperature": 0.0}, "temperature is 0.0: it must be above 0"),
         ("self", {"top_k": -1}, "top_k is -1"),
         ("self", {"top_p": 0.0}, "top_p is 0.0"),
@@ -518,10 +520,10 @@ def test_impossible_settings_are_refused_before_anything_is_written(tmp_path: Pa
         (pears, {"include": ["no_such"]}, "the pattern 'no_such' matches no linear layer"),
     ):
         with pytest.raises(WeLoreError, match=message):
-            welore.calibrate(directory, data, tmp_path / "c.safetensors", **how)  # type: ignore[arg-type]
+            calibrate(directory, data, tmp_path / "c.safetensors", **how)  # type: ignore[arg-type]
         assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(WeLoreError, match="is a directory: name a file"):
-        welore.calibrate(directory, pears, tmp_path)
+        calibrate(directory, pears, tmp_path)
 
 
 def test_a_model_that_computes_nan_is_refused(tmp_path: Path) -> None:
@@ -561,12 +563,12 @@ def test_several_processes_are_refused(
 def test_a_compressed_model_is_refused(tmp_path: Path) -> None:
     directory = checkpoint(tmp_path / "model", rank_reduction=0.4)
     with pytest.raises(WeLoreError, match="compressed already"):
-        welore.calibrate(directory, "pydoc", tmp_path / "c.safetensors")
+        calibrate(directory, "pydoc", tmp_path / "c.safetensors")
 
 
 def test_a_model_in_memory_needs_its_tokenizer_to_read(tmp_path: Path) -> None:
     with pytest.raises(WeLoreError, match="a model in memory needs its tokenizer"):
-        welore.calibrate(build("llama"), "pydoc", tmp_path / "c.safetensors")
+        calibrate(build("llama"), "pydoc", tmp_path / "c.safetensors")
 
 
 def test_tokens_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import welore
 from conftest import Command, allocate, build, done
+from toys import calibrate
 from welore.cli.main import app, main
 
 VERBS = (
@@ -193,8 +194,8 @@ def test_calibrate_says_what_it_gathered_and_writes_what_python_writes(
     assert answer == f"second moments of 12 matrices over 32 tokens -> {path}\n"
     found = welore.Statistics.load(path)
     assert [source["weight"] for source in found.record.inputs["sources"]] == [3.0, 1.0]
-    wanted: dict[str, Any] = {"tokens": 32, "length": 8, "seed": 3, "exclude": ["down_proj"]}
-    same = welore.calibrate(model, {str(text): 3, "self": 1}, tmp_path / "same.safetensors", **wanted)
+    wanted: dict[str, Any] = {"num_tokens": 32, "max_length": 8, "seed": 3, "exclude": ["down_proj"]}
+    same = calibrate(model, {str(text): 3, "self": 1}, tmp_path / "same.safetensors", **wanted)
     for name in found.layout():
         assert torch.equal(found.store.get(name), same.store.get(name))
     facts = json.loads(done(command("calibrate", model, "-o", path, *how, "--json")))

@@ -10,7 +10,7 @@ import torch
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
-from welore.data.text import read_text
+from welore.data.text import TextOptions, read_text
 from welore.data.windows import stack, windows
 from welore.errors import WeLoreError
 
@@ -103,7 +103,7 @@ def test_offline_the_hub_is_one_sentence_that_says_what_to_do(name: str, where: 
     with pytest.raises(
         WeLoreError, match=f"{where} cannot be fetched .*connect once, or give a local .*pydoc"
     ) as caught:
-        read_text(name, cache_dir=tmp_path)
+        read_text(name, TextOptions(cache_dir=tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -115,7 +115,7 @@ def test_wikitext2_is_the_raw_test_part_joined_by_two_newlines(monkeypatch: pyte
         return datasets.Dataset.from_dict({"text": rows})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read_text("wikitext2", cache_dir=Path("cache")) == "\n\n".join(rows)
+    assert read_text("wikitext2", TextOptions(cache_dir=Path("cache"))) == "\n\n".join(rows)
 
 
 def test_c4_is_the_first_1100_validation_documents_joined_by_a_space(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,8 @@ from transformers import PreTrainedModel
 
 from conftest import build
 from toys import ALPHABET, characters
-from welore.data.self_generated import BEGINNINGS, generate_text
+from welore.config import CalibrationConfig
+from welore.data.self_generated import OPENINGS, generate_text
 from welore.errors import WeLoreError
 
 END = 1  # of `characters`
@@ -17,6 +18,10 @@ def writer(family: str = "llama", **changes: Any) -> PreTrainedModel:
     model = build(family, vocab_size=len(ALPHABET) + 2, **changes)
     model.generation_config.eos_token_id = END
     return model
+
+
+def generate(model: PreTrainedModel, tokenizer: Any, *, batch_size: int = 32, **settings: Any) -> torch.Tensor:
+    return generate_text(model, tokenizer, CalibrationConfig(**settings), batch_size=batch_size)
 
 
 def ends_at_once(model: PreTrainedModel) -> PreTrainedModel:
@@ -35,7 +40,7 @@ def test_the_likeliest_tokens_are_those_of_greedy_generation(family: str) -> Non
     model.generation_config.eos_token_id = None
     tokenizer = characters()
     tokenizer.eos_token = None
-    found = generate_text(model, tokenizer, tokens=36, length=12, top_k=1)
+    found = generate(model, tokenizer, num_tokens=36, max_length=12, top_k=1)
     assert found.shape == (3, 12)
     with torch.inference_mode():
         expected = model.generate(
@@ -46,7 +51,7 @@ def test_the_likeliest_tokens_are_those_of_greedy_generation(family: str) -> Non
 
 def test_a_token_is_drawn_with_the_probability_that_the_model_gives_it() -> None:
     model, uniform = writer(), torch.rand((5, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(7))
-    found = generate_text(model, characters(), tokens=20, length=4, seed=7, temperature=2.0)
+    found = generate(model, characters(), num_tokens=20, max_length=4, seed=7, temperature=2.0)
     with torch.inference_mode():
         cumulated = (model(found).logits / 2).double().softmax(-1).cumsum(-1)
     for row in range(5):
@@ -57,27 +62,27 @@ def test_a_token_is_drawn_with_the_probability_that_the_model_gives_it() -> None
 
 
 def test_the_seed_alone_decides_what_is_written() -> None:
-    model, tokenizer, how = writer(), characters(), {"tokens": 50, "length": 10}
-    first = generate_text(model, tokenizer, seed=3, **how)
+    model, tokenizer, how = writer(), characters(), {"num_tokens": 50, "max_length": 10}
+    first = generate(model, tokenizer, seed=3, **how)
     torch.manual_seed(99)
     state = torch.get_rng_state()
-    assert torch.equal(first, generate_text(model, tokenizer, seed=3, **how))
-    assert torch.equal(first, generate_text(model, tokenizer, seed=3, batch_size=2, **how))
+    assert torch.equal(first, generate(model, tokenizer, seed=3, **how))
+    assert torch.equal(first, generate(model, tokenizer, seed=3, batch_size=2, **how))
     assert torch.equal(state, torch.get_rng_state())
-    assert not torch.equal(first, generate_text(model, tokenizer, seed=4, **how))
+    assert not torch.equal(first, generate(model, tokenizer, seed=4, **how))
     assert len(set(first[:, 0].tolist())) > 1
 
 
 def test_settings_of_the_checkpoint_do_not_change_the_text() -> None:
-    model, how = writer(), {"tokens": 30, "length": 10}
-    expected = generate_text(model, characters(), **how)
+    model, how = writer(), {"num_tokens": 30, "max_length": 10}
+    expected = generate(model, characters(), **how)
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.top_k = 1
-    assert torch.equal(expected, generate_text(model, characters(), **how))
+    assert torch.equal(expected, generate(model, characters(), **how))
 
 
 def test_after_its_end_another_text_begins() -> None:
-    found = generate_text(ends_at_once(writer()), characters(), tokens=24, length=8)
+    found = generate(ends_at_once(writer()), characters(), num_tokens=24, max_length=8)
     assert (found[:, 1::2] == END).all()
     assert (found[:, 0::2] != END).all()
     assert len(found[:, 0::2].unique()) > 3
@@ -85,13 +90,13 @@ def test_after_its_end_another_text_begins() -> None:
 
 def test_a_text_begins_as_asked() -> None:
     tokenizer, numbers = characters(), torch.linspace(0, 0.999, 300).tolist()
-    ordinary = {tuple(BEGINNINGS["vocabulary"](tokenizer)(number)) for number in numbers}
+    ordinary = {tuple(OPENINGS["vocabulary"](tokenizer)(number)) for number in numbers}
     assert ordinary == {(token,) for token in range(2, len(tokenizer))}
-    words = {tuple(BEGINNINGS["word"](tokenizer)(number)) for number in numbers}
+    words = {tuple(OPENINGS["word"](tokenizer)(number)) for number in numbers}
     assert {tokenizer.decode(list(ids)) for ids in words} == {c for c in ALPHABET if c.isalpha()}
-    assert BEGINNINGS["nothing"](tokenizer)(0.5) == [END]
+    assert OPENINGS["nothing"](tokenizer)(0.5) == [END]
     tokenizer.chat_template = CHAT
-    assert tokenizer.decode(BEGINNINGS["chat"](tokenizer)(0.5)) == "[user]"
+    assert tokenizer.decode(OPENINGS["chat"](tokenizer)(0.5)) == "[user]"
 
 
 def test_the_opening_token_of_a_tokenizer_comes_first() -> None:
@@ -100,34 +105,34 @@ def test_the_opening_token_of_a_tokenizer_comes_first() -> None:
     tokenizer = characters()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
     for first in ("vocabulary", "word"):
-        opening, token = BEGINNINGS[first](tokenizer)(0.3)
+        opening, token = OPENINGS[first](tokenizer)(0.3)
         assert opening == 0
         assert token > 1
-    assert BEGINNINGS["nothing"](tokenizer)(0.3) == [0]
+    assert OPENINGS["nothing"](tokenizer)(0.3) == [0]
 
 
 def test_question_and_answer_of_a_chat_are_one_text() -> None:
     tokenizer = characters()
     tokenizer.chat_template = CHAT
-    found = generate_text(ends_at_once(writer()), tokenizer, tokens=16, length=16, first="chat")
+    found = generate(ends_at_once(writer()), tokenizer, num_tokens=16, max_length=16, first="chat")
     assert tokenizer.decode(found[0]) == "[user]</s></s>[user]</s></s>"
 
 
 def test_tokens_are_rounded_up_to_whole_windows() -> None:
-    assert generate_text(writer(), characters(), tokens=21, length=10).shape == (3, 10)
+    assert generate(writer(), characters(), num_tokens=21, max_length=10).shape == (3, 10)
 
 
 def test_a_model_that_writes_is_left_as_it_was() -> None:
     model = writer().train()
-    generate_text(model, characters(), tokens=6, length=3)
+    generate(model, characters(), num_tokens=6, max_length=3)
     assert model.training
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"tokens": 0}, "tokens is 0: it must be at least 1"),
-        ({"length": 1}, "length is 1: it must be at least 2"),
+        ({"num_tokens": 0}, "num_tokens is 0: it must be at least 1"),
+        ({"max_length": 1}, "max_length is 1: it must be at least 2"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"temperature": 0.0}, "temperature is 0.0: it must be above 0"),
         ({"temperature": float("nan")}, "temperature is nan: it must be above 0"),
@@ -139,7 +144,7 @@ def test_a_model_that_writes_is_left_as_it_was() -> None:
 )
 def test_impossible_settings_are_refused(how: dict[str, Any], message: str) -> None:
     with pytest.raises(WeLoreError, match=message):
-        generate_text(writer(), characters(), **how)
+        generate(writer(), characters(), **how)
 
 
 def test_a_model_that_computes_nan_is_refused() -> None:
@@ -147,11 +152,11 @@ def test_a_model_that_computes_nan_is_refused() -> None:
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(WeLoreError, match="the model computes NaN or Inf"):
-        generate_text(model, characters(), tokens=6, length=3)
+        generate(model, characters(), num_tokens=6, max_length=3)
 
 
 def test_a_tokenizer_without_first_and_end_token_is_refused() -> None:
     tokenizer = characters()
     tokenizer.eos_token = None
     with pytest.raises(WeLoreError, match="neither a first nor an end token"):
-        BEGINNINGS["nothing"](tokenizer)
+        OPENINGS["nothing"](tokenizer)

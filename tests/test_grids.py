@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import allocate, build, logits
+from toys import calibrate
 from welore.allocation.spectra import Spectra
 from welore.calibration.statistics import Statistics
 from welore.compression.analysis import analyze_weights, grids_of
@@ -189,8 +190,8 @@ def test_losses_that_were_measured_in_another_way_are_left_aside(tmp_path: Path)
             ).losses
         )
 
-    blocks = welore.calibrate(model, ids, tmp_path / "blocks", measure=1)
-    whole = welore.calibrate(model, ids, tmp_path / "whole", measure=1, split=False)
+    blocks = calibrate(model, ids, tmp_path / "blocks", measure_losses=1)
+    whole = calibrate(model, ids, tmp_path / "whole", measure_losses=1, split=False)
     assert losses(blocks, True) == len(in_blocks(weights.targets, blocks.grids)) > len(weights.targets)
     assert losses(whole, False) == len(weights.targets)
     assert losses(blocks, False) == losses(whole, True) == 0

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import FAMILIES, MIXTURES, build, logits
+from toys import calibrate
 from welore.calibration.statistics import Statistics
 from welore.compression import recovery as healing
 from welore.data.windows import write_windows
@@ -30,7 +31,7 @@ def source(saved: Callable[..., Path], tokenizer: Any) -> Path:
 @pytest.fixture
 def own(source: Path, tmp_path: Path) -> Statistics:
     """A calibration of 20 windows that the model wrote."""
-    return welore.calibrate(source, "self", tmp_path / "c.safetensors", tokens=320, length=16, measure=0)
+    return calibrate(source, "self", tmp_path / "c.safetensors", num_tokens=320, max_length=16, measure_losses=0)
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -69,7 +70,7 @@ def test_params_alone_heals_the_factors_and_nothing_else(
 def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path: Path, family: str) -> None:
     source = saved(family, initializer_range=1.0)
     tokenizer.save_pretrained(source)
-    c = welore.calibrate(source, "self", tmp_path / "c.safetensors", tokens=64, length=16, measure=0)
+    c = calibrate(source, "self", tmp_path / "c.safetensors", num_tokens=64, max_length=16, measure_losses=0)
     record = welore.compress(source, tmp_path / "small", keep=0.5, calibration=c)
     assert record.settings["recovery"]["max_steps"] == 1
     assert record.numbers["healing_tokens"] == 32
@@ -226,7 +227,7 @@ def test_a_tenth_of_every_text_is_held_out(source: Path, tmp_path: Path) -> None
 def test_what_cannot_heal_is_refused_before_anything_is_written(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
+    foreign = calibrate(source, IDS, tmp_path / "foreign.safetensors")
     how: dict[str, Any] = {"keep": 0.6, "calibration": foreign}
     with pytest.raises(WeLoreError, match="windows that the model wrote"):
         welore.compress(source, tmp_path / "out", heal="self", **how)
@@ -243,7 +244,7 @@ def test_what_cannot_heal_is_refused_before_anything_is_written(
 
 
 def test_without_text_of_its_own_params_alone_only_cuts(source: Path, tmp_path: Path) -> None:
-    foreign = welore.calibrate(source, IDS, tmp_path / "foreign.safetensors")
+    foreign = calibrate(source, IDS, tmp_path / "foreign.safetensors")
     assert foreign.generated_text() is None
     assert welore.compress(source, tmp_path / "out", keep=0.6, calibration=foreign).settings["recovery"] is None
 

@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import welore
 from conftest import build, logits
-from toys import characters, checkpoint
+from toys import calibrate, characters, checkpoint
 from welore.allocation.neurons import Neurons, as_json, dense_numel, read_neurons
 from welore.allocation.plan import Plan
 from welore.calibration.statistics import Statistics
@@ -112,7 +112,7 @@ def calibrated(directory: Path, family: str = "llama", **changes: Any) -> tuple[
     """A small model and its calibration on text of its own."""
     sizes = {} if family == "gpt2" else {"intermediate_size": 128}
     model, statistics = checkpoint(directory / "model", None, family, **sizes, **changes), directory / "C.safetensors"
-    welore.calibrate(model, "self", statistics, tokens=1024, length=64)
+    calibrate(model, "self", statistics, num_tokens=1024, max_length=64)
     return model, statistics
 
 
@@ -175,7 +175,7 @@ def test_neurons_that_do_nothing_go_first_and_nothing_is_lost(tmp_path: Path, to
     checkpoint(tmp_path / "with_tokenizer", None)
     for path in (tmp_path / "with_tokenizer").glob("token*"):
         path.rename(source / path.name)
-    welore.calibrate(source, str(text), statistics, tokens=256, length=32, measure=0)
+    calibrate(source, str(text), statistics, num_tokens=256, max_length=32, measure_losses=0)
     kept = 1 - 2 * 16 * 3 * 32 / sum(m * n for m, n in Statistics.load(statistics).shapes.values())
     record = welore.compress(source, tmp_path / "small", keep=kept, neurons=0.25, calibration=statistics, heal="none")
     plan = Plan.load(tmp_path / "small" / "plan.json")
@@ -249,7 +249,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
 
     opt, other = saved("opt"), tmp_path / "opt.safetensors"
     characters().save_pretrained(opt)
-    welore.calibrate(opt, "self", other, tokens=256, length=32, measure=0)
+    calibrate(opt, "self", other, num_tokens=256, max_length=32, measure_losses=0)
     with pytest.raises(WeLoreError, match="has no MLP whose neurons could be taken out"):
         welore.compress(opt, tmp_path / "x", keep=0.6, neurons=0.2, calibration=other)
     assert welore.compress(opt, tmp_path / "y", keep=0.6, calibration=other, heal="none").settings["mlp_pruning"] == 0

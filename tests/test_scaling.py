@@ -7,6 +7,7 @@ import torch
 
 import welore
 from conftest import build, logits
+from toys import calibrate
 from welore.calibration.scaling import SCALINGS, metric
 from welore.calibration.statistics import Statistics
 from welore.config import CompressionConfig
@@ -19,7 +20,7 @@ WINDOWS = torch.randint(0, 96, (6, 32), generator=torch.Generator().manual_seed(
 
 
 def calibrated(family: str, out: Path) -> Statistics:
-    return welore.calibrate(build(family), WINDOWS, out / "c.safetensors")
+    return calibrate(build(family), WINDOWS, out / "c.safetensors")
 
 
 @pytest.mark.parametrize("scaling", SCALED)

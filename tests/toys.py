@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 import welore
 from conftest import build
-from welore.config import FinetuneConfig
+from welore.calibration.statistics import Statistics
+from welore.config import CalibrationConfig, FinetuneConfig
 from welore.records import Record
 from welore.training.finetune import finetune
 
@@ -42,6 +43,11 @@ def checkpoint(
     model.save_pretrained(out)
     characters().save_pretrained(out)
     return out
+
+
+def calibrate(model: Any, dataset: Any, output: Any = None, *, tokenizer: Any = None, **settings: Any) -> Statistics:
+    """`welore.calibrate` with the fields of its settings as keywords."""
+    return welore.calibrate(model, CalibrationConfig(**settings), output, dataset=dataset, tokenizer=tokenizer)
 
 
 def finetuned(model: Any, out: Path, method: str = "lrc", **settings: Any) -> Record:

@@ -204,6 +204,8 @@ class CalibrationConfig:
         "self (the model writes), a name, hub id or file, or several with weights: wikitext2:1,my.txt:2.",
         panel="Calibration",
     )
+    dataset_split: str | None = option(None, "Split of a hub data set.", panel="Calibration", shown="train")
+    text_column: str = option("text", "Column or field of the text.", panel="Calibration")
     num_tokens: int = option(NUM_TOKENS, "Tokens to read, rounded up to whole windows.", panel="Calibration")
     max_length: int | None = option(
         None, "Tokens of a window.", panel="Calibration", shown="512, or what the model reads"
@@ -278,6 +280,8 @@ class EvaluationConfig:
     num_windows: int | None = option(None, "Only the first windows.", panel="Text", shown="the whole text")
     batch_size: int = option(1, "Windows read at once; does not change the result.", panel="Text")
     dtype: DtypeName = option("auto", "Data type of the weights; auto is that of the checkpoint.", panel="Text")
+    dataset_split: str | None = option(None, "Split of a hub data set.", panel="Text", shown="test")
+    text_column: str = option("text", "Column or field of the text.", panel="Text")
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DtypeName)
@@ -315,6 +319,8 @@ class FinetuneConfig:
     dataset: Dataset | None = option(
         None, "A text; self: the teacher writes it; a .safetensors file of windows.", panel="Data"
     )
+    dataset_split: str | None = option(None, "Split of a hub data set.", panel="Data", shown="train")
+    text_column: str = option("text", "Column or field of the text.", panel="Data")
     task: TaskName | None = option(None, "A task to learn in place of a text.", panel="Data")
     task_dataset: str | Path | None = option(
         None, "The task's original file, or 'generated'.", panel="Data", shown="the hub's data set"

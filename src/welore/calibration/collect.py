@@ -1,248 +1,281 @@
-"""1 - calibrate: a mixture of texts, or text of the model's own, -> second moments of every targeted matrix."""
+"""The verb calibrate: text, of people or of the model itself -> statistics of every targeted matrix."""
 
 import json
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from welore.calibration.hooks import Components, Losses
-from welore.calibration.layerwise import gather, kept
+from welore.calibration.hooks import Components, Losses, Moments
+from welore.calibration.layerwise import LabelledText, MakeCollector, Pass, collect_statistics
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import GENERATED, Statistics, WorkspaceStore
-from welore.config import KFAC
-from welore.data.mixture import SELF, Mixture, Source, draw, given, parse_mixture, seed_of
-from welore.data.self_generated import LENGTH, TOKENS, generate_text
-from welore.data.windows import digest
+from welore.config import KFAC, MAX_LENGTH, SELF, CalibrationConfig, Dataset, RunOptions, as_record
+from welore.data.mixture import Source, draw, parse_mixture, seed_of
+from welore.data.self_generated import generate_text
+from welore.data.text import TextOptions
+from welore.data.windows import digest, given_windows
 from welore.errors import WeLoreError, choose
-from welore.io.progress import Progress, silent
+from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.block_grid import Grid
 from welore.linalg.svd import factorise
 from welore.models.copies import writer
-from welore.models.load import DTYPES, made_ready
+from welore.models.load import DTYPES, load_for_inference
 from welore.models.mlp import long_matrices
 from welore.models.skeleton import context_length, require_context_length
-from welore.models.source import TensorSource, open_source
+from welore.models.source import ModelSource, TensorSource, open_source
 from welore.models.targets import Target, in_blocks
 from welore.records import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MEASURE = 0.25  # share of the windows on which losses are measured
-
 
 def calibrate(
     model: "str | Path | PreTrainedModel",
-    data: Mixture | Tensor,
-    out: str | Path,
+    config: CalibrationConfig | None = None,
+    output: str | Path | None = None,
     *,
-    tokenizer: Any = None,
-    tokens: int = TOKENS,
-    length: int | None = None,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    first: str = "vocabulary",
-    batch_size: int = 4,
-    dtype: str = "float32",
-    whole: bool = False,
-    measure: float = MEASURE,
-    split: bool = True,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    device: str | None = None,
-    cache_dir: str | Path | None = None,
-    revision: str | None = None,
-    progress: Progress = silent,
+    dataset: Dataset | None = None,
+    **options: Unpack[RunOptions],
 ) -> Statistics:
-    """Gather the statistics of MODEL's targeted matrices and write them to the file `out`; what is returned reads it.
+    """Collect second moments of the inputs and output gradients of every targeted matrix.
 
-    data: "self" (text that the model writes: no data at all), a text that corpus.read_text knows, or several of them
-    with weights ("wikitext2:1,pydoc:2", or a mapping); see mixture.drawn for the part that is read. Or windows
-    (windows, length) of token ids of your own. tokens: read in all, in windows of `length` (by default 512, or
-    as many as the model reads), drawn by `seed`.
-    temperature, top_k, top_p, first: of "self", see generation.generate_text. batch_size: windows in work at once.
-    dtype: of the computation; the model writes in its own, on a CPU in float32. whole: see sweep.gather. measure: share
-    of the windows on which, when the statistics are there, the loss of cutting every component is measured; 0 leaves
-    that out. split: measure along the components of blocks where `compress` cuts blocks (analysis.analyze).
-    tokenizer: needed for a model in memory that reads or writes a text.
+    One decoder block is in memory at a time; a model that writes its own text is in memory as a whole. Finished steps
+    are stored in `OUTPUT.work`: the same call after a kill goes on there.
 
-    One decoder block is in memory at a time (but a model that writes is whole). Finished steps are kept in
-    `OUT.work`: the same call after a kill goes on there. Raises WeLoreError before anything is written.
+    Args:
+        model: hub id, directory, .gguf file or model in memory; the last one needs the option `tokenizer` to read or
+            write a text.
+        config: text, its length, and the computation.
+        output: the file to write. None: a temporary file that lives as long as the returned object.
+        dataset: in place of config.dataset: "self" (text that the model writes), a registered name, hub id or file,
+            several of them with weights ("wikitext2:1,my.txt:2" or a mapping), a list of strings, a datasets.Dataset,
+            or token ids (windows, length), a tensor or a .safetensors file.
+        **options: device, progress, cache_dir, revision, tokenizer.
+
+    Returns:
+        The statistics, read from the file when they are used: 4 (n^2 + n) bytes for every different input of n
+        features, 4 m^2 for every matrix (m, n).
+
+    Raises:
+        WeLoreError: the model or the text cannot be read, or the model computes NaN or Inf. Nothing is written.
     """
-    path = Path(out).resolve()
-    _check(path, tokens, LENGTH if length is None else length, batch_size)
-    if not 0 <= measure <= 1:
-        raise WeLoreError(f"measure is {measure:g}: it is a share of the windows, 0 to 1")
-    torch_dtype = choose("dtype", dtype, DTYPES)
-    with open_source(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
-        targets, identity, state = weights.targets, weights.identity, weights.state
-        grids = long_matrices(weights.skeleton, targets) if split and measure else {}
-    mixture: dict[str, float] = {}
-    sources: list[Source] = []
-    if isinstance(data, Tensor):
-        sources, length, tokens = [given(data)], int(data.shape[-1]), data.numel()
-    else:
-        mixture = parse_mixture(data)
-    net: Any = model
-    if mixture or not isinstance(model, nn.Module):
-        # On the CPU: the weights stay in their file until a block of them is in work.
-        where: dict[str, Any] = {"device": "cpu", "cache_dir": cache_dir, "revision": revision}
-        ready = made_ready(model, tokenizer, dtype="auto", label=None, **where)
-        net, tokenizer = ready.model, ready.tokenizer
-    length = _length(net, length)
-    counts: dict[str, int] = {}
-    if mixture:
-        counts, sources = draw(mixture, tokens, tokenizer, length, seed=seed, cache_dir=cache_dir)
-    torch_dtype = net.dtype if torch_dtype == "auto" else torch_dtype
-    place = torch.device(device) if device else net.device
-    writing = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "first": first}
-    settings: dict[str, Any] = {
-        "data": [f"{name}:{weight:g}" for name, weight in mixture.items()],
-        "tokens": tokens,
-        "length": length,
-        "seed": seed,
-        "generation": writing if SELF in counts else None,
-        "batch_size": batch_size,
-        "dtype": str(torch_dtype).removeprefix("torch."),
-        "measure": measure,
-        "split": split,
-        "device": str(place),
-        "include": list(include),
-        "exclude": list(exclude),
-    }
-
-    workspace = Workspace(
-        path.with_name(path.name + ".work"), json.dumps([state, settings, whole, [source.sha256 for source in sources]])
-    )
-    workspace.open()
-    if isinstance(model, nn.Module):  # nothing tells whether weights in memory are those of an earlier run
-        workspace.remove()
-        workspace.open()
+    context = RunContext.create(**options)
+    config = config or CalibrationConfig()
+    config = config if dataset is None else replace(config, dataset=dataset)
+    if output is not None:
+        path = Path(output).resolve()
+        if path.is_dir():
+            raise WeLoreError(f"{path} is a directory: name a file to write")
+        _calibrate(model, config, path, context)
+        return Statistics.load(path)
+    directory = tempfile.mkdtemp(prefix="welore-")
     try:
-        started = time.perf_counter()
-        if SELF in counts:
-            size = {"tokens": counts[SELF] * length, "length": length, "seed": seed_of(seed, SELF)}
-            ids = _written(net, tokenizer, workspace, place, writing | size | {"progress": progress})
-            sources.append(Source(SELF, mixture[SELF], ids, digest(ids)))
-        generated = time.perf_counter() - started
-        ids = torch.cat([source.windows for source in sources])
-        _refuse_tokens(net, ids)
-        how: dict[str, Any] = {
-            "batch_size": batch_size,
-            "dtype": torch_dtype,
-            "device": place,
-            "whole": whole,
-            "progress": progress,
-        }
-        sweep = gather(net, targets, ids, workspace, seed=seed_of(seed, "labels"), **how)
-        fields = _finished(targets, workspace)
-        record = Record(
-            "calibration",
-            inputs={
-                "model": identity.name,
-                "fingerprint": identity.fingerprint,
-                "sources": [source.about() for source in sources],
-            },
-            settings=settings,
-            numbers={
-                "tokens": ids.numel(),
-                "windows": len(ids),
-                "matrices": len(targets),
-                "never_reached": sum(count == 0 for count in fields["counts"].values()),
-                "road": sweep.road,
-                "sampled_label_nll": sweep.loss,
-                "seconds_generation": generated,
-                "seconds_forward": sweep.forward_seconds,
-                "seconds_backward": sweep.backward_seconds,
-            },
-        )
-        chosen: dict[str, Any] = {"include": tuple(include), "exclude": tuple(exclude)}
-        if SELF in counts:
-            chosen["generated"] = (counts[SELF], length)
-        found = Statistics(identity, record=record, **fields, **chosen)
-        if measure:
-            some = ids[:: max(1, round(1 / measure))]
-            losses = Workspace(workspace.directory / "measured", workspace.key)
-            losses.open()
-            with open_source(
-                model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision
-            ) as weights:
-                collect = partial(Losses, components=partial(_components, weights, found, grids))
-                gather(net, targets, some, losses, seed=seed_of(seed, "measured"), collect=collect, **how)
-            found = replace(found, store=WorkspaceStore(workspace, losses), measured=some.numel(), grids=grids)
-        found.save(path)
-    except WeLoreError:
-        workspace.remove()
+        _calibrate(model, config, Path(directory, "statistics.safetensors"), context)
+        statistics = Statistics.load(Path(directory, "statistics.safetensors"))
+    except BaseException:
+        shutil.rmtree(directory)
         raise
-    workspace.remove()
-    return Statistics.load(path)
+    weakref.finalize(statistics.store, shutil.rmtree, directory, ignore_errors=True)
+    return statistics
 
 
-def _written(model: Any, tokenizer: Any, workspace: Workspace, device: torch.device, how: Mapping[str, Any]) -> Tensor:
-    """What the model writes: made once, then kept in the workspace."""
-    found = workspace.fetch(GENERATED)
-    if found is None:
-        found = {GENERATED: generate_text(writer(model, device), tokenizer, **how).int()}
-        workspace.store(GENERATED, found)
-    return found[GENERATED].long()
+def _calibrate(model: Any, config: CalibrationConfig, path: Path, context: RunContext) -> None:
+    """Write the statistics of a model to the file `path`."""
+    choose("dtype", config.dtype, DTYPES)
+    files: dict[str, Any] = {"cache_dir": context.cache_dir, "revision": context.revision}
+    with open_source(model, include=config.include, exclude=config.exclude, **files) as weights:
+        targets = weights.targets  # patterns that match nothing are refused before any work
+        net, tokenizer = _load(model, config.dataset, context)
+        config = _complete(config, net)
+        length, texts = config.max_length or MAX_LENGTH, TextOptions.of(config, context)
+        counts, sources = draw(config.dataset, config.num_tokens, tokenizer, length, seed=config.seed, options=texts)
+        job = _Job(weights, targets, net, tokenizer, config, context)
+        with _workspace(path, job, sources) as workspace:
+            job = replace(job, context=context.within(workspace))
+            started = time.perf_counter()
+            if SELF in counts:
+                sources.append(_own_text(job, workspace, counts[SELF]))
+            seconds = time.perf_counter() - started
+            ids = torch.cat([source.windows for source in sources])
+            _require_known_tokens(net, ids)
+            statistics = _collect(job, workspace, sources, ids, seconds)
+            if SELF in counts:
+                statistics = replace(statistics, generated=(counts[SELF], length))
+            if config.measure_losses:
+                statistics = _measure_losses(job, workspace, statistics, ids)
+            statistics.save(path)
 
 
-def _components(
-    weights: TensorSource, statistics: Statistics, grids: Mapping[str, Grid], layer: str
-) -> dict[str, Components]:
-    """All components of a layer's matrix, or of its blocks, in the order in which K-FAC cuts them."""
-    found = {}
-    for target in in_blocks([t for t in weights.targets if t.name == layer], grids):
-        norm = metric(KFAC, statistics, target)
-        if norm is not None:
-            factors = factorise(weights.read(target).cpu(), min(target.shape), metric=norm)
-            found[target.name] = Components(factors.A, factors.B, target.rows, target.columns)
-    return found
+# --- model and text -------------------------------------------------------------------------------------------------
 
 
-# --- what is refused, and what is written down ----------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Job:
+    """A model, as matrices and as a network, and how it is read; config: with length and dtype filled in."""
+
+    weights: TensorSource
+    targets: Sequence[Target]
+    net: Any
+    tokenizer: Any
+    config: CalibrationConfig
+    context: RunContext
 
 
-def _check(path: Path, tokens: int, length: int, batch_size: int) -> None:
-    if path.is_dir():
-        raise WeLoreError(f"{path} is a directory: name a file to write")
-    for name, value, least in (("tokens", tokens, 1), ("length", length, 2), ("batch_size", batch_size, 1)):
-        if value < least:
-            raise WeLoreError(f"{name} is {value}: it must be at least {least}")
+def _load(model: Any, dataset: Dataset, context: RunContext) -> tuple[Any, Any]:
+    """Model and tokenizer, the model on the CPU: weights stay in their mapped file until a block is in work."""
+    if isinstance(model, nn.Module) and isinstance(dataset, Tensor):
+        return model, context.tokenizer
+    loaded = load_for_inference(model, replace(context, device=torch.device("cpu")))
+    return loaded.model, loaded.tokenizer
 
 
-def _length(model: "PreTrainedModel", wanted: int | None) -> int:
-    limit = context_length(model.config) or LENGTH
-    if wanted is None:
-        return min(LENGTH, limit)
-    require_context_length(wanted, limit)
-    return wanted
+def _complete(config: CalibrationConfig, net: Any) -> CalibrationConfig:
+    """The settings with the length of a window and the dtype of the computation."""
+    dtype: Any = str(net.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    if isinstance(config.dataset, Tensor):
+        ids = given_windows(config.dataset)
+        return replace(config, max_length=ids.shape[1], num_tokens=ids.numel(), dtype=dtype)
+    limit = context_length(net.config) or MAX_LENGTH
+    if config.max_length is not None:
+        require_context_length(config.max_length, limit)
+    return replace(config, max_length=config.max_length or min(MAX_LENGTH, limit), dtype=dtype)
 
 
-def _refuse_tokens(model: "PreTrainedModel", ids: Tensor) -> None:
-    embeddings: Any = model.get_input_embeddings()
-    largest, size = int(ids.max()), len(embeddings.weight)
+def _own_text(job: _Job, workspace: Workspace, count: int) -> Source:
+    """Text that the model writes: made once, then stored in the workspace."""
+    config, context = job.config, job.context
+    stored = workspace.fetch(GENERATED)
+    if stored is None:
+        size = replace(
+            config, num_tokens=count * (config.max_length or MAX_LENGTH), seed=seed_of(config.seed, SELF), dataset=SELF
+        )
+        ids = generate_text(writer(job.net, context.device), job.tokenizer, size, progress=context.progress)
+        stored = {GENERATED: ids.int()}
+        workspace.store(GENERATED, stored)
+    ids = stored[GENERATED].long()
+    assert isinstance(config.dataset, str | Mapping)
+    return Source(SELF, parse_mixture(config.dataset)[SELF], ids, digest(ids))
+
+
+def _require_known_tokens(net: Any, ids: Tensor) -> None:
+    largest, size = int(ids.max()), len(net.get_input_embeddings().weight)
     if largest >= size:
         raise WeLoreError(f"the tokenizer is another model's: it gives token {largest}, this model knows {size}")
 
 
-def _finished(targets: Sequence[Target], workspace: Workspace) -> dict[str, Any]:
-    """What the workspace holds, as fields of Statistics; tensors stay on disk."""
-    finished = WorkspaceStore(workspace)
+@contextmanager
+def _workspace(path: Path, job: _Job, sources: Sequence[Source]) -> Iterator[Workspace]:
+    """`PATH.work`, which is removed at the end; a killed run leaves it for the next one."""
+    read = [source.sha256 for source in sources]
+    state = [metadata.version("welore"), job.weights.state, as_record(job.config), str(job.context.device), read]
+    workspace = Workspace(path.with_name(path.name + ".work"), json.dumps(state))
+    workspace.open()
+    if isinstance(job.weights, ModelSource):  # nothing tells whether weights in memory are those of an earlier run
+        workspace.remove()
+        workspace.open()
+    try:
+        yield workspace
+    except WeLoreError:
+        workspace.remove()
+        raise
+    workspace.remove()
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------
+
+
+def _collect(job: _Job, workspace: Workspace, sources: Sequence[Source], ids: Tensor, seconds: float) -> Statistics:
+    """Second moments of every targeted matrix, in the workspace; seconds: that the model wrote its text."""
+    result = _run(job, ids, "labels")
+    store = WorkspaceStore(workspace)
     counts, shared = {}, {}
-    for target in targets:
-        about = finished.group(kept(target.name, "about"))
-        counts[target.name] = int(about["count"])
-        if len(about["kept_as"]):
-            shared[target.name] = bytes(about["kept_as"].tolist()).decode()
-    shapes = {target.name: target.shape for target in targets}
-    return {"shapes": shapes, "counts": counts, "shared": shared, "store": finished}
+    for target in job.targets:
+        reached = store.group(f"{target.name}.about")
+        counts[target.name] = int(reached["count"])
+        if len(reached["kept_as"]):
+            shared[target.name] = bytes(reached["kept_as"].tolist()).decode()
+    identity = job.weights.identity
+    record = Record(
+        "calibration",
+        inputs={
+            "model": identity.name,
+            "fingerprint": identity.fingerprint,
+            "sources": [source.to_dict() for source in sources],
+        },
+        settings=_settings(job),
+        numbers={
+            "tokens": ids.numel(),
+            "windows": len(ids),
+            "matrices": len(job.targets),
+            "never_reached": sum(count == 0 for count in counts.values()),
+            "mode": result.mode,
+            "sampled_label_nll": result.loss,
+            "seconds_generation": seconds,
+            "seconds_forward": result.forward_seconds,
+            "seconds_backward": result.backward_seconds,
+        },
+    )
+    shapes = {target.name: target.shape for target in job.targets}
+    include, exclude = tuple(job.config.include), tuple(job.config.exclude)
+    return Statistics(identity, shapes, counts, shared, store, record, include, exclude)
+
+
+def _measure_losses(job: _Job, workspace: Workspace, statistics: Statistics, ids: Tensor) -> Statistics:
+    """The statistics with the losses of all components, measured on a share of the windows."""
+    some = ids[:: max(1, round(1 / job.config.measure_losses))]
+    losses = Workspace(workspace.directory / "measured", workspace.key)
+    losses.open()
+    grids = long_matrices(job.weights.skeleton, job.targets) if job.config.split else {}
+    components = partial(_components, job, statistics, grids)
+    measuring = replace(job, context=job.context.within(losses))
+    _run(measuring, some, "measured", partial(Losses, components=components))
+    return replace(statistics, store=WorkspaceStore(workspace, losses), measured=some.numel(), grids=grids)
+
+
+def _run(job: _Job, ids: Tensor, purpose: str, collector: MakeCollector = Moments) -> Pass:
+    """Run the model forward and backward over the windows."""
+    config, context = job.config, job.context
+    text = LabelledText.create(ids, seed_of(config.seed, purpose), config.batch_size, context.device)
+    return collect_statistics(
+        job.net,
+        job.targets,
+        text,
+        context,
+        dtype=DTYPES[config.dtype],
+        whole_model=config.whole_model,
+        collector=collector,
+    )
+
+
+def _components(job: _Job, statistics: Statistics, grids: Mapping[str, Grid], layer: str) -> dict[str, Components]:
+    """All components of a layer's matrix, or of its blocks, in the order in which K-FAC removes them."""
+    components = {}
+    for target in in_blocks([t for t in job.targets if t.name == layer], grids):
+        norm = metric(KFAC, statistics, target)
+        if norm is not None:
+            W = job.weights.read(target).to(job.context.device)
+            factors = factorise(W, min(target.shape), metric=norm)
+            components[target.name] = Components(factors.A, factors.B, target.rows, target.columns)
+    return components
+
+
+def _settings(job: _Job) -> dict[str, Any]:
+    """The settings as the record stores them, texts of a mixture with their weights."""
+    dataset = job.config.dataset
+    settings = as_record(job.config) | {"device": str(job.context.device)}
+    if isinstance(dataset, str | Path | Mapping):
+        settings["dataset"] = [f"{name}:{weight:g}" for name, weight in parse_mixture(dataset).items()]
+    return settings

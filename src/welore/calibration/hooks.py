@@ -23,13 +23,13 @@ class Moments:
 
     Run forward and backward, then `end_batch`, as often as there are batches; then `statistics`.
 
-    Layers that read the same tensor share one sum of inputs: `kept_as` names the first of them. Whether they do is
+    Layers that read the same tensor share one sum of inputs: `owner` names the first of them. Whether they do is
     seen in the tensors of every batch, not in names; layers that shared by accident are told apart when they part.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.counts = dict.fromkeys(modules, 0)
-        self.kept_as: dict[str, str] = {}
+        self.owner: dict[str, str] = {}
         self._inputs: dict[str, Tensor] = {}
         self._magnitudes: dict[str, Tensor] = {}
         self._outputs: dict[str, Tensor] = {}
@@ -48,46 +48,46 @@ class Moments:
 
     def end_batch(self) -> None:
         """Add what entered the modules since the last call."""
-        tensors = {name: tuple(map(_place, found)) for name, found in self._batch.items()}
-        for name, leader in list(self.kept_as.items()):
-            if tensors.get(name) != tensors.get(leader):
-                self.kept_as[name] = name
-                self._inputs[name] = self._inputs[leader].clone()
-                self._magnitudes[name] = self._magnitudes[leader].clone()
+        tensors = {name: tuple(map(_identity, inputs)) for name, inputs in self._batch.items()}
+        for name, owner in list(self.owner.items()):
+            if tensors.get(name) != tensors.get(owner):
+                self.owner[name] = name
+                self._inputs[name] = self._inputs[owner].clone()
+                self._magnitudes[name] = self._magnitudes[owner].clone()
         new: dict[tuple[Any, ...], str] = {}
         for name in tensors:
-            if name not in self.kept_as:
-                self.kept_as[name] = new.setdefault(tensors[name], name)
-        for name, found in self._batch.items():
-            for x in found:
+            if name not in self.owner:
+                self.owner[name] = new.setdefault(tensors[name], name)
+        for name, inputs in self._batch.items():
+            for x in inputs:
                 rows = x.reshape(-1, x.shape[-1])
                 self.counts[name] += len(rows)
-                if self.kept_as[name] == name:
+                if self.owner[name] == name:
                     _add_gram(_sum(self._inputs, name, rows, square=True), rows)
                     _sum(self._magnitudes, name, rows, square=False).add_(rows.float().abs().sum(0))
         self._batch.clear()
 
     def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Kinds and tensors, float32, on the CPU: "inputs" A and "magnitudes" E|x|, if kept here, and "outputs" G.
+        """Kinds and tensors, float32, on the CPU: "inputs" A and "magnitudes" E|x|, if it owns them, and "outputs" G.
 
-        Means over `tokens` tokens. What was given is forgotten here. Of a layer that was never reached nothing is
-        given but "about" (see sweep.kept); G is zero where the loss does not depend on the layer. WeLoreError if the
-        model computes NaN or Inf.
+        Means over `tokens` tokens. The sums are deleted. A layer that was never reached gives nothing but "about" (see
+        layerwise.collect_statistics); G is zero where the loss does not depend on the layer. WeLoreError if the model
+        computes NaN or Inf.
         """
-        if name in self.kept_as:
-            if self.kept_as[name] == name:
+        if name in self.owner:
+            if self.owner[name] == name:
                 yield "inputs", {"inputs": _mean(self._inputs.pop(name), tokens, f"the inputs of {name}")}
                 yield "magnitudes", {"magnitudes": _mean(self._magnitudes.pop(name), tokens, f"the inputs of {name}")}
             yield "outputs", {"outputs": _mean(self._outputs.pop(name), tokens, f"the output gradients of {name}")}
-        leader = torch.tensor(list(self.kept_as.get(name, "").encode()), dtype=torch.uint8)
-        yield "about", {"count": torch.tensor(self.counts[name]), "kept_as": leader}
+        owner = torch.tensor(list(self.owner.get(name, "").encode()), dtype=torch.uint8)
+        yield "about", {"count": torch.tensor(self.counts[name]), "kept_as": owner}
 
 
 @dataclass(frozen=True)
 class Components:
     """A (m, k) and B (k, n), whose columns and rows are the components of W = A B, a layer's matrix or a block of it.
 
-    rows, columns: which of the layer's outputs and inputs are those of W.
+    Both lie on the layer's device. rows, columns: which of the layer's outputs and inputs are those of W.
     """
 
     A: Tensor
@@ -97,10 +97,10 @@ class Components:
 
 
 class Losses:
-    """What cutting each component of a matrix costs, measured: E[(g^T a b^T x)^2] of W = sum of a b^T.
+    """The measured loss of removing each component of a matrix: E[(g^T a b^T x)^2] of W = sum of a b^T.
 
-    modules: name -> linear layer. components: name of a layer -> what of it is measured, each under the name of its
-    matrix; nothing leaves the layer out. Used like Moments. EKFAC, arXiv 1806.03884: second moments along the
+    modules: name -> linear layer. components: name of a layer -> its matrices or blocks that are measured, each under
+    its name; nothing leaves the layer out. Used like Moments. EKFAC, arXiv 1806.03884: second moments along the
     directions of K-FAC, without its assumption that inputs and gradients are independent.
     """
 
@@ -108,27 +108,26 @@ class Losses:
         self._sums: dict[str, dict[str, Tensor]] = {}
         for layer, module in modules.items():
             self._sums[layer] = {}
-            for name, found in components(layer).items():
-                self._sums[layer][name] = torch.zeros(found.B.shape[0], dtype=torch.float64)
-                total = self._sums[layer][name]
-                module.register_forward_hook(partial(self._enters, total, found), with_kwargs=True)
+            for name, parts in components(layer).items():
+                total = torch.zeros(parts.B.shape[0], dtype=_precision(parts.B), device=parts.B.device)
+                self._sums[layer][name] = total
+                module.register_forward_hook(partial(self._enters, total, parts), with_kwargs=True)
 
     def _enters(
         self,
         total: Tensor,
-        found: Components,
+        parts: Components,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         y: Tensor,
     ) -> None:
         x = _entering(args, kwargs)
-        A, B = found.A.to(x.device), found.B.to(x.device)
-        enters = x.reshape(-1, x.shape[-1])[:, found.columns].float() @ B.T
+        enters = x.reshape(-1, x.shape[-1])[:, parts.columns].float() @ parts.B.T
 
         def leaves(g: Tensor) -> None:
-            along = g.reshape(-1, g.shape[-1])[:, found.rows].float() @ A * enters
-            total.add_(along.square().sum(0, dtype=torch.float64).cpu())
+            along = g.reshape(-1, g.shape[-1])[:, parts.rows].float() @ parts.A * enters
+            total.add_(along.square().sum(0, dtype=total.dtype))
 
         if y.requires_grad:
             y.register_hook(leaves)
@@ -137,7 +136,7 @@ class Losses:
         """Nothing is left to be added."""
 
     def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """ "losses" (k,), float32, means over `tokens` tokens; of a block "INDEX.losses"."""
+        """Yield "losses" (k,), float32, means over `tokens` tokens; of a block "INDEX.losses"."""
         for matrix, total in self._sums.pop(name).items():
             mean = _mean(total, tokens, f"the losses of {matrix}")
             yield f"{matrix}.losses".removeprefix(name + "."), {"losses": mean}
@@ -147,7 +146,7 @@ Collector = Moments | Losses
 
 
 def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer was called with."""
+    """The input of a layer."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x.detach()
 
@@ -155,11 +154,16 @@ def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _sum(sums: dict[str, Tensor], name: str, x: Tensor, *, square: bool) -> Tensor:
     if name not in sums:
         n = x.shape[-1]
-        sums[name] = torch.zeros((n, n) if square else (n,), dtype=torch.float64, device=x.device)
+        sums[name] = torch.zeros((n, n) if square else (n,), dtype=_precision(x), device=x.device)
     return sums[name]
 
 
-def _place(x: Tensor) -> tuple[Any, ...]:
+def _precision(x: Tensor) -> torch.dtype:
+    """The dtype of sums on the device of a tensor; MPS has no float64."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
+def _identity(x: Tensor) -> tuple[Any, ...]:
     """Equal for two tensors alive at the same time only if they show the same numbers."""
     return x.data_ptr(), x.shape, x.stride(), x._version
 
@@ -173,10 +177,10 @@ def _add_gram(total: Tensor, x: Tensor) -> None:
         total[start : start + step, start:] += x[:, start : start + step].T @ x[:, start:]
 
 
-def _mean(total: Tensor, tokens: int, what: str) -> Tensor:
+def _mean(total: Tensor, tokens: int, name: str) -> Tensor:
     mean = (total / tokens).float()
     if not bool(torch.isfinite(mean).all()):
-        raise WeLoreError(f"{what} hold NaN or Inf: try --dtype float32, or look for damaged weights")
+        raise WeLoreError(f"{name} hold NaN or Inf: try --dtype float32, or look for damaged weights")
     if mean.ndim == 2:
         mean.triu_()
         mean += mean.triu(1).T

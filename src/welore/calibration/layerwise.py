@@ -1,9 +1,9 @@
-"""Moments of every targeted matrix of a decoder, with one block of it in work at a time.
+"""Statistics of every targeted matrix of a decoder, with one block of it in memory at a time.
 
-Three steps, each kept in a workspace so that a killed run goes on: forward, block after block, the hidden states at
+Three steps, each stored in a workspace so that a killed run goes on: forward, block after block, the hidden states at
 every boundary go to disk; at the top the loss, with labels sampled from the model, gives the gradient there;
 backward, block after block, each is run again with hooks on its targeted matrices. A decoder whose blocks cannot be
-run alone (see parts) runs whole.
+run one by one (see block_runner) runs as a whole model.
 """
 
 import time
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from welore.calibration.block_runner import Parts, parts_of
+from welore.calibration.block_runner import BlockRunner, block_runner
 from welore.calibration.hooks import Collector, Moments
 from welore.errors import WeLoreError
-from welore.io.progress import Progress, counted, silent
+from welore.io.context import RunContext
+from welore.io.progress import counted
 from welore.io.resume import Workspace
 from welore.models.copies import frozen_copy
 from welore.models.skeleton import decoder_blocks
@@ -27,71 +28,66 @@ from welore.models.targets import Target
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRIAL = 16  # tokens on which blocks alone are compared with the whole model
+TRIAL = 16  # tokens on which single blocks are compared with the model
 LOGITS = 1 << 23  # numbers of the logits in memory at once
 
-Collect = Callable[[Mapping[str, nn.Module]], Collector]
+MakeCollector = Callable[[Mapping[str, nn.Module]], Collector]
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """What was gathered: by blocks or whole; seconds forward and backward; the mean loss of the sampled labels."""
+class Pass:
+    """A run over the text: mode "blocks" or "whole"; seconds forward and backward; mean loss of the sampled labels."""
 
-    road: str
+    mode: str
     forward_seconds: float
     backward_seconds: float
     loss: float
 
 
-def gather(
-    model: "PreTrainedModel",
-    targets: Sequence[Target],
-    ids: Tensor,
-    workspace: Workspace,
-    *,
-    seed: int = 0,
-    batch_size: int = 4,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device | None = None,
-    whole: bool = False,
-    collect: Collect = Moments,
-    progress: Progress = silent,
-) -> Sweep:
-    """Put the statistics of every targeted matrix into the workspace, each under the name that `kept` gives.
-
-    ids: (windows, length). batch_size: windows in work at once. dtype: of the computation. whole: run the model in
-    one piece, as happens anyway if its blocks cannot be run alone or a target lies outside them. collect: what gathers
-    them, made for the layers of a block. The model may lie
-    in a mapped file: of a checkpoint on disk only the block in work is in memory.
-    """
-    place = torch.device(device) if device is not None else model.device
-    uniform = torch.rand(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    batches = list(range(0, len(ids), batch_size))
-    text = _Text(ids.to(place), uniform.to(place), [slice(start, start + batch_size) for start in batches])
-    inside = decoder_blocks(model)[0] + "."
-    whole = whole or not all(target.name.startswith(inside) for target in targets)
-    parts = None if whole else parts_of(model, ids[:1, :TRIAL])
-    if parts is None:
-        return _whole(frozen_copy(model, place, dtype), targets, text, workspace, collect, progress)
-    return _Blocks(Parts(model, place, dtype, parts.form), targets, text, workspace, collect).gather(progress)
-
-
-def kept(name: str, kind: str) -> str:
-    """Name in the workspace of a statistic of a matrix; kind: inputs, magnitudes, outputs, losses.
-
-    "about" holds `count`, the tokens that reached the matrix, and `kept_as`, the bytes of the name under which its
-    inputs are kept (none if it was never reached).
-    """
-    return f"{name}.{kind}"
-
-
 @dataclass(frozen=True)
-class _Text:
-    """ids, uniform: (windows, length), tokens and the uniform numbers that choose labels; batches of windows."""
+class LabelledText:
+    """ids (windows, length) and the uniform numbers that choose their labels, on the device; batches of windows."""
 
     ids: Tensor
     uniform: Tensor
     batches: list[slice]
+
+    @classmethod
+    def create(cls, ids: Tensor, seed: int, batch_size: int, device: torch.device) -> "LabelledText":
+        """The text with the random numbers of a seed, which depend on neither device nor batch size."""
+        uniform = torch.rand(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        if device.type == "mps":  # has no float64
+            uniform = uniform.float()
+        batches = [slice(start, start + batch_size) for start in range(0, len(ids), batch_size)]
+        return cls(ids.to(device), uniform.to(device), batches)
+
+
+def collect_statistics(
+    model: "PreTrainedModel",
+    targets: Sequence[Target],
+    text: LabelledText,
+    context: RunContext,
+    *,
+    dtype: torch.dtype = torch.float32,
+    whole_model: bool = False,
+    collector: MakeCollector = Moments,
+) -> Pass:
+    """Put the statistics of every targeted matrix into the context's workspace, each as "NAME.KIND".
+
+    KIND is inputs, magnitudes, outputs or losses; or "about", which holds `count`, the tokens that reached the matrix,
+    and `kept_as`, the bytes of the name under which its inputs lie (none if it was never reached).
+
+    dtype: of the computation. whole_model: run the model in one piece, as happens anyway if its blocks cannot be run
+    one by one or a target lies outside them. collector: makes what collects them, for the layers of a block. Of a
+    model that lies in a mapped file only the block in work is in memory.
+    """
+    assert context.workspace is not None
+    inside = decoder_blocks(model)[0] + "."
+    if not whole_model and all(target.name.startswith(inside) for target in targets):
+        runner = block_runner(model, text.ids[:1, :TRIAL], context.device, dtype)
+        if runner is not None:
+            return _BlockwisePass(runner, targets, text, context, collector).run()
+    return _whole_pass(frozen_copy(model, context.device, dtype), targets, text, context, collector)
 
 
 # --- labels sampled from the model ----------------------------------------------------------------------------------
@@ -105,7 +101,7 @@ def sampled_gradient(logits: Tensor, uniform: Tensor) -> tuple[Tensor, float]:
     """
     scores = logits.float()
     gradient = scores.softmax(-1)
-    cumulated = gradient.cumsum(-1, dtype=torch.float64)
+    cumulated = gradient.cumsum(-1, dtype=uniform.dtype)
     labels = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
     labels = labels.clamp_(max=logits.shape[-1] - 1).squeeze(1)
     loss = cross_entropy(scores, labels, reduction="sum")
@@ -120,77 +116,85 @@ def _pieces(length: int, vocabulary: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, length, step)]
 
 
-# --- the two roads --------------------------------------------------------------------------------------------------
+# --- block by block, or the whole model -----------------------------------------------------------------------------
 
 
-class _Blocks:
-    """One block at a time. Everything that was computed is in the workspace, or is computed when it is asked for."""
+class _BlockwisePass:
+    """One block at a time. Everything that was computed is in the workspace, or is computed when it is wanted."""
 
     def __init__(
-        self, parts: Parts, targets: Sequence[Target], text: _Text, workspace: Workspace, collect: Collect
+        self,
+        runner: BlockRunner,
+        targets: Sequence[Target],
+        text: LabelledText,
+        context: RunContext,
+        collector: MakeCollector,
     ) -> None:
-        self.parts, self.text, self.workspace, self.collect = parts, text, workspace, collect
-        self.targets: list[dict[str, str]] = [{} for _ in range(len(parts))]
+        assert context.workspace is not None
+        self.runner, self.text, self.collector = runner, text, collector
+        self.progress, self.workspace = context.progress, context.workspace
+        self.targets: list[dict[str, str]] = [{} for _ in range(len(runner))]
         for target in targets:
-            index, _, rest = target.name.removeprefix(parts.name + ".").partition(".")
+            index, _, rest = target.name.removeprefix(runner.name + ".").partition(".")
             self.targets[int(index)][target.name] = rest
 
-    def gather(self, progress: Progress) -> Sweep:
+    def run(self) -> Pass:
         """All statistics, from wherever an earlier run has left off."""
-        count = len(self.parts)
+        count = len(self.runner)
         begun = next((i for i in range(count + 1) if self.workspace.holds(f"gradient-{i}")), count + 1)
         started = time.perf_counter()
         if begun > count:
-            for index in counted(progress, range(count + 1), "blocks, forward"):
+            for index in counted(self.progress, range(count + 1), "blocks, forward"):
                 self.boundary(index)
         forward = time.perf_counter()
-        for index in counted(progress, range(begun - 1, -1, -1), "blocks, backward"):
+        for index in counted(self.progress, range(begun - 1, -1, -1), "blocks, backward"):
             self.gradient(index)
         done = time.perf_counter()
         loss = self.workspace.fetch("loss")
-        return Sweep("blocks", forward - started, done - forward, float(loss["mean"]) if loss else float("nan"))
+        return Pass("blocks", forward - started, done - forward, float(loss["mean"]) if loss else float("nan"))
 
     @torch.no_grad()
     def boundary(self, index: int) -> Tensor:
         """Hidden states (windows, length, width) that enter block `index`, or leave the last one."""
-        found = self.workspace.fetch(f"boundary-{index}")
-        if found is not None:
-            return found["hidden"]
-        ids, batches, device = self.text.ids, self.text.batches, self.parts.device
+        stored = self.workspace.fetch(f"boundary-{index}")
+        if stored is not None:
+            return stored["hidden"]
+        runner, ids, batches = self.runner, self.text.ids, self.text.batches
         if index == 0:
-            pieces = [self.parts.first(ids[batch]).cpu() for batch in batches]
+            pieces = [runner.embed(ids[batch]).cpu() for batch in batches]
         else:
-            below, block = self.boundary(index - 1), self.parts.block(index - 1)
+            below, block = self.boundary(index - 1), runner.block(index - 1)
             pieces = [
-                self.parts.through(index - 1, block, ids[batch], below[batch].to(device)).cpu() for batch in batches
+                runner.run(index - 1, block, ids[batch], below[batch].to(runner.device)).cpu() for batch in batches
             ]
         hidden = torch.cat(pieces)
         self.workspace.store(f"boundary-{index}", {"hidden": hidden})
         return hidden
 
     def gradient(self, index: int) -> Tensor:
-        """Gradient of the summed loss at that boundary; the statistics of the block above it are kept on the way."""
-        found = self.workspace.fetch(f"gradient-{index}")
-        if found is not None:
-            return found["gradient"]
-        if index == len(self.parts):
-            gradient = self._top()
+        """Gradient of the summed loss at that boundary; the statistics of the block above it are stored on the way."""
+        stored = self.workspace.fetch(f"gradient-{index}")
+        if stored is not None:
+            return stored["gradient"]
+        if index == len(self.runner):
+            gradient = self._head_gradient()
         else:
             above = self.gradient(index + 1)
-            gradient = self._block(index, self.boundary(index), above)
+            gradient = self._block_gradient(index, self.boundary(index), above)
         self.workspace.store(f"gradient-{index}", {"gradient": gradient})
         for name in (f"gradient-{index + 1}", f"boundary-{index + 1}"):
             self.workspace.drop(name)
         return gradient
 
-    def _top(self) -> Tensor:
-        hidden, gradients, total = self.boundary(len(self.parts)), [], 0.0
+    def _head_gradient(self) -> Tensor:
+        runner = self.runner
+        hidden, gradients, total = self.boundary(len(runner)), [], 0.0
         for ids, uniform, window in zip(self.text.ids, self.text.uniform, hidden, strict=True):
-            leaf = window[None].to(self.parts.device).requires_grad_()
-            pieces = _pieces(len(ids), self.parts.vocabulary) if self.parts.chooses else [slice(None)]
+            leaf = window[None].to(runner.device).requires_grad_()
+            pieces = _pieces(len(ids), runner.vocabulary) if runner.chooses_positions else [slice(None)]
             for piece in pieces:
                 positions = torch.arange(len(ids), device=ids.device)[piece]
-                logits = self.parts.logits(ids[None], leaf, positions)
+                logits = runner.logits(ids[None], leaf, positions)
                 gradient, loss = sampled_gradient(logits[0], uniform[piece])
                 torch.autograd.backward(logits, gradient[None])
                 total += loss
@@ -199,13 +203,13 @@ class _Blocks:
         self.workspace.store("loss", {"mean": torch.tensor(total / self.text.ids.numel(), dtype=torch.float64)})
         return torch.cat(gradients)
 
-    def _block(self, index: int, hidden: Tensor, above: Tensor) -> Tensor:
-        block, device = self.parts.block(index), self.parts.device
-        collector = self.collect({name: block.get_submodule(rest) for name, rest in self.targets[index].items()})
+    def _block_gradient(self, index: int, hidden: Tensor, above: Tensor) -> Tensor:
+        block, device = self.runner.block(index), self.runner.device
+        collector = self.collector({name: block.get_submodule(rest) for name, rest in self.targets[index].items()})
         gradients = []
         for batch in self.text.batches:
             leaf = hidden[batch].to(device).requires_grad_()
-            result = self.parts.through(index, block, self.text.ids[batch], leaf)
+            result = self.runner.run(index, block, self.text.ids[batch], leaf)
             torch.autograd.backward(result, above[batch].to(device))
             collector.end_batch()
             assert leaf.grad is not None
@@ -214,33 +218,29 @@ class _Blocks:
         return torch.cat(gradients)
 
 
-def _whole(
-    model: Any,
-    targets: Sequence[Target],
-    text: _Text,
-    workspace: Workspace,
-    collect: Collect,
-    progress: Progress,
-) -> Sweep:
-    """The whole model at once, forward and backward, all statistics in memory: what the other road must equal."""
+def _whole_pass(
+    model: Any, targets: Sequence[Target], text: LabelledText, context: RunContext, make: MakeCollector
+) -> Pass:
+    """The model at once, forward and backward, all statistics in memory; equal to the blockwise pass."""
+    assert context.workspace is not None
     names = [target.name for target in targets]
-    collector = collect({name: model.get_submodule(name) for name in names})
+    collector = make({name: model.get_submodule(name) for name in names})
     model.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.requires_grad_())
     forward = backward = total = 0.0
-    for batch in counted(progress, text.batches, "windows"):
+    for batch in counted(context.progress, text.batches, "windows"):
         started = time.perf_counter()
         logits = model(text.ids[batch], use_cache=False).logits
-        found = [sampled_gradient(*window) for window in zip(logits, text.uniform[batch], strict=True)]
-        total += sum(loss for _, loss in found)
-        reached = time.perf_counter()
-        torch.autograd.backward(logits, torch.stack([gradient for gradient, _ in found]))
+        sampled = [sampled_gradient(*window) for window in zip(logits, text.uniform[batch], strict=True)]
+        total += sum(loss for _, loss in sampled)
+        computed = time.perf_counter()
+        torch.autograd.backward(logits, torch.stack([gradient for gradient, _ in sampled]))
         collector.end_batch()
-        forward, backward = forward + reached - started, backward + time.perf_counter() - reached
-    _store(collector, names, text.ids.numel(), workspace)
-    return Sweep("whole", forward, backward, total / text.ids.numel())
+        forward, backward = forward + computed - started, backward + time.perf_counter() - computed
+    _store(collector, names, text.ids.numel(), context.workspace)
+    return Pass("whole", forward, backward, total / text.ids.numel())
 
 
 def _store(collector: Collector, names: Sequence[str], tokens: int, workspace: Workspace) -> None:
     for name in names:
         for kind, group in collector.statistics(name, tokens):
-            workspace.store(kept(name, kind), group)
+            workspace.store(f"{name}.{kind}", group)

@@ -113,36 +113,12 @@ def allocate(
 def calibrate(model: Model, output: OutputFile, config: CalibrationConfig, run: RunConfig, as_json: bool) -> None:
     """Collect second moments of inputs and output gradients of every targeted matrix."""
     from welore.calibration.collect import calibrate
-    from welore.io.context import RunContext
     from welore.io.parallel import team
 
     quiet_libraries()
     if team().size > 1:
         raise WeLoreError("calibrate works in one process: start it without torchrun or accelerate")
-    context = RunContext.create(**run.options)
-    record = calibrate(
-        model,
-        config.dataset,
-        output,
-        tokens=config.num_tokens,
-        length=config.max_length,
-        seed=config.seed,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        first=config.first,
-        batch_size=config.batch_size,
-        measure=config.measure_losses,
-        split=config.split,
-        whole=config.whole_model,
-        dtype=config.dtype,
-        include=config.include,
-        exclude=config.exclude,
-        cache_dir=context.cache_dir,
-        revision=context.revision,
-        device=str(context.device),
-        progress=context.progress,
-    ).record
+    record = calibrate(model, config, output, **run.options).record
     numbers = record.numbers
     if numbers["never_reached"]:
         log(

@@ -30,9 +30,7 @@ from welore.compression.analysis import (
 from welore.compression.factorize import factor_matrices, write_checkpoint
 from welore.compression.in_memory import compress_model
 from welore.compression.mlp_pruning import without, worth_taking_out
-from welore.config import KFAC, NONE, AllocationConfig, MinRatio
-from welore.data.mixture import SELF
-from welore.data.self_generated import LENGTH, TOKENS
+from welore.config import KFAC, MAX_LENGTH, NONE, NUM_TOKENS, SELF, AllocationConfig, CalibrationConfig, MinRatio
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import atomic_directory, require_free, require_outside
 from welore.io.checkpoint import PLAN, RECORD, SHARD_SIZE
@@ -69,7 +67,7 @@ def compress(
     neurons: float | None = None,
     paper: bool = False,
     calibration: "Statistics | str | Path" = SELF,
-    tokens: int = TOKENS,
+    tokens: int = NUM_TOKENS,
     seed: int = 0,
     heal: str | None = None,
     include: Sequence[str] = (),
@@ -155,7 +153,7 @@ def compress(
     with CheckpointSource(directory, str(model), include, exclude) as checkpoint:
         source: TensorSource = checkpoint
         found = None if calibration == SELF else opened_calibration(calibration, source)
-        own = (-(-tokens // LENGTH) if scaling != NONE else 0) if found is None else (found.generated or (0,))[0]
+        own = (-(-tokens // MAX_LENGTH) if scaling != NONE else 0) if found is None else (found.generated or (0,))[0]
         heal = healing.chosen(heal, own, alone=alone)
         if neurons and (found is None and scaling == NONE):
             raise WeLoreError("neurons are chosen by a calibration: give --statistics, or a scaling that needs one")
@@ -166,7 +164,7 @@ def compress(
             how = {"device": place, "workers": workers, "progress": progress}
             if plan is None:
                 if found is None and scaling != NONE:
-                    text = {"tokens": tokens, "seed": seed, "device": place, "progress": progress}
+                    text = {"num_tokens": tokens, "seed": seed, "device": device or "auto", "progress": progress}
                     found = _own_calibration(directory, workspace, crew, **text, **patterns)
                 keep = place is None and _fits_on_disk(in_blocks(source.targets, grids), Path(out))
                 kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep, **how}
@@ -288,7 +286,9 @@ def _own_calibration(directory: Path, workspace: Workspace, crew: Processes, **h
     """
     made = workspace.directory / "calibration.safetensors"
     if crew.is_main and not made.is_file():
-        calibrate(directory, SELF, made, measure=0, **how)
+        names = ("num_tokens", "seed", "include", "exclude")
+        config = CalibrationConfig(measure_losses=0, **{name: how.pop(name) for name in names})
+        calibrate(directory, config, made, **how)
     crew.wait()
     return Statistics.load(made)
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from welore.allocation.neurons import as_json
 from welore.allocation.plan import Plan
 from welore.compression.factorize import Trained, write_checkpoint
-from welore.config import NONE, FinetuneConfig, RunOptions
-from welore.data.mixture import SELF, draw, mixed
-from welore.data.self_generated import LENGTH
+from welore.config import MAX_LENGTH, NONE, SELF, FinetuneConfig, RunOptions
+from welore.data.mixture import draw, mixed
+from welore.data.text import TextOptions
 from welore.data.windows import digest, write_windows
 from welore.errors import DivergedError, WeLoreError
 from welore.io.atomic import atomic_directory
@@ -68,8 +68,10 @@ def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Pa
 
     Those of several texts are shuffled: the tenth that is held out is of all of them.
     """
-    length = min(LENGTH, context_length(config_of(directory)) or LENGTH)
-    counts, found = draw(data, tokens, read_tokenizer(directory), length, seed=seed, cache_dir=cache_dir)
+    length = min(MAX_LENGTH, context_length(config_of(directory)) or MAX_LENGTH)
+    counts, found = draw(
+        data, tokens, read_tokenizer(directory), length, seed=seed, options=TextOptions(cache_dir=cache_dir)
+    )
     if SELF in counts:
         raise WeLoreError(f"--recovery {data}: {SELF} cannot be mixed with other texts")
     windows, _ = mixed(found, seed)

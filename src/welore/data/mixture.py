@@ -1,4 +1,4 @@
-"""Which text a model is calibrated on: names with weights -> windows of tokens, drawn in proportion."""
+"""Texts with weights -> windows of tokens, drawn in proportion."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from welore.data.packing import blocks_of_text
-from welore.data.windows import WINDOWS, digest, read_windows
+from welore.config import SELF, Dataset
+from welore.data.packing import Blocks, blocks_of_text
+from welore.data.text import TextOptions, dataset_name
+from welore.data.windows import digest, given_windows, is_windows
 from welore.errors import WeLoreError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-SELF = "self"  # the text that the model writes
-Mixture = str | Sequence[str] | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -29,18 +28,17 @@ class Source:
     windows: Tensor
     sha256: str
 
-    def about(self) -> dict[str, Any]:
-        """What the record says of it."""
+    def to_dict(self) -> dict[str, Any]:
+        """The source as a record stores it."""
         return {"name": self.name, "weight": self.weight, "windows": len(self.windows), "sha256": self.sha256}
 
 
-def parse_mixture(data: Mixture) -> dict[str, float]:
-    """Name -> weight, of "NAME", "NAME:WEIGHT,NAME:WEIGHT", several of them, or a mapping."""
-    if isinstance(data, Mapping):
-        pairs = [(name, float(weight)) for name, weight in data.items()]
+def parse_mixture(dataset: str | Path | Mapping[str, float]) -> dict[str, float]:
+    """Name -> weight, of "NAME", "NAME:WEIGHT,NAME:WEIGHT" or a mapping."""
+    if isinstance(dataset, Mapping):
+        pairs = [(str(name), float(weight)) for name, weight in dataset.items()]
     else:
-        parts = [part for text in ([data] if isinstance(data, str) else data) for part in text.split(",")]
-        pairs = [_weighted(part.strip()) for part in parts]
+        pairs = [_weighted(part.strip()) for part in str(dataset).split(",")]
     if not pairs or not all(name for name, _ in pairs):
         raise WeLoreError("a name of a text is missing: give self, or NAME:WEIGHT,NAME:WEIGHT such as pydoc:1,my.txt:2")
     for name, weight in pairs:
@@ -58,7 +56,7 @@ def _weighted(part: str) -> tuple[str, float]:
     try:
         return (name, float(weight)) if colon else (part, 1.0)
     except ValueError:
-        return part, 1.0  # the colon belongs to the name
+        return part, 1.0  # the colon belongs to the name, as in "owner/name:config"
 
 
 def apportion(mixture: Mapping[str, float], windows: int) -> dict[str, int]:
@@ -77,57 +75,72 @@ def apportion(mixture: Mapping[str, float], windows: int) -> dict[str, int]:
     return counts
 
 
-def drawn(
-    name: str,
-    weight: float,
-    count: int,
+def draw(
+    dataset: Dataset,
+    tokens: int,
     tokenizer: "PreTrainedTokenizerBase",
     length: int,
     *,
     seed: int,
-    cache_dir: str | Path | None = None,
-) -> Source:
-    """`count` windows of a text, none twice, in an order that depends on the seed and the name, not on a file's folder.
+    options: TextOptions = TextOptions(),  # noqa: B008 - frozen
+) -> tuple[dict[str, int], list[Source]]:
+    """Windows that every text of a data set gets by its weight, and those that are drawn; the model writes "self".
 
-    Of a named data set the training part is read, of any other text all but the first tenth, as in fine-tuning: what
-    `welore evaluate` reads first stays unseen. Of a file of windows the first are taken as they are.
+    Of every text windows are drawn, none twice, in an order that depends on the seed and the name, not on a file's
+    directory. They are drawn from the training part (packing.blocks_of_text): text that `welore evaluate` reads first
+    stays unseen. Of a file of windows the first are taken as they are, of a tensor all.
     """
-    if name.endswith(WINDOWS):
-        ids = read_windows(name, length, len(tokenizer))
-        _refuse_few(name, len(ids), count, length)
+    if isinstance(dataset, Tensor):
+        return {}, [given(dataset)]
+    if isinstance(dataset, str | Path | Mapping):
+        mixture = parse_mixture(dataset)
+        texts: dict[str, Any] = {name: name for name in mixture}
+    else:
+        mixture = {dataset_name(dataset): 1.0}
+        texts = dict.fromkeys(mixture, dataset)
+    counts = apportion(mixture, -(-tokens // length))
+    sources = [
+        _drawn(name, texts[name], mixture[name], count, tokenizer, length, seed, options)
+        for name, count in counts.items()
+        if name != SELF
+    ]
+    return counts, sources
+
+
+def _drawn(
+    name: str,
+    dataset: Any,
+    weight: float,
+    count: int,
+    tokenizer: "PreTrainedTokenizerBase",
+    length: int,
+    seed: int,
+    options: TextOptions,
+) -> Source:
+    if is_windows(dataset):
+        ids = given_windows(dataset, length, len(tokenizer))
+        _require_windows(name, len(ids), count, length)
         return Source(name, weight, ids[:count], digest(ids))
-    found = blocks_of_text(name, tokenizer, length, tokens=count * length, eval_items=1, cache_dir=cache_dir)
-    _refuse_few(name, len(found.train), count, length)
-    order = order_of(len(found.train), seed, Path(name).name)
-    windows = torch.stack([found.train[int(index)]["input_ids"] for index in order[:count]])
-    return Source(name, weight, windows, found.sha256)
+    split = blocks_of_text(dataset, tokenizer, length, tokens=count * length, eval_items=1, options=options)
+    assert isinstance(split.train, Blocks)
+    _require_windows(name, len(split.train), count, length)
+    order = order_of(len(split.train), seed, Path(name).name)[:count]
+    return Source(name, weight, split.train.tokens[order].long(), split.sha256)
 
 
-def _refuse_few(name: str, there: int, wanted: int, length: int) -> None:
-    if there < wanted:
+def _require_windows(name: str, available: int, wanted: int, length: int) -> None:
+    if available < wanted:
         raise WeLoreError(
-            f"{name} has {there} windows of {length} tokens, {wanted} are wanted: take fewer tokens, shorter windows "
-            "or a smaller weight"
+            f"{name} has {available} windows of {length} tokens, {wanted} are wanted: take fewer tokens, shorter "
+            "windows or a smaller weight"
         )
 
 
-def draw(
-    data: Mixture, tokens: int, tokenizer: "PreTrainedTokenizerBase", length: int, **how: Any
-) -> tuple[dict[str, int], list[Source]]:
-    """Windows of every text of a mixture, and those of each that are drawn; what the model writes is only counted.
-
-    how: seed and cache_dir of `drawn`.
-    """
-    mixture = parse_mixture(data)
-    counts = apportion(mixture, -(-tokens // length))
-    found = [drawn(name, mixture[name], n, tokenizer, length, **how) for name, n in counts.items() if name != SELF]
-    return counts, found
-
-
-def mixed(found: Sequence[Source], seed: int) -> tuple[Tensor, list[str]]:
+def mixed(sources: Sequence[Source], seed: int) -> tuple[Tensor, list[str]]:
     """Windows (count, length) of all texts in random order, and the name of the text of each; of one text as drawn."""
-    windows, names = torch.cat([text.windows for text in found]), [text.name for text in found for _ in text.windows]
-    if len(found) == 1:
+    windows = torch.cat([source.windows for source in sources])
+    names = [source.name for source in sources for _ in source.windows]
+    if len(sources) == 1:
         return windows, names
     order = order_of(len(windows), seed, "heal")
     return windows[order], [names[index] for index in order.tolist()]
@@ -135,11 +148,8 @@ def mixed(found: Sequence[Source], seed: int) -> tuple[Tensor, list[str]]:
 
 def given(ids: Tensor) -> Source:
     """Windows of token ids (windows, length) that the caller has made."""
-    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or ids.is_floating_point():
-        raise WeLoreError(
-            f"data is a tensor of shape {tuple(ids.shape)}: give token ids (windows, length), length >= 2"
-        )
-    return Source("token ids", 1.0, ids.cpu().long(), digest(ids.cpu().long()))
+    ids = given_windows(ids)
+    return Source("token ids", 1.0, ids, digest(ids))
 
 
 def seed_of(seed: int, purpose: str) -> int:

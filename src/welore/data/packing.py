@@ -1,15 +1,15 @@
-"""What a model is trained on: a text in packed blocks, or the questions of a task; and what is held out of it."""
+"""Documents -> blocks of equally many tokens to train on, and others that are held out."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
-from welore.data.text import C4_DOCUMENTS, hub_rows, read_text
+from welore.data.text import TextOptions, open_text
 from welore.data.windows import digest
 from welore.errors import WeLoreError
 
@@ -17,15 +17,36 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_OUT = 10  # one part in ten
-TOKENS_PER_DOCUMENT = 300  # of C4, cautiously: it has about 480
+TOKENIZED_AT_ONCE = 64  # documents
+CHARACTERS_PER_TOKEN = 8  # at most, of nearly all texts
 Example = dict[str, Tensor]  # input_ids and labels, (length,) each
+
+
+class Blocks(Sequence[Example]):
+    """Packed blocks as examples; tokens: (count, length), int32."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Blocks": ...
+    def __getitem__(self, index: int | slice) -> "Example | Blocks":
+        if isinstance(index, slice):
+            return Blocks(self.tokens[index])
+        ids = self.tokens[index].long()
+        return {"input_ids": ids, "labels": ids}
 
 
 @dataclass(frozen=True)
 class DatasetSplit:
-    """Sequences to train on and sequences to evaluate on, which have nothing in common.
+    """Examples to train on and examples to evaluate on, which have nothing in common.
 
-    split: how they were told apart. counts: what was left over, cut or held out. sha256: of what was read.
+    split: how they were told apart. counts: of what was left over, cut or held out. sha256: of what was read.
     """
 
     train: Sequence[Example]
@@ -35,59 +56,56 @@ class DatasetSplit:
     sha256: str
 
 
-# --- continual: a text ----------------------------------------------------------------------------------------------
-
-
 def blocks_of_text(
-    data: str,
+    dataset: Any,
     tokenizer: "PreTrainedTokenizerBase",
     length: int,
     *,
     tokens: int,
     eval_items: int,
-    cache_dir: str | Path | None = None,
+    options: TextOptions = TextOptions(),  # noqa: B008 - frozen
 ) -> DatasetSplit:
     """A text as blocks of exactly `length` tokens, documents one after the other, no padding.
 
-    data: c4 or wikitext2 (trained on their training part, evaluated on their validation part), or anything that
-    corpus.read_text knows: the first tenth of its blocks is held out (`welore evaluate --num-windows` reads from the
-    beginning, too). tokens: how many will be read in training (C4 is fetched no further). What does not fill a
-    block at the end is left out and counted.
+    The held-out part is that of the data set (c4, wikitext2: validation), or else the first tenth of the blocks:
+    `welore evaluate --num-windows` reads from the beginning, too. tokens: how many will be read in training; further
+    documents are not fetched. Tokens that do not fill a block at the end are left out and counted.
     """
-    if data in PARTS:
-        train_texts, held_texts, split = PARTS[data](tokens, cache_dir)
-        train, unused = _packed(tokenizer, train_texts, length)
-        held, _ = _packed(tokenizer, held_texts, length)
-        texts = [*held_texts, *train_texts]
+    source, sha = open_text(dataset, options), hashlib.sha256()
+    documents = source.training(tokens)
+    if source.held_out is not None:
+        held_out, _ = pack(tokenizer, _digested(source.held_out(), sha), length)
+        train, unused = pack(tokenizer, _digested(documents, sha), length)
+        split = source.split(tokens)
     else:
-        texts = [read_text(data, cache_dir=cache_dir)]
-        found, unused = _packed(tokenizer, texts, length)
-        held, train, split = _first_tenth(found)
-    if not train or not held:
+        enough = blocks_to_write(-(-tokens // length)) * length if tokens else None
+        blocks, unused = pack(tokenizer, _digested(documents, sha), length, enough)
+        held_out, train, split = _first_tenth(blocks)
+    if not len(train) or not len(held_out):
         raise WeLoreError(
-            f"{data} gives {len(train) + len(held)} blocks of {length} tokens, training and evaluation need one each: "
-            "take a longer text or a smaller --max-length"
+            f"{source.name} gives {len(train) + len(held_out)} blocks of {length} tokens, training and evaluation need "
+            "one each: take a longer text or a smaller --max-length"
         )
-    counts = {"train_blocks": len(train), "held_out_blocks": len(held), "tokens_unused": unused}
-    return DatasetSplit(_labelled(train), _labelled(held[:eval_items]), split, counts, digest_of_texts(texts))
+    counts = {"train_blocks": len(train), "held_out_blocks": len(held_out), "tokens_unused": unused}
+    return DatasetSplit(Blocks(train), Blocks(held_out[:eval_items]), split, counts, sha.hexdigest())
 
 
-def training_texts(data: str, tokens: int, cache_dir: str | Path | None = None) -> list[str]:
-    """What `blocks_of_text` trains on, as text: the training part of a named data set, all but the first tenth of any
-    other.
-    """
-    if data in PARTS:
-        return PARTS[data](tokens, cache_dir)[0]
-    text = read_text(data, cache_dir=cache_dir)
+def training_texts(dataset: Any, tokens: int, options: TextOptions = TextOptions()) -> list[str]:  # noqa: B008 - frozen
+    """The training part of `blocks_of_text` as text: that of the data set, or all but the first tenth."""
+    source = open_text(dataset, options)
+    documents = source.training(tokens)
+    if source.held_out is not None:
+        return list(documents)
+    text = source.separator.join(_first_characters(documents, CHARACTERS_PER_TOKEN * tokens))
     return [text[len(text) // HELD_OUT :]]
 
 
 def blocks_of_windows(windows: Tensor, name: str, *, eval_items: int) -> DatasetSplit:
-    """Windows (count, length) of token ids that a model has written, as material; the first tenth is held out."""
-    held, train, split = _first_tenth(list(windows.long()))
-    counts = {"train_blocks": len(train), "held_out_blocks": len(held), "tokens_unused": 0}
+    """Windows (count, length) of token ids as a dataset; the first tenth is held out."""
+    held_out, train, split = _first_tenth(windows)
+    counts = {"train_blocks": len(train), "held_out_blocks": len(held_out), "tokens_unused": 0}
     sha256 = digest(windows.long())
-    return DatasetSplit(_labelled(train), _labelled(held[:eval_items]), f"{name}: {split}", counts, sha256)
+    return DatasetSplit(Blocks(train), Blocks(held_out[:eval_items]), f"{name}: {split}", counts, sha256)
 
 
 def blocks_to_write(train_blocks: int) -> int:
@@ -95,63 +113,61 @@ def blocks_to_write(train_blocks: int) -> int:
     return train_blocks + max(1, (train_blocks - 1) // (HELD_OUT - 1))
 
 
-def _first_tenth(blocks: list[Tensor]) -> tuple[list[Tensor], list[Tensor], str]:
-    """Blocks held out, blocks to train on, and how they were told apart."""
-    border = max(1, len(blocks) // HELD_OUT)
-    return blocks[:border], blocks[border:], f"the first {border} of {len(blocks)} blocks are held out"
+def pack(
+    tokenizer: "PreTrainedTokenizerBase", documents: Iterable[str], length: int, enough: int | None = None
+) -> tuple[Tensor, int]:
+    """Blocks (count, length), int32, of the documents' tokens, an end token between documents; tokens left over.
 
-
-def _wikitext2(tokens: int, cache_dir: str | Path | None) -> tuple[list[str], list[str], str]:
-    train, held = (
-        ["\n\n".join(hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", part, None, cache_dir))]
-        for part in ("train", "validation")
-    )
-    return train, held, "the data set's own: train, validation"
-
-
-def _c4(tokens: int, cache_dir: str | Path | None) -> tuple[list[str], list[str], str]:
-    documents = tokens // TOKENS_PER_DOCUMENT + 1
-    train = hub_rows("allenai/c4", "en", "train", documents, cache_dir)
-    held = hub_rows("allenai/c4", "en", "validation", C4_DOCUMENTS, cache_dir)
-    return train, held, f"the data set's own: first {documents} documents of train, first {C4_DOCUMENTS} of validation"
-
-
-PARTS: dict[str, Callable[[int, str | Path | None], tuple[list[str], list[str], str]]] = {
-    "wikitext2": _wikitext2,
-    "c4": _c4,
-}
-
-
-def _packed(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], length: int) -> tuple[list[Tensor], int]:
-    """Blocks (length,) of the documents' tokens, an end token between documents; and the tokens left over."""
+    enough: documents after so many tokens are not read.
+    """
     if length < 2:
         raise WeLoreError(
             f"length is {length}: a block needs at least 2 tokens, one to predict from and one to predict"
         )
-    ids: list[Tensor] = []
-    for text in texts:
-        if ids and tokenizer.eos_token_id is not None:
-            ids.append(torch.tensor([tokenizer.eos_token_id]))
-        ids.append(tokenizer(text, return_tensors="pt", verbose=False).input_ids[0])
-    stream = torch.cat(ids).long()
-    whole = len(stream) // length
-    return list(stream[: whole * length].view(whole, length)), len(stream) - whole * length
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces: list[Tensor] = []
+    total = 0
+    for ids in _token_ids(tokenizer, documents):
+        pieces.append(torch.tensor([*end, *ids] if pieces else ids, dtype=torch.int32))
+        total += len(pieces[-1])
+        if enough is not None and total >= enough:
+            break
+    stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
+    count = len(stream) // length
+    return stream[: count * length].view(count, length), len(stream) - count * length
 
 
-def _labelled(blocks: Sequence[Tensor]) -> list[Example]:
-    return [{"input_ids": block, "labels": block} for block in blocks]
-
-
-# --- downstream: a task ---------------------------------------------------------------------------------------------
-
-
-# --- batches --------------------------------------------------------------------------------------------------------
-
-
-def digest_of_texts(texts: Sequence[str]) -> str:
+def digest_of_texts(texts: Iterable[str]) -> str:
     """SHA-256 of texts, in order."""
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
+    for _ in _digested(texts, sha):
+        pass
+    return sha.hexdigest()
+
+
+def _token_ids(tokenizer: "PreTrainedTokenizerBase", documents: Iterable[str]) -> Iterator[list[int]]:
+    remaining = iter(documents)
+    while texts := list(islice(remaining, TOKENIZED_AT_ONCE)):
+        yield from tokenizer(texts, verbose=False).input_ids
+
+
+def _digested(texts: Iterable[str], sha: Any) -> Iterator[str]:
+    """The texts, added to a digest when they are read."""
     for text in texts:
-        digest.update(text.encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
+        sha.update(text.encode())
+        sha.update(b"\0")
+        yield text
+
+
+def _first_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
+    for document in documents:
+        yield document
+        characters -= len(document)
+        if characters <= 0:
+            return
+
+
+def _first_tenth(blocks: Tensor) -> tuple[Tensor, Tensor, str]:
+    """Blocks held out, blocks to train on, and how they were told apart."""
+    border = max(1, len(blocks) // HELD_OUT)
+    return blocks[:border], blocks[border:], f"the first {border} of {len(blocks)} blocks are held out"

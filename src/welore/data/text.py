@@ -1,59 +1,231 @@
-"""Text: a data set of the hub, a local file or the built-in reference -> windows of tokens."""
+"""The one door to text: a registered name, hub id, local file, list of strings or datasets.Dataset -> documents."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from welore.errors import WeLoreError, choose
-
-if TYPE_CHECKING:
-    pass
+from welore.config import NONE, SELF
+from welore.errors import WeLoreError, choose, first_line
+from welore.io.context import RunContext
 
 C4_DOCUMENTS = 1100  # of the first validation file, as GPTQ and its successors take them
-FIELD = "text"
-
-
-def wikitext2(cache_dir: str | Path | None = None) -> str:
-    """Raw test part of WikiText-2, its rows joined by two newlines (the protocol of GPTQ and its successors)."""
-    return "\n\n".join(hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None, cache_dir))
-
-
-def c4(cache_dir: str | Path | None = None) -> str:
-    """The first 1100 validation documents of C4 (English), joined by a space (the protocol of GPTQ)."""
-    return " ".join(hub_rows("allenai/c4", "en", "validation", C4_DOCUMENTS, cache_dir))
-
-
-def pydoc(cache_dir: str | Path | None = None) -> str:
-    """The language reference that every Python carries: English, always there. The text varies with its version."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
-CORPORA: dict[str, Callable[[str | Path | None], str]] = {"wikitext2": wikitext2, "c4": c4, "pydoc": pydoc}
+TOKENS_PER_DOCUMENT = 300  # of C4, cautiously: it has about 480
+COLUMN = "text"
 FILES = (".txt", ".jsonl", ".parquet")
+PARAGRAPH = "\n\n"
+HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+
+Documents = Iterable[str]
 
 
-def read_text(data: str, *, cache_dir: str | Path | None = None) -> str:
-    """The text called `data`: a name of CORPORA or a local file.
+@dataclass(frozen=True)
+class TextOptions:
+    """How a data set is read. split: of a hub data set, by default train, or test to evaluate; column: of the text."""
 
-    .txt is taken as it is; the records of a .jsonl or .parquet file are joined by two newlines, field "text".
-    Raises WeLoreError for unknown names, empty texts, and records without that field (file, record, field).
+    split: str | None = None
+    column: str = COLUMN
+    cache_dir: str | Path | None = None
+
+    @classmethod
+    def of(cls, config: Any, context: RunContext) -> "TextOptions":
+        """Those of a verb: `dataset_split` and `text_column` of its config, and the cache of its context."""
+        return cls(config.dataset_split, config.text_column, context.cache_dir)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text that can be read: the documents for an evaluation, and those to train on and to hold out.
+
+    evaluation: documents, which `separator` joins to one text. training: documents of which so many tokens will be
+    read; more need not be fetched. held_out: documents that are not among those, None where the first tenth of the
+    training tokens is held out. split: how a record names the parts of so many tokens.
     """
-    path = Path(data).expanduser()
+
+    name: str
+    evaluation: Callable[[], Documents]
+    training: Callable[[int], Documents]
+    held_out: Callable[[], Documents] | None = None
+    separator: str = PARAGRAPH
+    split: Callable[[int], str] = lambda tokens: ""
+
+
+def open_text(dataset: Any, options: TextOptions = TextOptions()) -> TextSource:
+    """The text of a registered name, hub id ("owner/name", "owner/name:config"), file, list or datasets.Dataset.
+
+    Raises WeLoreError for unknown names; reading raises it for empty texts and for records without a text.
+    """
+    if not isinstance(dataset, str | Path):
+        return _given_documents(dataset, options)
+    name, path = str(dataset), Path(dataset).expanduser()
     if path.suffix in FILES:
-        text = _read_file(path)
-    elif path.exists():
-        raise WeLoreError(f"{data} is not one of the file kinds {', '.join(FILES)}")
-    else:
-        text = choose("data set", data, CORPORA)(cache_dir)
+        return _one_text(name, lambda: _file_text(path, options.column))
+    if path.exists():
+        raise WeLoreError(f"{name} is not one of the file kinds {', '.join(FILES)}")
+    if name in (SELF, NONE):
+        raise WeLoreError(f"{name} is no text that can be read here: name a data set or a file")
+    hub = HUB_ID.fullmatch(name)
+    if hub is None:
+        return choose("data set", name, DATASETS)(options)
+    return _hub_source(name, hub["name"], hub["config"], options)
+
+
+def read_text(dataset: Any, options: TextOptions = TextOptions()) -> str:
+    """The text of a data set for an evaluation, as one string; see open_text."""
+    source = open_text(dataset, options)
+    text = source.separator.join(source.evaluation())
     if not text.strip():
-        raise WeLoreError(f"{data} holds no text")
+        raise WeLoreError(f"{source.name} holds no text")
     return text
 
 
-def _read_file(path: Path) -> str:
+def dataset_name(dataset: Any) -> str:
+    """The name of a data set for records and messages."""
+    if isinstance(dataset, str | Path):
+        return str(dataset)
+    return f"{type(dataset).__name__} of {len(dataset)} texts" if hasattr(dataset, "__len__") else "given texts"
+
+
+# --- registered data sets -------------------------------------------------------------------------------------------
+
+
+def _wikitext2(options: TextOptions) -> TextSource:
+    """Raw WikiText-2, rows joined by two newlines (the protocol of GPTQ and its successors); test part to evaluate."""
+
+    def part(split: str) -> list[str]:
+        rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", split, None, options.cache_dir)
+        return [PARAGRAPH.join(rows)]
+
+    return TextSource(
+        "wikitext2",
+        evaluation=lambda: part("test"),
+        training=lambda tokens: part("train"),
+        held_out=lambda: part("validation"),
+        split=lambda tokens: "the data set's own: train, validation",
+    )
+
+
+def _c4(options: TextOptions) -> TextSource:
+    """The first 1100 validation documents of C4 (English), joined by a space (the protocol of GPTQ)."""
+
+    def part(split: str, documents: int) -> list[str]:
+        return list(hub_rows("allenai/c4", "en", split, documents, options.cache_dir))
+
+    def needed(tokens: int) -> int:
+        return tokens // TOKENS_PER_DOCUMENT + 1
+
+    return TextSource(
+        "c4",
+        evaluation=lambda: part("validation", C4_DOCUMENTS),
+        training=lambda tokens: part("train", needed(tokens)),
+        held_out=lambda: part("validation", C4_DOCUMENTS),
+        separator=" ",
+        split=lambda tokens: (
+            f"the data set's own: first {needed(tokens)} documents of train, first {C4_DOCUMENTS} of validation"
+        ),
+    )
+
+
+def _pydoc(options: TextOptions) -> TextSource:
+    """The language reference that every Python carries: English, always there. The text varies with its version."""
+    from pydoc_data.topics import topics
+
+    return _one_text("pydoc", lambda: PARAGRAPH.join(topics[name] for name in sorted(topics)))
+
+
+# Also reserved, and not for data sets: "self", the text that the model writes, and "none".
+DATASETS: dict[str, Callable[[TextOptions], TextSource]] = {"wikitext2": _wikitext2, "c4": _c4, "pydoc": _pydoc}
+
+
+# --- the hub --------------------------------------------------------------------------------------------------------
+
+
+def _hub_source(name: str, repository: str, config: str | None, options: TextOptions) -> TextSource:
+    """Any data set of the hub, streamed as far as it is read; the first tenth of what is trained on is held out."""
+
+    def rows(default: str) -> Iterator[str]:
+        split = options.split or default
+        return hub_rows(repository, config, split, STREAMED, options.cache_dir, options.column)
+
+    return TextSource(name, evaluation=lambda: rows("test"), training=lambda tokens: rows("train"))
+
+
+STREAMED = -1  # a limit for hub_rows: every row, but none before it is wanted
+
+
+def hub_rows(
+    name: str,
+    config: str | None,
+    split: str,
+    limit: int | None,
+    cache_dir: str | Path | None,
+    column: str = COLUMN,
+) -> Iterator[str]:
+    """The texts of a split of a hub data set: the first `limit` (streamed), or all (None: stored in the cache)."""
+    from datasets import load_dataset
+
+    try:
+        if limit is None:
+            cache = None if cache_dir is None else str(cache_dir)
+            rows = load_dataset(name, config, split=split, cache_dir=cache)
+        else:
+            rows = load_dataset(name, config, split=split, streaming=True)
+            rows = rows if limit == STREAMED else rows.take(limit)
+        yield from texts(rows, name, column)
+    except WeLoreError:
+        raise
+    except (OSError, ValueError) as error:
+        raise WeLoreError(
+            f"the data set {name} cannot be fetched ({first_line(error)}): connect once, or give a local "
+            f"{', '.join(FILES)} file or the built-in `pydoc`"
+        ) from error
+
+
+# --- local files, and what the caller holds -------------------------------------------------------------------------
+
+
+def _one_text(name: str, read: Callable[[], str]) -> TextSource:
+    """A text that is one document."""
+
+    def documents() -> list[str]:
+        text = read()
+        if not text.strip():
+            raise WeLoreError(f"{name} holds no text")
+        return [text]
+
+    return TextSource(name, evaluation=documents, training=lambda tokens: documents())
+
+
+def _given_documents(dataset: Any, options: TextOptions) -> TextSource:
+    """A list of strings, or a datasets.Dataset (or any iterable of records) with a column of text."""
+    name = dataset_name(dataset)
+    if isinstance(dataset, Sequence) and all(isinstance(text, str) for text in dataset):
+        return TextSource(name, evaluation=lambda: dataset, training=lambda tokens: dataset)
+    if not isinstance(dataset, Iterable) or isinstance(dataset, Mapping):
+        raise WeLoreError(
+            "a dataset is a name, a hub id, a file, a list of strings or a datasets.Dataset, not "
+            f"{type(dataset).__name__}"
+        )
+    return TextSource(
+        name,
+        evaluation=lambda: texts(dataset, name, options.column),
+        training=lambda tokens: texts(dataset, name, options.column),
+    )
+
+
+def texts(records: Iterable[Any], name: str | Path, column: str = COLUMN) -> Iterator[str]:
+    """The text column of records; WeLoreError names the first record without a text."""
+    for number, record in enumerate(records, start=1):
+        text = record.get(column) if isinstance(record, Mapping) else None
+        if not isinstance(text, str):
+            raise WeLoreError(f"{name}, record {number}: field {column!r} is missing or not a text")
+        yield text
+
+
+def _file_text(path: Path, column: str) -> str:
+    """The text of a .txt file as it is; the records of a .jsonl or .parquet file joined by two newlines."""
     if not path.is_file():
         raise WeLoreError(f"{path} does not exist")
     if path.suffix == ".txt":
@@ -61,16 +233,8 @@ def _read_file(path: Path) -> str:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise WeLoreError(f"{path} is not UTF-8 text ({error})") from error
-    records = _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
-    return "\n\n".join(_texts(records, path))
-
-
-def _texts(records: Iterable[Any], path: Path) -> Iterator[str]:
-    for number, record in enumerate(records, start=1):
-        text = record.get(FIELD) if isinstance(record, Mapping) else None
-        if not isinstance(text, str):
-            raise WeLoreError(f"{path}, record {number}: field {FIELD!r} is missing or not a text")
-        yield text
+    records = _parquet(path, column) if path.suffix == ".parquet" else _jsonl(path)
+    return PARAGRAPH.join(texts(records, path, column))
 
 
 def _jsonl(path: Path) -> Iterator[Any]:
@@ -84,32 +248,12 @@ def _jsonl(path: Path) -> Iterator[Any]:
                 raise WeLoreError(f"{path}, line {number} is not JSON in UTF-8") from error
 
 
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path, column: str) -> Iterator[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=[FIELD]):
+            for batch in file.iter_batches(columns=[column]):
                 yield from batch.to_pylist()
     except (ValueError, OSError) as error:
-        raise WeLoreError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
-
-
-def hub_rows(name: str, subset: str, split: str, limit: int | None, cache_dir: str | Path | None) -> list[str]:
-    """The texts of a split of a hub data set, the first `limit` of them (streamed) or all (kept in the cache)."""
-    from datasets import load_dataset
-
-    try:
-        if limit is None:
-            return list(load_dataset(name, subset, split=split, cache_dir=_text(cache_dir))[FIELD])
-        rows = load_dataset(name, subset, split=split, streaming=True).take(limit)
-        return [row[FIELD] for row in rows]
-    except (OSError, ValueError) as error:
-        raise WeLoreError(
-            f"the data set {name} cannot be fetched ({str(error).splitlines()[0]}): connect once, or give a local "
-            f"{', '.join(FILES)} file or the built-in `pydoc`"
-        ) from error
-
-
-def _text(path: str | Path | None) -> str | None:
-    return None if path is None else str(path)
+        raise WeLoreError(f"{path} cannot be read as parquet: {first_line(error)}") from error

@@ -1,14 +1,16 @@
-"""Windows of token ids: cut from a text, kept in a file, read back."""
+"""Windows of token ids: cut from a text, written to a file, read back."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from welore.data.text import TextOptions, read_text
 from welore.errors import WeLoreError, first_line
 from welore.io.atomic import atomic_write
 
@@ -16,6 +18,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WINDOWS = ".safetensors"  # a file of windows: tokens, not text
+
+
+@dataclass(frozen=True)
+class EvaluationText:
+    """A text to evaluate on, or windows (count, length) of token ids that are given; and the SHA-256 of it."""
+
+    content: str | Tensor
+    sha256: str
+
+    def windows(self, tokenizer: "PreTrainedTokenizerBase", length: int, limit: int | None = None) -> list[Tensor]:
+        """The first windows, of a text as `windows` cuts it."""
+        if isinstance(self.content, Tensor):
+            return list(self.content[:limit])
+        return windows(tokenizer, self.content, length, limit)
+
+
+def evaluation_text(dataset: Any, options: TextOptions) -> EvaluationText:
+    """The text of a data set as text.open_text takes it, or a tensor of token ids (count, length) or a file of them."""
+    if is_windows(dataset):
+        ids = given_windows(dataset)
+        return EvaluationText(ids, digest(ids))
+    text = read_text(dataset, options)
+    return EvaluationText(text, hashlib.sha256(text.encode()).hexdigest())
 
 
 def windows(tokenizer: "PreTrainedTokenizerBase", text: str, length: int, limit: int | None = None) -> list[Tensor]:
@@ -30,35 +55,51 @@ def windows(tokenizer: "PreTrainedTokenizerBase", text: str, length: int, limit:
     if limit is not None and limit < 1:
         raise WeLoreError(f"windows is {limit}: it must be at least 1")
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    found = [window for window in ids.split(length) if len(window) > 1][:limit]
-    if not found:
+    pieces = [window for window in ids.split(length) if len(window) > 1][:limit]
+    if not pieces:
         raise WeLoreError("the text is shorter than two tokens")
-    return found
+    return pieces
 
 
-def write_windows(path: Path, found: Tensor) -> None:
-    """Keep windows (count, length) of token ids in a file, so that several read the same; one that is there stays."""
+def is_windows(dataset: Any) -> bool:
+    """Whether a data set is token ids, a tensor or a file, and no text."""
+    return isinstance(dataset, Tensor) or (isinstance(dataset, str | Path) and str(dataset).endswith(WINDOWS))
+
+
+def given_windows(dataset: Tensor | str | Path, length: int | None = None, vocabulary: int | None = None) -> Tensor:
+    """Windows (count, length) of token ids, int64, of a tensor or a file of them."""
+    if not isinstance(dataset, Tensor):
+        return read_windows(dataset, length, vocabulary)
+    if dataset.ndim != 2 or dataset.shape[0] < 1 or dataset.shape[1] < 2 or dataset.is_floating_point():
+        raise WeLoreError(
+            f"the dataset is a tensor of shape {tuple(dataset.shape)}: give token ids (windows, length), length >= 2"
+        )
+    return dataset.cpu().long()
+
+
+def write_windows(path: Path, ids: Tensor) -> None:
+    """Write windows (count, length) of token ids, so that several verbs read the same; a file that exists stays."""
     if not path.is_file():
         with atomic_write(path) as partial:
-            save_file({"windows": found.to(torch.int32)}, partial)
+            save_file({"windows": ids.to(torch.int32)}, partial)
 
 
 def read_windows(path: str | Path, length: int | None = None, vocabulary: int | None = None) -> Tensor:
     """Windows (count, length) of such a file; WeLoreError for another file, another length or another model's tokens.
 
-    length, vocabulary: of who is to read them.
+    length, vocabulary: of the model that is to read them.
     """
     try:
-        found = load_file(path)["windows"].long()
+        ids = load_file(path)["windows"].long()
     except (OSError, KeyError, SafetensorError) as error:
         raise WeLoreError(f"{path} is no file of windows: {first_line(error)}") from error
-    if found.dim() != 2 or not found.numel():
-        raise WeLoreError(f"{path} is no file of windows: its tensor has the shape {tuple(found.shape)}")
-    if length not in (None, found.shape[1]):
-        raise WeLoreError(f"{path} has windows of {found.shape[-1]} tokens, not of {length}")
-    if vocabulary is not None and not 0 <= int(found.min()) <= int(found.max()) < vocabulary:
-        raise WeLoreError(f"{path} has token {int(found.max())}, this model knows {vocabulary}: another model wrote it")
-    return found
+    if ids.dim() != 2 or not ids.numel():
+        raise WeLoreError(f"{path} is no file of windows: its tensor has the shape {tuple(ids.shape)}")
+    if length not in (None, ids.shape[1]):
+        raise WeLoreError(f"{path} has windows of {ids.shape[-1]} tokens, not of {length}")
+    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise WeLoreError(f"{path} has token {int(ids.max())}, this model knows {vocabulary}: another model wrote it")
+    return ids
 
 
 def digest(ids: Tensor) -> str:
@@ -66,10 +107,10 @@ def digest(ids: Tensor) -> str:
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
-def stack(found: list[Tensor], batch_size: int) -> list[Tensor]:
+def stack(pieces: list[Tensor], batch_size: int) -> list[Tensor]:
     """Batches (b, length) of equally long windows, in order; b <= batch_size."""
     batches: list[list[Tensor]] = []
-    for window in found:
+    for window in pieces:
         if batches and len(batches[-1]) < batch_size and len(batches[-1][0]) == len(window):
             batches[-1].append(window)
         else:

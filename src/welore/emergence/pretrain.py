@@ -16,6 +16,7 @@ import torch
 
 from welore.config import FinetuneConfig, MethodName
 from welore.data.packing import training_texts
+from welore.data.text import TextOptions
 from welore.emergence.claims import measured
 from welore.emergence.init_model import Size, about, fresh_model, known_tokenizer, save_fresh, size_of, vocabulary
 from welore.emergence.probe import Probe, probed_steps
@@ -190,7 +191,9 @@ def _begin(
         return
     tokenizer: PreTrainedTokenizerBase
     if asked["tokenizer"] is None:
-        tokenizer = vocabulary(training_texts(asked["data"], tokens, cache_dir), asked["vocabulary"])
+        tokenizer = vocabulary(
+            training_texts(asked["data"], tokens, TextOptions(cache_dir=cache_dir)), asked["vocabulary"]
+        )
     else:
         tokenizer = known_tokenizer(asked["tokenizer"], cache_dir)
     model = fresh_model(size, tokenizer, length, asked["seed"])

@@ -1,6 +1,5 @@
 """The perplexity of a language model on a text, and its divergence from the dense model it was made from."""
 
-import hashlib
 import math
 import time
 from dataclasses import replace
@@ -12,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from welore.config import Dataset, EvaluationConfig, RunOptions, as_record
-from welore.data.text import read_text
-from welore.data.windows import stack, windows
+from welore.data.text import TextOptions
+from welore.data.windows import evaluation_text, stack
 from welore.errors import WeLoreError
 from welore.evaluation.divergence import divergence
 from welore.io.context import RunContext
@@ -61,11 +60,11 @@ def evaluate(
     context = RunContext.create(**options)
     config = config or EvaluationConfig()
     config = config if dataset is None else replace(config, dataset=dataset)
-    text = read_text(str(config.dataset), cache_dir=context.cache_dir)
+    text = evaluation_text(config.dataset, TextOptions.of(config, context))
     loaded = load_for_inference(model, context, config.dtype, label)
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
-    pieces = windows(loaded.tokenizer, text, config.max_length, config.num_windows)
+    pieces = text.windows(loaded.tokenizer, config.max_length, config.num_windows)
     _require_fit(net, pieces)
     batches = stack(pieces, config.batch_size)
     started = time.perf_counter()
@@ -78,7 +77,7 @@ def evaluate(
         "windows": len(pieces),
         "seconds": time.perf_counter() - started,
     }
-    inputs = loaded.inputs | {"text_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    inputs = loaded.inputs | {"text_sha256": text.sha256}
     if against is not None:
         dense = load_for_inference(against, context, config.dtype, None)
         inputs["against"] = dense.inputs["model"]

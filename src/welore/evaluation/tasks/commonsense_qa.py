@@ -24,14 +24,14 @@ def _read(row: Row) -> tuple[str, str]:
         question = row.row("question")
         stem = question.text("stem")
         choices = [Row(c, f"{row.where}, choices") for c in question.value("choices", list)]
-        found: list[tuple[Any, Any]] = [(choice.text("label"), choice.text("text")) for choice in choices]
+        labelled: list[tuple[Any, Any]] = [(choice.text("label"), choice.text("text")) for choice in choices]
     else:
         stem = row.text("question")
         columns = row.row("choices")
-        found = list(zip(columns.value("label", list), columns.value("text", list), strict=True))
-    if "".join(str(label) for label, _ in found) != LABELS:
-        raise WeLoreError(f"{row.where}: the choices are labelled {[label for label, _ in found]}, not A to E")
-    return f"{stem}\n{options([str(text) for _, text in found])}", row.text("answerKey")
+        labelled = list(zip(columns.value("label", list), columns.value("text", list), strict=True))
+    if "".join(str(label) for label, _ in labelled) != LABELS:
+        raise WeLoreError(f"{row.where}: the choices are labelled {[label for label, _ in labelled]}, not A to E")
+    return f"{stem}\n{options([str(text) for _, text in labelled])}", row.text("answerKey")
 
 
 TASK = Task(

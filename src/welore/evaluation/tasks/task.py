@@ -1,4 +1,4 @@
-"""What a task is: how a record becomes a prompt and an answer, and how an answer is read out of what a model wrote."""
+"""A task: it makes a prompt and an answer of a record, and reads the answer out of the text that a model writes."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ class Task:
     answer. train_share: the first share of the records is for training, the rest for evaluation; None where the
     two parts are separate files. files: part -> glob of the original file in a directory. normal: brings an
     answer into the form that is compared. generate: makes a record of the original format, for tasks that need
-    no data.
+    no data. keep: whether a row of the hub's data set belongs to the task.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Task:
     normal: Callable[[str], str] = str
     generate: Callable[[Random], dict[str, Any]] | None = None
     generated_count: int = 0
+    keep: Callable[[Mapping[str, Any]], bool] = lambda row: True
 
     def item(self, content: Mapping[str, Any], where: str) -> Item:
         """The question of one record; `where` (file and record) is named in errors."""
@@ -68,8 +69,8 @@ class Task:
         Strict: the answer must come first and end the sentence or the line. " B." and " B" count; " A dog" and
         " the second one, B." do not.
         """
-        found = re.match(rf"\s*({self.answers})\s*?(?:\.(?!\d)|\n|$)", output)
-        return None if found is None else self.normal(found[1])
+        match = re.match(rf"\s*({self.answers})\s*?(?:\.(?!\d)|\n|$)", output)
+        return None if match is None else self.normal(match[1])
 
 
 class Row:
