@@ -28,7 +28,14 @@ from welore.models.embedded import embedded_model
 from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-SETTINGS = {"data": "pydoc", "batch_size": 4, "length": 256, "eval_every": 0, "save_every": 0, "lr": 1e-4}
+SETTINGS = {
+    "dataset": "pydoc",
+    "batch_size": 4,
+    "max_length": 256,
+    "eval_steps": 0,
+    "save_steps": 0,
+    "learning_rate": 1e-4,
+}
 RANK_REDUCTION, RANK_MULTIPLE, BASE, STOCK = 0.5, 16, "full", "full, whole logits"
 SELECTIVE, EVERYTHING = {"selective_checkpointing": True}, {"gradient_checkpointing": True}
 BFLOAT16, EAGER = {"dtype": "bfloat16"}, {"attention": "eager"}
@@ -47,18 +54,59 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 CHILD = """
 import json, os, sys, time
-import torch, transformers.models.llama.modeling_llama, welore.training.finetune
-from welore.training import activations, trainer
+import transformers.models.llama.modeling_llama
+from transformers import TrainerCallback
+from welore.config import FinetuneConfig
+from welore.training.finetune import finetune
+from welore.training.trainer import FinetuneTrainer
 
-resident = trainer.forget_peak_memory(torch.device("cpu"))
-trainer.ClockedTrainer.now = lambda self: time.process_time()
+WARM_UP = 2  # steps that are not timed: memory is allocated and caches are filled then
+spent = []  # of every step, processor seconds by part
+
+
+def memory(name):
+    line = next(line for line in open("/proc/self/status") if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def timed(part):
+    method = getattr(FinetuneTrainer, part)
+
+    def run(*args, **kwargs):
+        started = time.process_time()
+        result = method(*args, **kwargs)
+        spent[-1][part] += time.process_time() - started
+        return result
+
+    setattr(FinetuneTrainer, part, run)
+
+
+class Clock(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        spent.append({"step": -time.process_time(), "compute_loss": 0.0, "training_step": 0.0})
+
+    def on_step_end(self, args, state, control, **kwargs):
+        spent[-1]["step"] += time.process_time()
+
+
+timed("compute_loss")
+timed("training_step")
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark becomes what is used now
+resident = memory("VmRSS")
 model, out, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-if settings.get("gradient_checkpointing"):
-    activations.return_large_blocks()  # as the command does
-numbers = welore.finetune(model, out, device="cpu", **settings).numbers
-kept = ("tokens_per_second", "peak_memory_bytes", "trainable_parameters", "total_parameters", "train_loss",
-        "seconds_forward", "seconds_backward", "seconds_optimizer")
-print(json.dumps({name: numbers[name] for name in kept} | {"imports_bytes": resident, "load": os.getloadavg()[0]}))
+numbers = finetune(model, out, FinetuneConfig(**settings), device="cpu", callbacks=[Clock()]).numbers
+steps = spent[WARM_UP:]
+mean = {part: sum(step[part] for step in steps) / len(steps) for part in steps[0]}
+names = ("trainable_parameters", "total_parameters", "train_loss")
+print(json.dumps({name: numbers[name] for name in names} | {
+    "tokens_per_second": numbers["tokens"] / len(spent) / mean["step"],
+    "seconds_forward": mean["compute_loss"],
+    "seconds_backward": mean["training_step"] - mean["compute_loss"],
+    "seconds_optimizer": mean["step"] - mean["training_step"],
+    "peak_memory_bytes": memory("VmHWM"),
+    "imports_bytes": resident,
+    "load": os.getloadavg()[0],
+}))
 """
 
 
@@ -122,7 +170,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4, help="two of them are not timed")
     asked = parser.parse_args()
-    settings = SETTINGS | {"steps": asked.steps, "warmup": 0, "dtype": "float32"}
+    settings = SETTINGS | {"max_steps": asked.steps, "warmup_steps": 0, "dtype": "float32"}
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         small = Path(directory) / "small"

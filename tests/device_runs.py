@@ -19,7 +19,7 @@ import welore
 from welore.config import EvaluationConfig, ScoreConfig
 
 WRITTEN = 384  # tokens of self-written text
-TRAINING: dict[str, Any] = {"steps": 3, "batch_size": 2, "length": 48, "eval_every": 2, "eval_items": 2}
+TRAINING: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "max_length": 48, "eval_steps": 2, "max_eval_samples": 2}
 
 
 def refuse(at: Path) -> None:
@@ -89,31 +89,35 @@ def score(at: Path) -> None:
     welore.score(at / "factored", ScoreConfig(task="coin_flip", dataset="generated", limit=4))
 
 
+def tune(model: Path, out: Path, **settings: Any) -> welore.Record:
+    return welore.finetune(model, out, welore.FinetuneConfig(**settings))
+
+
 def finetune_lrc(at: Path) -> None:
-    record = welore.finetune(at / "factored", at / "lrc", "lrc", data=str(at / "text.txt"), **TRAINING)
+    record = tune(at / "factored", at / "lrc", method="lrc", dataset=at / "text.txt", **TRAINING)
     assert len(record.numbers["train_loss"]) > 0
 
 
 def finetune_full(at: Path) -> None:
-    welore.finetune(at / "factored", at / "full", "full", data=str(at / "text.txt"), **TRAINING)
+    tune(at / "factored", at / "full", method="full", dataset=at / "text.txt", **TRAINING)
 
 
 def finetune_lora(at: Path) -> None:
-    welore.finetune(at / "dense", at / "lora", "lora", data=str(at / "text.txt"), **TRAINING)
+    tune(at / "dense", at / "lora", method="lora", dataset=at / "text.txt", **TRAINING)
 
 
 def finetune_selective(at: Path) -> None:
     how = TRAINING | {"selective_checkpointing": True}
-    welore.finetune(at / "factored", at / "selective", "lrc", data=str(at / "text.txt"), **how)
+    tune(at / "factored", at / "selective", method="lrc", dataset=at / "text.txt", **how)
 
 
 def finetune_task(at: Path) -> None:
-    how = TRAINING | {"length": 400}
-    welore.finetune(at / "factored", at / "task", "lrc", task="coin_flip", task_data="generated", **how)
+    how = TRAINING | {"max_length": 400}
+    tune(at / "factored", at / "task", task="coin_flip", task_dataset="generated", **how)
 
 
 def distill(at: Path) -> None:
-    welore.finetune(at / "factored", at / "distilled", "lrc", distill=at / "dense", data="self", **TRAINING)
+    tune(at / "factored", at / "distilled", distill=at / "dense", dataset="self", **TRAINING)
 
 
 def pretrain(at: Path) -> None:

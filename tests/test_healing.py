@@ -188,6 +188,7 @@ def test_a_long_healing_of_a_small_cut_has_a_higher_rate(
     text = tmp_path / "my.txt"
     text.write_text("the matrix is cut where the loss feels it least and learns again " * 200, encoding="utf-8")
     how: dict[str, Any] = {"strategy": "waterfill", "scaling": "none", "heal": str(text), "tokens": 320}
+    monkeypatch.setattr(healing, "fastest", lambda _: {"dtype": "float32", "attention": None})  # no rounding that harms
     rates: dict[float, list[float]] = {0.9: [], 0.6: []}
     for params, found in rates.items():
         for most in (64, 2, 1):  # the steps that the usual rate is for; two are taken

@@ -164,8 +164,13 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
         trainer.add_callback(callback if isinstance(callback, TrainerCallback) else callback(trainer))
-    device = torch.cuda.device(args.device) if args.device.type == "cuda" else nullcontext()
-    with device, known_warnings(), torch.serialization.safe_globals(state_classes(config.method)), _set_up(base):
+    other_gpu = args.device.type == "cuda" and args.device.index != torch.cuda.current_device()
+    with (
+        torch.cuda.device(args.device) if other_gpu else nullcontext(),
+        known_warnings(),
+        torch.serialization.safe_globals(state_classes(config.method)),
+        _set_up(base),
+    ):
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     trained_tokens = sum(map(measure.tokens, range(_step_of(last), trainer.state.global_step)))
     numbers = _numbers(prepared, trainer) | measure.numbers() | {"tokens": trained_tokens}

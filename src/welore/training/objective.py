@@ -42,6 +42,7 @@ class Objective:
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
         self.head = None if whole_logits else _linear_head(student, by_torch=teacher is None)
         self.teacher_head = None if whole_logits or teacher is None else _linear_head(teacher)
+        self.compared = False  # what the model makes of its head's result
 
     @property
     def chunked(self) -> bool:
@@ -55,8 +56,9 @@ class Objective:
         expected = None if self.teacher is None else self.teacher_outputs(text)[:, :-1][labels[:, 1:] != IGNORED]
         if self.head is not None:
             total, outputs = _at_head(model, self.head, text, lambda hidden: self._total(hidden, expected, labels))
-            if total is not None:
-                return total.sum(), outputs
+            if self.compared or torch.equal(total.float(), outputs.logits.float()):
+                self.compared = True
+                return outputs.logits.sum(), outputs
             self.head = None
         outputs = model(**text, use_cache=False)
         return self._total(outputs.logits, expected, labels).sum(), outputs
@@ -66,8 +68,8 @@ class Objective:
         """The hidden states that the teacher's head reads (b, length, width), or its logits."""
         assert self.teacher is not None
         if self.teacher_head is not None:
-            hidden, _ = _at_head(self.teacher, self.teacher_head, text, lambda hidden: hidden)
-            if hidden is not None:
+            hidden, outputs = _at_head(self.teacher, self.teacher_head, text, lambda hidden: hidden)
+            if self.compared or torch.equal(hidden.float(), outputs.logits.float()):
                 return hidden
             self.teacher_head = None
         logits: Tensor = self.teacher(**text, use_cache=False).logits
@@ -126,32 +128,24 @@ def _linear_head(model: "PreTrainedModel", *, by_torch: bool = False) -> Any:
     return head
 
 
-def _at_head(
-    model: Any, head: nn.Module, text: Batch, compute: Callable[[Tensor], Tensor]
-) -> tuple[Tensor | None, Any]:
-    """compute(hidden states that the head reads) in place of logits, and the model's outputs.
+def _at_head(model: Any, head: nn.Module, text: Batch, compute: Callable[[Tensor], Tensor]) -> tuple[Tensor, Any]:
+    """compute(hidden states that the head reads), and the model's outputs, which have it in place of logits.
 
-    It is computed inside the model's forward pass, where a head that is cut over processes is whole. None where the
-    model changed the result, as it would change logits.
+    It is computed inside the model's forward pass, where a head that is cut over processes is whole.
     """
-    results: list[Tensor] = []
+    results = [torch.zeros(0)]
 
     def read(module: nn.Module, arguments: Any) -> Any:
-        results.append(compute(arguments[0]))
+        results[0] = compute(arguments[0])
         return (arguments[0][:, -1:], *arguments[1:])
 
-    hooks = [head.register_forward_pre_hook(read), head.register_forward_hook(lambda *_: results[-1])]
+    hooks = [head.register_forward_pre_hook(read), head.register_forward_hook(lambda *_: results[0])]
     try:
         outputs = model(**text, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    unchanged = len(results) == 1 and (outputs.logits is results[0] or _same(outputs.logits, results[0]))
-    return (outputs.logits if unchanged else None), outputs
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one.detach().to(other.dtype), other.detach())
+    return results[0], outputs
 
 
 def _cross_entropy(hidden: Tensor, head: Any, target: Tensor) -> Tensor:
