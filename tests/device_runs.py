@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import welore
-from welore.config import EvaluationConfig, ScoreConfig
+from welore.config import CalibrationConfig, EvaluationConfig, ScoreConfig
 
 WRITTEN = 384  # tokens of self-written text
 TRAINING: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "max_length": 48, "eval_steps": 2, "max_eval_samples": 2}
@@ -44,11 +44,13 @@ def forward(at: Path) -> None:
 
 
 def calibrate(at: Path) -> None:
-    welore.calibrate(at / "dense", {"self": 1.0}, at / "statistics", tokens=WRITTEN, length=64, measure=0.5)
+    config = CalibrationConfig(dataset={"self": 1.0}, num_tokens=WRITTEN, max_length=64, measure_losses=0.5)
+    welore.calibrate(at / "dense", config, at / "statistics")
 
 
 def calibrate_whole(at: Path) -> None:
-    welore.calibrate(at / "dense", {str(at / "text.txt"): 1.0}, at / "whole", tokens=WRITTEN, length=64, whole=True)
+    config = CalibrationConfig(dataset=at / "text.txt", num_tokens=WRITTEN, max_length=64, whole_model=True)
+    welore.calibrate(at / "dense", config, at / "whole")
 
 
 def analyze(at: Path) -> None:

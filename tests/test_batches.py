@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,34 @@ def test_named_data_sets_train_on_their_training_part(monkeypatch: pytest.Monkey
     assert characters().decode(stream).startswith("train document 0</s>train document 1</s>")
     blocks_of_text("wikitext2", characters(), 16, tokens=900, eval_items=2)
     assert [split for _, split, _ in asked[2:]] == ["train", "validation"]  # never the test part
+
+
+def test_documents_are_packed_with_an_end_between_them_and_read_no_further_than_needed() -> None:
+    read: list[int] = []
+
+    class Rows:
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            for n in range(10_000):
+                read.append(n)
+                yield {"text": f"document {n:04}"}
+
+    for dataset in (Rows(), [f"document {n:04}" for n in range(10_000)]):
+        found = blocks_of_text(dataset, characters(), 14, tokens=14 * 90, eval_items=2)
+        assert found.counts["train_blocks"] >= 90
+        assert found.counts["train_blocks"] + found.counts["held_out_blocks"] < 200
+        assert found.train.tokens.dtype == torch.int32  # type: ignore[attr-defined]
+        first = characters().decode(found.evaluation[0]["input_ids"])
+        assert first == "document 0000</s>"
+        assert found.train[0]["input_ids"].dtype == torch.int64
+        assert len(found.train[3:5]) == 2
+    assert len(read) < 200
+    same = blocks_of_text([f"document {n:04}" for n in range(10_000)], characters(), 14, tokens=14 * 90, eval_items=2)
+    assert same.sha256 == found.sha256
+
+
+def test_text_for_a_vocabulary_is_that_of_the_training_part(text: str) -> None:
+    assert batches.training_texts(text, 100) == [TEXT[len(TEXT) // 10 :]]
+    assert batches.training_texts(["a" * 500, "b" * 500, "c" * 500], 100) == ["a" * 400 + "\n\n" + "b" * 500]
 
 
 @pytest.mark.parametrize(

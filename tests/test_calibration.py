@@ -1,4 +1,5 @@
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -368,6 +369,26 @@ def test_files_that_are_no_calibration_are_refused(tmp_path: Path) -> None:
         Statistics.load(path)
 
 
+def test_without_an_output_the_file_lives_as_long_as_the_statistics(tmp_path: Path) -> None:
+    expected = gathered(build("llama"), tmp_path)
+    found = calibrate(build("llama"), IDS)
+    path = found.store.path  # type: ignore[attr-defined]
+    found.save(tmp_path / "saved.safetensors")
+    assert (tmp_path / "saved.safetensors").is_file()
+    part = found.select({}, {})
+    for name, value in statistics(expected).items():
+        assert torch.equal(found.store.get(name), value)
+    assert path.is_file()
+    del found
+    gc.collect()
+    assert path.is_file()  # the selection reads it, too
+    del part
+    gc.collect()
+    assert not path.parent.exists()
+    with pytest.raises(WeLoreError, match="it gives token 96"):
+        calibrate(build("llama"), torch.tensor([[5, 96, 7]]))
+
+
 # --- from a directory, with text ------------------------------------------------------------------------------------
 
 
@@ -408,6 +429,22 @@ def test_a_mixture_is_drawn_in_proportion_and_named_in_the_record(tmp_path: Path
         assert torch.equal(value, statistics(second)[name])
     other = calibrate(directory, data, tmp_path / "3.safetensors", seed=1, **how)
     assert other.record.inputs["sources"][2]["sha256"] != first.record.inputs["sources"][2]["sha256"]
+
+
+def test_texts_and_a_dataset_are_read_like_a_file(tmp_path: Path) -> None:
+    import datasets
+
+    directory = checkpoint(tmp_path / "model", rank_reduction=None)
+    size: dict[str, Any] = {"num_tokens": 64, "max_length": 16}
+    texts = [f"Ann has {n} pears. " * 20 for n in range(9)]
+    listed = calibrate(directory, texts, tmp_path / "a.safetensors", **size)
+    rows = datasets.Dataset.from_dict({"story": texts})
+    table = calibrate(directory, rows, tmp_path / "b.safetensors", text_column="story", **size)
+    assert [source["name"] for source in listed.record.inputs["sources"]] == ["list of 9 texts"]
+    assert [source["name"] for source in table.record.inputs["sources"]] == ["Dataset of 9 texts"]
+    digests = [found.record.inputs["sources"][0]["sha256"] for found in (listed, table)]
+    assert digests[0] == digests[1]
+    assert listed.record.numbers["windows"] == 4
 
 
 def test_what_is_drawn_from_a_file_does_not_depend_on_its_folder(tmp_path: Path) -> None:

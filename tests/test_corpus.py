@@ -10,8 +10,8 @@ import torch
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerFast
 
-from welore.data.text import TextOptions, read_text
-from welore.data.windows import stack, windows
+from welore.data.text import TextOptions, open_text, read_text
+from welore.data.windows import evaluation_text, stack, windows, write_windows
 from welore.errors import WeLoreError
 
 # What guessing readers spoil: dates, numbers, line ends of Unicode inside a record, empty records.
@@ -132,6 +132,50 @@ def test_c4_is_the_first_1100_validation_documents_joined_by_a_space(monkeypatch
     assert text.count("Document") == 1100
 
 
+def test_any_data_set_of_the_hub_is_streamed_with_its_config_split_and_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(name: str, config: str | None, *, split: str, streaming: bool) -> datasets.IterableDataset:
+        asked.append((name, config, split, streaming))
+        return datasets.Dataset.from_dict({"story": ["one", "two"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    stories = TextOptions(column="story")
+    assert read_text("owner/tales", stories) == "one\n\ntwo"
+    assert read_text("owner/tales:long", TextOptions("validation", "story")) == "one\n\ntwo"
+    assert list(open_text("owner/tales:long", stories).training(100)) == ["one", "two"]
+    assert asked == [
+        ("owner/tales", None, "test", True),
+        ("owner/tales", "long", "validation", True),
+        ("owner/tales", "long", "train", True),
+    ]
+    with pytest.raises(WeLoreError, match="owner/tales, record 1: field 'text' is missing or not a text"):
+        read_text("owner/tales")
+
+
+def test_offline_any_data_set_of_the_hub_is_one_sentence() -> None:
+    with pytest.raises(WeLoreError, match=r"the data set owner/tales cannot be fetched .*connect once") as caught:
+        read_text("owner/tales:long")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["self", "none"])
+def test_reserved_names_are_no_text(name: str) -> None:
+    with pytest.raises(WeLoreError, match=f"{name} is no text that can be read here"):
+        read_text(name)
+
+
+def test_a_list_of_strings_and_a_dataset_are_texts() -> None:
+    assert read_text(TEXTS) == "\n\n".join(TEXTS)
+    assert read_text(datasets.Dataset.from_dict({"text": TEXTS})) == "\n\n".join(TEXTS)
+    with pytest.raises(WeLoreError, match="list of 1 texts holds no text"):
+        read_text([" "])
+    with pytest.raises(WeLoreError, match=r"Dataset of 1 texts, record 1: field 'text' is missing"):
+        read_text(datasets.Dataset.from_dict({"story": ["a"]}))
+    with pytest.raises(WeLoreError, match=r"a dataset is a name, a hub id, .* not int"):
+        read_text(7)
+
+
 def test_pydoc_is_the_whole_language_reference() -> None:
     from pydoc_data.topics import topics
 
@@ -194,3 +238,15 @@ def test_batches_hold_equally_long_windows_in_order(batch_size: int) -> None:
     assert all(len(batch) <= batch_size for batch in batches)
     assert [row.tolist() for batch in batches for row in batch] == [window.tolist() for window in found]
     assert len(batches) == -(-4 // batch_size) + 1  # four full windows, and the shorter one on its own
+
+
+def test_given_windows_are_evaluated_as_they_are(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    ids = torch.arange(12).view(3, 4)
+    write_windows(tmp_path / "w.safetensors", ids)
+    for dataset in (ids, tmp_path / "w.safetensors", str(tmp_path / "w.safetensors")):
+        text = evaluation_text(dataset, TextOptions())
+        assert torch.equal(torch.stack(text.windows(tokenizer, 2048)), ids)
+        assert torch.equal(torch.stack(text.windows(tokenizer, 2048, 2)), ids[:2])
+        assert text.sha256 == evaluation_text(ids, TextOptions()).sha256
+    with pytest.raises(WeLoreError, match=r"the dataset is a tensor of shape \(4,\): give token ids"):
+        evaluation_text(ids[0], TextOptions())

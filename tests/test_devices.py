@@ -19,8 +19,6 @@ TESTS = Path(__file__).parent
 # Verbs that do not yet compute on the GPU what they could compute there.
 ON_CPU = dict.fromkeys(
     (
-        "calibrate",
-        "calibrate_whole",
         "analyze",
         "compress",
         "compress_pruning_neurons",
