@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from welore.compression.pipeline import compress
+from welore.config import CompressionConfig
 from welore.io.parallel import return_freed_memory
 from welore.linalg.svd import factorise, singular_values
 from welore.models.source import CheckpointSource
@@ -69,7 +70,7 @@ def main(model: str, out: str, rank_reduction: float, workers: int) -> dict[str,
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    record = compress(model, out, rank_reduction=rank_reduction, workers=workers, progress=timed)
+    result = compress(model, out, CompressionConfig(rank_reduction=rank_reduction), workers=workers, progress=timed)
     running = False
     watcher.join()
     assert set(sys.modules) == modules, f"loaded within what is measured: {sorted(set(sys.modules) - modules)}"
@@ -80,7 +81,7 @@ def main(model: str, out: str, rank_reduction: float, workers: int) -> dict[str,
         "resident_baseline_bytes": resident,
         "resident_peak_bytes": status("VmHWM") - resident,
         "steps": steps,
-        "numbers": record.numbers,
+        "numbers": result.record.numbers,
     }
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import welore
-from welore.compression.in_memory import merge_model
+from welore.config import CompressionConfig
 from welore.io.hub import resolve_model
 from welore.layers.low_rank import LowRankLinear, PivotedLinear
 from welore.layers.registry import FORMS
@@ -140,13 +140,13 @@ def load_models() -> tuple[dict[str, Any], dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         small = Path(directory) / "small"
         source = resolve_model(embedded_model())
-        welore.compress(source, small, rank_reduction=RANK_REDUCTION)
+        welore.compress(source, small, CompressionConfig(rank_reduction=RANK_REDUCTION))
         pivoted = Path(directory) / "pivoted"
-        welore.compress(source, pivoted, rank_reduction=RANK_REDUCTION, storage="pivoted")
+        welore.compress(source, pivoted, CompressionConfig(rank_reduction=RANK_REDUCTION, storage="pivoted"))
         places = {"dense": source, "factored": small, "pivoted": pivoted, "merged": small}
         models = {name: AutoModelForCausalLM.from_pretrained(place) for name, place in places.items()}
     about = {name: sizes(model) for name, model in models.items()}
-    merge_model(models["merged"])
+    welore.merge(models["merged"])
     forms, dense = ("factored", "pivoted"), about["dense"]["parameters"]
     return models, {
         "targeted_parameter_ratio": {form: about[form]["parameter_ratio"] for form in forms},

@@ -39,12 +39,15 @@ from typing import Any
 
 import torch
 
-from welore.compression import recovery as healing
+from welore.compression.recovery import recovery_text
+from welore.config import RecoveryConfig
 from welore.data.mixture import draw, mixed, parse_mixture
+from welore.data.text import TextOptions
 from welore.data.windows import write_windows
 from welore.io.hub import resolve_model
 from welore.models.embedded import embedded_model
 from welore.models.load import fastest, read_tokenizer
+from welore.models.skeleton import config_of
 from welore.records import Record
 from welore.training.run_dir import RUN, TUNED, WRITTEN
 
@@ -256,7 +259,9 @@ class Bench:
         if tuning.part:
             text = self.raw(tuning.part, seed)
         elif tuning.text != "self" and not text.is_file():
-            write_windows(text, healing.text(self.sources[tuning.text], self.model, tuning.tokens, seed, None))
+            config = RecoveryConfig(dataset=self.sources[tuning.text], num_tokens=tuning.tokens)
+            windows = recovery_text(config, config_of(self.model), read_tokenizer(self.model), seed, TextOptions())
+            write_windows(text, windows)
         flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", tuning.tokens]
         flags += ["--steps", tuning.steps, "--lr", tuning.rate, "--seed", seed]
         flags += ["--save-every", 64, "--resume" if (run / RUN).is_file() else "--overwrite"]

@@ -25,6 +25,7 @@ from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
 from welore.compression.pipeline import compress
+from welore.config import CompressionConfig
 from welore.io.hub import resolve_model
 from welore.io.parallel import return_freed_memory
 from welore.linalg.spectrum import normalise
@@ -70,9 +71,10 @@ def compressed(model: Path, workers: int) -> dict[str, float]:
             seconds[MATRICES] += time.perf_counter() - started
             seconds[PROCESSOR] += time.process_time() - processor
 
-    how: dict[str, Any] = {"rank_reduction": RANK_REDUCTION, "workers": workers, "progress": progress}
+    config = CompressionConfig(rank_reduction=RANK_REDUCTION)
     with tempfile.TemporaryDirectory() as directory:
-        timed(seconds, WHOLE, lambda: compress(model, Path(directory) / "small", **how))
+        out = Path(directory) / "small"
+        timed(seconds, WHOLE, lambda: compress(model, out, config, workers=workers, progress=progress))
     return seconds
 
 

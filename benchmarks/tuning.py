@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import welore
+from welore.config import CompressionConfig
 from welore.models.embedded import embedded_model
 from welore.records import Record
 
@@ -174,9 +175,8 @@ def main() -> None:
     rounds: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         small = Path(directory) / "small"
-        plan = welore.compress(
-            embedded_model(), small, rank_reduction=RANK_REDUCTION, rank_multiple=RANK_MULTIPLE
-        ).numbers
+        config = CompressionConfig(rank_reduction=RANK_REDUCTION, rank_multiple=RANK_MULTIPLE)
+        plan = welore.compress(embedded_model(), small, config).record.numbers
         for number in range(asked.rounds):
             rounds.append({name: measured(small, settings | own) for name, own in CONFIGURATIONS.items()})
             record = record_of(rounds, settings, plan)

@@ -1,5 +1,6 @@
 """Offline, small and real: tiny random models of every family, and the embedded SmolLM2."""
 
+import dataclasses
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -22,7 +23,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel, 
 
 import welore
 from welore.cli.main import main
-from welore.config import AllocationConfig
+from welore.config import AllocationConfig, CalibrationConfig, CompressionConfig
 from welore.errors import WeLoreError
 
 # The files that take longest, longest first: with `-n 2 --dist loadfile` neither worker is left alone at the end.
@@ -111,6 +112,16 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pr
 def allocate(spectra: welore.Spectra, **settings: Any) -> welore.Plan:
     """`welore.allocate` with the fields of its config as keywords."""
     return welore.allocate(spectra, AllocationConfig(**settings))
+
+
+def compress(model: Any, output_dir: Path | str | None = None, **settings: Any) -> welore.Record:
+    """`welore.compress` with the fields of its configs as keywords; the record."""
+    names = {field.name for field in dataclasses.fields(CompressionConfig)}
+    config = CompressionConfig(**{name: settings.pop(name) for name in list(settings) if name in names})
+    text = {name: settings.pop(name) for name in ("num_tokens", "seed") if name in settings}
+    if text:
+        settings["calibration"] = CalibrationConfig(**text)
+    return welore.compress(model, output_dir, config, **settings).record
 
 
 @pytest.fixture

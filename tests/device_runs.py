@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import welore
-from welore.config import CalibrationConfig, EvaluationConfig, ScoreConfig
+from welore.config import CalibrationConfig, CompressionConfig, EvaluationConfig, ScoreConfig
 
 WRITTEN = 384  # tokens of self-written text
 TRAINING: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "max_length": 48, "eval_steps": 2, "max_eval_samples": 2}
@@ -54,30 +54,31 @@ def calibrate_whole(at: Path) -> None:
 
 
 def analyze(at: Path) -> None:
-    spectra = welore.analyze(at / "dense", scaling="kfac", calibration=at / "statistics")
+    spectra = welore.analyze(at / "dense", scaling="kfac", statistics=at / "statistics")
     spectra.save(at / "spectra")
     plan = welore.allocate(spectra, keep=0.7)
     assert abs(plan.parameter_ratio - 0.7) < 0.03
 
 
 def compress(at: Path) -> None:
-    record = welore.compress(at / "dense", at / "best", keep=0.8, tokens=WRITTEN)
-    assert abs(record.numbers["parameter_ratio"] - 0.8) < 0.03
+    result = welore.compress(at / "dense", at / "best", keep=0.8, calibration=CalibrationConfig(num_tokens=WRITTEN))
+    assert abs(result.parameter_ratio - 0.8) < 0.03
 
 
 def compress_pruning_neurons(at: Path) -> None:
-    record = welore.compress(at / "dense", at / "smaller", keep=0.6, neurons=0.25, tokens=WRITTEN)
-    assert abs(record.numbers["parameter_ratio"] - 0.6) < 0.03
+    config, calibration = CompressionConfig(keep=0.6, mlp_pruning=0.25), CalibrationConfig(num_tokens=WRITTEN)
+    result = welore.compress(at / "dense", at / "smaller", config, calibration=calibration)
+    assert abs(result.parameter_ratio - 0.6) < 0.03
 
 
 def compress_as_the_paper(at: Path) -> None:
-    welore.compress(at / "dense", at / "paper", paper=True, rank_reduction=0.4)
+    welore.compress(at / "dense", at / "paper", CompressionConfig(preset="paper", rank_reduction=0.4))
 
 
 def compress_in_memory(at: Path) -> None:
     model = on_gpu(at / "dense")
-    record = welore.compress(model, keep=0.7, scaling="kfac", calibration=at / "statistics")
-    assert abs(record.numbers["parameter_ratio"] - 0.7) < 0.03
+    result = welore.compress(model, keep=0.7, statistics=at / "statistics", recovery=None)
+    assert abs(result.parameter_ratio - 0.7) < 0.03
     assert all(parameter.device.type == "cuda" for parameter in model.parameters())
 
 

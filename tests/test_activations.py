@@ -7,8 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-import welore
-from conftest import build
+from conftest import build, compress
 from welore.errors import WeLoreError
 from welore.training.activations import PRODUCTS, keep_wide_products
 
@@ -31,7 +30,7 @@ class Products(TorchDispatchMode):
 def step(family: str, dtype: torch.dtype | None, prepare: Callable[[Any], None], **changes: Any) -> Any:
     """A compressed model after one backward pass; its loss; the products computed for it."""
     model = build(family, **changes)
-    welore.compress(model, rank_reduction=0.4, min_ratio=0.3)
+    compress(model, rank_reduction=0.4, min_ratio=0.3)
     prepare(model.train())
     with Products() as products, torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss

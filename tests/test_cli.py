@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import welore
-from conftest import Command, allocate, build, done
+from conftest import Command, allocate, build, compress, done
 from toys import calibrate
 from welore.cli.main import app, main
 
@@ -176,7 +176,7 @@ def test_one_command_makes_what_three_make_and_what_python_makes(
     command("allocate", s, *flags, "-o", p)
     done(command("compress", model, three, "--plan", p))
     done(command("compress", model, one, *flags))
-    welore.compress(model, python, **settings)
+    compress(model, python, **settings)
     assert welore.Plan.load(p) == allocate(welore.Spectra.load(s), **settings)
     assert welore.Plan.load(p).ranks
     for name in ("model.safetensors", "plan.json", "config.json"):
@@ -498,7 +498,7 @@ import welore
 from welore.io.safetensors_stream import TensorWriter
 
 model, out = sys.argv[1:]
-welore.compress(model, out + "-before", rank_reduction=0.4)  # all imports are done then
+welore.compress(model, out + "-before", welore.CompressionConfig(rank_reduction=0.4))  # all imports are done then
 write = TensorWriter.write
 
 def die_at(moment):
@@ -526,7 +526,7 @@ while not left or left[-1][0] == signal.SIGKILL:
     child = os.fork()
     if child == 0:
         die_at(len(left) + 1)
-        welore.compress(model, out, rank_reduction=0.4)
+        compress(model, out, welore.CompressionConfig(rank_reduction=0.4))
         os._exit(0)
     left.append((os.waitpid(child, 0)[1], sizes(Path(out)), sizes(Path(out + ".partial"))))
 print(json.dumps(left))

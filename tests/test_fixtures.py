@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import welore
-from conftest import logits
+from conftest import compress, logits
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FORMATS = ["format1", "format2", "format3", "format4"]
@@ -50,7 +50,7 @@ def test_statistics_are_read_and_serve_the_plan_that_was_made_from_them(tmp_path
     plan = welore.Plan.load(FIXTURES / "plan.json")
     statistics = welore.Statistics.load(FIXTURES / "statistics.safetensors")
     assert statistics.generated_text() is not None
-    record = welore.compress(FIXTURES / "dense", tmp_path / "small", plan=plan, calibration=statistics, heal="none")
+    record = compress(FIXTURES / "dense", tmp_path / "small", plan=plan, statistics=statistics, recovery=None)
     assert record.numbers["parameter_ratio"] == pytest.approx(plan.parameter_ratio)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import welore
-from conftest import build, logits
+from conftest import build, compress, logits
 from welore.config import AllocationConfig
 from welore.errors import WeLoreError
 from welore.layers.low_rank import LowRankLayer
@@ -101,12 +101,12 @@ def test_a_new_form_is_one_object(family: str, tmp_path: Path, tokens: Tensor, m
     m, n = (a := next(a for a in plan.allocations if a.factored)).shape
     assert a.stored_parameters == a.rank * (m + n + 1)
 
-    welore.compress(tmp_path / "dense", tmp_path / "small", plan=welore.Plan.load(tmp_path / "plan.json"))
+    compress(tmp_path / "dense", tmp_path / "small", plan=welore.Plan.load(tmp_path / "plan.json"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert {type(model.get_submodule(name)) for name in plan.ranks} == {ScaledLinear}
     welore.merge(tmp_path / "small", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits(model, tokens), logits(merged, tokens), rtol=1e-4, atol=1e-4)
     in_memory = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    welore.compress(in_memory, plan=plan)
+    compress(in_memory, plan=plan)
     assert torch.equal(logits(in_memory, tokens), logits(model, tokens))

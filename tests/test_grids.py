@@ -10,13 +10,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import welore
-from conftest import allocate, build, logits
+from conftest import allocate, build, compress, logits
 from toys import calibrate
 from welore.allocation.spectra import Spectra
 from welore.calibration.statistics import Statistics
-from welore.compression.analysis import analyze_weights, grids_of
-from welore.compression.in_memory import merge_model
+from welore.compression.analysis import analyze_source, grids_of
 from welore.errors import WeLoreError
+from welore.io.context import RunContext
 from welore.layers.block_grid import Grid
 from welore.layers.low_rank import SplitLinear
 from welore.layers.registry import FACTORED, PIVOTED
@@ -118,7 +118,7 @@ def test_each_block_is_stored_as_suits_it(tmp_path: Path, storage: str, tokens: 
     plan = allocate(spectra, keep=0.75, strategy="waterfill", storage=storage)
     assert plan.ranks.keys() == {f"{GATE}.0"}
     assert plan.ranks[f"{GATE}.0"] >= 3
-    record = welore.compress(source, small, plan=plan)
+    record = compress(source, small, plan=plan)
     assert record.settings["split"] == 1
 
     dense = AutoModelForCausalLM.from_pretrained(source)
@@ -131,7 +131,7 @@ def test_each_block_is_stored_as_suits_it(tmp_path: Path, storage: str, tokens: 
     for name in ("rank_reduction", "parameter_ratio", "parameters"):
         assert found[name] == pytest.approx(record.numbers[name])
 
-    merge_model(model)
+    welore.merge(model)
     torch.testing.assert_close(model.get_submodule(GATE).weight, dense.get_submodule(GATE).weight, rtol=1e-4, atol=1e-4)
     welore.merge(small, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -143,7 +143,7 @@ def test_a_layer_of_which_no_block_is_cut_stays_as_it_is(saved: Callable[..., Pa
     plan = allocate(welore.analyze(source, split=True), keep=0.97, strategy="waterfill", storage="pivoted")
     untouched = set(plan.grids) - set(plan.split)
     assert untouched
-    record = welore.compress(source, tmp_path / "small", plan=plan)
+    record = compress(source, tmp_path / "small", plan=plan)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert all(type(model.get_submodule(name)) is nn.Linear for name in untouched)
     assert sizes(model)["rank_reduction"] == pytest.approx(record.numbers["rank_reduction"])
@@ -171,7 +171,7 @@ def test_a_checkpoint_that_lost_a_dense_block_fails(tmp_path: Path) -> None:
     plan = allocate(
         welore.analyze(source, split=True, include=["layers.0.mlp.gate_proj"]), keep=0.75, strategy="waterfill"
     )
-    welore.compress(source, small, plan=plan)
+    compress(source, small, plan=plan)
     kept = {name: t for name, t in load_file(small / "model.safetensors").items() if name != f"{GATE}.1.weight"}
     save_file(kept, small / "model.safetensors", {"format": "pt"})
     with pytest.raises(WeLoreError, match=f"lost the tensor {GATE}.1.weight"):
@@ -184,11 +184,8 @@ def test_losses_that_were_measured_in_another_way_are_left_aside(tmp_path: Path)
     weights = ModelSource(model)
 
     def losses(calibration: Statistics, split: bool) -> int:
-        return len(
-            analyze_weights(
-                weights, scaling="kfac", calibration=calibration, grids=grids_of(weights, split, "kfac")
-            ).losses
-        )
+        context, grids = RunContext.create(progress=False), grids_of(weights, split)
+        return len(analyze_source(weights, calibration, context, scaling="kfac", grids=grids).losses)
 
     blocks = calibrate(model, ids, tmp_path / "blocks", measure_losses=1)
     whole = calibrate(model, ids, tmp_path / "whole", measure_losses=1, split=False)
@@ -200,7 +197,7 @@ def test_losses_that_were_measured_in_another_way_are_left_aside(tmp_path: Path)
 def test_fine_tuning_knows_the_layers_of_blocks(saved: Callable[..., Path], tmp_path: Path) -> None:
     source = saved("gpt2")
     plan = allocate(welore.analyze(source, split=True), keep=0.7, strategy="waterfill")
-    welore.compress(source, tmp_path / "small", plan=plan)
+    compress(source, tmp_path / "small", plan=plan)
     dense = find_matrices(AutoModelForCausalLM.from_pretrained(source), plan)
     assert set(dense.lrc) == plan.lrc_layers
     small = find_matrices(AutoModelForCausalLM.from_pretrained(tmp_path / "small"))

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import welore
-from conftest import FAMILIES, MIXTURES, build, logits
+from conftest import FAMILIES, MIXTURES, build, compress, logits
 from toys import calibrate
 from welore.calibration.statistics import Statistics
 from welore.compression import recovery as healing
+from welore.config import RecoveryConfig
+from welore.data.text import TextOptions
 from welore.data.windows import write_windows
 from welore.errors import WeLoreError
 from welore.io.parallel import Processes
-from welore.models.load import fastest
+from welore.models.load import fastest, read_tokenizer
+from welore.models.skeleton import config_of
 from welore.training.trainer import FinetuneTrainer
 
 IDS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(3))
@@ -48,9 +51,9 @@ def distance(directory: Path) -> float:
 def test_params_alone_heals_the_factors_and_nothing_else(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(healing, "RATE", 1 / 200)  # nine steps only
-    record = welore.compress(source, tmp_path / "healed", keep=0.25, calibration=own, seed=1)
-    plain = welore.compress(source, tmp_path / "cut", keep=0.25, calibration=own, heal="none")
+    recovery = RecoveryConfig(relative_learning_rate=1 / 200)  # nine steps only
+    record = compress(source, tmp_path / "healed", keep=0.25, statistics=own, seed=1, recovery=recovery)
+    plain = compress(source, tmp_path / "cut", keep=0.25, statistics=own, recovery=None)
     assert record.settings["recovery"]["text"] == "self"
     assert record.settings["recovery"]["distill_weight"] == 1.0  # its own text says nothing that it does not
     assert record.settings["recovery"]["max_steps"] == 9  # of two windows each; two of 20 are held out
@@ -71,7 +74,7 @@ def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path
     source = saved(family, initializer_range=1.0)
     tokenizer.save_pretrained(source)
     c = calibrate(source, "self", tmp_path / "c.safetensors", num_tokens=64, max_length=16, measure_losses=0)
-    record = welore.compress(source, tmp_path / "small", keep=0.5, calibration=c)
+    record = compress(source, tmp_path / "small", keep=0.5, statistics=c)
     assert record.settings["recovery"]["max_steps"] == 1
     assert record.numbers["healing_tokens"] == 32
 
@@ -79,9 +82,9 @@ def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path
 def test_what_healing_harms_is_kept_as_it_was_cut(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(healing, "RATE", 10.0)
-    record = welore.compress(source, tmp_path / "healed", keep=0.5, calibration=own)
-    welore.compress(source, tmp_path / "cut", keep=0.5, calibration=own, heal="none")
+    recovery = RecoveryConfig(relative_learning_rate=10.0)
+    record = compress(source, tmp_path / "healed", keep=0.5, statistics=own, recovery=recovery)
+    compress(source, tmp_path / "cut", keep=0.5, statistics=own, recovery=None)
     assert not record.numbers["healed"]
     assert record.numbers["held_out_loss"]["healed"] > record.numbers["held_out_loss"]["cut"]
     for name, tensor in weights(tmp_path / "cut").items():
@@ -91,10 +94,10 @@ def test_what_healing_harms_is_kept_as_it_was_cut(
 def test_a_rate_that_harms_gives_way_to_a_smaller_one(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(healing, "RATE", 1 / 200)
-    usual = welore.compress(source, tmp_path / "usual", keep=0.25, calibration=own)
-    monkeypatch.setattr(healing, "SHARES", (2000.0, 1.0))
-    record = welore.compress(source, tmp_path / "healed", keep=0.25, calibration=own)
+    usual_rate = RecoveryConfig(relative_learning_rate=1 / 200)
+    usual = compress(source, tmp_path / "usual", keep=0.25, statistics=own, recovery=usual_rate)
+    recovery = replace(usual_rate, fallbacks=(2000.0, 1.0))
+    record = compress(source, tmp_path / "healed", keep=0.25, statistics=own, recovery=recovery)
     assert record.numbers["healed"]
     assert record.settings["recovery"]["learning_rate"] == usual.settings["recovery"]["learning_rate"]
     assert (tmp_path / "usual/model.safetensors").read_bytes() == (tmp_path / "healed/model.safetensors").read_bytes()
@@ -111,8 +114,8 @@ def test_a_rate_that_diverges_gives_way_to_a_smaller_one(
         return loss if trainer.args.learning_rate < rates[0] else loss * float("nan")
 
     monkeypatch.setattr(FinetuneTrainer, "training_step", first_rate_diverges)
-    monkeypatch.setattr(healing, "RATE", 1 / 50)
-    record = welore.compress(source, tmp_path / "healed", keep=0.25, calibration=own)
+    recovery = RecoveryConfig(relative_learning_rate=1 / 50)
+    record = compress(source, tmp_path / "healed", keep=0.25, statistics=own, recovery=recovery)
     assert record.numbers["healed"]
     assert record.settings["recovery"]["learning_rate"] == pytest.approx(rates[0] / 4)
 
@@ -121,8 +124,8 @@ def test_a_failed_healing_does_not_take_the_cut_with_it(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FinetuneTrainer, "training_step", lambda *_, **__: torch.tensor(float("nan")))
-    record = welore.compress(source, tmp_path / "healed", keep=0.5, calibration=own)
-    welore.compress(source, tmp_path / "cut", keep=0.5, calibration=own, heal="none")
+    record = compress(source, tmp_path / "healed", keep=0.5, statistics=own)
+    compress(source, tmp_path / "cut", keep=0.5, statistics=own, recovery=None)
     assert "training loss is nan" in record.settings["recovery"]["failed"]
     assert (tmp_path / "healed/model.safetensors").read_bytes() == (tmp_path / "cut/model.safetensors").read_bytes()
 
@@ -130,8 +133,8 @@ def test_a_failed_healing_does_not_take_the_cut_with_it(
 def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(healing, "SAVED", 2)
-    welore.compress(source, tmp_path / "straight", keep=0.5, calibration=own)
+    recovery = RecoveryConfig(save_steps=2)
+    compress(source, tmp_path / "straight", keep=0.5, statistics=own, recovery=recovery)
     step, taken = FinetuneTrainer.training_step, []
 
     def counted(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -142,27 +145,27 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
 
     monkeypatch.setattr(FinetuneTrainer, "training_step", counted)
     with pytest.raises(KeyboardInterrupt):
-        welore.compress(source, tmp_path / "killed", keep=0.5, calibration=own)
+        compress(source, tmp_path / "killed", keep=0.5, statistics=own, recovery=recovery)
     assert not (tmp_path / "killed").exists()
-    rate = healing.rate  # another number of threads sums in another order
-    monkeypatch.setattr(healing, "rate", lambda *args: rate(*args) * (1 + 1e-15))
-    welore.compress(source, tmp_path / "killed", keep=0.5, calibration=own)
+    rate = healing.learning_rate  # another number of threads sums in another order
+    monkeypatch.setattr(healing, "learning_rate", lambda *args: rate(*args) * (1 + 1e-15))
+    compress(source, tmp_path / "killed", keep=0.5, statistics=own, recovery=recovery)
     assert taken == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
     for name in ("model.safetensors", "plan.json"):
         assert (tmp_path / "straight" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("rate", "fastest"),
     [
-        ("RATE", 1 / 1000),  # of another version
-        ("fastest", lambda _: {"dtype": "bfloat16", "attention": "eager"}),  # on another device
+        (1 / 1000, healing.fastest),  # of another version
+        (1 / 1500, lambda _: {"dtype": "bfloat16", "attention": "eager"}),  # on another device
     ],
 )
 def test_what_was_killed_under_other_settings_begins_anew(
-    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, fastest: Any
 ) -> None:
-    straight = welore.compress(source, tmp_path / "straight", keep=0.5, calibration=own)
+    straight = compress(source, tmp_path / "straight", keep=0.5, statistics=own)
     step = FinetuneTrainer.training_step
 
     def killed(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -171,83 +174,81 @@ def test_what_was_killed_under_other_settings_begins_anew(
         return step(trainer, *args, **kwargs)
 
     with monkeypatch.context() as earlier:
-        earlier.setattr(healing, name, value)
-        earlier.setattr(healing, "SAVED", 2)
+        earlier.setattr(healing, "fastest", fastest)
+        recovery = RecoveryConfig(relative_learning_rate=rate, save_steps=2)
         earlier.setattr(FinetuneTrainer, "training_step", killed)
         with pytest.raises(KeyboardInterrupt):
-            welore.compress(source, tmp_path / "killed", keep=0.5, calibration=own)
-    record = welore.compress(source, tmp_path / "killed", keep=0.5, calibration=own)
+            compress(source, tmp_path / "killed", keep=0.5, statistics=own, recovery=recovery)
+    record = compress(source, tmp_path / "killed", keep=0.5, statistics=own)
     assert record.settings["recovery"] == straight.settings["recovery"]
     for file in ("model.safetensors", "plan.json"):
         assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
 
 
-def test_a_long_healing_of_a_small_cut_has_a_higher_rate(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_healing_of_a_small_cut_has_a_higher_rate(source: Path, tmp_path: Path) -> None:
     text = tmp_path / "my.txt"
     text.write_text("the matrix is cut where the loss feels it least and learns again " * 200, encoding="utf-8")
-    how: dict[str, Any] = {"strategy": "waterfill", "scaling": "none", "heal": str(text), "tokens": 320}
-    monkeypatch.setattr(healing, "fastest", lambda _: {"dtype": "float32", "attention": None})  # no rounding that harms
+    how: dict[str, Any] = {"strategy": "waterfill", "scaling": "none", "num_tokens": 320}
     rates: dict[float, list[float]] = {0.9: [], 0.6: []}
     for params, found in rates.items():
         for most in (64, 2, 1):  # the steps that the usual rate is for; two are taken
-            monkeypatch.setattr(healing, "STEPS", most)
-            record = welore.compress(source, tmp_path / f"{params}-{most}", keep=params, **how)
+            recovery = RecoveryConfig(dataset=str(text), max_steps=most, fallbacks=(1.0,))
+            record = compress(source, tmp_path / f"{params}-{most}", keep=params, recovery=recovery, **how)
             found.append(record.settings["recovery"]["learning_rate"])
     usual, just, longer = rates[0.9]
     assert usual == just == pytest.approx(longer / 2**0.5)
     assert len(set(rates[0.6])) == 1
 
 
-def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(healing, "STEPS", 3)  # the limit of the model's own text
+def test_a_text_of_ones_own_heals_as_well(source: Path, tmp_path: Path) -> None:
     text = tmp_path / "my.txt"
     text.write_text("the matrix is cut where the loss feels it least and learns again " * 200, encoding="utf-8")
-    how: dict[str, Any] = {"keep": 0.6, "strategy": "waterfill", "scaling": "none", "tokens": 320}
-    record = welore.compress(source, tmp_path / "small", heal=str(text), **how)
+    how: dict[str, Any] = {"keep": 0.6, "strategy": "waterfill", "scaling": "none", "num_tokens": 320}
+    record = compress(
+        source, tmp_path / "small", recovery=RecoveryConfig(dataset=str(text), max_steps=3), **how
+    )  # max_steps: of the model's own text
     assert record.settings["recovery"]["text"] == str(text)
     assert record.settings["recovery"]["distill_weight"] == 0.5  # the text's own words are the other half
     assert record.numbers["healing_tokens"] == 256  # 5 windows of 64, one held out, in pairs
-    assert welore.compress(source, tmp_path / "plain", **how).settings["recovery"] is None
+    assert compress(source, tmp_path / "plain", **how).settings["recovery"] is None
 
 
 def test_a_tenth_of_every_text_is_held_out(source: Path, tmp_path: Path) -> None:
     for name, word in (("a", "w5 "), ("b", "w7 ")):
         (tmp_path / f"{name}.txt").write_text(word * 4000, encoding="utf-8")
     texts = ",".join(str(tmp_path / f"{name}.txt") for name in "ab")
-    windows = healing.text(texts, source, 100 * 64, 0, None)
+
+    def read(dataset: str) -> torch.Tensor:
+        config = RecoveryConfig(dataset=dataset, num_tokens=100 * 64)
+        return healing.recovery_text(config, config_of(source), read_tokenizer(source), 0, TextOptions())
+
+    windows = read(texts)
     assert windows.shape[1] == 64
     assert {int(window[0]) for window in windows[: len(windows) // 10]} == {5, 7}
-    assert torch.equal(windows, healing.text(texts, source, 100 * 64, 0, None))
+    assert torch.equal(windows, read(texts))
     kept = tmp_path / "kept.safetensors"
     write_windows(kept, windows)
-    assert torch.equal(healing.text(str(kept), source, 100 * 64, 0, None), windows)  # a file of windows stays as it is
+    assert torch.equal(read(str(kept)), windows)  # a file of windows stays as it is
 
 
-def test_what_cannot_heal_is_refused_before_anything_is_written(
-    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_heal_is_refused_before_anything_is_written(source: Path, own: Statistics, tmp_path: Path) -> None:
     foreign = calibrate(source, IDS, tmp_path / "foreign.safetensors")
-    how: dict[str, Any] = {"keep": 0.6, "calibration": foreign}
+    how: dict[str, Any] = {"keep": 0.6, "statistics": foreign}
     with pytest.raises(WeLoreError, match="windows that the model wrote"):
-        welore.compress(source, tmp_path / "out", heal="self", **how)
+        compress(source, tmp_path / "out", recovery=RecoveryConfig(), **how)
     with pytest.raises(WeLoreError, match="windows that the model wrote"):
-        welore.compress(source, tmp_path / "out", keep=0.6, paper=True, heal="self")
+        compress(source, tmp_path / "out", keep=0.6, preset="paper", recovery=RecoveryConfig())
     with pytest.raises(WeLoreError, match="cannot be mixed"):
-        welore.compress(source, tmp_path / "out", heal="self,pydoc", **how)
-    with pytest.raises(WeLoreError, match="cut, not healed"):
-        welore.compress(build("llama"), heal="self", **how)
-    monkeypatch.setattr(healing, "team", lambda: Processes(0, 2))
+        compress(source, tmp_path / "out", recovery=RecoveryConfig(dataset="self,pydoc"), **how)
     with pytest.raises(WeLoreError, match="--recovery none"):
-        welore.compress(source, tmp_path / "out", keep=0.6, calibration=own)
+        compress(source, tmp_path / "out", keep=0.6, statistics=own, processes=Processes(0, 2))
     assert not (tmp_path / "out").exists()
 
 
 def test_without_text_of_its_own_params_alone_only_cuts(source: Path, tmp_path: Path) -> None:
     foreign = calibrate(source, IDS, tmp_path / "foreign.safetensors")
     assert foreign.generated_text() is None
-    assert welore.compress(source, tmp_path / "out", keep=0.6, calibration=foreign).settings["recovery"] is None
+    assert compress(source, tmp_path / "out", keep=0.6, statistics=foreign).settings["recovery"] is None
 
 
 def test_a_calibration_keeps_what_the_model_wrote(source: Path, own: Statistics) -> None:
@@ -272,3 +273,17 @@ def test_it_trains_in_what_the_device_is_fast_in(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
     assert fastest(device) == {"dtype": dtype, "attention": attention}
+
+
+def test_a_recovery_that_runs_out_of_memory_leaves_the_factors(
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_large(*_: Any, **__: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(FinetuneTrainer, "training_step", too_large)
+    record = compress(source, tmp_path / "recovered", keep=0.5, statistics=own)
+    assert record.settings["recovery"]["failed"] == "out of memory"
+    compress(source, tmp_path / "factors", keep=0.5, statistics=own, recovery=None)
+    files = [tmp_path / name / "model.safetensors" for name in ("recovered", "factors")]
+    assert files[0].read_bytes() == files[1].read_bytes()

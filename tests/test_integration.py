@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import welore
-from conftest import allocate, build, logits
+from conftest import allocate, build, compress, logits
 from welore.errors import WeLoreError
 from welore.layers.low_rank import LowRankLayer
 from welore.layers.registry import FORMS
@@ -27,7 +27,7 @@ def small(request: pytest.FixtureRequest, saved, tmp_path: Path) -> Path:
     source = saved("llama", **({"intermediate_size": 64} if split else {}))
     how = {"storage": "pivoted", "strategy": "waterfill"} if split else {"storage": storage}
     plan = allocate(welore.analyze(source, split=split), rank_reduction=0.4, **how)
-    welore.compress(source, tmp_path / "small", plan=plan)
+    compress(source, tmp_path / "small", plan=plan)
     return tmp_path / "small"
 
 
@@ -185,7 +185,7 @@ def test_bare_model_has_the_same_hidden_states_and_saves(small: Path, tokens: to
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_compressing_while_loading_equals_compress(saved, tmp_path: Path, tokens: torch.Tensor, family: str) -> None:
     source = saved(family)
-    welore.compress(source, tmp_path / "small", rank_reduction=0.4, exclude=["1"])
+    compress(source, tmp_path / "small", rank_reduction=0.4, exclude=["1"])
     wish = welore.WeLoreConfig(rank_reduction=0.4, exclude=["1"])
     loaded = AutoModelForCausalLM.from_pretrained(source, quantization_config=wish)
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
@@ -222,5 +222,5 @@ def test_trainer_trains_and_saves_a_compressed_model(small: Path, tmp_path: Path
 
 def test_model_built_in_memory_and_from_disk_have_the_same_layout(small: Path) -> None:
     model = build("llama")
-    welore.compress(model, rank_reduction=0.4)
+    compress(model, rank_reduction=0.4)
     assert set(model.state_dict()) == set(AutoModelForCausalLM.from_pretrained(small).state_dict())

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import welore
-from conftest import build
+from conftest import build, compress
 from welore.config import EvaluationConfig
 from welore.errors import WeLoreError
 
@@ -199,7 +199,7 @@ def test_unknown_dtype_is_answered_with_the_nearest(text: str) -> None:
 def test_compressed_record_equals_a_recount_of_the_file(
     directory: Callable[..., Path], text: str, tmp_path: Path
 ) -> None:
-    compression = welore.compress(directory(), tmp_path / "small", rank_reduction=0.4)
+    compression = compress(directory(), tmp_path / "small", rank_reduction=0.4)
     record = welore.evaluate(tmp_path / "small", EvaluationConfig(text, max_length=LENGTH))
 
     with safe_open(tmp_path / "small" / "model.safetensors", "pt") as file:
@@ -226,7 +226,7 @@ def test_compressed_record_equals_a_recount_of_the_file(
 def test_compressed_perplexity_is_that_of_the_product_of_the_factors(
     directory: Callable[..., Path], text: str, tmp_path: Path
 ) -> None:
-    welore.compress(directory(), tmp_path / "small", rank_reduction=0.4)
+    compress(directory(), tmp_path / "small", rank_reduction=0.4)
     welore.merge(tmp_path / "small", tmp_path / "merged")
     losses = [x for window in reference(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")) for x in window]
     numbers = welore.evaluate(tmp_path / "small", EvaluationConfig(text, max_length=LENGTH)).numbers

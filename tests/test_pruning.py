@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 import welore
-from conftest import build, logits
+from conftest import build, compress, logits
 from toys import calibrate, characters, checkpoint
 from welore.allocation.neurons import Neurons, as_json, dense_numel, read_neurons
 from welore.allocation.plan import Plan
 from welore.calibration.statistics import Statistics
-from welore.compression.in_memory import merge_model
+from welore.config import RecoveryConfig
 from welore.errors import WeLoreError
 from welore.linalg.brain_surgeon import refit, removal
 from welore.models.mlp import find_mlps, resize_layers
@@ -120,7 +120,7 @@ def calibrated(directory: Path, family: str = "llama", **changes: Any) -> tuple[
 def test_from_a_model_to_a_smaller_one_and_back(tmp_path: Path, family: str, tokens: Tensor) -> None:
     source, statistics = calibrated(tmp_path, family)
     small = tmp_path / "small"
-    record = welore.compress(source, small, keep=0.6, neurons=0.3, calibration=statistics, heal="none")
+    record = compress(source, small, keep=0.6, mlp_pruning=0.3, statistics=statistics, recovery=None)
     plan = Plan.load(small / "plan.json")
     gone = sum(n.pruned for n in plan.neurons.values())
     assert record.settings["mlp_pruning"] == gone == pytest.approx(0.3 * 2 * 128, abs=4)
@@ -151,13 +151,13 @@ def test_from_a_model_to_a_smaller_one_and_back(tmp_path: Path, family: str, tok
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), tokens), said)
     if family == "llama":
         bare = AutoModel.from_pretrained(small)
-        merge_model(bare)
+        welore.merge(bare)
         assert bare.layers[0].mlp.down_proj.weight.shape == (32, 128)
-    merge_model(model)
+    welore.merge(model)
     assert {name: p.shape for name, p in model.named_parameters()} == {n: p.shape for n, p in dense.named_parameters()}
     torch.testing.assert_close(logits(model, tokens), said, rtol=1e-4, atol=1e-4)
 
-    welore.compress(source, tmp_path / "planned", plan=plan, calibration=statistics)
+    compress(source, tmp_path / "planned", plan=plan, statistics=statistics)
     name = "model.safetensors"
     assert (tmp_path / "planned" / name).read_bytes() == (small / name).read_bytes()
 
@@ -177,7 +177,7 @@ def test_neurons_that_do_nothing_go_first_and_nothing_is_lost(tmp_path: Path, to
         path.rename(source / path.name)
     calibrate(source, str(text), statistics, num_tokens=256, max_length=32, measure_losses=0)
     kept = 1 - 2 * 16 * 3 * 32 / sum(m * n for m, n in Statistics.load(statistics).shapes.values())
-    record = welore.compress(source, tmp_path / "small", keep=kept, neurons=0.25, calibration=statistics, heal="none")
+    record = compress(source, tmp_path / "small", keep=kept, mlp_pruning=0.25, statistics=statistics, recovery=None)
     plan = Plan.load(tmp_path / "small" / "plan.json")
     for found in plan.neurons.values():
         assert found.indices == tuple(i for i in range(64) if i % 4)
@@ -188,15 +188,15 @@ def test_neurons_that_do_nothing_go_first_and_nothing_is_lost(tmp_path: Path, to
 
 def test_params_alone_takes_out_what_is_worth_it(tmp_path: Path) -> None:
     source, statistics = calibrated(tmp_path)
-    alone = {"calibration": statistics, "heal": "none"}
+    alone = {"statistics": statistics, "recovery": None}
     taken = {
-        params: welore.compress(source, tmp_path / str(params), keep=params, **alone).settings["mlp_pruning"]
+        params: compress(source, tmp_path / str(params), keep=params, **alone).settings["mlp_pruning"]
         for params in (0.98, 0.4)
     }
     assert taken[0.98] == 0 < taken[0.4]
-    asked = welore.compress(source, tmp_path / "none", keep=0.4, neurons=0, **alone)
+    asked = compress(source, tmp_path / "none", keep=0.4, mlp_pruning=0, **alone)
     assert asked.settings["mlp_pruning"] == 0
-    named = welore.compress(source, tmp_path / "named", keep=0.4, strategy="waterfill", scaling="kfac", **alone)
+    named = compress(source, tmp_path / "named", keep=0.4, strategy="waterfill", scaling="kfac", **alone)
     assert named.settings["mlp_pruning"] == 0
 
 
@@ -204,8 +204,8 @@ def test_a_smaller_mlp_is_healed_and_resumed_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tensor
 ) -> None:
     source, statistics = calibrated(tmp_path)
-    how: dict[str, Any] = {"keep": 0.6, "neurons": 0.3, "calibration": statistics, "heal": "self"}
-    whole = welore.compress(source, tmp_path / "whole", **how)
+    how: dict[str, Any] = {"keep": 0.6, "mlp_pruning": 0.3, "statistics": statistics, "recovery": RecoveryConfig()}
+    whole = compress(source, tmp_path / "whole", **how)
     assert "held_out_loss" in whole.numbers
 
     def killed(*_: Any, **__: Any) -> None:
@@ -214,19 +214,19 @@ def test_a_smaller_mlp_is_healed_and_resumed_to_the_same_bytes(
     with monkeypatch.context() as patch:
         patch.setattr("welore.compression.pipeline.factor_matrices", killed)
         with pytest.raises(KeyboardInterrupt):
-            welore.compress(source, tmp_path / "resumed", **how)
+            compress(source, tmp_path / "resumed", **how)
     assert (tmp_path / "resumed.work").is_dir()
     # other sizes of the same matrices may lie there: they are not taken for these
-    welore.compress(source, tmp_path / "resumed", **(how | {"neurons": 0.5, "keep": 0.4, "heal": "none"}))
-    other = welore.compress(source, tmp_path / "other", **(how | {"neurons": 0.5, "keep": 0.4, "heal": "none"}))
+    compress(source, tmp_path / "resumed", **(how | {"mlp_pruning": 0.5, "keep": 0.4, "recovery": None}))
+    other = compress(source, tmp_path / "other", **(how | {"mlp_pruning": 0.5, "keep": 0.4, "recovery": None}))
     name = "model.safetensors"
     assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
     assert other.numbers["parameter_ratio"] < whole.numbers["parameter_ratio"]
     with monkeypatch.context() as patch:
         patch.setattr("welore.compression.pipeline.factor_matrices", killed)
         with pytest.raises(KeyboardInterrupt):
-            welore.compress(source, tmp_path / "again", **how)
-    welore.compress(source, tmp_path / "again", **how)
+            compress(source, tmp_path / "again", **how)
+    compress(source, tmp_path / "again", **how)
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     AutoModelForCausalLM.from_pretrained(tmp_path / "again")(tokens)
 
@@ -235,40 +235,42 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
     source, statistics = calibrated(tmp_path)
     out = tmp_path / "out"
     for match, how in {
-        "neurons is 1.5": {"keep": 0.6, "neurons": 1.5},
-        "neurons are chosen by a calibration": {"rank_reduction": 0.5, "neurons": 0.2},
-        "all neurons: leave those out": {"keep": 0.6, "neurons": 0.2, "paper": True},
-        "neurons is too large": {"keep": 0.6, "neurons": 0.9, "calibration": statistics},
-        "cannot be reached": {"keep": 0.9, "neurons": 0.5, "calibration": statistics},
+        "mlp_pruning is 1.5": {"keep": 0.6, "mlp_pruning": 1.5},
+        "neurons are chosen by statistics": {"rank_reduction": 0.5, "mlp_pruning": 0.2},
+        "give statistics, or a scaling that needs them": {"keep": 0.6, "mlp_pruning": 0.2, "preset": "paper"},
+        "mlp_pruning is too large": {"keep": 0.6, "mlp_pruning": 0.9, "statistics": statistics},
+        "cannot be reached": {"keep": 0.9, "mlp_pruning": 0.5, "statistics": statistics},
     }.items():
         with pytest.raises(WeLoreError, match=match):
-            welore.compress(source, out, **how)
+            compress(source, out, **how)
     assert not out.exists()
-    with pytest.raises(WeLoreError, match="keeps its neurons"):
-        welore.compress(build("llama"), keep=0.6, neurons=0.2)
+    with pytest.raises(WeLoreError, match="a model in memory needs its tokenizer"):
+        compress(build("llama"), keep=0.6, mlp_pruning=0.2)
 
     opt, other = saved("opt"), tmp_path / "opt.safetensors"
     characters().save_pretrained(opt)
     calibrate(opt, "self", other, num_tokens=256, max_length=32, measure_losses=0)
     with pytest.raises(WeLoreError, match="has no MLP whose neurons could be taken out"):
-        welore.compress(opt, tmp_path / "x", keep=0.6, neurons=0.2, calibration=other)
-    assert welore.compress(opt, tmp_path / "y", keep=0.6, calibration=other, heal="none").settings["mlp_pruning"] == 0
+        compress(opt, tmp_path / "x", keep=0.6, mlp_pruning=0.2, statistics=other)
+    assert compress(opt, tmp_path / "y", keep=0.6, statistics=other, recovery=None).settings["mlp_pruning"] == 0
 
-    welore.compress(source, out, keep=0.6, neurons=0.3, calibration=statistics, heal="none")
+    compress(source, out, keep=0.6, mlp_pruning=0.3, statistics=statistics, recovery=None)
     plan = Plan.load(out / "plan.json")
     with pytest.raises(WeLoreError, match="leave those out"):
-        welore.compress(source, tmp_path / "x", plan=plan, neurons=0.2, calibration=statistics)
-    with pytest.raises(WeLoreError, match="needs a model in a directory"):
-        welore.compress(AutoModelForCausalLM.from_pretrained(source), plan=plan, calibration=statistics)
+        compress(source, tmp_path / "x", plan=plan, mlp_pruning=0.2, statistics=statistics)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    compress(model, plan=plan, statistics=statistics)
+    ids = torch.arange(3, 19)[None]
+    assert torch.equal(logits(model, ids), logits(AutoModelForCausalLM.from_pretrained(out), ids))
     one, *others = plan.neurons.items()
     fewer = replace(plan, neurons={one[0]: Neurons(one[1].width, one[1].indices[1:]), **dict(others)})
     with pytest.raises(WeLoreError, match="not those that its neurons leave|has no 2 x 1 equal blocks"):
-        welore.compress(source, tmp_path / "x", plan=fewer, calibration=statistics)
+        compress(source, tmp_path / "x", plan=fewer, statistics=statistics)
     with pytest.raises(WeLoreError, match="takes neurons out of elsewhere"):
         elsewhere = replace(plan, neurons={"elsewhere": one[1]})
-        welore.compress(source, tmp_path / "x", plan=elsewhere, calibration=statistics)
-    with pytest.raises(WeLoreError, match="give the calibration that they were chosen by"):
-        welore.compress(source, tmp_path / "x", plan=replace(plan, scaling="none"))
+        compress(source, tmp_path / "x", plan=elsewhere, statistics=statistics)
+    with pytest.raises(WeLoreError, match="give the statistics that they were chosen by"):
+        compress(source, tmp_path / "x", plan=replace(plan, scaling="none"))
     with pytest.raises(WeLoreError, match="this model is compressed already"), CheckpointSource(out) as compressed:
         _ = compressed.targets
 

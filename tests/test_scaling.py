@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import welore
-from conftest import build, logits
+from conftest import build, compress, logits
 from toys import calibrate
 from welore.calibration.scaling import SCALINGS, metric
 from welore.calibration.statistics import Statistics
@@ -30,10 +30,10 @@ def test_streamed_and_in_memory_give_the_same_checkpoint(
 ) -> None:
     source = saved(family)
     c = calibrated(family, tmp_path)
-    how: dict[str, Any] = {"keep": 0.7, "scaling": scaling, "calibration": c}
-    record = welore.compress(source, tmp_path / "stream", **how)
+    how: dict[str, Any] = {"keep": 0.7, "scaling": scaling, "statistics": c}
+    record = compress(source, tmp_path / "stream", **how)
     model = build(family)
-    welore.compress(model, tmp_path / "memory", **how)
+    compress(model, tmp_path / "memory", **how)
     streamed, in_memory = (tmp_path / name / "model.safetensors" for name in ("stream", "memory"))
     assert streamed.read_bytes() == in_memory.read_bytes()
     assert record.numbers["lrcs"] > 0
@@ -45,13 +45,13 @@ def test_streamed_and_in_memory_give_the_same_checkpoint(
 def test_three_commands_make_what_one_makes(saved: Callable[..., Path], tmp_path: Path) -> None:
     source = saved("llama")
     c = calibrated("llama", tmp_path)
-    spectra = welore.analyze(source, scaling="kfac", calibration=c)
+    spectra = welore.analyze(source, scaling="kfac", statistics=c)
     spectra.save(tmp_path / "s.safetensors")
     plan = welore.allocate(welore.Spectra.load(tmp_path / "s.safetensors"), keep=0.7)
     plan.save(tmp_path / "plan.json")
     plan = welore.Plan.load(tmp_path / "plan.json")
-    welore.compress(source, tmp_path / "three", plan=plan, calibration=tmp_path / "c.safetensors")
-    welore.compress(source, tmp_path / "one", keep=0.7, calibration=c)
+    compress(source, tmp_path / "three", plan=plan, statistics=tmp_path / "c.safetensors")
+    compress(source, tmp_path / "one", keep=0.7, statistics=c)
     for name in ("model.safetensors", "plan.json"):
         assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
@@ -62,11 +62,11 @@ def test_the_loss_of_outputs_is_smaller_than_with_plain_truncation(tmp_path: Pat
 
     def error(**how: Any) -> float:
         model = build("llama")
-        welore.compress(model, keep=0.75, storage="factored", **how)
+        compress(model, keep=0.75, storage="factored", **how)
         return float((logits(model, WINDOWS) - dense).norm())
 
     plain = error(scaling="none", strategy="uniform")
-    scaled = {name: error(scaling=name, strategy="uniform", calibration=c) for name in ("whitening", "kfac")}
+    scaled = {name: error(scaling=name, strategy="uniform", statistics=c) for name in ("whitening", "kfac")}
     assert max(scaled.values()) < plain
 
 
@@ -78,30 +78,30 @@ def test_a_matrix_that_no_token_reached_is_kept(saved: Callable[..., Path], tmp_
     assert metric("kfac", c, target) is not None
     unreached = Statistics(c.model, c.shapes, {**c.counts, name: 0}, c.shared, c.store, c.record)
     assert metric("kfac", unreached, target) is None
-    welore.compress(source, tmp_path / "small", keep=0.6, calibration=unreached)
+    compress(source, tmp_path / "small", keep=0.6, statistics=unreached)
     assert name not in welore.Plan.load(tmp_path / "small" / "plan.json").ranks
 
 
 def test_calibrations_that_do_not_fit_are_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
     source = saved("llama")
     c = calibrated("llama", tmp_path)
-    plan = welore.allocate(welore.analyze(source, scaling="kfac", calibration=c), keep=0.7)
-    with pytest.raises(WeLoreError, match="plan has scaling kfac: give the calibration"):
-        welore.compress(source, tmp_path / "out", plan=plan)
+    plan = welore.allocate(welore.analyze(source, scaling="kfac", statistics=c), keep=0.7)
+    with pytest.raises(WeLoreError, match="plan has scaling kfac: give the statistics"):
+        compress(source, tmp_path / "out", plan=plan)
     other = Statistics(c.model, c.shapes, c.counts, c.shared, c.store, Record("calibration", {}, {"tokens": 1}, {}))
-    with pytest.raises(WeLoreError, match="another calibration"):
-        welore.compress(source, tmp_path / "out", plan=plan, calibration=other)
+    with pytest.raises(WeLoreError, match="other statistics"):
+        compress(source, tmp_path / "out", plan=plan, statistics=other)
     stranger = Statistics(Identity("x", "0" * 64), c.shapes, c.counts, c.shared, c.store, c.record)
-    with pytest.raises(WeLoreError, match="calibration was made for another model"):
-        welore.compress(source, tmp_path / "out", keep=0.7, calibration=stranger)
+    with pytest.raises(WeLoreError, match="statistics was made for another model"):
+        compress(source, tmp_path / "out", keep=0.7, statistics=stranger)
     with pytest.raises(WeLoreError, match="scaling whitening needs statistics"):
         welore.analyze(source, scaling="whitening")
-    with pytest.raises(WeLoreError, match="model in memory needs calibration="):
-        welore.compress(build("llama"), keep=0.7)
+    with pytest.raises(WeLoreError, match="model in memory needs its tokenizer"):
+        compress(build("llama"), keep=0.7)
     with pytest.raises(WeLoreError, match="unknown scaling 'kfca'; did you mean 'kfac'"):
-        welore.compress(source, tmp_path / "out", keep=0.7, scaling="kfca")
-    with pytest.raises(WeLoreError, match="--paper is strategy welore"):
-        welore.compress(source, tmp_path / "out", keep=0.7, paper=True, storage="auto")
+        compress(source, tmp_path / "out", keep=0.7, scaling="kfca")
+    with pytest.raises(WeLoreError, match="unknown preset 'papre'; did you mean 'paper'"):
+        compress(source, tmp_path / "out", keep=0.7, preset="papre")
     assert not (tmp_path / "out").exists()
 
 
@@ -110,20 +110,20 @@ def test_params_alone_needs_no_data(
 ) -> None:
     source = saved("llama")
     tokenizer.save_pretrained(source)
-    record = welore.compress(source, tmp_path / "small", keep=0.7, tokens=64)
+    record = compress(source, tmp_path / "small", keep=0.7, num_tokens=64)
     assert record.settings["scaling"] == "kfac"
     assert record.settings["strategy"] == "waterfill"
     assert record.settings["statistics"]["settings"]["dataset"] == ["self:1"]
     assert not list(tmp_path.glob("*.work"))
-    assert welore.compress(source, tmp_path / "again", keep=0.7, tokens=64).numbers["lrcs"]
+    assert compress(source, tmp_path / "again", keep=0.7, num_tokens=64).numbers["lrcs"]
     for name in ("model.safetensors", "plan.json"):
         assert (tmp_path / "small" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_paper_is_welore_as_published(saved: Callable[..., Path], tmp_path: Path) -> None:
     source = saved("llama")
-    welore.compress(source, tmp_path / "paper", keep=0.8, paper=True)
-    welore.compress(source, tmp_path / "said", keep=0.8, strategy="welore", scaling="none", storage="factored")
+    compress(source, tmp_path / "paper", keep=0.8, preset="paper")
+    compress(source, tmp_path / "said", keep=0.8, strategy="welore", scaling="none", storage="factored")
     assert (tmp_path / "paper" / "plan.json").read_bytes() == (tmp_path / "said" / "plan.json").read_bytes()
     assert welore.Plan.load(tmp_path / "paper" / "plan.json").strategy == "welore"
 

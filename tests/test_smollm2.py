@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import welore
-from conftest import allocate, logits
+from conftest import allocate, compress, logits
 from welore.linalg.spectrum import normalise
 from welore.linalg.svd import factorise
 from welore.models.source import open_source
@@ -48,7 +48,7 @@ def test_compressed_and_merged_agree_and_nothing_is_lost(
     smollm2: Path, smollm2_spectra: welore.Spectra, tmp_path: Path
 ) -> None:
     plan = allocate(smollm2_spectra, rank_reduction=0.3)
-    record = welore.compress(smollm2, tmp_path / "small", plan=plan)
+    record = compress(smollm2, tmp_path / "small", plan=plan)
     assert record.numbers["bytes"] < 0.92 * record.numbers["bytes_dense"]
     welore.merge(tmp_path / "small", tmp_path / "dense")
     ids = torch.arange(1000, 1064)[None]
@@ -60,9 +60,9 @@ def test_compressed_and_merged_agree_and_nothing_is_lost(
 def test_bfloat16_copy_is_compressed_like_its_float32_values(smollm2: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "bf16")
-    record = welore.compress(tmp_path / "bf16", tmp_path / "small", rank_reduction=0.3, include=["layers.1?"])
+    record = compress(tmp_path / "bf16", tmp_path / "small", rank_reduction=0.3, include=["layers.1?"])
     model.float().save_pretrained(tmp_path / "fp32")
-    wider = welore.compress(tmp_path / "fp32", tmp_path / "wide", rank_reduction=0.3, include=["layers.1?"])
+    wider = compress(tmp_path / "fp32", tmp_path / "wide", rank_reduction=0.3, include=["layers.1?"])
     ranks = [welore.Plan.load(tmp_path / name / "plan.json").ranks for name in ("small", "wide")]
     assert ranks[0] == ranks[1]
     assert record.inputs["targets_fingerprint"] == wider.inputs["targets_fingerprint"]

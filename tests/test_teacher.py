@@ -4,8 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-import welore
-from conftest import build
+from conftest import build, compress
 from toys import characters, checkpoint
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
@@ -18,7 +17,7 @@ from welore.training.teacher import load_teacher, refuse_other_vocabulary, share
 def test_what_is_frozen_and_equal_is_held_once(family: str, tokens: torch.Tensor) -> None:
     teacher = build(family).requires_grad_(False)
     student = build(family)
-    welore.compress(student, rank_reduction=0.4, min_ratio=0.3)
+    compress(student, rank_reduction=0.4, min_ratio=0.3)
     student.requires_grad_(False)
     student.model.norm.requires_grad_(True)
     with torch.no_grad():

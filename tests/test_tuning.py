@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_propagation, enable_propagation
 
 import welore
-from conftest import allocate
+from conftest import allocate, compress
 from toys import characters, checkpoint, finetuned, weights
 from welore.config import EvaluationConfig
 from welore.errors import WeLoreError
@@ -549,7 +549,7 @@ def test_a_method_with_nothing_to_train_is_refused(dense: Path, model: Path, tex
     with pytest.raises(WeLoreError, match="lrc has nothing to train: this model has no low-rank matrices"):
         finetuned(dense, tmp_path / "run", dataset=text, **SHORT)
     plan = allocate(welore.analyze(dense), strategy="uniform", rank_reduction=0.6)
-    welore.compress(dense, tmp_path / "all", plan=plan)
+    compress(dense, tmp_path / "all", plan=plan)
     with pytest.raises(WeLoreError, match="nlrc has nothing to train: every targeted matrix"):
         finetuned(tmp_path / "all", tmp_path / "run", "nlrc", dataset=text, **SHORT)
     with pytest.raises(WeLoreError, match="this model is compressed already"):

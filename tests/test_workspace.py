@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-import welore
+from conftest import compress
 from welore.errors import WeLoreError
 from welore.io.parallel import Processes, parallel_map
 from welore.io.progress import silent
@@ -55,12 +55,12 @@ def test_directory_of_somebody_else_is_never_deleted(saved, tmp_path: Path) -> N
     (tmp_path / "out.work").mkdir()
     (tmp_path / "out.work" / "thesis.txt").write_text("years of work")
     with pytest.raises(WeLoreError, match=r"holds thesis\.txt: move it"):
-        welore.compress(saved("llama"), tmp_path / "out", rank_reduction=0.4)
+        compress(saved("llama"), tmp_path / "out", rank_reduction=0.4)
     assert (tmp_path / "out.work" / "thesis.txt").read_text() == "years of work"
 
 
 def test_output_may_be_written_with_a_slash(saved, tmp_path: Path) -> None:
-    welore.compress(saved("llama"), f"{tmp_path}/out/", rank_reduction=0.4)
+    compress(saved("llama"), f"{tmp_path}/out/", rank_reduction=0.4)
     assert {p.name for p in tmp_path.iterdir() if p.name.startswith("out")} == {"out"}
 
 
@@ -115,7 +115,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("after", [0, 5])
 def test_run_stopped_anywhere_continues_to_the_same_bytes(saved, tmp_path: Path, label: str, after: int) -> None:
     source = saved("llama")
-    welore.compress(source, tmp_path / "undisturbed", rank_reduction=0.4)
+    compress(source, tmp_path / "undisturbed", rank_reduction=0.4)
     computed = []
 
     def stopping(items: Iterable[tuple[Any, float]], what: str, total: float) -> Iterator[Any]:
@@ -129,12 +129,12 @@ def test_run_stopped_anywhere_continues_to_the_same_bytes(saved, tmp_path: Path,
         return silent(items, what, total)
 
     with pytest.raises(Killed):
-        welore.compress(source, tmp_path / "out", rank_reduction=0.4, workers=1, progress=stopping)
+        compress(source, tmp_path / "out", rank_reduction=0.4, workers=1, progress=stopping)
     assert not (tmp_path / "out").exists()
     kept = list((tmp_path / "out.work").glob("*.values.*"))
     assert len(kept) >= (after if label == "singular values" else 14)
 
-    welore.compress(source, tmp_path / "out", rank_reduction=0.4, workers=2, progress=counting)
+    compress(source, tmp_path / "out", rank_reduction=0.4, workers=2, progress=counting)
     assert computed == ["singular values", "factors", "writing"]
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
     assert not (tmp_path / "out.work").exists()
@@ -142,7 +142,7 @@ def test_run_stopped_anywhere_continues_to_the_same_bytes(saved, tmp_path: Path,
 
 def test_corrupt_partial_work_is_made_again(saved, tmp_path: Path) -> None:
     source = saved("gpt2")
-    welore.compress(source, tmp_path / "undisturbed", rank_reduction=0.4)
+    compress(source, tmp_path / "undisturbed", rank_reduction=0.4)
 
     def stopping(items: Iterable[tuple[Any, float]], what: str, total: float) -> Iterator[Any]:
         yield from silent(items, what, total)
@@ -150,14 +150,14 @@ def test_corrupt_partial_work_is_made_again(saved, tmp_path: Path) -> None:
             raise Killed
 
     with pytest.raises(Killed):
-        welore.compress(source, tmp_path / "out", rank_reduction=0.4, progress=stopping)
+        compress(source, tmp_path / "out", rank_reduction=0.4, progress=stopping)
     kept = sorted((tmp_path / "out.work").glob("*.safetensors"))
     assert any(".factored-" in path.name for path in kept)
     for path in kept:
         content = bytearray(path.read_bytes())
         content[len(content) // 2] ^= 0xFF
         path.write_bytes(content)
-    welore.compress(source, tmp_path / "out", rank_reduction=0.4)
+    compress(source, tmp_path / "out", rank_reduction=0.4)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
 
 
@@ -169,39 +169,40 @@ def test_work_of_a_model_that_has_changed_since_is_not_used(saved, tmp_path: Pat
         raise Killed
 
     with pytest.raises(Killed):
-        welore.compress(source, tmp_path / "out", rank_reduction=0.4, progress=stopping)
+        compress(source, tmp_path / "out", rank_reduction=0.4, progress=stopping)
     file = source / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 0x40  # the last number of some matrix: the fingerprint, a sample, cannot see it
     file.write_bytes(content)
-    welore.compress(source, tmp_path / "out", rank_reduction=0.4)
-    welore.compress(source, tmp_path / "undisturbed", rank_reduction=0.4)
+    compress(source, tmp_path / "out", rank_reduction=0.4)
+    compress(source, tmp_path / "undisturbed", rank_reduction=0.4)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
 
 
 def test_mistake_of_the_user_leaves_no_work_behind(saved, tmp_path: Path) -> None:
     with pytest.raises(WeLoreError, match="cannot be reached"):
-        welore.compress(saved("llama"), tmp_path / "out", rank_reduction=0.999)
+        compress(saved("llama"), tmp_path / "out", rank_reduction=0.999)
     assert not (tmp_path / "out.work").exists()
 
 
 def test_killed_process_continues(saved, tmp_path: Path) -> None:
     source, out = saved("llama"), tmp_path / "out"
     code = (
-        "import os, signal, sys, welore\n"
+        "import os, signal, sys, welore, welore.config\n"
         "def stop(items, what, total):\n"
         "    for number, (item, _) in enumerate(items):\n"
         "        if what == 'factors' and number == 3:\n"
         "            os.kill(os.getpid(), signal.SIGKILL)\n"
         "        yield item\n"
-        "welore.compress(sys.argv[1], sys.argv[2], rank_reduction=0.4, progress=stop)\n"
+        "config = welore.config.CompressionConfig(rank_reduction=0.4)\n"
+        "welore.compress(sys.argv[1], sys.argv[2], config, progress=stop)\n"
     )
     run = subprocess.run([sys.executable, "-c", code, str(source), str(out)], check=False, env=dict(os.environ))
     assert run.returncode == -signal.SIGKILL
     assert not out.exists()
     assert (tmp_path / "out.work").is_dir()
-    welore.compress(source, out, rank_reduction=0.4)
-    welore.compress(source, tmp_path / "undisturbed", rank_reduction=0.4)
+    compress(source, out, rank_reduction=0.4)
+    compress(source, tmp_path / "undisturbed", rank_reduction=0.4)
     assert files_of(out) == files_of(tmp_path / "undisturbed")
 
 
@@ -214,8 +215,8 @@ def test_run_that_makes_its_own_calibration_continues_to_the_same_bytes(
 ) -> None:
     source = saved("llama")
     tokenizer.save_pretrained(source)
-    ours: dict[str, Any] = {"keep": 0.6, "neurons": 0.2, "tokens": 256, "workers": 1}
-    welore.compress(source, tmp_path / "undisturbed", **ours)
+    ours: dict[str, Any] = {"keep": 0.6, "mlp_pruning": 0.2, "num_tokens": 256, "workers": 1}
+    compress(source, tmp_path / "undisturbed", **ours)
 
     def stopping(items: Iterable[tuple[Any, float]], what: str, total: float) -> Iterator[Any]:
         for number, (item, _) in enumerate(items):
@@ -224,16 +225,16 @@ def test_run_that_makes_its_own_calibration_continues_to_the_same_bytes(
             yield item
 
     with pytest.raises(Killed):
-        welore.compress(source, tmp_path / "out", **ours, progress=stopping)
+        compress(source, tmp_path / "out", **ours, progress=stopping)
     assert list((tmp_path / "out.work").glob("calibration*"))
-    welore.compress(source, tmp_path / "out", **ours)
+    compress(source, tmp_path / "out", **ours)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
     assert not (tmp_path / "out.work").exists()
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{"rank_reduction": 0.4}, {"keep": 0.7, "tokens": 128}, {"keep": 0.6, "tokens": 128, "neurons": 0.3}],
+    [{"rank_reduction": 0.4}, {"keep": 0.7, "num_tokens": 128}, {"keep": 0.6, "num_tokens": 128, "mlp_pruning": 0.3}],
     ids=["paper", "ours", "neurons"],
 )
 def test_two_processes_of_torchrun_write_the_same_bytes_as_one(
@@ -241,7 +242,7 @@ def test_two_processes_of_torchrun_write_the_same_bytes_as_one(
 ) -> None:
     source = saved("llama")
     tokenizer.save_pretrained(source)
-    welore.compress(source, tmp_path / "undisturbed", **settings)
+    compress(source, tmp_path / "undisturbed", **settings)
     script = tmp_path / "main.py"
     script.write_text("import welore.cli.main\nwelore.cli.main.main()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]

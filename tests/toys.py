@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import welore
-from conftest import build
+from conftest import build, compress
 from welore.calibration.statistics import Statistics
 from welore.config import CalibrationConfig, FinetuneConfig
 from welore.records import Record
@@ -39,7 +39,7 @@ def checkpoint(
     model.generation_config.eos_token_id = 1
     if rank_reduction is not None:
         how: dict[str, Any] = {"storage": "pivoted", "split": True} if storage == "split" else {"storage": storage}
-        welore.compress(model, rank_reduction=rank_reduction, min_ratio=0.3, **how)
+        compress(model, rank_reduction=rank_reduction, min_ratio=0.3, **how)
     model.save_pretrained(out)
     characters().save_pretrained(out)
     return out

@@ -6,6 +6,7 @@ their fields. Registries (STRATEGIES, SCALINGS, METHODS, ...) have exactly the n
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +25,13 @@ OpeningName = Literal["vocabulary", "word", "nothing", "chat"]
 TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
 ExportFormat = Literal["dense"]
 MinRatio = float | Literal["break-even"]
+Pruning = float | Literal["auto"]
 
 NONE, ASVD, WHITENING, KFAC = "none", "asvd", "whitening", "kfac"
 INPUT = "input"
 PLAIN = (NONE, ASVD)  # scalings whose values are not losses in a unit that all matrices share
 BREAK_EVEN: Literal["break-even"] = "break-even"
+AUTO: Literal["auto"] = "auto"
 SELF = "self"  # a dataset: text that the model (of a fine-tuning, its teacher) writes
 SHARD_SIZE = "5GB"
 NUM_TOKENS, MAX_LENGTH = 65_536, 512  # of calibration
@@ -177,11 +180,11 @@ class CompressionConfig(AnalysisConfig, AllocationConfig):
         panel="Target",
         shown="best for a size alone",
     )
-    mlp_pruning: float | None = option(
+    mlp_pruning: Pruning | None = option(
         None,
-        "Share of the MLP neurons to take out before factorisation.",
+        "Share of the MLP neurons to take out before factorisation; auto: those that cost less than they store.",
         panel="Method",
-        shown="preset best chooses, else 0",
+        shown="auto for presets best and fast, else 0",
     )
     max_shard_size: str = option(SHARD_SIZE, "Largest size of one weight file.", panel="Run")
 
@@ -189,9 +192,11 @@ class CompressionConfig(AnalysisConfig, AllocationConfig):
         super().__post_init__()
         if self.scaling is not None:
             object.__setattr__(self, "scaling", current_name(self.scaling))
-        if self.mlp_pruning is not None and not 0 <= self.mlp_pruning < 1:
+        if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", self.max_shard_size, re.IGNORECASE):
+            raise WeLoreError(f"max_shard_size is {self.max_shard_size!r}: write it like '500MB' or '5GB'")
+        if self.mlp_pruning not in (None, AUTO) and not 0 <= float(self.mlp_pruning or 0) < 1:
             raise WeLoreError(
-                f"mlp_pruning is {self.mlp_pruning:g}: it is the share that is taken out, from 0 to below 1"
+                f"mlp_pruning is {self.mlp_pruning}: it is the share that is taken out, from 0 to below 1, or {AUTO!r}"
             )
 
 
@@ -257,6 +262,24 @@ class RecoveryConfig:
     batch_size: int = option(2, "Windows of a step.", panel="Recovery", flag="recovery-batch-size")
     learning_rate: float | None = option(
         None, "Peak learning rate.", panel="Recovery", flag="recovery-learning-rate", shown="from the factors' size"
+    )
+    relative_learning_rate: float = option(
+        1 / 1500,
+        "Automatic learning rate over the root mean square of the factors, times the share of parameters removed.",
+        panel="Recovery",
+        flag=None,
+    )
+    fallbacks: tuple[float, ...] = option(
+        (1.0, 0.25, 0.0625), "Shares of the learning rate to try until one does no harm.", panel="Recovery", flag=None
+    )
+    largest_share: float = option(
+        0.2, "Largest share removed up to which longer runs have a larger rate.", panel="Recovery", flag=None
+    )
+    teacher_weight: float = option(
+        0.5, "The teacher's share of the loss on a text that people wrote.", panel="Recovery", flag=None
+    )
+    tolerance: float = option(
+        0.05, "Largest growth of the held-out loss, as a share of the loss of compression.", panel="Recovery", flag=None
     )
     warmup_steps: int = option(8, "Steps up to the peak.", panel="Recovery", flag="recovery-warmup-steps")
     save_steps: int = option(16, "Steps between checkpoints.", panel="Recovery", flag="recovery-save-steps")

@@ -205,7 +205,7 @@ class Plan:
                 allocations=tuple(_read_allocation(m, path) for m in content["matrices"]),
                 include=tuple(content["include"]),
                 exclude=tuple(content["exclude"]),
-                scaling=content.get("scaling", NONE),
+                scaling=current_name(content.get("scaling", NONE)),
                 statistics=content.get("calibration", {}),
                 rank_multiple=content.get("rank_multiple", 1),
                 grids=grids,

@@ -16,10 +16,10 @@ from welore.allocation.neurons import dense_numel
 from welore.allocation.plan import Allocation, Plan
 from welore.allocation.spectra import Spectra
 from welore.allocation.strategies import STRATEGIES, Scores, Strategy, stored
-from welore.config import BREAK_EVEN, NONE, AllocationConfig, MinRatio
+from welore.config import BREAK_EVEN, NONE, AllocationConfig, MinRatio, StorageName, StrategyName
 from welore.errors import WeLoreError, choose
 from welore.layers.block_grid import layer_of
-from welore.layers.registry import AUTO, FACTORED, form_of, storages
+from welore.layers.registry import FACTORED, form_of, storages
 from welore.linalg.spectrum import Values
 
 Shape = tuple[int, int]
@@ -99,7 +99,7 @@ def with_target(config: AllocationConfig | None, **targets: float | None) -> All
 class Rule:
     """Which matrices are factored, and how they are stored."""
 
-    storage: str
+    storage: StorageName
     min_ratio: MinRatio
     allow_growth: bool
 
@@ -117,10 +117,10 @@ class Rule:
         return np.where(self.factored(ranks, shape), stored(ranks, shape, self.storage), shape[0] * shape[1])
 
 
-def resolve(config: AllocationConfig, scaling: str) -> tuple[str, Rule]:
+def resolve(config: AllocationConfig, scaling: str) -> tuple[StrategyName, Rule]:
     """Strategy and rule of a config, with the defaults for a scaling; WeLoreError for an unknown name."""
-    strategy = config.strategy or ("welore" if scaling == NONE else "waterfill")
-    storage = config.storage or (FACTORED if scaling == NONE else AUTO)
+    strategy: StrategyName = config.strategy or ("welore" if scaling == NONE else "waterfill")
+    storage: StorageName = config.storage or ("factored" if scaling == NONE else "auto")
     choose("storage", storage, storages())
     defaults: Strategy = choose("strategy", strategy, STRATEGIES)
     min_ratio = defaults.min_ratio if config.min_ratio is None else config.min_ratio

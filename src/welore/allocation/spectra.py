@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from welore.allocation.neurons import Neurons, as_json, read_neurons
-from welore.config import NONE, PLAIN
+from welore.config import NONE, PLAIN, current_name
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_write
 from welore.layers.block_grid import Grid, read_grids
@@ -110,7 +110,7 @@ class Spectra:
                 shapes,
                 include,
                 exclude,
-                scaling=metadata.get("scaling", NONE),
+                scaling=current_name(metadata.get("scaling", NONE)),
                 statistics=json.loads(metadata.get("calibration", "{}")),
                 outliers=json.loads(metadata.get("outliers", "{}")),
                 losses=losses,

@@ -15,7 +15,9 @@ from welore.config import (
     AnalysisConfig,
     CalibrationConfig,
     CompressionConfig,
+    RecoveryConfig,
     RunConfig,
+    RunOptions,
 )
 from welore.errors import WeLoreError
 
@@ -37,6 +39,13 @@ RecoveryText = Annotated[
 ShardSize = Annotated[str, typer.Option(help="Largest size of one weight file.")]
 
 
+def join(run: RunConfig) -> RunOptions:
+    """The options of a verb whose work the processes of torchrun or accelerate share."""
+    from welore.io.parallel import team
+
+    return {**run.options, "processes": team()}
+
+
 def analyze(
     model: Model,
     output: OutputFile,
@@ -51,7 +60,6 @@ def analyze(
     """Compute the singular values of every targeted matrix and write a spectra file."""
     from welore.compression.analysis import analyze
     from welore.compression.reference_import import import_singular_values
-    from welore.io.context import RunContext
 
     quiet_libraries()
     if reference_values is not None:
@@ -66,20 +74,15 @@ def analyze(
             revision=run.revision,
         )
     else:
-        context = RunContext.create(**run.options)
         spectra = analyze(
             model,
-            calibration=statistics,
-            scaling=config.scaling or ("kfac" if statistics else "none"),
+            statistics=statistics,
+            scaling=config.scaling,
             split=config.split,
             include=config.include,
             exclude=config.exclude,
-            cache_dir=context.cache_dir,
-            revision=context.revision,
-            device=str(context.device),
-            workers=context.workers,
             work_dir=output.with_name(output.name + ".work"),
-            progress=context.progress,
+            **join(run),
         )
     if is_main_process():
         spectra.save(output)
@@ -150,10 +153,8 @@ def compress(
     ] = None,
 ) -> None:
     """Compress a model into a Hugging Face directory that loads with from_pretrained."""
-    from welore.allocation.plan import Plan
     from welore.compression.pipeline import compress
     from welore.compression.reference_import import import_checkpoint
-    from welore.io.context import RunContext
     from welore.io.parallel import return_freed_memory
 
     quiet_libraries()
@@ -175,37 +176,17 @@ def compress(
         )
     else:
         return_freed_memory()
-        context = RunContext.create(**run.options)
+        recovery: Any = "auto" if recovery_text is None else RecoveryConfig(dataset=recovery_text)
         record = compress(
             model,
             output_dir,
-            plan=None if plan is None else Plan.load(plan),
-            rank_reduction=config.rank_reduction,
-            keep=config.keep,
-            threshold=config.threshold,
-            strategy=config.strategy,
-            scaling=config.scaling,
-            storage=config.storage,
-            min_ratio=config.min_ratio,
-            allow_growth=config.allow_growth,
-            rank_multiple=config.rank_multiple,
-            split=config.split,
-            neurons=config.mlp_pruning,
-            paper=config.preset == "paper",
-            calibration=statistics or "self",
-            tokens=calibration.num_tokens,
-            seed=calibration.seed,
-            heal=recovery_text,
-            include=config.include,
-            exclude=config.exclude,
-            cache_dir=context.cache_dir,
-            revision=context.revision,
-            device=str(context.device),
-            workers=context.workers,
-            max_shard_size=config.max_shard_size,
-            overwrite=context.overwrite,
-            progress=context.progress,
-        )
+            config,
+            calibration=calibration,
+            recovery=None if recovery_text == "none" else recovery,
+            plan=plan,
+            statistics=statistics,
+            **join(run),
+        ).record
     _report_compression(record)
     line = f"{achieved(record.settings['target'], record.numbers)}, {record.numbers['bytes'] / 1e6:.1f} MB"
     print_result(record, as_json, f"{line} -> {output_dir}")

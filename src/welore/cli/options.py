@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 import typer
 
-from welore.config import BREAK_EVEN, MinRatio
+from welore.config import AUTO, BREAK_EVEN, MinRatio, Pruning
 from welore.errors import WeLoreError
 
 Verb = Callable[..., None]
@@ -93,6 +93,8 @@ def _as_typer(hint: Any) -> tuple[Any, dict[str, Any]]:
     """The type by which typer reads a value, and what else it has to know."""
     if hint == MinRatio | None:
         return Any, {"parser": _ratio, "metavar": "FLOAT|break-even"}
+    if hint == Pruning | None:
+        return Any, {"parser": _pruning, "metavar": "FLOAT|auto"}
     members = [m for m in get_args(hint) if m is not type(None)] if _is_union(hint) else [hint]
     if len(members) == 1:
         (kind,) = members
@@ -120,6 +122,14 @@ def _ratio(text: str) -> Any:
         return text if text == BREAK_EVEN else float(text)
     except ValueError as error:
         raise WeLoreError(f"min-ratio is {text!r}: it is a fraction such as 0.5, or {BREAK_EVEN}") from error
+
+
+def _pruning(text: str) -> Any:
+    """A --mlp-pruning as the library takes it."""
+    try:
+        return text if text == AUTO else float(text)
+    except ValueError as error:
+        raise WeLoreError(f"mlp-pruning is {text!r}: it is a fraction such as 0.3, or {AUTO}") from error
 
 
 def _is_common(parameter: inspect.Parameter) -> bool:

@@ -1,10 +1,11 @@
-"""1 - analyze: the singular values of every targeted matrix of a model."""
+"""analyze: the singular values of every targeted matrix of a model."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -12,15 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from welore.allocation.neurons import Neurons
-from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
-from welore.calibration.scaling import metric, outliers
+from welore.calibration.scaling import metric, outliers, scaling_of
 from welore.calibration.statistics import Statistics
-from welore.config import KFAC, NONE
+from welore.config import KFAC, NONE, RunOptions, current_name
 from welore.errors import WeLoreError
 from welore.io.checkpoint import check_finite
-from welore.io.parallel import ALONE, Processes, parallel_map, team
-from welore.io.progress import Progress, silent
+from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.block_grid import Grid
 from welore.linalg.svd import reduce, singular_values
@@ -35,164 +34,158 @@ if TYPE_CHECKING:
 def analyze(
     model: "str | Path | PreTrainedModel",
     *,
-    scaling: str = NONE,
-    calibration: "Statistics | str | Path | None" = None,
+    statistics: "Statistics | str | Path | None" = None,
+    scaling: str | None = None,
     split: bool | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    cache_dir: str | Path | None = None,
-    revision: str | None = None,
-    device: str | None = None,
-    workers: int | None = None,
     work_dir: str | Path | None = None,
-    progress: Progress = silent,
+    **options: Unpack[RunOptions],
 ) -> Spectra:
-    """Spectra of MODEL (hub id, directory, .gguf file or a model in memory), a few matrices in memory at a time.
+    """Compute the singular values of every targeted matrix, a few matrices in memory at a time.
 
-    scaling: of the matrices scaled by the statistics of a calibration (scaling.SCALINGS); with a calibration the
-    outliers are counted too. split: matrices at least twice as long as wide in blocks (targets.long_matrices), each
-    for itself; by default where the scaling is kfac. include, exclude: see `targets.find_targets`. device: where the
-    values are computed. workers: matrices at once, default one per core. work_dir: finished values are kept there until
-    all are done, so that a killed run continues, and the processes of a launcher share it.
+    Args:
+        model: Hub id, directory, .gguf file or a model in memory.
+        statistics: Statistics of the model, or their file, from `calibrate`. Outliers are counted with them, too.
+        scaling: The scaling of the matrices (none, asvd, whitening, kfac); by default kfac with statistics, else none.
+        split: Whether matrices at least twice as long as wide are cut block by block; by default with scaling kfac.
+        include: Target only modules that match one of these patterns.
+        exclude: Leave modules that match one of these patterns dense.
+        work_dir: Where finished values are stored until all are done, so that a killed run continues and several
+            processes share the work.
+        **options: Where and how to compute (config.RunOptions).
+
+    Returns:
+        The spectra: for W (m, n), min(m, n) values in float64, descending.
+
+    Raises:
+        WeLoreError: If the model cannot be read, or the statistics are those of another model.
     """
-    with open_source(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
-        common: dict[str, Any] = {"device": device, "workers": workers, "progress": progress}
-        common |= {"scaling": scaling, "calibration": opened_calibration(calibration, weights)}
-        common |= {"grids": grids_of(weights, split, scaling)}
-        if work_dir is None:
-            return analyze_weights(weights, **common)
-        about = scaling, common["grids"], summary(common["calibration"])
-        with shared_workspace(work_dir, weights, *about) as (workspace, crew):
-            return analyze_weights(weights, workspace=workspace, crew=crew, **common)
+    context = RunContext.create(**options)
+    with open_source(
+        model, include=include, exclude=exclude, cache_dir=context.cache_dir, revision=context.revision
+    ) as source:
+        known = open_statistics(statistics, source)
+        scaling = current_name(scaling or (NONE if known is None else KFAC))
+        grids = grids_of(source, scaling_of(scaling).block_split if split is None else split)
+        key = scaling, grids, summary(known)
+        shared = nullcontext(context) if work_dir is None else shared_workspace(work_dir, source, context, *key)
+        with shared as context:
+            return analyze_source(source, known, context, scaling=scaling, grids=grids)
 
 
-def grids_of(weights: TensorSource, split: bool | None, scaling: str) -> dict[str, Grid]:
-    """Layer -> grid of what is split in blocks: the long matrices, or nothing. split: as in `analyze`."""
-    wanted = scaling == KFAC if split is None else split
-    return long_matrices(weights.skeleton, weights.targets) if wanted else {}
+def grids_of(source: TensorSource, split: bool) -> dict[str, Grid]:
+    """Layer -> grid of the long matrices, if matrices are split into blocks."""
+    return long_matrices(source.skeleton, source.targets) if split else {}
 
 
-def opened_calibration(calibration: "Statistics | str | Path | None", weights: TensorSource) -> Statistics | None:
-    """The calibration, read from its file if it is a path; WeLoreError if it is one of another model."""
-    found = Statistics.load(calibration) if isinstance(calibration, str | Path) else calibration
-    if found is not None:
-        found.model.check(weights.identity, "calibration")
-    return found
-
-
-def check_plan(plan: Plan, weights: TensorSource, calibration: Statistics | None) -> None:
-    """Raise WeLoreError unless the plan was made for these weights, and its ranks from this calibration."""
-    plan.model.check(weights.identity, "plan")
-    if plan.scaling == NONE:
-        return
-    if calibration is None:
-        raise WeLoreError(f"the plan has scaling {plan.scaling}: give the calibration that it was made with")
-    if plan.statistics != json.loads(json.dumps(summary(calibration))):
-        raise WeLoreError("the plan was made with another calibration: give that one, or make the plan again")
+def open_statistics(statistics: "Statistics | str | Path | None", source: TensorSource) -> Statistics | None:
+    """The statistics, read from their file if they are a path; WeLoreError if they are another model's."""
+    known = Statistics.load(statistics) if isinstance(statistics, str | Path) else statistics
+    if known is not None:
+        known.model.check(source.identity, "statistics")
+    return known
 
 
 @contextmanager
 def shared_workspace(
-    directory: str | Path, weights: TensorSource, *about: Any
-) -> Iterator[tuple[Workspace, Processes]]:
-    """The workspace of a run over `weights`, and the processes that share it; removed when the run has ended well.
+    directory: str | Path, source: TensorSource, context: RunContext, *key: Any
+) -> Iterator[RunContext]:
+    """The context with a workspace, which all processes share; it is deleted when the block ends well, and only then.
 
-    about: what else its content depends on, as JSON. A killed run leaves it for the next one. A mistake of the user
-    (WeLoreError) leaves nothing behind.
+    key: what else its content depends on, as JSON, beside the weights, the device and the version of this package.
     """
-    crew, workspace = team(), Workspace(directory, json.dumps([weights.state, *about]))
-    if crew.is_main:
+    identity = [source.state, version("welore"), context.device.type, *key]
+    workspace = Workspace(directory, json.dumps(identity))
+    if context.processes.is_main:
         workspace.open()
-    crew.wait()  # below: only what `open` has made or found to be ours is ever removed
+    context.processes.wait()
     try:
-        yield workspace, crew
-        crew.wait()
+        yield context.within(workspace)
     except WeLoreError:
-        workspace.remove()
+        if context.processes.is_main:
+            workspace.remove_if_empty()
         raise
-    if crew.is_main:
+    context.processes.wait()
+    if context.processes.is_main:
         workspace.remove()
 
 
-def analyze_weights(
-    weights: TensorSource,
+def analyze_source(
+    source: TensorSource,
+    statistics: Statistics | None,
+    context: RunContext,
     *,
-    scaling: str = NONE,
-    calibration: Statistics | None = None,
-    grids: Mapping[str, Grid] | None = None,
+    scaling: str,
+    grids: Mapping[str, Grid],
     neurons: Mapping[str, Neurons] | None = None,
-    workspace: Workspace | None = None,
-    crew: Processes = ALONE,
     keep_reductions: bool = False,
-    device: str | None = None,
-    workers: int | None = None,
-    progress: Progress = silent,
 ) -> Spectra:
-    """Singular values of every targeted matrix; device: where they are computed, default where the matrix is.
+    """Singular values of every targeted matrix, taken from the workspace if they are there already.
 
-    workspace: finished matrices are taken from there and put there; keep_reductions: with what the factors need,
-    computed on the CPU. scaling, calibration: see `analyze`. grids: of what is split in blocks. neurons: what is left
-    of the MLPs in `weights`, where neurons were taken out.
+    grids: layer -> grid of the layers that are split in blocks. neurons: those that are left of pruned MLPs.
+    keep_reductions: store what the factors need of the decomposition, too; on the CPU only.
     """
-    grids = grids or {}
-    targets = in_blocks(weights.targets, grids)
+    workspace = context.workspace
+    targets = in_blocks(source.targets, grids)
 
     def compute(target: Target) -> dict[str, Tensor]:
-        found = workspace.fetch(f"{target.key}.values") if workspace else None
-        if found is not None:
-            return found
-        W = weights.read(target)
+        values = workspace.fetch(f"{target.key}.values") if workspace else None
+        if values is not None:
+            return values
+        W = source.read(target)
         check_finite(target.name, W)
-        norm = metric(scaling, calibration, target)
+        norm = metric(scaling, statistics, target)
         if workspace and keep_reductions:
             reduction = reduce(W, norm)
             sigma = reduction.values()
             workspace.store(f"{target.key}.reduction", reduction.tensors())
         else:
-            sigma = singular_values(W.to(device) if device else W, norm)
-        found = {"sigma": torch.from_numpy(sigma.copy())}
-        if calibration:
-            found["outliers"] = torch.tensor(outliers(W, calibration, target), dtype=torch.float64)
+            sigma = singular_values(W.to(context.device), norm)
+        values = {"sigma": torch.from_numpy(sigma.copy())}
+        if statistics:
+            values["outliers"] = torch.tensor(outliers(W, statistics, target), dtype=torch.float64)
         if workspace:
-            workspace.store(f"{target.key}.values", found)
-        return found
+            workspace.store(f"{target.key}.values", values)
+        return values
 
-    mine = crew.share(targets)
-    found = parallel_map(
-        compute, mine, [t.cost for t in mine], workers=workers, progress=progress, label="singular values"
-    )
-    mine_by_name = {target.name: values for target, values in zip(mine, found, strict=True)}
-    crew.wait()
-    every = {t.name: mine_by_name[t.name] if t.name in mine_by_name else compute(t) for t in targets}
+    mine = context.processes.share(targets)
+    computed = context.map(compute, mine, [t.cost for t in mine], "singular values")
+    values = {target.name: result for target, result in zip(mine, computed, strict=True)}
+    context.processes.wait()
+    values = {t.name: values[t.name] if t.name in values else compute(t) for t in targets}
     return Spectra(
-        model=weights.identity,
-        values={name: values["sigma"].numpy() for name, values in every.items()},
+        model=source.identity,
+        values={name: result["sigma"].numpy() for name, result in values.items()},
         shapes={target.name: target.shape for target in targets},
-        include=weights.include,
-        exclude=weights.exclude,
+        include=source.include,
+        exclude=source.exclude,
         scaling=scaling,
-        statistics=summary(calibration),
-        losses=_losses(scaling, calibration, targets),
-        outliers={name: float(values["outliers"]) for name, values in every.items()} if calibration else {},
-        unreached=tuple(t.name for t in targets if not calibration.counts.get(t.layer)) if calibration else (),
+        statistics=summary(statistics),
+        losses=_losses(scaling, statistics, targets),
+        outliers={name: float(result["outliers"]) for name, result in values.items()} if statistics else {},
+        unreached=tuple(t.name for t in targets if not statistics.counts.get(t.layer)) if statistics else (),
         grids=grids,
         neurons=neurons or {},
+        unit=scaling_of(scaling).unit,
     )
 
 
-def _losses(scaling: str, calibration: Statistics | None, targets: Sequence[Target]) -> dict[str, NDArray[np.float64]]:
-    """The losses that the calibration measured: of all matrices that it reached, or of none, for they are no measure
-    of predicted ones; {} too where it measured along other directions than those that are cut (another split).
+def _losses(scaling: str, statistics: Statistics | None, targets: Sequence[Target]) -> dict[str, NDArray[np.float64]]:
+    """The measured losses of all matrices that the statistics have reached, or of none.
+
+    Measured losses cannot be compared with predicted ones. There are none if they were measured along other
+    directions than those of the factors (another split, another scaling).
     """
-    if calibration is None or scaling != KFAC:
+    if statistics is None or not scaling_of(scaling).measured:
         return {}
-    reached = [t.name for t in targets if calibration.counts.get(t.layer)]
-    found = {name: losses for name in reached if (losses := calibration.losses(name)) is not None}
-    return {name: losses.double().numpy() for name, losses in found.items()} if len(found) == len(reached) else {}
+    reached = [t.name for t in targets if statistics.counts.get(t.layer)]
+    measured = {name: losses for name in reached if (losses := statistics.losses(name)) is not None}
+    return {n: losses.double().numpy() for n, losses in measured.items()} if len(measured) == len(reached) else {}
 
 
-def summary(calibration: Statistics | None) -> dict[str, Any]:
-    """What a calibration rests on, without its statistics; {} for none."""
-    if calibration is None:
+def summary(statistics: Statistics | None) -> dict[str, Any]:
+    """Inputs and settings of the record of statistics; {} without any."""
+    if statistics is None:
         return {}
-    return {"inputs": dict(calibration.record.inputs), "settings": dict(calibration.record.settings)}
+    return {"inputs": dict(statistics.record.inputs), "settings": dict(statistics.record.settings)}

@@ -1,24 +1,24 @@
-"""merge: a compressed directory -> a plain dense checkpoint, W = A B, that needs nothing of ours."""
+"""merge: a compressed model -> a dense one, W = A B, which needs nothing of this package."""
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from welore.compression.in_memory import joined, merge_model
+from welore.config import SHARD_SIZE, RunOptions
 from welore.errors import WeLoreError
-from welore.io.atomic import atomic_directory, read_json, require_free, require_outside
-from welore.io.checkpoint import SHARD_SIZE, OutputTensors, weight_files, write_config, write_weights
-from welore.io.hub import resolve_model
-from welore.io.progress import Progress, silent
+from welore.io.atomic import require_free, require_outside
+from welore.io.checkpoint import OutputTensors, weight_files
+from welore.io.context import RunContext
 from welore.io.safetensors_stream import TensorInfo
-from welore.layers.block_grid import block_names, split_layers
+from welore.layers.block_grid import Grid, block_names
 from welore.layers.registry import FACTORED, FORMS
 from welore.models.mlp import outputs_per_neuron, pad_neurons
 from welore.models.quantizer import METHOD, WeLoreConfig, check_factors
-from welore.models.source import CheckpointSource
+from welore.models.sink import open_sink
+from welore.models.source import CheckpointSource, TensorSource, open_source
 from welore.models.targets import known_kind
 
 if TYPE_CHECKING:
@@ -27,77 +27,92 @@ if TYPE_CHECKING:
 
 def merge(
     model: "str | Path | PreTrainedModel",
-    out: str | Path | None = None,
+    output_dir: str | Path | None = None,
     *,
-    cache_dir: str | Path | None = None,
-    revision: str | None = None,
     max_shard_size: str = SHARD_SIZE,
-    overwrite: bool = False,
-    progress: Progress = silent,
+    **options: Unpack[RunOptions],
 ) -> Path | None:
-    """Write the dense checkpoint, W = A B, that needs nothing of ours; or make a model in memory dense again."""
-    if isinstance(model, nn.Module):
-        merge_model(model)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        if out is not None:
-            with atomic_directory(out, overwrite=overwrite) as unfinished:
-                model.save_pretrained(unfinished, max_shard_size=max_shard_size)
-        return None if out is None else Path(out)
-    if out is None:
-        raise WeLoreError("name the directory to write: merge(model, out)")
-    require_free(out, overwrite=overwrite)
-    directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
-    require_outside(out, directory)
-    about = read_json(directory / "config.json").get("quantization_config") or {}
-    if about.get("quant_method") != METHOD:
-        raise WeLoreError(f"{model} is not a checkpoint compressed by welore: there is nothing to merge")
-    config = WeLoreConfig(**about)
-    check_factors(config, weight_files(directory))
-    with CheckpointSource(directory, str(model)) as source, atomic_directory(out, overwrite=overwrite) as unfinished:
-        write_weights(unfinished, _merged(source, config), max_shard_size, progress)
-        write_config(directory, unfinished, None)
-    return Path(out)
+    """Make a compressed model dense again: every low-rank layer becomes its product W = A B (m, n).
+
+    Args:
+        model: Hub id, directory or a model in memory, which is changed in place.
+        output_dir: The directory to write; a model in memory is saved there if it is given.
+        max_shard_size: Largest size of one weight file.
+        **options: Where downloads lie and what may be replaced (config.RunOptions).
+
+    Returns:
+        The directory, or None.
+
+    Raises:
+        WeLoreError: If the model is not one that `compress` made, or the directory may not be written.
+    """
+    context = RunContext.create(**options)
+    if output_dir is not None:
+        require_free(output_dir, overwrite=context.overwrite)
+    with open_source(model, cache_dir=context.cache_dir, revision=context.revision) as source:
+        config = _config(source)
+        if isinstance(source, CheckpointSource):
+            check_factors(config, weight_files(source.directory))
+            if output_dir is not None:
+                require_outside(output_dir, source.directory)
+        else:
+            config = config.within(source.skeleton)  # which may be a bare AutoModel
+        outputs = _merged(source, config)
+        with open_sink(source, output_dir, max_shard_size=max_shard_size, overwrite=context.overwrite) as sink:
+            sink.write(outputs, None, context.progress)
+    return None if output_dir is None else Path(output_dir)
 
 
-def _merged(source: CheckpointSource, config: WeLoreConfig) -> list[OutputTensors]:
-    """What the dense checkpoint holds: the product where there were factors, everything else as it is."""
-    ranks = config.ranks or {}
-    cut = split_layers(config.grids, ranks)
-    copies = outputs_per_neuron(source.skeleton) if config.shapes else {}
+def _config(source: TensorSource) -> WeLoreConfig:
+    """How the model is compressed; WeLoreError if it is not."""
+    settings: Any = source.config if isinstance(source, CheckpointSource) else source.skeleton.config
+    config = getattr(settings, "quantization_config", None)
+    if isinstance(config, WeLoreConfig):
+        return config
+    if not isinstance(config, dict) or config.get("quant_method") != METHOD:
+        raise WeLoreError(f"{source.name} is not a model compressed by welore: there is nothing to merge")
+    return WeLoreConfig(**config)
+
+
+def _merged(source: TensorSource, config: WeLoreConfig) -> list[OutputTensors]:
+    """The tensors of the dense model: the product where there were factors, everything else as it is."""
+    ranks, split, skeleton = config.ranks or {}, config.split, source.empty_skeleton()
+    copies = outputs_per_neuron(skeleton) if config.shapes else {}
     forms = {name: config.forms.get(name, FACTORED) for name in ranks}
 
     def matrix(name: str) -> Tensor:
-        if name in cut:
-            return joined([matrix(block) for block in block_names(name, cut[name])], cut[name])
+        if name in split:
+            return joined([matrix(block) for block in block_names(name, split[name])], split[name])
         if name not in forms:
             return source.tensor(f"{name}.weight")
-        return FORMS[forms[name]].unpack({part: source.tensor(f"{name}.{part}") for part in FORMS[forms[name]].parts})
+        form = FORMS[forms[name]]
+        return form.unpack({part: source.tensor(f"{name}.{part}") for part in form.parts})
 
-    def dense(name: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
-        W = known_kind(source.skeleton.get_submodule(name)).stored(matrix(name))
-        return {f"{name}.weight": [restored(f"{name}.weight", W).to(dtype).flatten()]}
+    def make(name: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
+        layer, _, part = name.rpartition(".")
+        dense = skeleton.get_submodule(layer)
+        low_rank = part == "weight" and (layer in split or layer in forms)
+        values = known_kind(dense).stored(matrix(layer)) if low_rank else source.tensor(name)
+        return {name: [pad_neurons(dense, values, copies.get(layer, 1)).to(dtype).flatten()]}
 
-    def larger(key: str) -> dict[str, list[Tensor]]:
-        return {key: [restored(key, source.tensor(key)).flatten()]}
-
-    def restored(key: str, numbers: Tensor) -> Tensor:
-        name = key.rpartition(".")[0]
-        return pad_neurons(source.skeleton.get_submodule(name), numbers, copies.get(name, 1))
-
-    gone = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form].parts}
-    gone |= {f"{name}.weight" for layer, grid in cut.items() for name in block_names(layer, grid)}
-    steps = []
-    for key in source.names():
-        name = key.removesuffix(".weight")
-        if key in gone:
+    parts = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form].parts}
+    parts |= {f"{name}.weight" for layer, grid in split.items() for name in block_names(layer, grid)}
+    changed = set(config.layers)
+    outputs = []
+    for name in source.names():
+        layer = name.rpartition(".")[0]
+        if name in parts:
             continue
-        if name in cut or name in forms:
-            info = TensorInfo(source.info(key).dtype, tuple(source.skeleton.get_parameter(key).shape))
-            steps.append(OutputTensors({key: info}, partial(dense, name, info.dtype), name))
-        elif key.rpartition(".")[0] in config.shapes:
-            info = TensorInfo(source.info(key).dtype, tuple(source.skeleton.get_parameter(key).shape))
-            steps.append(OutputTensors({key: info}, partial(larger, key), key.rpartition(".")[0]))
-        else:
-            steps.append(source.copied(key))
-    return steps
+        if layer not in changed:
+            outputs.append(source.copied(name))
+            continue
+        dtype = source.info(name).dtype
+        shape = tuple(skeleton.get_parameter(name).shape)
+        outputs.append(OutputTensors({name: TensorInfo(dtype, shape)}, partial(make, name, dtype), layer))
+    return outputs
+
+
+def joined(blocks: list[Tensor], grid: Grid) -> Tensor:
+    """The matrix of these blocks, given row by row."""
+    across = grid[1]
+    return torch.cat([torch.cat(tuple(blocks[i : i + across]), 1) for i in range(0, len(blocks), across)])

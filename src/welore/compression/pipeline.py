@@ -1,313 +1,416 @@
-"""3 - compress: a model -> a smaller Hugging Face directory, all steps on the way included.
+"""compress: a model -> a smaller model, in six steps.
 
-Memory of the cut is bounded by the matrices in work, never by the model (one that writes its own text, or heals, is
-whole); nothing is written under its final name before it is complete; a killed run continues where it was.
+1. statistics: how much every direction of every matrix matters, from a text.
+2. spectra: the singular values of the scaled matrices.
+3. plan: the rank of every matrix, after pruning of the MLPs if that is worth it.
+4. factors: the low-rank matrices.
+5. recovery: a short training of the factors.
+6. result: a checkpoint, or the model in memory.
+
+The memory of steps 2, 3, 4 and 6 is bounded by the matrices in work, never by the model. Nothing is written under its
+final name before it is complete. A killed run continues where it was.
 """
 
+import json
 import shutil
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from torch import nn
+from torch import Tensor, nn
 
-from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Plan
-from welore.allocation.solver import allocate, resolve
+from welore.allocation.solver import allocate, check_reachable
+from welore.allocation.spectra import Spectra
 from welore.calibration.collect import calibrate
-from welore.calibration.scaling import SCALINGS
 from welore.calibration.statistics import Statistics
-from welore.compression import recovery as healing
-from welore.compression.analysis import (
-    analyze_weights,
-    check_plan,
-    grids_of,
-    opened_calibration,
-    shared_workspace,
-    summary,
+from welore.compression.analysis import analyze_source, grids_of, open_statistics, shared_workspace, summary
+from welore.compression.factorize import factor_matrices, stored_factors
+from welore.compression.mlp_pruning import prune, select_neurons
+from welore.compression.presets import PRESETS, resolve, resolve_calibration
+from welore.compression.recovery import Recovery, own_windows, recover, recovery_text, resolve_recovery
+from welore.compression.result import CompressionResult
+from welore.compression.writing import write_compressed
+from welore.config import (
+    AUTO,
+    MAX_LENGTH,
+    NONE,
+    SELF,
+    CalibrationConfig,
+    CompressionConfig,
+    RecoveryConfig,
+    RunOptions,
+    as_record,
 )
-from welore.compression.factorize import factor_matrices, write_checkpoint
-from welore.compression.in_memory import compress_model
-from welore.compression.mlp_pruning import without, worth_taking_out
-from welore.config import KFAC, MAX_LENGTH, NONE, NUM_TOKENS, SELF, AllocationConfig, CalibrationConfig, MinRatio
-from welore.errors import WeLoreError, choose
+from welore.data.text import TextOptions
+from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory, require_free, require_outside
-from welore.io.checkpoint import PLAN, RECORD, SHARD_SIZE
+from welore.io.checkpoint import RECORD
+from welore.io.context import RunContext
 from welore.io.hub import resolve_model
-from welore.io.parallel import Processes
-from welore.io.progress import Progress, silent
-from welore.io.resume import Workspace
-from welore.layers.registry import FACTORED
-from welore.models.quantizer import WeLoreConfig
-from welore.models.replace import sizes
-from welore.models.source import CheckpointSource, TensorSource
-from welore.models.targets import Target, in_blocks
+from welore.layers.block_grid import Grid
+from welore.models.load import read_tokenizer
+from welore.models.sink import open_sink
+from welore.models.source import CheckpointSource, ModelSource, TensorSource
+from welore.models.targets import in_blocks
 from welore.records import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Directory = str | Path
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that was asked for, complete: no None stands for a default any more."""
+
+    config: CompressionConfig
+    calibration: CalibrationConfig
+    recovery: RecoveryConfig | None
+    plan: Plan | None
+    statistics: Statistics | None
+    recovery_windows: Tensor | None
+    grids: dict[str, Grid]
+
+    @property
+    def scaling(self) -> str:
+        """The scaling of the plan, or of the config."""
+        return self.plan.scaling if self.plan else str(self.config.scaling)
+
 
 def compress(
-    model: "str | Path | PreTrainedModel",
-    out: str | Path | None = None,
+    model: "Directory | PreTrainedModel",
+    output_dir: Directory | None = None,
+    config: CompressionConfig | None = None,
     *,
-    plan: Plan | None = None,
-    rank_reduction: float | None = None,
     keep: float | None = None,
-    threshold: float | None = None,
-    strategy: str | None = None,
-    scaling: str | None = None,
-    storage: str | None = None,
-    min_ratio: MinRatio | None = None,
-    allow_growth: bool = False,
-    rank_multiple: int = 1,
-    split: bool | None = None,
-    neurons: float | None = None,
-    paper: bool = False,
-    calibration: "Statistics | str | Path" = SELF,
-    tokens: int = NUM_TOKENS,
-    seed: int = 0,
-    heal: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    cache_dir: str | Path | None = None,
-    revision: str | None = None,
-    device: str | None = None,
-    workers: int | None = None,
-    max_shard_size: str = SHARD_SIZE,
-    overwrite: bool = False,
-    progress: Progress = silent,
-) -> Record:
-    """Factor the LRCs of MODEL and write a checkpoint to `out`; or, for a model in memory, exchange its layers.
+    calibration: CalibrationConfig | None = None,
+    recovery: RecoveryConfig | Literal["auto"] | None = "auto",
+    plan: Plan | Directory | None = None,
+    statistics: Statistics | Directory | None = None,
+    **options: Unpack[RunOptions],
+) -> CompressionResult:
+    """Make a model smaller: factorise its matrices, and write a checkpoint that loads with `from_pretrained`.
 
-    Give a plan, or one target (rank_reduction, keep, threshold) with the settings of `allocate`. scaling: one of
-    scaling.SCALINGS; by default kfac for `keep` alone, which is the best we have, and none for the paper's targets
-    and for a named strategy. calibration: what a scaling rests on, made by `calibrate`; "self" makes one from `tokens`
-    tokens that the model itself writes, so that no data is needed. split: matrices at least twice as long as wide are
-    cut block by block (mlp.long_matrices); by default where the scaling is kfac. neurons: the share of the
-    MLPs' neurons that is taken out before the cut (mlp_pruning); by default none, but for `keep` alone those that
-    cost less than the numbers that they take. paper: WeLore as published, which is strategy welore, scaling none,
-    storage factored and nothing split.
+    A size alone (`keep=0.8`) takes the preset best. The model then writes the text for its statistics, so no data is
+    needed; a model in memory needs `tokenizer=` for that. A model in memory is changed in place; the result is that of
+    the same model in a directory.
 
-    heal: the text on which the factors then learn from the dense model (tuning.healing): "self", what the model wrote
-    for the calibration, for at most 64 steps; texts as `calibrate` takes them, of which `tokens` are read, each once,
-    and whose own words are half of the loss; or "none". By default "self" for `keep` alone where there is such a
-    text. It needs model and teacher whole in memory.
+    Args:
+        model: Hub id, directory, .gguf file or a model in memory.
+        output_dir: The directory to write. A model in memory is saved there if it is given.
+        config: Target and method. A field that is None follows the preset.
+        keep: The target, in place of one in the config: share of the parameters of the targeted matrices to keep, 0..1.
+        calibration: How statistics are collected, if the scaling needs them and none are given.
+        recovery: How the factors are trained at the end; None: not at all; "auto": as the preset says.
+        plan: A plan in place of a target, from `allocate`; it has its own method.
+        statistics: Statistics of this model, from `calibrate`, or their file.
+        **options: Where and how to compute (config.RunOptions). Several processes share the matrices.
 
-    The directory holds plan.json and the returned record (compression.json) beside the weights. A model in memory is
-    changed in place, and saved when `out` is given. Raises WeLoreError before anything is written.
+    Returns:
+        The sizes, the plan and the record, which lie in the output directory, too.
 
-    workers: matrices at once, default one per core. Finished matrices are kept in `OUT.work` until all are done:
-    the same call after a kill continues there, to the same bytes, and the processes of torchrun or accelerate share
-    the matrices through it.
+    Raises:
+        WeLoreError: If the settings cannot work or the model cannot be read. Unfinished work of hours is not deleted:
+            it lies in OUTPUT_DIR.work, and the same call continues there, to the same bytes.
+
+    Source: WeLore (arXiv 2407.11239); docs/method.md says what is different.
     """
-    if out is not None:
-        require_free(out, overwrite=overwrite)
-    target = {"rank_reduction": rank_reduction, "keep": keep, "threshold": threshold}
-    settings: dict[str, Any] = {
-        **target,
-        "strategy": strategy,
-        "storage": storage,
-        "min_ratio": min_ratio,
-        "allow_growth": allow_growth,
-        "rank_multiple": rank_multiple,
-    }
-    alone = keep is not None and strategy is None and scaling in (None, KFAC)  # the best we have is asked for
-    if plan is None:
-        settings, scaling = _method(settings, scaling, split=split, neurons=neurons, paper=paper)
-        config = AllocationConfig(**settings)
-        resolve(config, scaling)
-        assert config.target
-    elif (
-        AllocationConfig(**settings) != AllocationConfig() or scaling or split or neurons or paper or include or exclude
-    ):
-        raise WeLoreError(
-            "a plan has its own target, strategy, scaling, storage, split, neurons and patterns: leave those out"
-        )
-    else:
-        include, exclude, scaling = plan.include, plan.exclude, plan.scaling
-
     started = time.perf_counter()
-    patterns: dict[str, Any] = {"include": include, "exclude": exclude}
-    if isinstance(model, nn.Module):
-        if heal not in (None, NONE) or neurons:
-            raise WeLoreError(
-                "a model in memory is cut, not healed, and keeps its neurons: give a directory to read and one to write"
-            )
-        how: dict[str, Any] = {"scaling": scaling, "split": split, "workers": workers, "progress": progress}
-        plan, record = _in_memory(model, plan, calibration, started, **how, **patterns, **settings)
-        if out is not None:
-            with atomic_directory(out, overwrite=overwrite) as unfinished:
-                model.save_pretrained(unfinished, max_shard_size=max_shard_size)
-                plan.save(unfinished / PLAN)
-                record.save(unfinished / RECORD)
-        return record
-
-    if out is None:
-        raise WeLoreError("name the directory to write: compress(model, out, ...)")
-    directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
-    require_outside(out, directory)
-    windows = None if heal in (None, NONE, SELF) else healing.text(heal, directory, tokens, seed, cache_dir)
-    with CheckpointSource(directory, str(model), include, exclude) as checkpoint:
-        source: TensorSource = checkpoint
-        found = None if calibration == SELF else opened_calibration(calibration, source)
-        own = (-(-tokens // MAX_LENGTH) if scaling != NONE else 0) if found is None else (found.generated or (0,))[0]
-        heal = healing.chosen(heal, own, alone=alone)
-        if neurons and (found is None and scaling == NONE):
-            raise WeLoreError("neurons are chosen by a calibration: give --statistics, or a scaling that needs one")
-        rests_on = [tokens, seed] if found is None else summary(found)
-        grids = grids_of(source, split, scaling) if plan is None else plan.grids
-        with shared_workspace(_beside(out), source, scaling, grids, rests_on) as (workspace, crew):
-            place = None if device == "cpu" else device  # where the tensors of a checkpoint come in anyway
-            how = {"device": place, "workers": workers, "progress": progress}
-            if plan is None:
-                if found is None and scaling != NONE:
-                    text = {"num_tokens": tokens, "seed": seed, "device": device or "auto", "progress": progress}
-                    found = _own_calibration(directory, workspace, crew, **text, **patterns)
-                keep = place is None and _fits_on_disk(in_blocks(source.targets, grids), Path(out))
-                kept: dict[str, Any] = {"workspace": workspace, "crew": crew, "keep_reductions": keep, **how}
-                share = neurons if neurons is not None or alone else 0
-                plan, source, found = _planned(source, scaling, found, split, share, settings, kept)
-            else:
-                check_plan(plan, source, found)
-                source, found = _as_planned(plan, source, found, workspace, crew, workers, progress)
-            quality = factor_matrices(source, plan, found, workspace, crew, **how)
-            if crew.is_main:
-                trained, about = None, None
-                if heal != NONE and plan.ranks:
-                    if windows is None and found is not None:
-                        windows = found.generated_text()
-                    assert windows is not None
-                    here: dict[str, Any] = {"own": heal == SELF, "seed": seed, "device": device, "progress": progress}
-                    trained, about, numbers = healing.heal(source, plan, workspace, windows, **here)
-                    about, quality = {"text": heal} | about, quality | numbers
-                with atomic_directory(out, overwrite=overwrite) as unfinished:
-                    quality |= write_checkpoint(source, plan, workspace, unfinished, max_shard_size, progress, trained)
-                    _record(plan, started, quality, about).save(unfinished / RECORD)
-    return Record.load(Path(out) / RECORD)
+    context = RunContext.create(**options)
+    config = config or CompressionConfig()
+    config = config if keep is None else replace(config, keep=keep)
+    plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
+    if plan is not None:
+        config = _config_of_plan(plan, config)
+    if output_dir is not None:
+        require_free(output_dir, overwrite=context.overwrite)
+    with _source(model, output_dir, config, context) as (source, context):
+        job = _job(source, config, calibration, recovery, plan, statistics, context)
+        with _workspace(source, output_dir, job, context) as context:
+            known = _statistics(source, job, context)
+            spectra = _spectra(source, known, job, context)
+            plan, smaller, known = _plan(source, known, spectra, job, context)
+            quality = factor_matrices(smaller, plan, known, context)
+            recovered = _recovery(smaller, plan, known, job, context)
+            return _result(smaller, plan, recovered, quality, started, job, output_dir, context)
 
 
-def _in_memory(
-    model: "PreTrainedModel", plan: Plan | None, calibration: Any, started: float, *, scaling: str, **how: Any
-) -> tuple[Plan, Record]:
-    """Exchange the layers of a model, which then says so in its config: by the plan, or by one that is made."""
-    if calibration == SELF and scaling != NONE:
+# --- before the work ------------------------------------------------------------------------------------------------
+
+
+def _config_of_plan(plan: Plan, config: CompressionConfig) -> CompressionConfig:
+    if replace(config, max_shard_size=CompressionConfig.max_shard_size) != CompressionConfig():
         raise WeLoreError(
-            f"scaling {scaling} of a model in memory needs calibration=, made by `calibrate`; or scaling='none'"
+            "a plan has its own target, preset, strategy, scaling, storage, split, pruning and patterns: "
+            "leave those out"
         )
-    known = None if calibration == SELF else calibration
-    plan = compress_model(model, plan=plan, scaling=scaling, calibration=known, **how)
-    model.config.quantization_config = WeLoreConfig.of(plan)
-    return plan, _record(plan, started, sizes(model))
+    return replace(config, include=plan.include, exclude=plan.exclude)
 
 
-def _method(
-    settings: Mapping[str, Any], scaling: str | None, *, split: bool | None, neurons: float | None, paper: bool
-) -> tuple[dict[str, Any], str]:
-    """Settings of `allocate` and the scaling: what was asked for, and what goes with it."""
-    found = dict(settings)
-    if paper:
-        if found["strategy"] or scaling or found["storage"] or split or neurons:
-            raise WeLoreError(
-                "--paper is strategy welore, scaling none, storage factored, no split, all neurons: leave those out"
-            )
-        found |= {"strategy": "welore", "storage": FACTORED}
-    best = found["keep"] is not None and found["strategy"] is None
-    scaling = scaling or (KFAC if best else NONE)
-    choose("scaling", scaling, SCALINGS)
-    if neurons is not None and not 0 <= neurons < 1:
-        raise WeLoreError(f"neurons is {neurons:g}: it is the share that is taken out, from 0 to below 1")
-    return found, scaling
+@contextmanager
+def _source(
+    model: Any, output_dir: Directory | None, config: CompressionConfig, context: RunContext
+) -> Iterator[tuple[TensorSource, RunContext]]:
+    """The weights, and the context with the tokenizer of a model in a directory."""
+    if isinstance(model, nn.Module):
+        if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+            raise WeLoreError("this model is spread over several devices: load it on one to compress it in memory")
+        yield ModelSource(model, config.include, config.exclude), context  # type: ignore[arg-type]
+        return
+    if output_dir is None:
+        raise WeLoreError("name the directory to write: compress(model, output_dir, ...)")
+    directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
+    require_outside(output_dir, directory)
+    with CheckpointSource(directory, str(model), config.include, config.exclude) as source:
+        yield source, context
 
 
-def _planned(
+def _job(
     source: TensorSource,
-    scaling: str,
-    calibration: Statistics | None,
-    split: bool | None,
-    share: float | None,
-    settings: Mapping[str, Any],
-    how: dict[str, Any],
+    config: CompressionConfig,
+    calibration: CalibrationConfig | None,
+    recovery: RecoveryConfig | str | None,
+    plan: Plan | None,
+    statistics: Statistics | Directory | None,
+    context: RunContext,
+) -> Job:
+    """What was asked for, complete and checked before any work."""
+    known = open_statistics(statistics, source)
+    if plan is None:
+        config = resolve(config, has_statistics=known is not None)
+        grids = grids_of(source, bool(config.split))
+        _check_target(source, config, grids, known)
+    else:
+        _check_plan(plan, source, known)
+        grids = dict(plan.grids)
+    scaling = plan.scaling if plan else config.scaling
+    calibration = resolve_calibration(calibration, config)
+    wanted = own_windows(known)
+    if known is None and scaling != NONE and plan is None and calibration.dataset == SELF:
+        wanted = -(-calibration.num_tokens // (calibration.max_length or MAX_LENGTH))
+    preset = PRESETS.get(config.preset or "")
+    chosen = resolve_recovery(recovery, wanted, context, preset=preset is not None and preset.recovery)
+    windows = None
+    if chosen is not None and chosen.dataset != SELF:
+        chosen = replace(chosen, num_tokens=chosen.num_tokens or calibration.num_tokens)
+        windows = recovery_text(
+            chosen,
+            source.skeleton.config,
+            _tokenizer(source, context),
+            calibration.seed,
+            TextOptions.of(calibration, context),
+        )
+    return Job(config, calibration, chosen, plan, known, windows, grids)
+
+
+def _check_target(source: TensorSource, config: CompressionConfig, grids: Any, known: Statistics | None) -> None:
+    """Raise WeLoreError for a target that the shapes do not allow, and for pruning without statistics."""
+    pruning = 0.0 if config.mlp_pruning == AUTO else float(config.mlp_pruning or 0)
+    if pruning and known is None and config.scaling == NONE:
+        raise WeLoreError(
+            "mlp_pruning: neurons are chosen by statistics: give statistics, or a scaling that needs them"
+        )
+    shapes = [target.shape for target in in_blocks(source.targets, grids)]
+    check_reachable(config, str(config.scaling), shapes, pruned=5 / 6 if pruning else 0)
+
+
+def _check_plan(plan: Plan, source: TensorSource, statistics: Statistics | None) -> None:
+    """Raise WeLoreError unless the plan was made for these weights, and its ranks from these statistics."""
+    plan.model.check(source.identity, "plan")
+    if plan.neurons and statistics is None:
+        raise WeLoreError("the plan takes neurons out: give the statistics that they were chosen by")
+    if plan.scaling == NONE:
+        return
+    if statistics is None:
+        raise WeLoreError(f"the plan has scaling {plan.scaling}: give the statistics that it was made with")
+    if plan.statistics != json.loads(json.dumps(summary(statistics))):
+        raise WeLoreError("the plan was made with other statistics: give those, or make the plan again")
+
+
+def _tokenizer(source: TensorSource, context: RunContext) -> Any:
+    if isinstance(source, CheckpointSource):
+        return context.tokenizer or read_tokenizer(source.directory)
+    if context.tokenizer is None:
+        raise WeLoreError("a model in memory needs its tokenizer to read or write a text: pass it as tokenizer=...")
+    return context.tokenizer
+
+
+@contextmanager
+def _workspace(
+    source: TensorSource, output_dir: Directory | None, job: Job, context: RunContext
+) -> Iterator[RunContext]:
+    """The context with a place for unfinished work: OUTPUT_DIR.work, or a temporary one for a model in memory.
+
+    Nothing tells whether weights in memory are those of an earlier run, so theirs never continues.
+    """
+    rests_on = summary(job.statistics) or as_record(job.calibration)
+    if not isinstance(job.calibration.dataset, str | Path | Mapping):
+        rests_on["unique"] = uuid.uuid4().hex  # nor whether objects in memory are the same
+    key = job.scaling, job.grids, rests_on
+    temporary = isinstance(source, ModelSource)
+    with tempfile.TemporaryDirectory(prefix="welore-") if temporary else nullcontext(_beside(output_dir)) as directory:
+        work = Path(directory) / "work" if temporary else Path(directory)
+        with shared_workspace(work, source, context, *key) as context:
+            yield context
+
+
+def _beside(output_dir: Directory | None) -> str:
+    """OUTPUT_DIR.work, also if the directory is "." or ends in a slash."""
+    path = Path(output_dir or "").resolve()
+    return str(path.with_name(path.name + ".work"))
+
+
+# --- the six steps --------------------------------------------------------------------------------------------------
+
+
+def _statistics(source: TensorSource, job: Job, context: RunContext) -> Statistics | None:
+    """1. The statistics that are given, or collected by the process that leads; None if nothing needs them."""
+    if job.statistics is not None or job.plan is not None or job.scaling == NONE:
+        return job.statistics
+    assert context.workspace is not None
+    path = context.workspace.directory / "calibration.safetensors"
+    if context.processes.is_main and not path.is_file():
+        original = source.original
+        calibrate(
+            original.directory if isinstance(original, CheckpointSource) else original.skeleton,
+            job.calibration,
+            path,
+            device=str(context.device),
+            progress=context.progress,
+            cache_dir=context.cache_dir,
+            tokenizer=_tokenizer(source, context),
+        )
+    context.processes.wait()
+    return Statistics.load(path)
+
+
+def _spectra(source: TensorSource, statistics: Statistics | None, job: Job, context: RunContext) -> Spectra | None:
+    """2. The spectra of all matrices; None if the plan is given, or if neurons go first whatever the spectra are."""
+    if job.plan is not None or job.config.mlp_pruning not in (0, AUTO):
+        return None
+    return _analyzed(source, statistics, job, context)
+
+
+def _plan(
+    source: TensorSource, statistics: Statistics | None, spectra: Spectra | None, job: Job, context: RunContext
 ) -> tuple[Plan, TensorSource, Statistics | None]:
-    """The plan, and what it is for: the matrices as they came, or with neurons taken out, where that is worth it.
+    """3. The plan; the weights and the statistics without the neurons that it prunes."""
+    if job.plan is not None:
+        if not job.plan.neurons:
+            return job.plan, source, statistics
+        assert statistics is not None
+        smaller, statistics = prune(source, statistics, job.plan.neurons, context)
+        shapes = {target.name: target.shape for target in in_blocks(smaller.targets, job.plan.grids)}
+        if shapes != {a.name: a.shape for a in job.plan.allocations}:
+            raise WeLoreError("the plan's matrices are not those that its neurons leave: make it again")
+        return job.plan, smaller, statistics
+    plan = None if spectra is None else allocate(spectra, job.config)
+    if statistics is None or job.config.mlp_pruning == 0:
+        assert plan is not None
+        return plan, source, statistics
+    share = None if job.config.mlp_pruning == AUTO else float(job.config.mlp_pruning or 0)
+    price = None if plan is None else plan.threshold
+    neurons = select_neurons(source, statistics, context, share=share, price=price)
+    if plan is not None and not neurons:
+        return plan, source, statistics
+    smaller, statistics = prune(source, statistics, neurons, context)
+    spectra = _analyzed(smaller, statistics, job, context, neurons=neurons)
+    return allocate(spectra, job.config), smaller, statistics
 
-    share: of the neurons; None: as many as are worth less than what a number costs in a plan with all of them.
-    how: settings of `analyze_weights` that both plans have.
-    """
 
-    def planned(weights: TensorSource, known: Statistics | None, neurons: Mapping[str, Neurons]) -> Plan:
-        about: dict[str, Any] = {"scaling": scaling, "calibration": known, "neurons": neurons}
-        return allocate(
-            analyze_weights(weights, grids=grids_of(weights, split, scaling), **about, **how),
-            AllocationConfig(**settings),
-        )
-
-    if share == 0 or calibration is None:
-        return planned(source, calibration, {}), source, calibration
-    whole = None if share else planned(source, calibration, {})
-    shared = {name: how[name] for name in ("workspace", "crew", "workers", "progress")}
-    price = None if whole is None else whole.threshold
-    neurons = worth_taking_out(source, calibration, share=share, price=price, **shared)
-    if whole is not None and not neurons:
-        return whole, source, calibration
-    source, calibration = without(source, calibration, neurons, **shared)
-    return planned(source, calibration, neurons), source, calibration
-
-
-def _as_planned(
-    plan: Plan,
-    source: TensorSource,
-    calibration: Statistics | None,
-    workspace: Workspace,
-    crew: Processes,
-    workers: int | None,
-    progress: Progress,
-) -> tuple[TensorSource, Statistics | None]:
-    """What a plan that was given is for: the checkpoint and its calibration, without the neurons that it takes out."""
-    if not plan.neurons:
-        return source, calibration
-    if calibration is None:
-        raise WeLoreError("the plan takes neurons out: give the calibration that they were chosen by")
-    source, calibration = without(
-        source, calibration, plan.neurons, workspace, crew, workers=workers, progress=progress
+def _analyzed(
+    source: TensorSource, statistics: Statistics | None, job: Job, context: RunContext, **neurons: Any
+) -> Spectra:
+    grids = grids_of(source, bool(job.config.split))
+    return analyze_source(
+        source,
+        statistics,
+        context,
+        scaling=job.scaling,
+        grids=grids,
+        keep_reductions=context.device.type == "cpu" and _reductions_fit(source, grids, context),
+        **neurons,
     )
-    left = {target.name: target.shape for target in in_blocks(source.targets, plan.grids)}
-    if left != {a.name: a.shape for a in plan.allocations}:
-        raise WeLoreError("the plan's matrices are not those that its neurons leave: make it again")
-    return source, calibration
 
 
-def _own_calibration(directory: Path, workspace: Workspace, crew: Processes, **how: Any) -> Statistics:
-    """From text that the model writes, made by the process that leads, kept with the unfinished work.
-
-    Without measured losses: on a quarter of such text they make the result worse (research/LOG.md).
-    """
-    made = workspace.directory / "calibration.safetensors"
-    if crew.is_main and not made.is_file():
-        names = ("num_tokens", "seed", "include", "exclude")
-        config = CalibrationConfig(measure_losses=0, **{name: how.pop(name) for name in names})
-        calibrate(directory, config, made, **how)
-    crew.wait()
-    return Statistics.load(made)
-
-
-def _beside(out: str | Path) -> Path:
-    """Where unfinished work lies: OUT.work, also when `out` is "." or ends in a slash."""
-    path = Path(out).resolve()
-    return path.with_name(path.name + ".work")
-
-
-def _fits_on_disk(targets: Sequence[Target], out: Path) -> bool:
+def _reductions_fit(source: TensorSource, grids: Any, context: RunContext) -> bool:
     """Whether the reductions of all matrices, 4 k^2 bytes each, fit beside the result; else they are made again."""
-    needed = sum(4 * min(t.shape) ** 2 + 4 * t.shape[0] * t.shape[1] for t in targets)
-    there = next(parent for parent in out.resolve().parents if parent.is_dir())
-    return shutil.disk_usage(there).free > 1.2 * needed
+    assert context.workspace is not None
+    shapes = [target.shape for target in in_blocks(source.targets, grids)]
+    needed = sum(4 * min(shape) ** 2 + 4 * shape[0] * shape[1] for shape in shapes)
+    return shutil.disk_usage(context.workspace.directory).free > 1.2 * needed
 
 
-def _record(plan: Plan, started: float, sizes: dict[str, Any], healing: dict[str, Any] | None = None) -> Record:
+def _recovery(
+    source: TensorSource, plan: Plan, statistics: Statistics | None, job: Job, context: RunContext
+) -> Recovery:
+    """5. The training of the factors, by the process that leads."""
+    if job.recovery is None or not plan.ranks or not context.processes.is_main:
+        return Recovery()
+    windows = job.recovery_windows
+    if windows is None and statistics is not None:
+        windows = statistics.generated_text()
+    assert windows is not None
+    teacher = _dense_directory(source, context)
+    return recover(source, plan, windows, job.recovery, context, seed=job.calibration.seed, teacher=teacher)
+
+
+def _dense_directory(source: TensorSource, context: RunContext) -> Path:
+    """The directory of the dense model; one in memory is saved with the unfinished work."""
+    original: Any = source.original
+    if isinstance(original, CheckpointSource):
+        return original.directory.resolve()
+    assert context.workspace is not None
+    directory = context.workspace.directory / "dense"
+    if not directory.is_dir():
+        with atomic_directory(directory) as unfinished:
+            original.model.save_pretrained(unfinished)
+            _tokenizer(original, context).save_pretrained(unfinished)
+    return directory
+
+
+def _result(
+    source: TensorSource,
+    plan: Plan,
+    recovered: Recovery,
+    quality: dict[str, Any],
+    started: float,
+    job: Job,
+    output_dir: Directory | None,
+    context: RunContext,
+) -> CompressionResult:
+    """6. The checkpoint, or the model with other layers, written by the process that leads."""
+    assert context.workspace is not None
+    record = None
+    if context.processes.is_main:
+        size = job.config.max_shard_size
+        with (
+            recovered.open() as trained,
+            open_sink(source, output_dir, max_shard_size=size, overwrite=context.overwrite) as sink,
+        ):
+            factors = stored_factors(context.workspace, trained)
+            sizes = write_compressed(source, plan, factors, sink, context.progress)
+            numbers = quality | recovered.numbers | sizes | {"seconds": time.perf_counter() - started}
+            record = _record(plan, job, recovered, numbers)
+            if sink.directory is not None:
+                record.save(sink.directory / RECORD)
+    context.processes.wait()
+    if output_dir is not None:
+        record = Record.load(Path(output_dir) / RECORD)
+    assert record is not None
+    return CompressionResult(plan, record, None if output_dir is None else Path(output_dir))
+
+
+def _record(plan: Plan, job: Job, recovered: Recovery, numbers: dict[str, Any]) -> Record:
     settings = {
+        "preset": job.config.preset,
         "target": dict(plan.target),
         "strategy": plan.strategy,
         "scaling": plan.scaling,
@@ -317,11 +420,10 @@ def _record(plan: Plan, started: float, sizes: dict[str, Any], healing: dict[str
         "allow_growth": plan.allow_growth,
         "rank_multiple": plan.rank_multiple,
         "split": len(plan.grids),
-        "mlp_pruning": sum(n.pruned for n in plan.neurons.values()),
+        "mlp_pruning": sum(mlp.pruned for mlp in plan.neurons.values()),
         "include": list(plan.include),
         "exclude": list(plan.exclude),
-        "recovery": healing,
+        "recovery": recovered.settings,
     }
     inputs = {"model": plan.model.name, "targets_fingerprint": plan.model.fingerprint}
-    numbers = plan.numbers() | sizes | {"seconds": time.perf_counter() - started}
-    return Record("compression", inputs, settings, numbers)
+    return Record("compression", inputs, settings, plan.numbers() | numbers)

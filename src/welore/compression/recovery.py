@@ -1,8 +1,7 @@
-"""What a cut costs, won back in part: the factors learn from the dense model, for a few dozen steps.
+"""Recovery: the factors learn from the dense model for a few dozen steps.
 
-Every matrix is cut as if the others were whole. What all the cuts do together is a small, systematic error on top of
-what each costs, half of which even biases would take away (research/LOG.md): a short training is worth more than twice
-the statistics. A long one is `finetune --distill`.
+Every matrix is factorised as if the others were dense. Their errors add up to a small, systematic one, of which a short
+training removes more than half. A longer training is `finetune --distill`.
 """
 
 import dataclasses
@@ -10,201 +9,220 @@ import hashlib
 import json
 import math
 import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from welore.allocation.neurons import as_json
 from welore.allocation.plan import Plan
-from welore.compression.factorize import Trained, write_checkpoint
-from welore.config import MAX_LENGTH, NONE, SELF, FinetuneConfig, RunOptions
+from welore.calibration.statistics import Statistics
+from welore.compression.factorize import stored_factors
+from welore.compression.writing import write_compressed
+from welore.config import MAX_LENGTH, SELF, FinetuneConfig, RecoveryConfig
 from welore.data.mixture import draw, mixed
 from welore.data.text import TextOptions
 from welore.data.windows import digest, write_windows
 from welore.errors import DivergedError, WeLoreError
 from welore.io.atomic import atomic_directory
-from welore.io.checkpoint import SHARD_SIZE, weight_files
-from welore.io.parallel import keep_freed_memory, team
-from welore.io.progress import Progress, silent
-from welore.io.resume import Workspace
+from welore.io.context import RunContext
+from welore.io.progress import silent
 from welore.layers.registry import FORMS
-from welore.models.load import fastest, read_tokenizer
-from welore.models.skeleton import config_of, context_length
+from welore.models.load import fastest
+from welore.models.sink import DirectorySink
+from welore.models.skeleton import context_length
 from welore.models.source import CheckpointSource, TensorSource
 from welore.records import Record
 from welore.training.run_dir import MODEL, RUN, TUNED, WRITTEN
 
-BATCH, STEPS, WARM_UP = 2, 64, 8  # windows of a step, each read once; steps at most on text of its own
-RATE = 1 / 1500  # of the root mean square of the factors, times the share of parameters that was cut
-LARGEST = 0.2  # of such shares that a run of more than STEPS steps may be taken to have cut instead
-SHARES = (1.0, 0.25, 0.0625)  # of that rate, tried in turn until one does no harm
-TEACHER = 0.5  # its share of the loss on a text that others wrote, which the model is to learn as well
-HARM = 0.05  # of what the cut cost
-SAVED, HELD_OUT = 16, 16  # steps between checkpoints; windows held out at most
+
+@dataclass(frozen=True)
+class Recovery:
+    """What the training came to. directory: a checkpoint with better factors, None if there are none."""
+
+    directory: Path | None = None
+    settings: dict[str, Any] | None = None
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def open(self) -> AbstractContextManager[CheckpointSource | None]:
+        """The checkpoint, opened, or None."""
+        return nullcontext() if self.directory is None else CheckpointSource(self.directory)
 
 
-def chosen(asked: str | None, own: int, *, alone: bool) -> str:
-    """The text to heal on: what was asked for, or the model's own where `params` stand alone.
+def resolve_recovery(
+    recovery: RecoveryConfig | str | None, own_windows: int, context: RunContext, *, preset: bool
+) -> RecoveryConfig | None:
+    """The config of the training, or None for no training.
 
-    own: windows of it that there are or will be; two are the least to train on and to hold out.
+    recovery: a config, None, or "auto": on the model's own text, if the preset has a recovery and there is such a text.
+    own_windows: windows that the model wrote or will write; two are the least to train on and to hold out.
     """
-    heal = asked or (SELF if alone and own > 1 else NONE)
-    if heal == SELF and own < 2:
+    if isinstance(recovery, str):
+        recovery = RecoveryConfig() if preset and own_windows > 1 else None
+    if recovery is None:
+        return None
+    if recovery.dataset == SELF and own_windows < 2:
         raise WeLoreError(
-            "--recovery self needs a calibration of at least two windows that the model wrote; or name another text"
+            "recovery on self needs statistics of at least two windows that the model wrote: name another text"
         )
-    if heal != NONE and team().size > 1:
+    if context.processes.size > 1:
         raise WeLoreError(
-            "several processes cut, but do not heal: pass --recovery none, and heal by `welore finetune --distill`"
+            "several processes factorise, but do not train: pass --recovery none, and then `welore finetune --distill`"
         )
-    return heal
+    return recovery
 
 
-def text(data: str, directory: Path, tokens: int, seed: int, cache_dir: str | Path | None) -> Tensor:
-    """Windows of the texts `data`, drawn as for a calibration: token ids (count, length), at least two.
+def recovery_text(config: RecoveryConfig, model_config: Any, tokenizer: Any, seed: int, options: TextOptions) -> Tensor:
+    """Windows of the texts of a recovery, token ids (count, length), at least two.
 
-    Those of several texts are shuffled: the tenth that is held out is of all of them.
+    They are drawn as for calibration. Those of several texts are shuffled: the tenth that is held out is of all.
     """
-    length = min(MAX_LENGTH, context_length(config_of(directory)) or MAX_LENGTH)
-    counts, found = draw(
-        data, tokens, read_tokenizer(directory), length, seed=seed, options=TextOptions(cache_dir=cache_dir)
-    )
+    length = min(MAX_LENGTH, context_length(model_config) or MAX_LENGTH)
+    assert config.num_tokens is not None
+    counts, texts = draw(config.dataset, config.num_tokens, tokenizer, length, seed=seed, options=options)
     if SELF in counts:
-        raise WeLoreError(f"--recovery {data}: {SELF} cannot be mixed with other texts")
-    windows, _ = mixed(found, seed)
+        raise WeLoreError(f"recovery on {config.dataset}: {SELF} cannot be mixed with other texts")
+    windows, _ = mixed(texts, seed)
     if len(windows) < 2:
         raise WeLoreError(
-            f"--recovery {data}: tokens is {tokens}, one window; two are the least to train on and hold out"
+            f"recovery on {config.dataset}: num_tokens is {config.num_tokens}, one window; two are the least to train "
+            "on and to hold out"
         )
     return windows
 
 
-def heal(
+def recover(
     source: TensorSource,
     plan: Plan,
-    workspace: Workspace,
     windows: Tensor,
+    config: RecoveryConfig,
+    context: RunContext,
     *,
-    own: bool,
     seed: int,
-    device: str | None,
-    progress: Progress,
-) -> tuple[Trained | None, dict[str, Any], dict[str, Any]]:
-    """Let the model that is cut by `plan` learn from the dense one: its factors, settings and numbers for a record.
+    teacher: Path,
+) -> Recovery:
+    """Train the factors of the model that `plan` makes of `source`, on these windows, from the dense model.
 
-    No factors where it did harm, or failed: the cut is sound, and may have taken an hour. windows: token ids (count,
-    length), at least two, a tenth of which is held out; the others are read once. own: whether the model wrote them;
-    then the teacher alone is the loss, as such text says nothing that it does not, and STEPS are enough. All of it lies
-    in the workspace: what was killed goes on, what is finished is left as it is, and what was begun with other
-    settings, as on another device, begins anew.
+    If the training fails or does harm, the factors stay as they are. Everything lies in the workspace: a killed
+    training continues, and one that was begun with other settings begins anew. windows: token ids (count, length), at
+    least two, a tenth of which is held out; the others are read once. teacher: the directory of the dense model. On a
+    text of the model's own the teacher alone is the loss, because the text says nothing that the teacher does not, and
+    `max_steps` are enough.
     """
-    origin: Any = source.original
-    how = _training(origin.directory.resolve(), windows, own=own, device=device)
-    about = json.dumps([plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), own, seed, how], default=str)
-    place = workspace.directory / f"healing-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
-    cut = place / "cut"
-    if not cut.is_dir():
-        with atomic_directory(cut) as unfinished:
-            write_checkpoint(source, plan, workspace, unfinished, SHARD_SIZE, silent, None)
-    write_windows(place / WRITTEN, windows)
-    keep_freed_memory()
-    config = FinetuneConfig(dataset=str(place / WRITTEN), seed=seed, **how)
-    options: RunOptions = {"device": device or "auto", "progress": progress}
+    assert context.workspace is not None
+    training = _training(teacher, windows, config, seed, context)
+    key = [plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), config.learning_rate]
+    key += [config.relative_learning_rate, config.largest_share, dataclasses.asdict(training)]
+    name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
+    directory = context.workspace.directory / f"recovery-{name}"
+    compressed = directory / "compressed"
+    if not compressed.is_dir():
+        with atomic_directory(compressed) as unfinished:
+            factors, sink = stored_factors(context.workspace), DirectorySink(teacher, unfinished)
+            write_compressed(source, plan, factors, sink, silent)
+    write_windows(directory / WRITTEN, windows)
+    training = dataclasses.replace(training, dataset=str(directory / WRITTEN))
+    rate = config.learning_rate or learning_rate(compressed, plan, training.max_steps or 1, config)
     try:
-        run, record = _without_harm(cut, place, rate(cut, plan, how["max_steps"]), config, options)
-    except WeLoreError as error:
-        return None, {"failed": str(error)}, {"healed": False}
-    settings, numbers = _summary(record)
-    return _trained(run) if run else None, settings, numbers
+        run, record = _without_harm(compressed, directory, rate, training, config, context)
+    except (WeLoreError, torch.OutOfMemoryError) as error:
+        return Recovery(settings={"text": _name(config), "failed": str(error)}, numbers={"healed": False})
+    settings, numbers = _summary(record, config)
+    return Recovery(run / MODEL if run else None, {"text": _name(config)} | settings, numbers)
 
 
-def _training(teacher: Path, windows: Tensor, *, own: bool, device: str | None) -> dict[str, Any]:
-    """Settings of `finetune`, but for the text, its seed, the rate and the device itself."""
-    steps = max(1, (len(windows) - max(1, len(windows) // 10)) // BATCH)
-    steps = min(STEPS, steps) if own else steps
-    return {
-        "distill": teacher,
-        "distill_weight": 1.0 if own else TEACHER,
-        "max_steps": steps,
-        "warmup_steps": min(WARM_UP, steps // 4),
-        "batch_size": BATCH,
-        "max_length": windows.shape[1],
-        "save_dtype": "float32",
-        "eval_steps": steps,
-        "max_eval_samples": HELD_OUT,
-        "save_steps": SAVED,
-    } | fastest(device)
+def _name(config: RecoveryConfig) -> str:
+    return str(config.dataset) if isinstance(config.dataset, str | Path) else type(config.dataset).__name__
+
+
+def _training(teacher: Path, windows: Tensor, config: RecoveryConfig, seed: int, context: RunContext) -> FinetuneConfig:
+    """Settings of the fine-tuning, but for its text and its learning rate."""
+    own = config.dataset == SELF
+    steps = max(1, (len(windows) - max(1, len(windows) // 10)) // config.batch_size)
+    steps = min(config.max_steps, steps) if own else steps
+    return FinetuneConfig(
+        distill=teacher,
+        distill_weight=1.0 if own else config.teacher_weight,
+        max_steps=steps,
+        warmup_steps=min(config.warmup_steps, steps // 4),
+        batch_size=config.batch_size,
+        max_length=windows.shape[1],
+        save_dtype="float32",
+        eval_steps=steps,
+        max_eval_samples=config.max_eval_samples,
+        save_steps=config.save_steps,
+        seed=seed,
+        **fastest(context.device),
+    )
 
 
 def _without_harm(
-    cut: Path, place: Path, usual: float, config: FinetuneConfig, options: RunOptions
+    compressed: Path,
+    directory: Path,
+    rate: float,
+    training: FinetuneConfig,
+    config: RecoveryConfig,
+    context: RunContext,
 ) -> tuple[Path | None, Record]:
-    """The run and its record; where the usual rate does harm (see `sound`) or diverges, smaller ones are tried."""
-    from welore.training.finetune import finetune  # the Trainer: seconds of imports that a cut alone does not need
+    """The run and its record. If the learning rate does harm or diverges, smaller ones are tried; None if all do."""
+    from welore.training.finetune import finetune  # the Trainer: seconds of imports that factorisation does not need
 
-    for share in SHARES:
-        lr = float(f"{share * usual:.9g}")  # the last digits depend on the number of threads that summed
-        run = place / f"run-{lr}"  # not the share: another version may have left a run at another rate
+    for share in config.fallbacks:
+        learning_rate = float(f"{share * rate:.9g}")  # the last digits depend on the number of threads that summed
+        run = directory / f"run-{learning_rate}"
         try:
             if (run / TUNED).is_file():
                 record = Record.load(run / TUNED)
             else:
-                config = dataclasses.replace(config, learning_rate=lr)
-                record = finetune(cut, run, config, resume=(run / RUN).is_file(), **options)
+                settings = dataclasses.replace(training, learning_rate=learning_rate)
+                resume, device = (run / RUN).is_file(), str(context.device)
+                record = finetune(compressed, run, settings, resume=resume, device=device, progress=context.progress)
         except DivergedError:
-            if share == SHARES[-1]:
+            if share == config.fallbacks[-1]:
                 raise
         else:
-            if sound(record):
+            if is_sound(record, config.tolerance):
                 return run, record
         shutil.rmtree(run / MODEL, ignore_errors=True)
     return None, record
 
 
-def rate(cut: Path, plan: Plan, steps: int) -> float:
-    """The peak learning rate: the more is cut and the larger the numbers, the larger.
+def learning_rate(compressed: Path, plan: Plan, steps: int, config: RecoveryConfig) -> float:
+    """The peak learning rate: in proportion to the share of parameters removed and to the size of the factors.
 
-    A small cut, which bears a small rate, bears more in a run of more than STEPS steps: with the square root of their
-    number, up to the rate of LARGEST (research/LOG.md).
+    A model that has lost little takes a larger rate in a run of more than `max_steps` steps: with the square root of
+    their number, up to the rate of `largest_share` (research/LOG.md).
     """
     squares, count = 0.0, 0
-    with CheckpointSource(cut) as source:
-        for name in _factors(plan):
-            factor = source.tensor(name).float()
-            squares, count = squares + float(factor.square().sum(dtype=torch.float64)), count + factor.numel()
-    removed = max(1 - plan.numbers()["parameter_ratio"], 0.01)
-    longer = min(LARGEST, removed * math.sqrt(steps / STEPS))
-    return RATE * max(removed, longer) * math.sqrt(squares / count)
+    with CheckpointSource(compressed) as source:
+        for name, form in plan.forms.items():
+            for part in FORMS[form].numbers:
+                factor = source.tensor(f"{name}.{part}").float()
+                squares, count = squares + float(factor.square().sum(dtype=torch.float64)), count + factor.numel()
+    removed = max(1 - plan.parameter_ratio, 0.01)
+    longer = min(config.largest_share, removed * math.sqrt(steps / config.max_steps))
+    return config.relative_learning_rate * max(removed, longer) * math.sqrt(squares / count)
 
 
-def _trained(run: Path) -> Trained:
-    """Name of a factor -> its numbers after the training, float32."""
-    files: dict[str, Any] = {}
-    for path in weight_files(run / MODEL):
-        opened = safe_open(path, "pt")
-        files |= dict.fromkeys(opened.keys(), opened)
-    return lambda name: files[name].get_tensor(name)
+def is_sound(record: Record, tolerance: float) -> bool:
+    """Whether the training did no harm: the held-out loss has not grown by more than a share of what was lost.
 
-
-def sound(record: Record) -> bool:
-    """Whether healing did no harm: the loss on the text held out grew by a twentieth of what the cut cost at most.
-
-    Not whether it fell: what a matrix was cut by includes that text, and flatters the cut there by as much as a model
-    that has lost little can win.
+    It need not fall: the statistics rest on that text, too, so the compressed model is flattered there by as much as a
+    model that has lost little can win.
     """
     losses = _losses(record)
-    return losses["healed"] <= losses["cut"] + HARM * max(0.0, losses["cut"] - losses["dense"])
+    return losses["healed"] <= losses["cut"] + tolerance * max(0.0, losses["cut"] - losses["dense"])
 
 
-def _summary(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and numbers of a healing, for the record of what was healed."""
+def _summary(record: Record, config: RecoveryConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings and numbers of the training, for the record of the compression."""
     settings, numbers = record.settings, record.numbers
     names = ("max_steps", "batch_size", "max_length", "learning_rate", "warmup_steps", "dtype", "seed")
     return {name: settings[name] for name in (*names, "distill_weight")}, {
-        "healed": sound(record),
+        "healed": is_sound(record, config.tolerance),
         "healing_tokens": settings["max_steps"] * settings["batch_size"] * settings["max_length"],  # before a kill, too
         "healing_seconds": numbers["seconds"],
         "held_out_loss": _losses(record),
@@ -212,11 +230,11 @@ def _summary(record: Record) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _losses(record: Record) -> dict[str, float]:
-    """On the text held out: of the model as it was cut, after healing, and of the dense one."""
-    found = record.numbers["evaluation"]
-    return {"cut": found[0][1], "healed": found[-1][1], "dense": record.numbers["teacher_eval_loss"]}
+    """Losses on the held-out text: of the compressed model, of the recovered one, of the dense one."""
+    evaluation = record.numbers["evaluation"]
+    return {"cut": evaluation[0][1], "healed": evaluation[-1][1], "dense": record.numbers["teacher_eval_loss"]}
 
 
-def _factors(plan: Plan) -> list[str]:
-    """Names of the tensors that are trained."""
-    return [f"{name}.{part}" for name, form in plan.forms.items() for part in FORMS[form].numbers]
+def own_windows(statistics: Statistics | None) -> int:
+    """How many windows of the statistics' text the model wrote."""
+    return statistics.generated[0] if statistics and statistics.generated else 0

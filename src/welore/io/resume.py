@@ -48,6 +48,11 @@ class Workspace:
         """Delete everything."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    def remove_if_empty(self) -> None:
+        """Delete the directory if no work lies in it yet."""
+        if all(path.name == ABOUT for path in self.directory.glob("*")):
+            self.remove()
+
     def store(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a group of tensors, whole or not at all."""
         kinds = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}

@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import welore
-from welore.config import MinRatio
+from welore.config import CompressionConfig, MinRatio
 from welore.errors import WeLoreError, choose
 from welore.io.safetensors_stream import TensorReader
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
@@ -144,7 +144,8 @@ class WeLoreQuantizer(HfQuantizer):
         check_layers(model)
         if config.ranks is None:
             del model.config.quantization_config
-            welore.compress(model, include=config.include, exclude=config.exclude, **config.wish)
+            wish = CompressionConfig(include=tuple(config.include), exclude=tuple(config.exclude), **config.wish)
+            welore.compress(model, config=wish, recovery=None)
         return model
 
     def is_serializable(self) -> bool:

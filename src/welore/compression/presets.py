@@ -1,0 +1,98 @@
+"""Presets: the settings that `compress` takes for the fields of its config that are None."""
+
+from dataclasses import dataclass, replace
+
+from welore.allocation.solver import resolve as resolve_allocation
+from welore.calibration.scaling import scaling_of
+from welore.config import (
+    AUTO,
+    KFAC,
+    NONE,
+    NUM_TOKENS,
+    SELF,
+    CalibrationConfig,
+    CompressionConfig,
+    PresetName,
+    Pruning,
+    ScalingName,
+    StorageName,
+    StrategyName,
+)
+from welore.errors import choose
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings that belong together. None: by the scaling (strategy, storage, split)."""
+
+    scaling: ScalingName = "none"
+    strategy: StrategyName | None = None
+    storage: StorageName | None = None
+    split: bool | None = None
+    mlp_pruning: Pruning = 0.0
+    num_tokens: int = NUM_TOKENS
+    recovery: bool = False
+
+
+PRESETS = {
+    "best": Preset("kfac", "waterfill", AUTO, True, AUTO, recovery=True),
+    "fast": Preset("kfac", "waterfill", AUTO, True, AUTO, num_tokens=4096),
+    "paper": Preset("none", "welore", "factored", False),
+}
+PLAIN = Preset()  # no preset: a plain decomposition, unless a scaling is named
+
+
+def preset_of(config: CompressionConfig) -> PresetName | None:
+    """The preset of a config: the named one, or best for a size alone."""
+    if config.preset is not None:
+        choose("preset", config.preset, PRESETS)
+        return config.preset
+    alone = config.keep is not None and config.strategy is None and config.scaling in (None, KFAC)
+    return "best" if alone else None
+
+
+def resolve(config: CompressionConfig, *, has_statistics: bool) -> CompressionConfig:
+    """The config with every None filled in; WeLoreError for settings that no model could satisfy.
+
+    A field that is given overrides the preset's. has_statistics: whether statistics are given, from which neurons can
+    be chosen even if the scaling needs none.
+    """
+    name = preset_of(config)
+    preset = PRESETS.get(name or "", PLAIN)
+    scaling = config.scaling or preset.scaling
+    block_split = scaling_of(scaling).block_split
+    split = preset.split if config.split is None else config.split
+    strategy = config.strategy or preset.strategy
+    pruning = preset.mlp_pruning if config.mlp_pruning is None else config.mlp_pruning
+    if pruning == AUTO and scaling == NONE and not has_statistics:
+        pruning = 0.0
+    assert config.target  # raises unless there is exactly one
+    filled = replace(config, strategy=strategy, storage=config.storage or preset.storage)
+    strategy, rule = resolve_allocation(filled, scaling)
+    return replace(
+        config,
+        preset=name,
+        scaling=scaling,
+        strategy=strategy,
+        storage=rule.storage,
+        min_ratio=rule.min_ratio,
+        split=block_split if split is None else split,
+        mlp_pruning=pruning,
+    )
+
+
+def resolve_calibration(calibration: CalibrationConfig | None, config: CompressionConfig) -> CalibrationConfig:
+    """How statistics are collected; fields of `calibration` that have their defaults follow the preset.
+
+    On text that the model writes no losses are measured: a quarter of it is too little, and makes the result worse.
+    """
+    given, default = calibration or CalibrationConfig(), CalibrationConfig()
+    tokens = PRESETS.get(config.preset or "", PLAIN).num_tokens
+    return replace(
+        given,
+        num_tokens=tokens if given.num_tokens == default.num_tokens else given.num_tokens,
+        measure_losses=0 if given.dataset == SELF else given.measure_losses,
+        split=bool(config.split),
+        include=config.include,
+        exclude=config.exclude,
+    )
