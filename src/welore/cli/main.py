@@ -28,7 +28,7 @@ VERBS: dict[Verb, str] = {  # in the order of the help, with an example each
     report: "welore report runs/ -o report",
     demo: "welore demo",
 }
-OPEN: set[Verb] = set()  # verbs that take options of another library, too
+OPEN = {finetune}  # verbs that take options of another library, too
 
 app = typer.Typer(name="welore", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 for _verb, _example in VERBS.items():

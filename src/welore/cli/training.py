@@ -1,8 +1,10 @@
 """The verbs that train a model: finetune, pretrain."""
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +19,7 @@ def finetune(
     output_dir: OutputDir,
     config: FinetuneConfig,
     run: RunConfig,
+    context: typer.Context,
     as_json: bool,
     plan: Annotated[
         Path | None,
@@ -29,6 +32,7 @@ def finetune(
     quiet_libraries()
     from welore.training.finetune import finetune
 
+    config = dataclasses.replace(config, training_arguments=_training_arguments(context.args))
     record = finetune(model, output_dir, config, plan=plan, resume=resume, label=label, **run.options)
     n = record.numbers
     if n.get("prompts_cut"):
@@ -41,6 +45,23 @@ def finetune(
         f"{n.get('tokens_per_second', 0):.0f} tokens/s, {n['peak_memory_bytes'] / 1e9:.2f} GB -> {output_dir / 'model'}"
     )
     print_result(record, as_json, line)
+
+
+def _training_arguments(words: Sequence[str]) -> dict[str, Any]:
+    """Values of TrainingArguments from `--name value`, `--name=value`, or `--name` alone, which is true."""
+    from welore.training.arguments import training_argument
+
+    values: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        option, _, text = rest.pop(0).partition("=")
+        if not option.startswith("--"):
+            raise WeLoreError(f"finetune takes MODEL and OUTPUT_DIR; {option!r} belongs to no option")
+        if not text:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        name = option.removeprefix("--").replace("-", "_")
+        values[name] = training_argument(name, text)
+    return values
 
 
 def pretrain(

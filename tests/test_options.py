@@ -1,0 +1,135 @@
+"""The command line is made from the settings classes: names, defaults, choices, YAML files."""
+
+import ast
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+import welore
+import welore.config as settings
+from conftest import Command, done
+from toys import checkpoint
+from welore.allocation.strategies import STRATEGIES
+from welore.calibration.scaling import SCALINGS
+from welore.cli.main import VERBS, app
+from welore.cli.options import expand
+from welore.config import choices
+from welore.data.self_generated import BEGINNINGS
+from welore.evaluation.tasks import TASKS
+from welore.layers.registry import storages
+from welore.training.methods import METHODS
+
+CLASSES = [kind for kind in vars(settings).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]
+
+
+@pytest.mark.parametrize(
+    ("names", "registry"),
+    [
+        (settings.StrategyName, STRATEGIES),
+        (settings.ScalingName, SCALINGS),
+        (settings.StorageName, storages()),
+        (settings.MethodName, METHODS),
+        (settings.TaskName, TASKS),
+        (settings.OpeningName, BEGINNINGS),
+    ],
+)
+def test_closed_set_has_the_names_of_its_registry(names: Any, registry: dict[str, Any]) -> None:
+    assert set(choices(names)) == set(registry)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_every_setting_has_help_and_a_panel(kind: Any) -> None:
+    for field in dataclasses.fields(kind):
+        assert field.metadata["help"].endswith((".", "2.")), field.name
+        assert field.metadata["panel"], field.name
+
+
+def test_a_verb_has_an_option_for_every_field() -> None:
+    parser: Any = typer.main.get_command(app)
+    options = {option for parameter in parser.commands["finetune"].params for option in parameter.opts}
+    for field in dataclasses.fields(settings.FinetuneConfig):
+        if field.metadata.get("flag", field.name) is not None:
+            assert f"--{field.name.replace('_', '-')}" in options
+
+
+def test_shared_field_is_one_option_and_reaches_both_classes() -> None:
+    seen: list[Any] = []
+
+    def verb(one: settings.CompressionConfig, two: settings.CalibrationConfig, as_json: bool) -> None:
+        seen.extend([one, two])
+
+    expand(verb)(include=["q_proj"], split=False, num_tokens=7, as_json=False)
+    assert seen[0] == settings.CompressionConfig(include=("q_proj",), split=False)
+    assert seen[1] == settings.CalibrationConfig(include=("q_proj",), split=False, num_tokens=7)
+
+
+def test_a_yaml_file_gives_the_options_and_the_command_line_overrides_it(
+    command: Command, saved: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, spectra = saved(), tmp_path / "s.safetensors"
+    done(command("analyze", model, "-o", spectra))
+    (tmp_path / "c.yaml").write_text("rank-reduction: 0.4\nmin_ratio: 0.3\nstrategy: uniform\n")
+    for arguments, reached in (((), 0.4), (("--rank-reduction", 0.2), 0.2)):
+        done(command("allocate", spectra, "-o", tmp_path / "p.json", "--config", tmp_path / "c.yaml", *arguments))
+        plan = welore.Plan.load(tmp_path / "p.json")
+        assert (plan.strategy, plan.min_ratio, plan.target) == ("uniform", 0.3, {"rank_reduction": reached})
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("kepp: 0.8", "c.yaml: allocate has no option 'kepp'; did you mean 'keep'"),
+        ("- keep", "must map option names to values"),
+        ("keep: [", "cannot be read as YAML"),
+    ],
+)
+def test_a_yaml_file_that_cannot_be_used_is_one_sentence(
+    refused: Callable[..., str], tmp_path: Path, content: str, sentence: str
+) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    config = ("--config", tmp_path / "c.yaml")
+    assert sentence in refused("allocate", tmp_path / "s", "-o", tmp_path / "p.json", *config)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("allocate S -o P --strategy welor", "unknown strategy 'welor'; did you mean 'welore'"),
+        ("allocate S -o P --keep much", "should be a valid number|not a valid float"),
+        ("allocate S -o P --kepp 0.8", "no such option: --kepp"),
+        ("alocate S", "no such command 'alocate'. Did you mean 'allocate'"),
+        ("allocate -o P --keep 0.8", "[Mm]issing"),
+        ("finetune M OUT --adam-beta3 1", "has no field 'adam_beta3': did you mean adam_beta"),
+        ("finetune M OUT --adam-beta2 x", "--adam-beta2 cannot be 'x'"),
+        ("finetune M OUT more", "'more' belongs to no option"),
+    ],
+)
+def test_wrong_usage_is_one_sentence(refused: Callable[..., str], words: str, sentence: str) -> None:
+    assert re.search(sentence, refused(*words.split()))
+
+
+def test_any_training_argument_goes_by_its_own_name(command: Command, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "small")
+    run = ("--dataset", "pydoc", "--max-steps", 2, "--max-length", 16, "--batch-size", 1, "--eval-steps", 0)
+    given = ("--lr-scheduler-type", "linear", "--adam-beta2=0.9", "--save-steps", 0, "--json")
+    facts = json.loads(command("finetune", model, tmp_path / "run", *run, *given).out)
+    assert facts["settings"]["training_arguments"] == {"lr_scheduler_type": "linear", "adam_beta2": 0.9}
+
+
+def test_public_names_are_the_same_for_the_interpreter_and_for_editors() -> None:
+    source = ast.parse(Path(str(welore.__file__)).read_text(encoding="utf-8"))
+    (block,) = (node for node in source.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    typed = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert typed == welore._MODULE_OF
+    assert set(welore.__all__) == {*typed, *(name for name in vars(welore) if name in welore.__all__)}
+
+
+def test_every_verb_is_a_public_function() -> None:
+    names = {command.callback.__name__ for command in app.registered_commands if command.callback}
+    assert names == {verb.__name__ for verb in VERBS} <= set(welore.__all__)
