@@ -20,7 +20,7 @@ from welore.calibration.scaling import SCALINGS
 from welore.cli.main import VERBS, app
 from welore.cli.options import expand
 from welore.config import choices
-from welore.data.self_generated import BEGINNINGS
+from welore.data.self_generated import OPENINGS
 from welore.evaluation.tasks import TASKS
 from welore.layers.registry import storages
 from welore.training.methods import METHODS
@@ -36,7 +36,7 @@ CLASSES = [kind for kind in vars(settings).values() if isinstance(kind, type) an
         (settings.StorageName, storages()),
         (settings.MethodName, METHODS),
         (settings.TaskName, TASKS),
-        (settings.OpeningName, BEGINNINGS),
+        (settings.OpeningName, OPENINGS),
     ],
 )
 def test_closed_set_has_the_names_of_its_registry(names: Any, registry: dict[str, Any]) -> None:
