@@ -13,7 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import Command, done, everything
-from toys import finetuned, weights
+from toys import weights
+from welore.config import FinetuneConfig, PretrainConfig
 from welore.data.packing import blocks_of_text
 from welore.emergence.claims import CLAIMS
 from welore.emergence.pretrain import pretrain
@@ -22,20 +23,26 @@ from welore.emergence.trace import Trace
 from welore.errors import WeLoreError
 from welore.records import Record
 from welore.training.data import collate
+from welore.training.finetune import finetune
 
 TOY: dict[str, Any] = {
     "size": "32/3/4/56",
-    "vocabulary": 300,
-    "steps": 30,
-    "lr": 1e-2,
+    "vocab_size": 300,
+    "max_steps": 30,
+    "learning_rate": 1e-2,
     "batch_size": 8,
-    "length": 32,
+    "max_length": 32,
     "probes": 6,
     "probe_items": 6,
-    "eval_items": 16,
-    "save_every": 8,
-    "device": "cpu",
+    "max_eval_samples": 16,
+    "save_steps": 8,
 }
+OPTIONS: dict[str, Any] = {"device": "cpu", "progress": False}
+
+
+def pretrained(output_dir: Path, text: str, changes: dict[str, Any] | None = None, **options: Any) -> Record:
+    config = PretrainConfig(**TOY | (changes or {}))
+    return pretrain(output_dir, config, dataset=text, **OPTIONS | options)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +56,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run that nothing has disturbed."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    pretrain(out, data=text, **TOY)
+    pretrained(out, text)
     return out
 
 
@@ -109,9 +116,8 @@ def test_gradients_are_those_of_the_mean_loss_on_the_held_out_batches(run: Path,
 
 
 def test_being_watched_changes_nothing(run: Path, text: str, tmp_path: Path) -> None:
-    names = {"steps": "max_steps", "lr": "learning_rate", "batch_size": "batch_size", "length": "max_length"}
-    same = {new: TOY[old] for old, new in (names | {"eval_items": "max_eval_samples"}).items()}
-    finetuned(run / "start", tmp_path / "alone", "full", dataset=text, save_steps=0, **same)
+    same = {name: TOY[name] for name in ("max_steps", "learning_rate", "batch_size", "max_length", "max_eval_samples")}
+    finetune(run / "start", tmp_path / "alone", FinetuneConfig("full", text, save_steps=0, **same), **OPTIONS)
     watched, alone = weights(run / "training" / "model"), weights(tmp_path / "alone" / "model")
     assert all(torch.equal(watched[name], alone[name]) for name in watched)
 
@@ -137,23 +143,23 @@ def test_a_killed_run_goes_on_to_the_same_trace(run: Path, text: str, tmp_path: 
     """Before the first checkpoint, and between two, where the trace is ahead of the checkpoint."""
     out = tmp_path / "run"
     with pytest.raises(KilledError):
-        pretrain(out, data=text, progress=killer(at), **TOY)
+        pretrained(out, text, progress=killer(at))
     assert not (out / "pretrain.json").exists()
-    pretrain(out, data=text, resume=True, **TOY)
+    pretrained(out, text, resume=True)
     assert {p.name: b for p, b in everything(out / "trace").items()} == {
         p.name: b for p, b in everything(run / "trace").items()
     }
     numbers = [Record.load(path / "pretrain.json").numbers for path in (run, out)]
     assert numbers[0]["claims"] == numbers[1]["claims"]
     with pytest.raises(WeLoreError, match="is finished .* there is nothing to resume"):
-        pretrain(out, data=text, resume=True, **TOY)
+        pretrained(out, text, resume=True)
 
 
 def test_a_run_that_lacks_only_its_record_is_completed(run: Path, text: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(run, out)
     (out / "pretrain.json").unlink()
-    record = pretrain(out, data=text, resume=True, **TOY)
+    record = pretrained(out, text, resume=True)
     assert record.numbers["claims"] == Record.load(run / "pretrain.json").numbers["claims"]
     assert record.numbers["probe_seconds"] is None  # nobody has seen it
 
@@ -163,7 +169,7 @@ def test_another_run_is_not_gone_on_with(run: Path, text: str, tmp_path: Path) -
     shutil.copytree(run, out)
     (out / "pretrain.json").unlink()
     with pytest.raises(WeLoreError, match=r"holds another run: its seed is 0, now it is 1"):
-        pretrain(out, data=text, resume=True, **TOY | {"seed": 1})
+        pretrained(out, text, {"seed": 1}, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -173,24 +179,30 @@ def test_another_run_is_not_gone_on_with(run: Path, text: str, tmp_path: Path) -
         ({"probes": 3}, "probes is 3: give at least 4"),
         ({"probes": 40}, "probes is 40: .* no more than the 30 steps"),
         ({"probe_items": 9}, "the two batches of the probe, .* are part of the held-out sequences"),
-        ({"vocabulary": 10}, "vocabulary is 10"),
-        ({"lr": -1.0}, "lr is -1.0"),
-        ({"weight_decay": -0.1}, "weight_decay -0.1"),
+        ({"vocab_size": 10}, "vocab_size is 10"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
         ({"resume": True}, "holds no run that could be resumed"),
-        ({"eval_items": 4000, "probe_items": 2000}, "sequences are held out, the two batches of the probe need 4000"),
+        (
+            {"max_eval_samples": 4000, "probe_items": 2000},
+            "sequences are held out, the two batches of the probe need 4000",
+        ),
     ],
 )
 def test_what_cannot_work_is_one_sentence(text: str, tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(WeLoreError, match=sentence):
-        pretrain(tmp_path / "run", data=text, **TOY | changes)
-    if "eval_items" not in changes:  # what is held out is known when the text was read, and that is part of the run
+        resume = "resume" in changes
+        pretrained(tmp_path / "run", text, {k: v for k, v in changes.items() if k != "resume"}, resume=resume)
+    if (
+        "max_eval_samples" not in changes
+    ):  # what is held out is known when the text was read, and that is part of the run
         assert not (tmp_path / "run").exists()
 
 
 def test_fsdp_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(WeLoreError, match="whole gradients, which FSDP cuts"):
-        pretrain(tmp_path / "run", data=text, **TOY)
+        pretrained(tmp_path / "run", text)
 
 
 def test_the_command_says_what_came_out(text: str, tmp_path: Path, command: Command, refused: Any) -> None:
@@ -220,8 +232,9 @@ def test_two_processes_record_the_trace_of_one(run: Path, text: str, tmp_path: P
     """DDP, gloo: the same sequences in every step, so the same course but for rounding."""
     script = tmp_path / "main.py"
     changes = TOY | {"batch_size": 4}
-    call = f"pretrain({str(tmp_path / 'run')!r}, data={text!r}, **{changes!r})"
-    script.write_text(f"from welore.emergence.pretrain import pretrain\n{call}\n")
+    call = f"pretrain({str(tmp_path / 'run')!r}, PretrainConfig(**{changes!r}), dataset={text!r}, device='cpu')"
+    imports = "from welore.config import PretrainConfig\nfrom welore.emergence.pretrain import pretrain"
+    script.write_text(f"{imports}\n{call}\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from toys import checkpoint
-from welore.emergence.init_model import SIZES, Size, fresh_model, known_tokenizer, save_fresh, size_of, vocabulary
+from welore.emergence.init_model import SIZES, Size, init_model, load_tokenizer, make_tokenizer, save_model, size_of
 from welore.errors import WeLoreError
 
 TEXT = "\n".join(f"The number after {n} is {n + 1}." for n in range(200))
@@ -39,21 +39,21 @@ def test_a_size_is_a_name_or_four_numbers() -> None:
 
 
 def test_vocabulary_writes_any_text_back_and_is_the_same_every_time() -> None:
-    found = vocabulary([TEXT], 300)
+    found = make_tokenizer([TEXT], 300)
     assert len(found) == 300
     for text in (TEXT, "Grüße, 東京!\n\n  x"):
         assert found.decode(found(text).input_ids) == text
-    again = vocabulary([TEXT], 300)
+    again = make_tokenizer([TEXT], 300)
     assert found.backend_tokenizer.to_str() == again.backend_tokenizer.to_str()
     assert len(found("The number after").input_ids) < len("The number after") / 3
-    with pytest.raises(WeLoreError, match="vocabulary is 200: bytes and the two ends take 258"):
-        vocabulary([TEXT], 200)
+    with pytest.raises(WeLoreError, match="vocab_size is 200: bytes and the two ends take 258"):
+        make_tokenizer([TEXT], 200)
 
 
-def test_fresh_model_is_random_but_for_its_seed_and_comes_back_from_disk(tmp_path: Path) -> None:
-    tokenizer = vocabulary([TEXT], 300)
+def test_init_model_is_random_but_for_its_seed_and_comes_back_from_disk(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer([TEXT], 300)
     before = torch.get_rng_state()
-    model, again, other = (fresh_model(Size(32, 2, 4, 56), tokenizer, 64, seed) for seed in (0, 0, 1))
+    model, again, other = (init_model(Size(32, 2, 4, 56), tokenizer, 64, seed) for seed in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
     weight = model.model.layers[1].mlp.up_proj.weight
     assert torch.equal(weight, again.model.layers[1].mlp.up_proj.weight)
@@ -61,7 +61,7 @@ def test_fresh_model_is_random_but_for_its_seed_and_comes_back_from_disk(tmp_pat
     assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.05)
     assert model.config.rms_norm_eps == 1e-6
     assert not model.config.tie_word_embeddings
-    save_fresh(model, tokenizer, tmp_path / "start")
+    save_model(model, tokenizer, tmp_path / "start")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "start")
     assert torch.equal(loaded.model.layers[1].mlp.up_proj.weight, weight)
     assert AutoTokenizer.from_pretrained(tmp_path / "start")(TEXT).input_ids == tokenizer(TEXT).input_ids
@@ -69,7 +69,7 @@ def test_fresh_model_is_random_but_for_its_seed_and_comes_back_from_disk(tmp_pat
 
 def test_a_tokenizer_can_be_taken_from_a_model(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", rank_reduction=None)
-    assert known_tokenizer(str(model), None)("abc").input_ids == AutoTokenizer.from_pretrained(model)("abc").input_ids
+    assert load_tokenizer(str(model), None)("abc").input_ids == AutoTokenizer.from_pretrained(model)("abc").input_ids
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeLoreError, match="has no tokenizer that can be read"):
-        known_tokenizer(str(tmp_path / "empty"), None)
+        load_tokenizer(str(tmp_path / "empty"), None)

@@ -35,6 +35,7 @@ AUTO: Literal["auto"] = "auto"
 SELF = "self"  # a dataset: text that the model (of a fine-tuning, its teacher) writes
 SHARD_SIZE = "5GB"
 NUM_TOKENS, MAX_LENGTH = 65_536, 512  # of calibration
+LEAST_PROBES = 4  # of a pre-training, to describe its course
 
 # A text: a name, a hub id, a file, several of them with weights ("wikitext2:1,my.txt:2"), a list of strings, a
 # datasets.Dataset, or windows of token ids (count, length).
@@ -473,6 +474,18 @@ class PretrainConfig:
     max_eval_samples: int = option(128, "Held-out sequences to evaluate on.", panel="Study")
     save_steps: int = option(500, "Steps between checkpoints; 0: none.", panel="Training")
     report_to: TrackerName = option("none", "Experiment tracker.", panel="Training")
+
+    def __post_init__(self) -> None:
+        if self.probes < LEAST_PROBES or self.probes > self.max_steps:
+            raise WeLoreError(
+                f"probes is {self.probes}: give at least {LEAST_PROBES}, and no more than the {self.max_steps} steps of "
+                "the run"
+            )
+        if self.probe_items < 1 or 2 * self.probe_items > self.max_eval_samples:
+            raise WeLoreError(
+                f"probe_items is {self.probe_items}, max_eval_samples {self.max_eval_samples}: the two batches of the "
+                "probe, a sequence or more each, are part of the held-out sequences"
+            )
 
 
 # --- checks and records ---------------------------------------------------------------------------------------------

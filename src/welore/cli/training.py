@@ -77,39 +77,8 @@ def pretrain(
     if config.dataset is None:
         raise WeLoreError("name the text to learn from: --dataset c4, wikitext2, pydoc or a file")
     from welore.emergence.pretrain import pretrain
-    from welore.io.context import RunContext
 
-    context = RunContext.create(**run.options)
-    record = pretrain(
-        output_dir,
-        config.size,
-        data=config.dataset,
-        steps=config.max_steps,
-        tokenizer=config.tokenizer,
-        vocabulary=config.vocab_size,
-        lr=config.learning_rate,
-        warmup=config.warmup_steps,
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        length=config.max_length,
-        seed=config.seed,
-        dtype=config.dtype,
-        optimizer=config.optimizer,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
-        probes=config.probes,
-        probe_items=config.probe_items,
-        eval_items=config.max_eval_samples,
-        save_every=config.save_steps,
-        resume=resume,
-        overwrite=run.overwrite,
-        report_to=config.report_to,
-        device=str(context.device),
-        label=label,
-        cache_dir=context.cache_dir,
-        progress=context.progress,
-    )
+    record = pretrain(output_dir, config, resume=resume, label=label, **run.options)
     n = record.numbers
     share = f", {n['probe_share']:.0%} of the time for the trace" if n["probe_share"] is not None else ""
     line = (

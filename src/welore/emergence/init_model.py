@@ -1,7 +1,7 @@
-"""6 - A Llama that has learned nothing yet: its size by name, a vocabulary made from the text, random weights."""
+"""The untrained Llama: its size by name, a tokenizer made from the text, random weights."""
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BEGIN, END = "<s>", "</s>"
-BYTES = 256  # the smallest vocabulary of a byte-level BPE, without the two above
-CONTEXT = 1024  # tokens that a model reads at least
+BYTES = 256  # the smallest vocabulary of a byte-level BPE, without BEGIN and END
+CONTEXT = 1024  # the least number of positions
 
 
 @dataclass(frozen=True)
@@ -57,34 +57,34 @@ def size_of(text: str) -> Size:
     return size
 
 
-def vocabulary(texts: Iterable[str], count: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `count` tokens, made from the texts; the same texts give the same vocabulary."""
-    if count < BYTES + 2:
-        raise WeLoreError(f"vocabulary is {count}: bytes and the two ends take {BYTES + 2}")
-    found = Tokenizer(models.BPE())
-    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    found.decoder = decoders.ByteLevel()
+def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most vocab_size tokens, made from the texts; the same texts give the same tokenizer."""
+    if vocab_size < BYTES + 2:
+        raise WeLoreError(f"vocab_size is {vocab_size}: bytes and the two ends take {BYTES + 2}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=count,
+        vocab_size=vocab_size,
         special_tokens=[BEGIN, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # one long text would be one piece of work: its lines are shared by the threads
-    found.train_from_iterator((line for text in texts for line in text.splitlines(keepends=True)), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=found, bos_token=BEGIN, eos_token=END, pad_token=END)
+    # Lines, because the threads share out whole texts, and one long text would keep one of them busy.
+    tokenizer.train_from_iterator((line for text in texts for line in text.splitlines(keepends=True)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END)
 
 
-def known_tokenizer(name: str, cache_dir: str | Path | None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a hub model or a local directory."""
-    try:  # its files alone: what else the model has is not wanted
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
+def load_tokenizer(name: str, cache_dir: str | Path | None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a hub model or a local directory; no other file of it is read."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
     except (OSError, ValueError, KeyError) as error:
         raise WeLoreError(f"{name} has no tokenizer that can be read") from error
-    return found
+    return tokenizer
 
 
-def fresh_model(size: Size, tokenizer: "PreTrainedTokenizerBase", length: int, seed: int) -> LlamaForCausalLM:
+def init_model(size: Size, tokenizer: "PreTrainedTokenizerBase", max_length: int, seed: int) -> LlamaForCausalLM:
     """A Llama with weights from N(0, 0.02), as in the paper: RMSNorm 1e-6, head not tied to the embeddings."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -92,7 +92,7 @@ def fresh_model(size: Size, tokenizer: "PreTrainedTokenizerBase", length: int, s
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
-        max_position_embeddings=max(CONTEXT, length),
+        max_position_embeddings=max(CONTEXT, max_length),
         rms_norm_eps=1e-6,
         initializer_range=0.02,
         tie_word_embeddings=False,
@@ -105,13 +105,8 @@ def fresh_model(size: Size, tokenizer: "PreTrainedTokenizerBase", length: int, s
         return LlamaForCausalLM(config)
 
 
-def save_fresh(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
-    """Write both to the directory `out`, whole or not at all; what was there is replaced."""
-    with atomic_directory(out, overwrite=True) as unfinished:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-
-
-def about(size: Size) -> dict[str, int]:
-    """Its four numbers by name, for a record."""
-    return asdict(size)
+def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", directory: Path) -> None:
+    """Write both to the directory, whole or not at all; an existing one is replaced."""
+    with atomic_directory(directory, overwrite=True) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)

@@ -1,31 +1,30 @@
-"""6 - pretrain: a text and a size -> a small Llama, trained from nothing, and the trace of how it became low rank.
+"""The verb `pretrain`: a text and a size -> a small Llama, trained from nothing, and the trace of its training.
 
-OUT/run.json        what the run is; a resumed run must be the same
-OUT/start/          the model that has learned nothing, with its tokenizer
-OUT/training/       the run directory of its training (rundir); training/model is the result
-OUT/trace/          what was recorded on the way (trace)
-OUT/pretrain.json   the record; written last, so that it stands for a finished run
+OUT/run.json        the identity of the run; a resumed run must have the same
+OUT/start/          the untrained model with its tokenizer
+OUT/training/       the run directory of its training (training.run_dir); training/model is the result
+OUT/trace/          the record of the way (emergence.trace)
+OUT/pretrain.json   the record; written last: a finished run has it
 """
 
+import dataclasses
 import importlib.util
 import os
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
-import torch
-
-from welore.config import FinetuneConfig, MethodName
+from welore.config import Dataset, FinetuneConfig, PretrainConfig, RunOptions, as_record
 from welore.data.packing import training_texts
-from welore.data.text import TextOptions
 from welore.emergence.claims import measured
-from welore.emergence.init_model import Size, about, fresh_model, known_tokenizer, save_fresh, size_of, vocabulary
+from welore.emergence.init_model import init_model, load_tokenizer, make_tokenizer, save_model, size_of
 from welore.emergence.probe import Probe, probed_steps
 from welore.emergence.trace import ERR, RANKS, Trace, Writer, finish
 from welore.errors import WeLoreError
-from welore.io.progress import Progress, silent
-from welore.models.load import default_device
+from welore.io.context import RunContext
+from welore.io.progress import silent
 from welore.models.targets import find_targets
-from welore.records import Record
+from welore.records import MODEL_FINGERPRINT, Record
 from welore.training.arguments import FSDP, is_on, resolve_defaults
 from welore.training.finetune import finetune
 from welore.training.run_dir import MODEL, RUN, TUNED, begin, check_out, fingerprint
@@ -34,205 +33,161 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 START, TRAINING, TRACE, PRETRAINED = "start", "training", "trace", "pretrain.json"
-VOCABULARY = 32_000
-METHOD: MethodName = "full"
-LEAST = 4  # checkpoints, to speak of a course
 WEIGHTS = "model.safetensors"
+# Fields that are settings of the training, too.
+SHARED = {f.name for f in dataclasses.fields(FinetuneConfig)} & {f.name for f in dataclasses.fields(PretrainConfig)}
 
 
 def pretrain(
-    out: str | Path,
-    size: str = "9m",
+    output_dir: str | Path,
+    config: PretrainConfig | None = None,
     *,
-    data: str,
-    steps: int = 25_000,
-    tokenizer: str | None = None,
-    vocabulary: int = VOCABULARY,
-    lr: float = 1e-3,
-    warmup: int | None = None,
-    batch_size: int = 32,
-    accumulation: int = 1,
-    length: int = 256,
-    seed: int = 0,
-    dtype: str = "auto",
-    optimizer: str = FinetuneConfig.optimizer,
-    weight_decay: float = 0.0,
-    max_grad_norm: float = 1.0,
-    gradient_checkpointing: bool = False,
-    probes: int = 30,
-    probe_items: int = 32,
-    eval_items: int = 128,
-    save_every: int = 500,
+    dataset: Dataset | None = None,
     resume: bool = False,
-    overwrite: bool = False,
-    report_to: str = "none",
-    device: str | None = None,
     label: str | None = None,
-    cache_dir: str | Path | None = None,
-    progress: Progress = silent,
+    **options: Unpack[RunOptions],
 ) -> Record:
-    """Pre-train a Llama of a size (fresh.SIZES, or "hidden/layers/heads/intermediate") and record its trace.
+    """Pre-train a small Llama and record how its weights and gradients become low rank.
 
-    data: as for `finetune`; its held-out part gives the loss and the two batches, of `probe_items` sequences each,
-    whose gradients are recorded at `probes` steps, the first and the last among them. tokenizer: a hub model or
-    directory to take it from; without one a BPE of `vocabulary` tokens is made from the training text. The other
-    settings are those of `finetune`, on whose engine this runs; weight_decay 0 is Adam, the paper's. Defaults are the
-    paper's steps and GaLore's schedule (WeLore, section 3).
-    resume: go on after the last checkpoint; the trace is the one of a run that never stopped, byte for byte.
-    Raises WeLoreError for what cannot work.
+    The held-out part of the text gives the loss and the two batches of `probe_items` sequences whose gradients are
+    recorded. Defaults are the paper's steps and GaLore's schedule (WeLore, section 3); weight decay 0 is Adam.
+
+    Args:
+        output_dir: Where model, trace and record are written.
+        config: The settings.
+        dataset: The text, in place of config.dataset.
+        resume: Continue after the last checkpoint. The trace is that of an uninterrupted run, byte for byte.
+        label: A name for tables and figures.
+        **options: See config.RunOptions.
+
+    Returns:
+        The record, as in pretrain.json.
+
+    Raises:
+        WeLoreError: The settings cannot work.
     """
-    out, wanted = Path(out), size_of(size)
-    training = FinetuneConfig(
-        method=METHOD,
-        dataset=data,
-        max_steps=steps,
-        learning_rate=lr,
-        warmup_steps=warmup,
-        batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        max_length=length,
-        seed=seed,
-        dtype=dtype,  # type: ignore[arg-type]
-        optimizer=optimizer,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        gradient_checkpointing=gradient_checkpointing,
-        eval_steps=steps,
-        max_eval_samples=eval_items,
-        save_steps=save_every,
-        report_to=report_to,  # type: ignore[arg-type]
-    )
-    asked: dict[str, Any] = {"tokenizer": tokenizer, "data": data, "seed": seed, "probes": probes}
-    asked |= {"probe_items": probe_items, "size": about(wanted), "vocabulary": None if tokenizer else vocabulary}
-    where = device or default_device()
-    resolve_defaults(training, torch.device(where))
-    _check(steps, probes, probe_items, eval_items)
-    processes = _processes(where)
+    context = RunContext.create(**options)
+    config = config or PretrainConfig()
+    if dataset is not None:
+        config = dataclasses.replace(config, dataset=dataset)
+    if config.dataset is None:
+        raise WeLoreError("name the text to learn from by dataset: c4, wikitext2, pydoc or a file")
+    training = _training_config(config)
+    resolve_defaults(training, context.device)
+    processes = _processes(context)
+    directory = Path(output_dir)
+    settings = as_record(config)
+    identity = {name: settings[name] for name in ("tokenizer", "dataset", "seed", "probes", "probe_items")}
+    identity |= {"size": asdict(size_of(config.size)), "vocab_size": None if config.tokenizer else config.vocab_size}
     if processes.is_main_process:
-        tokens = steps * batch_size * accumulation * length * processes.num_processes
-        _begin(out, asked, wanted, tokens, length, resume=resume, overwrite=overwrite, cache_dir=cache_dir)
+        _begin(directory, config, identity, context, processes=processes.num_processes, resume=resume)
     processes.wait_for_everyone()
 
-    found: list[Probe] = []
+    probes: list[Probe] = []
 
-    def watch(trainer: Any) -> Probe:
-        at = trainer.resumed_at
-        per_step = batch_size * accumulation * length * trainer.args.world_size
-        found.append(
-            _probe(trainer, at, out, f"{size}, seed {seed}", probed_steps(steps, probes), probe_items, per_step)
-        )
-        return found[-1]
+    def probe(trainer: Any) -> Probe:
+        probes.append(_probe(trainer, directory, config, context))
+        return probes[-1]
 
-    place = out / TRAINING
-    if resume and (place / TUNED).is_file():
-        tuned = Record.load(place / TUNED)
+    run = directory / TRAINING
+    if resume and (run / TUNED).is_file():
+        tuned = Record.load(run / TUNED)
     else:
         tuned = finetune(
-            out / START,
-            place,
-            training,
-            resume=resume and (place / RUN).is_file(),
-            label=label or size,
-            callbacks=[watch],
-            device=where,
-            cache_dir=cache_dir,
-            progress=progress,
+            *(directory / START, run, training),
+            resume=resume and (run / RUN).is_file(),
+            label=label or config.size,
+            callbacks=[probe],
+            **dataclasses.replace(context, overwrite=False).options,
         )
     processes.wait_for_everyone()
-    record = _record(out, asked, label, tuned, found[0] if found else None)
+    record = _record(directory, identity, label, tuned, probes[0] if probes else None)
     if processes.is_main_process:
-        finish(out / TRACE)
-        record.save(out / PRETRAINED)
+        finish(directory / TRACE)
+        record.save(directory / PRETRAINED)
     processes.wait_for_everyone()
     return record
 
 
-def _check(steps: int, probes: int, probe_items: int, eval_items: int) -> None:
-    if probes < LEAST or probes > steps:
-        raise WeLoreError(f"probes is {probes}: give at least {LEAST}, and no more than the {steps} steps of the run")
-    if probe_items < 1 or 2 * probe_items > eval_items:
-        raise WeLoreError(
-            f"probe_items is {probe_items}, eval_items {eval_items}: the two batches of the probe, a sequence or more "
-            "each, are part of the held-out sequences"
-        )
-    if is_on(os.environ, FSDP):
-        raise WeLoreError("pretrain reads whole gradients, which FSDP cuts: use torchrun, which is DDP")
+def _training_config(config: PretrainConfig) -> FinetuneConfig:
+    """The settings of the training; WeLoreError for a pre-training that cannot work."""
+    shared = {name: getattr(config, name) for name in SHARED}
+    return FinetuneConfig(method="full", eval_steps=config.max_steps, **shared)
 
 
-def _processes(device: str) -> Any:
+def _processes(context: RunContext) -> Any:
     """All processes of this run, as accelerate knows them; the Trainer will ask for the same."""
     if importlib.util.find_spec("accelerate") is None:
         raise WeLoreError("pretrain needs accelerate: pip install 'welore[train]'")
+    if is_on(os.environ, FSDP):
+        raise WeLoreError("pretrain reads whole gradients, which FSDP cuts: use torchrun, which is DDP")
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-    return PartialState(cpu=device == "cpu")
+    return PartialState(cpu=context.device.type == "cpu")
 
 
 def _begin(
-    out: Path,
-    asked: dict[str, Any],
-    size: Size,
-    tokens: int,
-    length: int,
+    directory: Path,
+    config: PretrainConfig,
+    identity: dict[str, Any],
+    context: RunContext,
     *,
+    processes: int,
     resume: bool,
-    overwrite: bool,
-    cache_dir: str | Path | None,
 ) -> None:
-    """Make the directory and the model that has learned nothing, or check that a resumed run is the same.
+    """Make the directory and the untrained model, or check that a resumed run is the same.
 
-    tokens: how many will be read. Nothing is deleted before the new model is made.
+    Nothing is deleted before the new model is made.
     """
-    check_out(out, resume=resume, overwrite=overwrite)
-    if resume and (out / PRETRAINED).is_file():
-        raise WeLoreError(f"the run in {out} is finished (see {PRETRAINED}): there is nothing to resume")
-    if resume and (out / START / WEIGHTS).is_file():
-        begin(out, asked, resume=True)
+    check_out(directory, resume=resume, overwrite=context.overwrite)
+    if resume and (directory / PRETRAINED).is_file():
+        raise WeLoreError(f"the run in {directory} is finished (see {PRETRAINED}): there is nothing to resume")
+    if resume and (directory / START / WEIGHTS).is_file():
+        begin(directory, identity, resume=True)
         return
     tokenizer: PreTrainedTokenizerBase
-    if asked["tokenizer"] is None:
-        tokenizer = vocabulary(
-            training_texts(asked["data"], tokens, TextOptions(cache_dir=cache_dir)), asked["vocabulary"]
-        )
+    if config.tokenizer is None:
+        tokens = config.max_steps * config.batch_size * config.gradient_accumulation_steps * config.max_length
+        texts = training_texts(config.dataset, tokens * processes, context.cache_dir)
+        tokenizer = make_tokenizer(texts, config.vocab_size)
     else:
-        tokenizer = known_tokenizer(asked["tokenizer"], cache_dir)
-    model = fresh_model(size, tokenizer, length, asked["seed"])
-    begin(out, asked, resume=resume)
-    save_fresh(model, tokenizer, out / START)
+        tokenizer = load_tokenizer(config.tokenizer, context.cache_dir)
+    model = init_model(size_of(config.size), tokenizer, config.max_length, config.seed)
+    begin(directory, identity, resume=resume)
+    save_model(model, tokenizer, directory / START)
 
 
-def _probe(
-    trainer: Any, at: int | None, out: Path, name: str, steps: list[int], items: int, tokens_per_step: int
-) -> Probe:
-    """The callback, and its trace: begun anew, or cut back to the checkpoint from which the training goes on."""
+def _probe(trainer: Any, directory: Path, config: PretrainConfig, context: RunContext) -> Probe:
+    """The callback; its trace begins anew, or is cut back to the checkpoint from which the training continues."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     targets = find_targets(model)
+    steps, at = probed_steps(config.max_steps, config.probes), trainer.resumed_at
     writer = None
     if trainer.args.process_index == 0:
+        name = f"{config.size}, seed {config.seed}"
         header = {"name": name, "fingerprint": fingerprint(model), "err": ERR, "ranks": list(RANKS)}
-        writer = Writer(out / TRACE, header, {target.name: target.shape for target in targets}, at)
+        writer = Writer(directory / TRACE, header, {target.name: target.shape for target in targets}, at)
         missing = [step for step in steps if at is not None and step <= at and step not in writer.steps]
         if missing:
-            raise WeLoreError(f"the trace in {out / TRACE} lacks step {missing[0]}: begin the run again (--overwrite)")
-    start = out / START / WEIGHTS
-    return Probe(trainer, writer, targets, steps, items=items, tokens_per_step=tokens_per_step, start=start)
+            raise WeLoreError(f"the trace in {directory / TRACE} lacks step {missing[0]}: overwrite the run")
+    start, quiet = directory / START / WEIGHTS, dataclasses.replace(context, progress=silent)
+    return Probe(trainer, writer, targets, steps, items=config.probe_items, start=start, context=quiet)
 
 
-def _record(out: Path, asked: dict[str, Any], label: str | None, tuned: Record, probe: Probe | None) -> Record:
-    """What the trace says, and what it cost: the part of a resumed run that this process has seen."""
-    trace, n = Trace.load(out / TRACE), tuned.numbers
-    taken = n.get("tokens_per_second", 0.0)
+def _record(directory: Path, identity: dict[str, Any], label: str | None, tuned: Record, probe: Probe | None) -> Record:
+    """Numbers of the trace, and the cost of the part of the run that this process has seen."""
+    trace, n = Trace.load(directory / TRACE), tuned.numbers
     numbers = {
         "parameters": n["total_parameters"],
         "held_out_loss": [[int(s), float(x)] for s, x in zip(trace.steps, trace.held_out_loss, strict=True)],
         "tokens": int(trace.tokens[-1]),
-        "tokens_per_second": taken,
+        "tokens_per_second": n.get("tokens_per_second", 0.0),
         "peak_memory_bytes": n["peak_memory_bytes"],
-        "trace_bytes": sum(path.stat().st_size for path in (out / TRACE).glob("*.*")),
+        "trace_bytes": sum(path.stat().st_size for path in (directory / TRACE).glob("*.*")),
         "probe_seconds": probe.seconds if probe else None,
         "probe_share": probe.seconds / n["seconds"] if probe else None,
         "work_bytes": probe.work_bytes if probe else None,
     }
-    inputs = {"label": label, "model": str(out / TRAINING / MODEL)}
-    inputs |= {name: tuned.inputs[name] for name in ("data_sha256", "split", "model_fingerprint")}
-    return Record("pretrain", inputs, tuned.settings | asked, numbers | measured(trace))
+    inputs = {"label": label, "model": str(directory / TRAINING / MODEL)}
+    inputs |= {name: tuned.inputs[name] for name in ("data_sha256", "split", MODEL_FINGERPRINT)}
+    return Record("pretrain", inputs, tuned.settings | identity, numbers | measured(trace))

@@ -1,4 +1,4 @@
-"""6 - How alike gradients are: their directions, and their leading subspaces. Tensors only.
+"""Similarity of gradients: their directions, and their leading subspaces. Tensors only.
 
 Shapes: G (m, n), its shorter side k = min(m, n); U (k, r), orthonormal columns.
 """
@@ -6,12 +6,13 @@ Shapes: G (m, n), its shorter side k = min(m, n); U (k, r), orthonormal columns.
 import torch
 from torch import Tensor
 
-TINY = 1e-30  # no norm is smaller
+TINY = 1e-30  # keeps a zero row from dividing by zero
 
 
 def leading(G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Singular values (k,) of G, descending, float64, and the first `rank` singular vectors (k, rank) of the shorter
-    side; all of them if there are fewer. From the float64 Gram matrix of that side, where G lies.
+    """Singular values (k,) of G, descending, float64, and at most `rank` singular vectors (k, rank) of its short side.
+
+    From the float64 Gram matrix of that side, on the device of G.
     """
     wide = (G if G.shape[0] <= G.shape[1] else G.T).double()
     squares, vectors = torch.linalg.eigh(wide @ wide.T)

@@ -1,11 +1,11 @@
-"""6 - What is recorded while a model is pre-trained: the artefact TRACE, a directory of safetensors and JSON lines.
+"""The artefact TRACE: what is recorded while a model is pre-trained, a directory of safetensors and JSON lines.
 
 TRACE/trace.jsonl                 a header, then a line per checkpoint: step, tokens, learning rate, held-out loss
-TRACE/step-00000120.safetensors   what was found there, for every matrix, float32
+TRACE/step-00000120.safetensors   the arrays of a checkpoint, of every matrix, float32
 TRACE/work/                       gradients and bases that later checkpoints are compared with; removed at the end
 
-numpy only. Shapes: T checkpoints, W (m, n), k = min(m, n). The arrays of a checkpoint are written first, its line
-after that: what a killed run leaves behind is a shorter trace, not a broken one.
+numpy only. Shapes: T checkpoints, W (m, n), k = min(m, n). The arrays of a checkpoint are written before its line: an
+interrupted run leaves a shorter trace, not a broken one.
 """
 
 import json
@@ -31,9 +31,9 @@ from welore.records import Identity
 
 Array = NDArray[np.float64]
 FORMAT, LINES, WORK = "welore.trace/1", "trace.jsonl", "work"
-VALUES = 100  # of a gradient are kept
+VALUES = 100  # singular values of a gradient that are recorded
 RANKS = (4, 16)  # of the subspaces that are compared
-ERR = 0.5  # the rank reduction whose threshold parts LRCs from N-LRCs
+ERR = 0.5  # the rank reduction whose threshold separates LRCs from N-LRCs
 COSINE, OVERLAPS = "cosine", {rank: f"overlap{rank}" for rank in RANKS}
 COMPARED = (COSINE, *OVERLAPS.values())
 SAME, OTHER = "same", "other"
@@ -42,13 +42,12 @@ COLUMNS = {"steps": "step", "tokens": "tokens", "learning_rate": "learning_rate"
 
 @dataclass(frozen=True)
 class Matrix:
-    """What was recorded of one matrix; T checkpoints, k its full rank.
+    """The record of one matrix; T checkpoints, k its full rank.
 
     gradient: (T, min(k, 100)) largest singular values; gradient_energy: (T,) squared sum of all k of them.
     weight, change: (T, k) singular values of W and of W - W_0.
-    same, other: each of COMPARED -> (T, T), symmetric. In `same` the gradients of one batch at two steps are
-    compared, so its diagonal is 1; in `other` those of two batches: its diagonal, what two batches agree on at one
-    step, is the noise ceiling.
+    same, other: each of COMPARED -> (T, T), symmetric. `same` compares the gradients of one batch at two steps, so its
+    diagonal is 1; `other` those of two batches. The diagonal of `other`, two batches at one step, is the noise ceiling.
     """
 
     shape: tuple[int, int]
@@ -77,7 +76,10 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Trace:
-    """A whole trace; steps, tokens, learning_rate, held_out_loss: (T,); matrices in the model's order."""
+    """A whole trace; steps, tokens, learning_rate, held_out_loss: (T,); matrices in the model's order.
+
+    header: name of the run, fingerprint of the initial model, shapes.
+    """
 
     header: Mapping[str, Any]
     steps: Array
@@ -106,8 +108,8 @@ class Trace:
         if not lines:
             raise WeLoreError(f"{directory} holds a trace without a single checkpoint")
         try:
-            found = [load_file(directory / file_of(line["step"])) for line in lines]
-            matrices = {name: _matrix(name, (s[0], s[1]), found) for name, s in header["shapes"].items()}
+            checkpoints = [load_file(directory / file_of(line["step"])) for line in lines]
+            matrices = {name: _matrix(name, (s[0], s[1]), checkpoints) for name, s in header["shapes"].items()}
             columns = {name: np.array([line[key] for line in lines], dtype=float) for name, key in COLUMNS.items()}
         except (OSError, SafetensorError, KeyError) as error:
             raise WeLoreError(f"the trace in {directory} is broken ({error}): record it again") from error
@@ -115,23 +117,23 @@ class Trace:
 
 
 class Writer:
-    """A trace that grows by a checkpoint at a time, and goes on where a killed run stopped.
+    """A trace that grows by a checkpoint at a time, and continues an interrupted one.
 
-    directory: made if it is not there; header: what the header says, with the name of the run and the fingerprint of
-    the model that it began with. at: keep the checkpoints up to this step, None for none of them.
+    directory: made if it does not exist. header: name of the run, fingerprint of the initial model.
+    at: keep the checkpoints up to this step; None: begin anew.
     """
 
     def __init__(
         self, directory: Path, header: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]], at: int | None = None
     ) -> None:
         self.directory, self.work = directory, directory / WORK
-        header = {"format": FORMAT, **header, "shapes": {name: list(shape) for name, shape in shapes.items()}}
-        self.lines: list[dict[str, Any]] = [header]
+        first = {"format": FORMAT, **header, "shapes": {name: list(shape) for name, shape in shapes.items()}}
+        self.lines: list[dict[str, Any]] = [first]
         if at is None:
             shutil.rmtree(directory, ignore_errors=True)
         else:
             before, *lines = read_lines(directory)
-            if before != json.loads(json.dumps(header)):
+            if before != json.loads(json.dumps(first)):
                 raise WeLoreError(f"the trace in {directory} is of another run: choose another directory")
             self.lines += [line for line in lines if line["step"] <= at]
         self.work.mkdir(parents=True, exist_ok=True)
@@ -140,7 +142,7 @@ class Writer:
 
     @property
     def steps(self) -> list[int]:
-        """Of the checkpoints that are recorded."""
+        """The recorded checkpoints."""
         return [line["step"] for line in self.lines[1:]]
 
     def append(self, line: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -155,7 +157,7 @@ class Writer:
 
 
 def finish(directory: Path) -> None:
-    """Remove what only later checkpoints would have needed, and what lines that were cut off have left."""
+    """Remove the work directory, and arrays whose line was never written."""
     shutil.rmtree(directory / WORK, ignore_errors=True)
     _, *lines = read_lines(directory)
     for path in set(directory.glob("step-*.safetensors")) - {directory / file_of(line["step"]) for line in lines}:
@@ -163,20 +165,20 @@ def finish(directory: Path) -> None:
 
 
 def read_lines(directory: Path) -> list[dict[str, Any]]:
-    """Header and checkpoints of a trace; a last line that was cut off by a kill is passed over."""
+    """Header and checkpoints of a trace; an incomplete last line of an interrupted run is skipped."""
     path = directory / LINES
     if not path.is_file():
         raise WeLoreError(f"{directory} holds no trace: make one with `welore pretrain`")
-    found: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
-            found.append(json.loads(text) if text.endswith("\n") else {})
+            lines.append(json.loads(text) if text.endswith("\n") else {})
         except ValueError as error:
-            raise WeLoreError(f"{path}, line {len(found) + 1} is not JSON: record the trace again") from error
-    found = [line for line in found if line]
-    if not found or found[0].get("format") != FORMAT:
+            raise WeLoreError(f"{path}, line {len(lines) + 1} is not JSON: record the trace again") from error
+    lines = [line for line in lines if line]
+    if not lines or lines[0].get("format") != FORMAT:
         raise WeLoreError(f"{path} is no trace that this version reads ({FORMAT})")
-    return found
+    return lines
 
 
 def file_of(step: int) -> str:
@@ -184,31 +186,25 @@ def file_of(step: int) -> str:
     return f"step-{step:08d}.safetensors"
 
 
-def key(name: str, field: str, kind: str = "") -> str:
+def key(name: str, field: str, pair: str = "") -> str:
     """Name of an array in the file of a checkpoint."""
-    return f"{name}:{field}:{kind}" if kind else f"{name}:{field}"
+    return f"{name}:{field}:{pair}" if pair else f"{name}:{field}"
 
 
 def _line(content: Mapping[str, Any]) -> str:
     return json.dumps(content, allow_nan=False) + "\n"
 
 
-def _matrix(name: str, shape: tuple[int, int], found: Sequence[Mapping[str, NDArray[Any]]]) -> Matrix:
+def _matrix(name: str, shape: tuple[int, int], checkpoints: Sequence[Mapping[str, NDArray[Any]]]) -> Matrix:
     def stacked(field: str) -> Array:
-        return np.stack([arrays[key(name, field)] for arrays in found]).astype(np.float64)
+        return np.stack([arrays[key(name, field)] for arrays in checkpoints]).astype(np.float64)
 
-    def symmetric(field: str, kind: str) -> Array:
-        square = np.zeros((len(found), len(found)))
-        for i, arrays in enumerate(found):
-            square[i, : i + 1] = square[: i + 1, i] = arrays[key(name, field, kind)]
+    def symmetric(field: str, pair: str) -> Array:
+        square = np.zeros((len(checkpoints), len(checkpoints)))
+        for i, arrays in enumerate(checkpoints):
+            square[i, : i + 1] = square[: i + 1, i] = arrays[key(name, field, pair)]
         return square
 
-    return Matrix(
-        shape=shape,
-        gradient=stacked("gradient"),
-        gradient_energy=stacked("gradient_energy"),
-        weight=stacked("weight"),
-        change=stacked("change"),
-        same={field: symmetric(field, SAME) for field in COMPARED},
-        other={field: symmetric(field, OTHER) for field in COMPARED},
-    )
+    fields = {field: stacked(field) for field in ("gradient", "gradient_energy", "weight", "change")}
+    same, other = ({field: symmetric(field, pair) for field in COMPARED} for pair in (SAME, OTHER))
+    return Matrix(shape, **fields, same=same, other=other)
