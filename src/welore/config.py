@@ -478,8 +478,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.probes < LEAST_PROBES or self.probes > self.max_steps:
             raise WeLoreError(
-                f"probes is {self.probes}: give at least {LEAST_PROBES}, and no more than the {self.max_steps} steps of "
-                "the run"
+                f"probes is {self.probes}: give at least {LEAST_PROBES}, and no more than the {self.max_steps} steps "
+                "of the run"
             )
         if self.probe_items < 1 or 2 * self.probe_items > self.max_eval_samples:
             raise WeLoreError(

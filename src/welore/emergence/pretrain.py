@@ -148,7 +148,7 @@ def _begin(
     tokenizer: PreTrainedTokenizerBase
     if config.tokenizer is None:
         tokens = config.max_steps * config.batch_size * config.gradient_accumulation_steps * config.max_length
-        texts = training_texts(config.dataset, tokens * processes, context.cache_dir)
+        texts = training_texts(str(config.dataset), tokens * processes, context.cache_dir)
         tokenizer = make_tokenizer(texts, config.vocab_size)
     else:
         tokenizer = load_tokenizer(config.tokenizer, context.cache_dir)
