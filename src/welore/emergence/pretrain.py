@@ -72,8 +72,7 @@ def pretrain(
         config = dataclasses.replace(config, dataset=dataset)
     if config.dataset is None:
         raise WeLoreError("name the text to learn from by dataset: c4, wikitext2, pydoc or a file")
-    training = _training_config(config)
-    resolve_defaults(training, context.device)
+    resolve_defaults(_training_config(config), context.device)
     processes = _processes(context)
     directory = Path(output_dir)
     settings = as_record(config)
@@ -83,25 +82,9 @@ def pretrain(
         _begin(directory, config, identity, context, processes=processes.num_processes, resume=resume)
     processes.wait_for_everyone()
 
-    probes: list[Probe] = []
-
-    def probe(trainer: Any) -> Probe:
-        probes.append(_probe(trainer, directory, config, context))
-        return probes[-1]
-
-    run = directory / TRAINING
-    if resume and (run / TUNED).is_file():
-        tuned = Record.load(run / TUNED)
-    else:
-        tuned = finetune(
-            *(directory / START, run, training),
-            resume=resume and (run / RUN).is_file(),
-            label=label or config.size,
-            callbacks=[probe],
-            **dataclasses.replace(context, overwrite=False).options,
-        )
+    tuned, probe = _train(directory, config, context, resume=resume, label=label or config.size)
     processes.wait_for_everyone()
-    record = _record(directory, identity, label, tuned, probes[0] if probes else None)
+    record = _record(directory, identity, label, tuned, probe)
     if processes.is_main_process:
         finish(directory / TRACE)
         record.save(directory / PRETRAINED)
@@ -155,6 +138,28 @@ def _begin(
     model = init_model(size_of(config.size), tokenizer, config.max_length, config.seed)
     begin(directory, identity, resume=resume)
     save_model(model, tokenizer, directory / START)
+
+
+def _train(
+    directory: Path, config: PretrainConfig, context: RunContext, *, resume: bool, label: str
+) -> tuple[Record, Probe | None]:
+    """Train the model, or find it trained; the record of the training, and the probe, which has then not run."""
+    run, probes = directory / TRAINING, []
+    if resume and (run / TUNED).is_file():
+        return Record.load(run / TUNED), None
+
+    def probe(trainer: Any) -> Probe:
+        probes.append(_probe(trainer, directory, config, context))
+        return probes[-1]
+
+    record = finetune(
+        *(directory / START, run, _training_config(config)),
+        resume=resume and (run / RUN).is_file(),
+        label=label,
+        callbacks=[probe],
+        **dataclasses.replace(context, overwrite=False).options,
+    )
+    return record, probes[0]
 
 
 def _probe(trainer: Any, directory: Path, config: PretrainConfig, context: RunContext) -> Probe:

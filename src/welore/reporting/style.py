@@ -1,4 +1,4 @@
-"""What all figures share: colours, an empty figure, ticks, a legend, and the finished picture.
+"""The parts that all figures share: colours, an empty figure, ticks, a legend, and the finished picture.
 
 Colours are safe for colour-blind readers and evenly spaced in grey, so that they survive a black-and-white printer.
 """
