@@ -124,8 +124,9 @@ def distill(at: Path) -> None:
 
 
 def pretrain(at: Path) -> None:
-    how: dict[str, Any] = {"steps": 4, "probes": 4, "probe_items": 2, "batch_size": 4, "length": 32, "eval_items": 8}
-    welore.pretrain(at / "trained", "32/2/4/56", data=str(at / "text.txt"), tokenizer=str(at / "dense"), **how)
+    size: dict[str, Any] = {"size": "32/2/4/56", "tokenizer": str(at / "dense"), "batch_size": 4, "max_length": 32}
+    steps: dict[str, Any] = {"max_steps": 4, "probes": 4, "probe_items": 2, "max_eval_samples": 8}
+    welore.pretrain(at / "trained", welore.PretrainConfig(**size, **steps), dataset=at / "text.txt")
 
 
 def merge(at: Path) -> None:

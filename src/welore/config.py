@@ -451,6 +451,8 @@ class PretrainConfig:
 
     size: str = option("9m", "A name (2m, 9m, ...), or hidden/layers/heads/intermediate.", panel="Model")
     dataset: Dataset | None = option(None, "A text to train on.", panel="Data")
+    dataset_split: str | None = option(None, "Split of a hub data set.", panel="Data", shown="train")
+    text_column: str = option("text", "Column or field of the text.", panel="Data")
     tokenizer: str | None = option(
         None, "Hub model or directory to take the tokenizer from.", panel="Model", shown="a BPE of the text"
     )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from welore.config import Dataset, FinetuneConfig, PretrainConfig, RunOptions, as_record
 from welore.data.packing import training_texts
+from welore.data.text import TextOptions
 from welore.emergence.claims import measured
 from welore.emergence.init_model import init_model, load_tokenizer, make_tokenizer, save_model, size_of
 from welore.emergence.probe import Probe, probed_steps
@@ -131,7 +132,7 @@ def _begin(
     tokenizer: PreTrainedTokenizerBase
     if config.tokenizer is None:
         tokens = config.max_steps * config.batch_size * config.gradient_accumulation_steps * config.max_length
-        texts = training_texts(str(config.dataset), tokens * processes, context.cache_dir)
+        texts = training_texts(config.dataset, tokens * processes, TextOptions.of(config, context))
         tokenizer = make_tokenizer(texts, config.vocab_size)
     else:
         tokenizer = load_tokenizer(config.tokenizer, context.cache_dir)
