@@ -33,8 +33,12 @@ if TYPE_CHECKING:
     from welore.calibration.statistics import Statistics
     from welore.cli.demo import demo
     from welore.compression.analysis import analyze
+    from welore.compression.estimate import Estimate, estimate
+    from welore.compression.export import export
+    from welore.compression.info import CheckpointInfo, info
     from welore.compression.merge import merge
     from welore.compression.pipeline import compress
+    from welore.compression.result import CompressionResult
     from welore.emergence.pretrain import pretrain
     from welore.emergence.trace import Trace
     from welore.evaluation.accuracy import score
@@ -50,7 +54,10 @@ if TYPE_CHECKING:
 __all__ = [
     "AllocationConfig",
     "CalibrationConfig",
+    "CheckpointInfo",
     "CompressionConfig",
+    "CompressionResult",
+    "Estimate",
     "EvaluationConfig",
     "FinetuneConfig",
     "LowRankLinear",
@@ -72,9 +79,12 @@ __all__ = [
     "calibrate",
     "compress",
     "demo",
+    "estimate",
     "evaluate",
     "evaluate_tasks",
+    "export",
     "finetune",
+    "info",
     "mark_trainable",
     "merge",
     "pretrain",
@@ -91,8 +101,12 @@ _LAZY = {
     "calibration.statistics": ["Statistics"],
     "cli.demo": ["demo"],
     "compression.analysis": ["analyze"],
+    "compression.estimate": ["Estimate", "estimate"],
+    "compression.export": ["export"],
+    "compression.info": ["CheckpointInfo", "info"],
     "compression.merge": ["merge"],
     "compression.pipeline": ["compress"],
+    "compression.result": ["CompressionResult"],
     "emergence.pretrain": ["pretrain"],
     "emergence.trace": ["Trace"],
     "evaluation.accuracy": ["score"],

@@ -1,0 +1,293 @@
+"""estimate: what `compress` will need, from shapes alone: sizes, and time, memory and disk of every stage.
+
+The formulas count floating-point operations. Their rate is measured on the device at hand, by a few products of
+matrices. Times are right within a factor of two or so; memory and disk are upper bounds.
+"""
+
+import dataclasses
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+import torch
+
+from welore.allocation.solver import check_reachable
+from welore.compression.analysis import grids_of
+from welore.compression.presets import PRESETS, resolve, resolve_calibration
+from welore.compression.recovery import resolve_recovery
+from welore.config import AUTO, MAX_LENGTH, NONE, SELF, CalibrationConfig, CompressionConfig, RecoveryConfig, RunOptions
+from welore.io.context import RunContext
+from welore.models.load import fastest
+from welore.models.mlp import find_mlps
+from welore.models.skeleton import decoder_blocks
+from welore.models.source import TensorSource, open_source
+from welore.models.targets import Target, in_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SIDE = 1024  # of the matrices whose product is timed
+DISK_RATE = 5e8  # bytes per second
+WRITING_BATCH, WRITING_SHARE = 32, 0.45  # windows written at once; their share of the rate of large products
+LAUNCHES = 0.9e-3  # seconds of one decoder block and token on a GPU, where launches of kernels are the limit
+# Operations of a decomposition of a k x l matrix, over k^3 and k l^2, float64; measured on one core.
+SCALED, PLAIN = (50.0, 5.2), (7.0, 2.0)
+PRUNING = 94.0, 7.0  # the same of an MLP (d, f), over d^2 f and f^3
+TRAINED = 0.9  # share of the stored parameters that lies in factors, and is trained
+EIGENPROBLEM = 0.9, 4096, 2.6  # seconds of one of this size on a GPU, and how they grow with it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: seconds, and bytes of memory (of the device that works) and of unfinished work on disk."""
+
+    name: str
+    seconds: float
+    memory_bytes: float
+    disk_bytes: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a compression will need. parameters, bytes: of the result, None if the target does not tell them.
+
+    rates: dtype -> measured operations per second of `device`, with all its cores.
+    """
+
+    model: str
+    device: str
+    target: dict[str, float]
+    dense_parameters: int
+    dense_bytes: int
+    parameters: int | None
+    bytes: int | None
+    rates: dict[str, float]
+    stages: tuple[Stage, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        target = ", ".join(f"{name} {value:g}" for name, value in self.target.items())
+        after = ""
+        if self.parameters is not None and self.bytes is not None:
+            after = f" -> {self.parameters / 1e6:,.1f} M parameters, {self.bytes / 1e6:,.1f} MB"
+        rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {dtype}" for dtype, rate in self.rates.items())
+        lines = [
+            f"{self.model}: {target}",
+            f"  {self.dense_parameters / 1e6:,.1f} M parameters, {self.dense_bytes / 1e6:,.1f} MB{after}",
+            f"  measured on {self.device}: {rates}",
+            f"  {'stage':16}{'time':>10}{'memory':>12}{'disk':>12}",
+        ]
+        for s in self.stages:
+            lines.append(f"  {s.name:16}{_time(s.seconds):>10}{_size(s.memory_bytes):>12}{_size(s.disk_bytes):>12}")
+        lines.append(f"  {'all':16}{_time(sum(s.seconds for s in self.stages)):>10}")
+        return "\n".join(lines)
+
+
+def estimate(
+    model: "str | Path | PreTrainedModel",
+    config: CompressionConfig | None = None,
+    *,
+    keep: float | None = None,
+    calibration: CalibrationConfig | None = None,
+    recovery: RecoveryConfig | Literal["auto"] | None = "auto",
+    statistics: Any = None,
+    **options: Unpack[RunOptions],
+) -> Estimate:
+    """Predict sizes, time, memory and disk of `compress` with the same arguments; reads no weights but their headers.
+
+    Args:
+        model: Hub id, directory, .gguf file or a model in memory.
+        config: Target and method.
+        keep: The target, in place of one in the config.
+        calibration: How statistics would be collected.
+        recovery: How the factors would be trained.
+        statistics: Whether there are statistics already: anything but None.
+        **options: Where it would compute (config.RunOptions).
+
+    Returns:
+        The estimate; `str` of it is a table.
+
+    Raises:
+        WeLoreError: If the settings cannot work, as `compress` does.
+    """
+    context = RunContext.create(**options)
+    config = config or CompressionConfig()
+    config = resolve(
+        config if keep is None else dataclasses.replace(config, keep=keep), has_statistics=statistics is not None
+    )
+    calibration = resolve_calibration(calibration, config)
+    with open_source(
+        model, include=config.include, exclude=config.exclude, cache_dir=context.cache_dir, revision=context.revision
+    ) as source:
+        blocks = in_blocks(source.targets, grids_of(source, bool(config.split)))
+        pruned = config.mlp_pruning not in (0, AUTO)
+        check_reachable(config, str(config.scaling), [t.shape for t in blocks], pruned=5 / 6 if pruned else 0)
+        collects = statistics is None and config.scaling != NONE
+        windows = -(-calibration.num_tokens // (calibration.max_length or MAX_LENGTH))
+        own = windows if (collects or statistics is not None) and calibration.dataset == SELF else 0
+        preset = PRESETS.get(config.preset or "")
+        training = resolve_recovery(recovery, own, context, preset=preset is not None and preset.recovery)
+        shape, rates = _ModelShape.of(source), _rates(context.device)
+        stages = _Costs(shape, blocks, config, calibration, context, rates).stages(source, collects, training)
+        dense_bytes = sum(source.info(name).bytes for name in source.names())
+        removed = None if config.keep is None else round((1 - config.keep) * shape.targeted)
+        name, target = config.target
+        return Estimate(
+            model=source.name,
+            device=str(context.device),
+            target={name: target},
+            dense_parameters=shape.parameters,
+            dense_bytes=dense_bytes,
+            parameters=None if removed is None else shape.parameters - removed,
+            bytes=None if removed is None else dense_bytes - removed * source.dtype(source.targets[0]).itemsize,
+            rates=rates,
+            stages=tuple(stages),
+        )
+
+
+@dataclass(frozen=True)
+class _ModelShape:
+    """Sizes of a decoder: parameters, those in targeted matrices, layers, hidden size, bytes of its statistics."""
+
+    parameters: int
+    targeted: int
+    layers: int
+    hidden: int
+    statistics_bytes: int
+
+    @classmethod
+    def of(cls, source: TensorSource) -> "_ModelShape":
+        groups: dict[str, list[Target]] = {}
+        for target in source.targets:
+            groups.setdefault(target.name.rpartition(".")[0], []).append(target)
+        moments = sum(target.shape[0] ** 2 for target in source.targets)
+        for group in groups.values():  # the last of a module reads an input of its own, the others share one
+            moments += sum(n**2 for n in {t.shape[1] for t in group[:-1]}) + group[-1].shape[1] ** 2
+        return cls(
+            parameters=sum(p.numel() for p in source.skeleton.parameters()),
+            targeted=sum(math.prod(target.shape) for target in source.targets),
+            layers=len(decoder_blocks(source.skeleton)[1]),
+            hidden=source.skeleton.config.get_text_config(decoder=True).hidden_size,
+            statistics_bytes=4 * moments,
+        )
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """The formulas, with everything that they rest on."""
+
+    shape: _ModelShape
+    blocks: list[Target]
+    config: CompressionConfig
+    calibration: CalibrationConfig
+    context: RunContext
+    rates: dict[str, float]
+
+    def stages(self, source: TensorSource, collects: bool, training: RecoveryConfig | None) -> list[Stage]:
+        """All stages that the settings ask for."""
+        stages = []
+        if collects and self.calibration.dataset == SELF:
+            stages.append(self._text())
+        if collects:
+            stages.append(self._statistics())
+        stages.append(self._decompositions())
+        if self.config.mlp_pruning and (collects or self.config.scaling != NONE):
+            stages.append(self._pruning(source))
+        if training is not None:
+            stages.append(self._recovery(training))
+        itemsize = source.dtype(source.targets[0]).itemsize
+        size = itemsize * (self._stored + self.shape.parameters - self.shape.targeted)
+        stages.append(Stage("writing", size / DISK_RATE, 3 * 4 * max(math.prod(t.shape) for t in self.blocks), size))
+        return stages
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.context.device.type == "cpu"
+
+    @property
+    def _stored(self) -> float:
+        return (self.config.keep if self.config.keep is not None else 1.0) * self.shape.targeted
+
+    @property
+    def _tokens(self) -> int:
+        return self.calibration.num_tokens
+
+    def _text(self) -> Stage:
+        length = self.calibration.max_length or MAX_LENGTH
+        steps = math.ceil(self._tokens / length / WRITING_BATCH) * length
+        seconds = 2 * self.shape.parameters * self._tokens / (WRITING_SHARE * self.rates["float32"])
+        seconds = seconds if self._on_cpu else max(seconds, steps * self.shape.layers * LAUNCHES)
+        return Stage("text", seconds, (4 if self._on_cpu else 2) * self.shape.parameters, 4 * self._tokens)
+
+    def _statistics(self) -> Stage:
+        s, hidden = self.shape, 4 * self._tokens * self.shape.hidden
+        operations = 6 * s.targeted * self._tokens + 0.65 * 2 * self._tokens * s.statistics_bytes / 4
+        seconds = operations / self.rates["float32"] + 4 * s.statistics_bytes / DISK_RATE
+        outside = 4 * (s.parameters - s.targeted)
+        memory = (2 * s.statistics_bytes + 4 * s.targeted) / s.layers + outside + 3 * hidden
+        return Stage("statistics", seconds, memory, (s.layers + 1) * hidden + 2 * s.statistics_bytes)
+
+    def _decompositions(self) -> Stage:
+        scaled = self.config.scaling != NONE
+        a, b = SCALED if scaled else PLAIN
+        sides = [(min(t.shape), max(t.shape)) for t in self.blocks]
+        if self._on_cpu:
+            seconds = sum(a * k**3 + b * k * long**2 for k, long in sides) / self.rates["float64"]
+        else:
+            unit, size, power = EIGENPROBLEM
+            seconds = sum((4 if scaled else 2) * unit * (k / size) ** power for k, _ in sides)
+        one = max((24 * (k * k + n * n) if scaled else 12 * k * k) + 24 * k * n for k, n in sides)
+        disk = sum(4 * k * k for k, _ in sides) * self._on_cpu + 4 * self._stored
+        return Stage("decompositions", seconds, self.context.workers * one, disk)
+
+    def _pruning(self, source: TensorSource) -> Stage:
+        a, b = PRUNING
+        shapes = [mlp.down_layer.shape for mlp in find_mlps(source.skeleton, source.targets)]
+        seconds = sum(a * d * d * f + b * f**3 for d, f in shapes) / self.rates["float64"]
+        memory = self.context.workers * 29 * max((f * f for _, f in shapes), default=0)
+        return Stage("mlp pruning", seconds, memory, sum(4 * d * f for d, f in shapes))
+
+    def _recovery(self, training: RecoveryConfig) -> Stage:
+        s, factors = self.shape, TRAINED * self._stored
+        length = self.calibration.max_length or MAX_LENGTH
+        windows = (training.num_tokens or self._tokens) // length
+        steps = max(1, (windows - max(1, windows // 10)) // training.batch_size)
+        steps = min(training.max_steps, steps) if training.dataset == SELF else steps
+        tokens = training.batch_size * length
+        operations = steps * tokens * (6 * self._stored + 2 * s.parameters)
+        rate = self.rates[str(fastest(self.context.device)["dtype"])]
+        frozen = 2 * (self._stored - factors + s.parameters - s.targeted) + 2 * s.targeted
+        activations = tokens * s.layers * 60 * s.hidden
+        return Stage("recovery", operations / rate, 18 * factors + frozen + activations, 3 * 12 * factors)
+
+
+def _rates(device: torch.device) -> dict[str, float]:
+    """dtype -> operations per second of a product of matrices on a device."""
+    rates: dict[str, float] = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        try:
+            x = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
+        except TypeError:  # MPS has no float64
+            rates[name] = 0.0
+            continue
+        float((x @ x)[0, 0])
+        started = time.perf_counter()
+        float((x @ x)[0, 0])  # the number is fetched, so the product is done
+        rates[name] = 2 * SIDE**3 / (time.perf_counter() - started)
+    return {name: rate or max(rates.values()) for name, rate in rates.items()}
+
+
+def _time(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"

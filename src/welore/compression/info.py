@@ -1,0 +1,144 @@
+"""info: how large a checkpoint is, and how it was made."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Unpack
+
+from welore.allocation.plan import Plan
+from welore.config import RunOptions
+from welore.errors import WeLoreError
+from welore.io.atomic import read_json
+from welore.io.checkpoint import PLAN, RECORD, CheckpointReader
+from welore.io.context import RunContext
+from welore.io.hub import resolve_model
+from welore.layers.block_grid import layer_of
+from welore.models.quantizer import METHOD, WeLoreConfig
+from welore.records import Record
+from welore.reporting.module_types import group_by_type
+
+
+@dataclass(frozen=True)
+class RankSummary:
+    """The low-rank matrices of one module type: how many, and their least, mean and largest rank."""
+
+    matrices: int
+    least: int
+    mean: float
+    largest: int
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint directory. What it does not say is None or empty.
+
+    format: version of the compressed format; None for a dense checkpoint. parameters, bytes: of the weights in the
+    files. target: what was asked for. rank_reduction, parameter_ratio: what was achieved. ranks: by module type.
+    made_from, settings, versions: of the compression's record.
+    """
+
+    directory: Path
+    model_type: str
+    format: int | None
+    parameters: int
+    bytes: int
+    target: dict[str, float] = field(default_factory=dict)
+    rank_reduction: float | None = None
+    parameter_ratio: float | None = None
+    ranks: dict[str, RankSummary] = field(default_factory=dict)
+    made_from: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self) | {"directory": str(self.directory)}
+
+    def __str__(self) -> str:
+        kind = "dense" if self.format is None else f"compressed by welore, format {self.format}"
+        lines = [
+            f"{self.directory}: {self.model_type}, {kind}",
+            f"  {self.parameters:,} parameters, {self.bytes / 1e6:,.1f} MB",
+        ]
+        if self.parameter_ratio is not None and self.rank_reduction is not None:
+            target = ", ".join(f"{name} {value:g}" for name, value in self.target.items())
+            lines.append(
+                f"  parameters of the targeted matrices {self.parameter_ratio:.1%}, rank reduction "
+                f"{self.rank_reduction:.1%}" + (f" (target: {target})" if target else "")
+            )
+        if self.settings:
+            method = ("preset", "strategy", "scaling", "storage", "mlp_pruning", "recovery")
+            told = {name: self.settings[name] for name in method if self.settings.get(name)}
+            lines.append("  " + ", ".join(f"{name} {_short(value)}" for name, value in told.items()))
+        lines += [
+            f"  {kind}: {r.matrices} low-rank matrices, rank {r.least} to {r.largest}, mean {r.mean:.0f}"
+            for kind, r in self.ranks.items()
+        ]
+        if self.made_from:
+            versions = ", ".join(f"{n} {self.versions[n]}" for n in ("welore", "torch") if n in self.versions)
+            lines.append(f"  made from {self.made_from} with {versions}")
+        return "\n".join(lines)
+
+
+def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo:
+    """Describe a checkpoint from its configuration, its records and the headers of its files.
+
+    Args:
+        directory: Directory of a compressed or a dense checkpoint, or a hub id.
+        **options: Where downloads lie (config.RunOptions).
+
+    Returns:
+        Sizes, target, ranks by module type, and how it was made.
+
+    Raises:
+        WeLoreError: If there is no checkpoint, or one that was quantized by something else.
+    """
+    context = RunContext.create(**options)
+    path = resolve_model(directory, cache_dir=context.cache_dir, revision=context.revision)
+    config = read_json(path / "config.json")
+    reader = CheckpointReader(path)
+    tensors = list(reader.entries.values())
+    reader.close()
+    sizes: dict[str, Any] = {
+        "directory": path,
+        "model_type": config.get("model_type", "unknown"),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors if tensor.dtype.is_floating_point),
+        "bytes": sum(tensor.bytes for tensor in tensors),
+    }
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return CheckpointInfo(format=None, **sizes)
+    if quantization.get("quant_method") != METHOD:
+        raise WeLoreError(f"{directory} is quantized by {quantization.get('quant_method')}, not compressed by welore")
+    compressed = WeLoreConfig(**quantization)
+    plan = Plan.load(path / PLAN) if (path / PLAN).is_file() else None
+    record = Record.load(path / RECORD) if (path / RECORD).is_file() else None
+    return CheckpointInfo(
+        format=compressed.version,
+        target=dict(plan.target) if plan else {},
+        rank_reduction=plan.rank_reduction if plan else None,
+        parameter_ratio=plan.parameter_ratio if plan else None,
+        ranks=_ranks(compressed),
+        made_from=record.inputs.get("model") if record else None,
+        settings=record.settings if record else {},
+        versions=record.versions if record else {},
+        **sizes,
+    )
+
+
+def _ranks(config: WeLoreConfig) -> dict[str, RankSummary]:
+    layers: dict[str, list[int]] = {}
+    for name, rank in (config.ranks or {}).items():
+        layers.setdefault(layer_of(name, config.grids), []).append(rank)
+    summary = {}
+    for kind, names in group_by_type(layers).items():
+        ranks = [rank for name in names for rank in layers[name]]
+        summary[kind] = RankSummary(len(ranks), min(ranks), sum(ranks) / len(ranks), max(ranks))
+    return summary
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return str(value.get("text", "yes")) + (" (failed)" if "failed" in value else "")
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
