@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 import welore
-from welore.config import CalibrationConfig, CompressionConfig, EvaluationConfig, ScoreConfig
+from welore.config import CalibrationConfig, CompressionConfig, EvaluationConfig, FinetuneConfig, ScoreConfig
 
-WRITTEN = 384  # tokens of self-written text
+WRITTEN: dict[str, Any] = {"num_tokens": 384, "max_length": 64}
 TRAINING: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "max_length": 48, "eval_steps": 2, "max_eval_samples": 2}
 
 
@@ -44,13 +44,12 @@ def forward(at: Path) -> None:
 
 
 def calibrate(at: Path) -> None:
-    config = CalibrationConfig(dataset={"self": 1.0}, num_tokens=WRITTEN, max_length=64, measure_losses=0.5)
-    welore.calibrate(at / "dense", config, at / "statistics")
+    welore.calibrate(at / "dense", CalibrationConfig(measure_losses=0.5, **WRITTEN), at / "statistics")
 
 
 def calibrate_whole(at: Path) -> None:
-    config = CalibrationConfig(dataset=at / "text.txt", num_tokens=WRITTEN, max_length=64, whole_model=True)
-    welore.calibrate(at / "dense", config, at / "whole")
+    config = CalibrationConfig(whole_model=True, **WRITTEN)
+    welore.calibrate(at / "dense", config, at / "whole", dataset=at / "text.txt")
 
 
 def analyze(at: Path) -> None:
@@ -61,12 +60,12 @@ def analyze(at: Path) -> None:
 
 
 def compress(at: Path) -> None:
-    result = welore.compress(at / "dense", at / "best", keep=0.8, calibration=CalibrationConfig(num_tokens=WRITTEN))
+    result = welore.compress(at / "dense", at / "best", keep=0.8, calibration=CalibrationConfig(**WRITTEN))
     assert abs(result.parameter_ratio - 0.8) < 0.03
 
 
 def compress_pruning_neurons(at: Path) -> None:
-    config, calibration = CompressionConfig(keep=0.6, mlp_pruning=0.25), CalibrationConfig(num_tokens=WRITTEN)
+    config, calibration = CompressionConfig(keep=0.6, mlp_pruning=0.25), CalibrationConfig(**WRITTEN)
     result = welore.compress(at / "dense", at / "smaller", config, calibration=calibration)
     assert abs(result.parameter_ratio - 0.6) < 0.03
 
@@ -92,35 +91,45 @@ def score(at: Path) -> None:
     welore.score(at / "factored", ScoreConfig(task="coin_flip", dataset="generated", limit=4))
 
 
-def tune(model: Path, out: Path, **settings: Any) -> welore.Record:
-    return welore.finetune(model, out, welore.FinetuneConfig(**settings))
-
-
 def finetune_lrc(at: Path) -> None:
-    record = tune(at / "factored", at / "lrc", method="lrc", dataset=at / "text.txt", **TRAINING)
+    config = FinetuneConfig(method="lrc", dataset=at / "text.txt", **TRAINING)
+    record = welore.finetune(at / "factored", at / "lrc", config)
     assert len(record.numbers["train_loss"]) > 0
 
 
 def finetune_full(at: Path) -> None:
-    tune(at / "factored", at / "full", method="full", dataset=at / "text.txt", **TRAINING)
+    config = FinetuneConfig(method="full", dataset=at / "text.txt", **TRAINING)
+    welore.finetune(at / "factored", at / "full", config)
 
 
 def finetune_lora(at: Path) -> None:
-    tune(at / "dense", at / "lora", method="lora", dataset=at / "text.txt", **TRAINING)
+    config = FinetuneConfig(method="lora", dataset=at / "text.txt", **TRAINING)
+    welore.finetune(at / "dense", at / "lora", config)
 
 
 def finetune_selective(at: Path) -> None:
-    how = TRAINING | {"selective_checkpointing": True}
-    tune(at / "factored", at / "selective", method="lrc", dataset=at / "text.txt", **how)
+    config = FinetuneConfig(dataset=at / "text.txt", selective_checkpointing=True, **TRAINING)
+    welore.finetune(at / "factored", at / "selective", config)
 
 
 def finetune_task(at: Path) -> None:
-    how = TRAINING | {"max_length": 400}
-    tune(at / "factored", at / "task", task="coin_flip", task_dataset="generated", **how)
+    config = FinetuneConfig(task="coin_flip", task_dataset="generated", **TRAINING | {"max_length": 400})
+    welore.finetune(at / "factored", at / "task", config)
 
 
 def distill(at: Path) -> None:
-    tune(at / "factored", at / "distilled", distill=at / "dense", dataset="self", **TRAINING)
+    config = FinetuneConfig(distill=at / "dense", dataset="self", **TRAINING)
+    welore.finetune(at / "factored", at / "distilled", config)
+
+
+def second_gpu(at: Path) -> None:
+    """A GPU that is named is the one that computes, in training, too."""
+    welore.calibrate(at / "dense", CalibrationConfig(**WRITTEN), at / "on_second", device="cuda:1")
+    welore.evaluate(
+        at / "factored", EvaluationConfig(max_length=64, num_windows=2), dataset=at / "text.txt", device="cuda:1"
+    )
+    config = FinetuneConfig(dataset=at / "text.txt", **TRAINING)
+    welore.finetune(at / "factored", at / "tuned_on_second", config, device="cuda:1")
 
 
 def pretrain(at: Path) -> None:
@@ -177,6 +186,7 @@ TRAINED: dict[str, Callable[[Path], None]] = {
         finetune_selective,
         finetune_task,
         distill,
+        second_gpu,
         pretrain,
         evaluate,
         score,
@@ -202,7 +212,7 @@ def main(kind: str, at: Path, names: list[str]) -> None:
     if kind == "simulated":
         import simulated_gpu
 
-        simulated_gpu.install()
+        simulated_gpu.install(2)
         ledger = simulated_gpu.ledger
     for name in names:
         if ledger is not None:

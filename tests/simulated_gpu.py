@@ -61,13 +61,17 @@ HEAVY_SIZE = 16  # the smallest side of a matrix that counts as work; smaller on
 
 @dataclasses.dataclass
 class Ledger:
-    """What the host and the GPU did, counted by the line of the package that asked for it."""
+    """What the host and the GPU did, counted by the line of the package that asked for it.
+
+    devices: calls by the device of their results.
+    """
 
     waits: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     bytes_to_host: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     bytes_to_device: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     float64: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     launches: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    devices: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     cpu_work: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def clear(self) -> None:
@@ -86,6 +90,7 @@ class Ledger:
 
 ledger = Ledger()
 _threads = threading.local()
+_current = 0  # the GPU that "cuda" means
 
 
 def _line() -> str:
@@ -184,6 +189,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten._to_copy.default:
         _count_traffic(line, args[0], target, blocking=not kwargs.get("non_blocking"))
     ledger.launches[line] += 1
+    ledger.devices[str(target)] += 1
     ledger.waits[line] += func in WAITS
     if func in PRODUCTS:
         inner_args = _autocast(inner_args)
@@ -221,7 +227,14 @@ def _requested(args: Any, kwargs: dict[str, Any], ours: Sequence[GPUTensor]) -> 
 def _full(device: Any) -> torch.device:
     """A device with its index, which a driver would know."""
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+    return torch.device("cuda", _current) if device.type == "cuda" and device.index is None else device
+
+
+def _exchange(index: int) -> int:
+    """Makes another GPU the one that "cuda" means; the one it was."""
+    global _current
+    before, _current = _current, max(index, 0)
+    return before
 
 
 def _to(args: Any, kwargs: dict[str, Any], device: torch.device | None) -> Tensor:
@@ -340,7 +353,6 @@ def _install_driver(count: int) -> None:
         "is_bf16_supported": True,
         "is_current_stream_capturing": False,
         "device_count": count,
-        "current_device": 0,
         "get_device_name": "simulated",
         "get_device_capability": (9, 0),
         "mem_get_info": (MEMORY, MEMORY),
@@ -351,13 +363,15 @@ def _install_driver(count: int) -> None:
     sizes = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
     seeds = ("manual_seed", "manual_seed_all", "set_rng_state", "set_rng_state_all")
     answers |= dict.fromkeys(sizes, 0)
-    answers |= dict.fromkeys((*seeds, "set_device", "reset_peak_memory_stats", "empty_cache", "_lazy_init"))
+    answers |= dict.fromkeys((*seeds, "reset_peak_memory_stats", "empty_cache", "_lazy_init"))
     for name, value in answers.items():
         setattr(torch.cuda, name, constant(value))
     for name in ("get_rng_state", "get_rng_state_all", "set_rng_state", "set_rng_state_all"):
         setattr(torch.cuda.random, name, constant(answers[name]))
     torch.cuda.synchronize = synchronize
-    torch._C._cuda_getDevice = constant(0)
+    torch.cuda.current_device = torch._C._cuda_getDevice = lambda: _current
+    torch.cuda.set_device = lambda device: _exchange(_full(device).index)
+    torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = _exchange
 
 
 def _install_conversions() -> None:
