@@ -19,10 +19,8 @@ TESTS = Path(__file__).parent
 # Verbs that do not yet compute on the GPU what they could compute there.
 ON_CPU = dict.fromkeys(
     (
-        "analyze",
         "compress",
         "compress_pruning_neurons",
-        "compress_as_the_paper",
         "compress_in_memory",
         "merge",
     ),
