@@ -1,4 +1,4 @@
-"""Statistics: what the inputs and the output gradients of every targeted matrix are like, over a text.
+"""Text -> statistics of the inputs and output gradients of every targeted matrix, and the norms made of them.
 
-`artefact` holds what was gathered, `collection` is the verb; docs/method.md has the decisions.
+Import `collect` for the verb, `statistics` for its result, `scaling` for the norms; the rest is private.
 """

@@ -28,6 +28,7 @@ from welore.models.targets import Target, in_blocks
 from welore.records import Identity, Record
 
 GENERATED = "written"  # the tensor of the token ids that the model generated
+JSON_FIELDS = ("shapes", "counts", "shared", "include", "exclude", "measured", "grids")  # as the file names them
 FORMAT = "welore.calibration/2"  # 1 had losses along other directions (scaling.DAMPING_OUTPUTS was 0.01)
 
 
@@ -81,24 +82,24 @@ class Selection:
     indices: Tensor
     weights: Tensor | None = None
 
-    def apply(self, statistic: Tensor) -> Tensor:
-        """The part of a vector (n,) or of a matrix of second moments (n, n)."""
-        part = statistic[self.indices]
-        if part.ndim == 2:
-            part = part[:, self.indices]
-        return part if self.weights is None else (part * self.weights[:, None] * self.weights).to(part.dtype)
 
-
+@dataclass(frozen=True)
 class OverlayStore:
     """Another store, of which some tensors are reduced to a selection of their rows and columns."""
 
-    def __init__(self, base: StatisticsStore, selections: Mapping[str, Selection]) -> None:
-        self.base, self.selections = base, selections
+    base: StatisticsStore
+    selections: Mapping[str, Selection]
 
     def get(self, name: str) -> Tensor:
         """One tensor, reduced if it has a selection."""
-        tensor = self.base.get(name)
-        return self.selections[name].apply(tensor) if name in self.selections else tensor
+        tensor, selection = self.base.get(name), self.selections.get(name)
+        if selection is None:
+            return tensor
+        part = tensor[selection.indices]
+        if part.ndim == 2:
+            part = part[:, selection.indices]
+        weights = selection.weights
+        return part if weights is None else (part * weights[:, None] * weights).to(part.dtype)
 
 
 # --- the statistics -------------------------------------------------------------------------------------------------
@@ -131,18 +132,15 @@ class Statistics:
 
     def inputs(self, name: str) -> Tensor | None:
         """A (n, n), symmetric; zeros if no token reached the matrix, None if the statistics do not have it."""
-        n = self.shapes[name][1] if name in self.shapes else 0
-        return self._statistic(name, self.shared.get(name), "inputs", (n, n))
+        return self._statistic(name, self.shared.get(name), "inputs")
 
     def magnitudes(self, name: str) -> Tensor | None:
         """E[|x_j|] (n,); zeros if no token reached the matrix, None if the statistics do not have it."""
-        n = self.shapes[name][1] if name in self.shapes else 0
-        return self._statistic(name, self.shared.get(name), "magnitudes", (n,))
+        return self._statistic(name, self.shared.get(name), "magnitudes")
 
     def outputs(self, name: str) -> Tensor | None:
         """G (m, m), symmetric; zeros if no token reached the matrix, None if the statistics do not have it."""
-        m = self.shapes[name][0] if name in self.shapes else 0
-        return self._statistic(name, name if name in self.shared else None, "outputs", (m, m))
+        return self._statistic(name, name if name in self.shared else None, "outputs")
 
     def losses(self, name: str) -> Tensor | None:
         """The measured loss of removing each component, (k,), in the order of the values scaled by K-FAC.
@@ -169,10 +167,12 @@ class Statistics:
             grids={},
         )
 
-    def _statistic(self, name: str, owner: str | None, kind: str, shape: tuple[int, ...]) -> Tensor | None:
+    def _statistic(self, name: str, owner: str | None, kind: str) -> Tensor | None:
         if name not in self.shapes:
             return None
-        return torch.zeros(shape) if owner is None else self.store.get(f"{owner}.{kind}")
+        m, n = self.shapes[name]
+        zeros = {"inputs": (n, n), "magnitudes": (n,), "outputs": (m, m)}[kind]
+        return torch.zeros(zeros) if owner is None else self.store.get(f"{owner}.{kind}")
 
     def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of every tensor of the file."""
@@ -195,20 +195,11 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write everything to `path`, whole or not at all, one tensor in memory at a time."""
-        metadata = {
-            "format": FORMAT,
-            "model": self.model.name,
-            "fingerprint": self.model.fingerprint,
-            "shapes": json.dumps({name: list(shape) for name, shape in self.shapes.items()}),
-            "counts": json.dumps(dict(self.counts)),
-            "shared": json.dumps(dict(self.shared)),
-            "include": json.dumps(self.include),
-            "exclude": json.dumps(self.exclude),
-            "measured": json.dumps(self.measured),
-            "grids": json.dumps(dict(self.grids)),
-            GENERATED: json.dumps(self.generated),
-            "record": json.dumps(dataclasses.asdict(self.record), allow_nan=False),
-        }
+        fields: dict[str, Any] = {name: getattr(self, name) for name in JSON_FIELDS}
+        fields |= {GENERATED: self.generated, "record": dataclasses.asdict(self.record)}
+        metadata = {"format": FORMAT, "model": self.model.name, "fingerprint": self.model.fingerprint}
+        for name, value in fields.items():
+            metadata[name] = json.dumps(dict(value) if isinstance(value, Mapping) else value, allow_nan=False)
         layout = self.layout()
         with atomic_write(path) as partial, TensorWriter(partial, layout, metadata) as writer:
             for name in layout:
@@ -236,15 +227,14 @@ class Statistics:
 
 def _fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The fields of Statistics in the metadata of a file."""
+    values = {name: json.loads(text) for name, text in metadata.items() if name in (*JSON_FIELDS, GENERATED, "record")}
     return {
         "model": Identity(metadata["model"], metadata["fingerprint"]),
-        "shapes": {name: (s[0], s[1]) for name, s in json.loads(metadata["shapes"]).items()},
-        "counts": json.loads(metadata["counts"]),
-        "shared": json.loads(metadata["shared"]),
-        "record": Record(**json.loads(metadata["record"])),
-        "include": tuple(json.loads(metadata["include"])),
-        "exclude": tuple(json.loads(metadata["exclude"])),
-        "measured": json.loads(metadata.get("measured", "0")),
-        "grids": read_grids(json.loads(metadata.get("grids", "{}"))),
-        "generated": tuple(json.loads(metadata.get(GENERATED, "null")) or ()) or None,
+        "shapes": {name: (m, n) for name, (m, n) in values["shapes"].items()},
+        "record": Record(**values["record"]),
+        "generated": tuple(values.get(GENERATED) or ()) or None,
+        "measured": values.get("measured", 0),
+        "grids": read_grids(values.get("grids", {})),
+        **{name: values[name] for name in ("counts", "shared")},
+        **{name: tuple(values[name]) for name in ("include", "exclude")},
     }

@@ -82,7 +82,7 @@ def draw(
     length: int,
     *,
     seed: int,
-    options: TextOptions = TextOptions(),  # noqa: B008 - frozen
+    options: TextOptions = TextOptions(),
 ) -> tuple[dict[str, int], list[Source]]:
     """Windows that every text of a data set gets by its weight, and those that are drawn; the model writes "self".
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,11 +31,7 @@ class Blocks(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Blocks": ...
-    def __getitem__(self, index: int | slice) -> "Example | Blocks":
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return Blocks(self.tokens[index])
         ids = self.tokens[index].long()
@@ -63,7 +59,7 @@ def blocks_of_text(
     *,
     tokens: int,
     eval_items: int,
-    options: TextOptions = TextOptions(),  # noqa: B008 - frozen
+    options: TextOptions = TextOptions(),
 ) -> DatasetSplit:
     """A text as blocks of exactly `length` tokens, documents one after the other, no padding.
 
@@ -90,7 +86,7 @@ def blocks_of_text(
     return DatasetSplit(Blocks(train), Blocks(held_out[:eval_items]), split, counts, sha.hexdigest())
 
 
-def training_texts(dataset: Any, tokens: int, options: TextOptions = TextOptions()) -> list[str]:  # noqa: B008 - frozen
+def training_texts(dataset: Any, tokens: int, options: TextOptions = TextOptions()) -> list[str]:
     """The training part of `blocks_of_text` as text: that of the data set, or all but the first tenth."""
     source = open_text(dataset, options)
     documents = source.training(tokens)

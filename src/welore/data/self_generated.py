@@ -28,7 +28,7 @@ MARK = "\N{SNOWMAN}"  # stands for the user's words while a chat template is tak
 def generate_text(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    config: CalibrationConfig = CalibrationConfig(),  # noqa: B008 - frozen
+    config: CalibrationConfig = CalibrationConfig(),
     *,
     batch_size: int = 32,
     progress: Progress = silent,

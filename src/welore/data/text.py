@@ -14,9 +14,10 @@ from welore.io.context import RunContext
 C4_DOCUMENTS = 1100  # of the first validation file, as GPTQ and its successors take them
 TOKENS_PER_DOCUMENT = 300  # of C4, cautiously: it has about 480
 COLUMN = "text"
+STREAMED = 1 << 62  # rows at most: as many as are read
 FILES = (".txt", ".jsonl", ".parquet")
 PARAGRAPH = "\n\n"
-HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?")
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")  # repository, configuration
 
 Documents = Iterable[str]
 
@@ -61,15 +62,13 @@ def open_text(dataset: Any, options: TextOptions = TextOptions()) -> TextSource:
         return _given_documents(dataset, options)
     name, path = str(dataset), Path(dataset).expanduser()
     if path.suffix in FILES:
-        return _one_text(name, lambda: _file_text(path, options.column))
+        return _one_document(name, lambda: _file_text(path, options.column))
     if path.exists():
         raise WeLoreError(f"{name} is not one of the file kinds {', '.join(FILES)}")
-    if name in (SELF, NONE):
+    if name in RESERVED:
         raise WeLoreError(f"{name} is no text that can be read here: name a data set or a file")
     hub = HUB_ID.fullmatch(name)
-    if hub is None:
-        return choose("data set", name, DATASETS)(options)
-    return _hub_source(name, hub["name"], hub["config"], options)
+    return choose("data set", name, DATASETS)(options) if hub is None else _hub(name, hub[1], hub[2], options)
 
 
 def read_text(dataset: Any, options: TextOptions = TextOptions()) -> str:
@@ -110,20 +109,18 @@ def _wikitext2(options: TextOptions) -> TextSource:
 def _c4(options: TextOptions) -> TextSource:
     """The first 1100 validation documents of C4 (English), joined by a space (the protocol of GPTQ)."""
 
-    def part(split: str, documents: int) -> list[str]:
+    def part(split: str, documents: int = C4_DOCUMENTS) -> list[str]:
         return list(hub_rows("allenai/c4", "en", split, documents, options.cache_dir))
-
-    def needed(tokens: int) -> int:
-        return tokens // TOKENS_PER_DOCUMENT + 1
 
     return TextSource(
         "c4",
-        evaluation=lambda: part("validation", C4_DOCUMENTS),
-        training=lambda tokens: part("train", needed(tokens)),
-        held_out=lambda: part("validation", C4_DOCUMENTS),
+        evaluation=lambda: part("validation"),
+        training=lambda tokens: part("train", tokens // TOKENS_PER_DOCUMENT + 1),
+        held_out=lambda: part("validation"),
         separator=" ",
         split=lambda tokens: (
-            f"the data set's own: first {needed(tokens)} documents of train, first {C4_DOCUMENTS} of validation"
+            f"the data set's own: first {tokens // TOKENS_PER_DOCUMENT + 1} documents of train, "
+            f"first {C4_DOCUMENTS} of validation"
         ),
     )
 
@@ -132,36 +129,27 @@ def _pydoc(options: TextOptions) -> TextSource:
     """The language reference that every Python carries: English, always there. The text varies with its version."""
     from pydoc_data.topics import topics
 
-    return _one_text("pydoc", lambda: PARAGRAPH.join(topics[name] for name in sorted(topics)))
+    return _one_document("pydoc", lambda: PARAGRAPH.join(topics[name] for name in sorted(topics)))
 
 
-# Also reserved, and not for data sets: "self", the text that the model writes, and "none".
 DATASETS: dict[str, Callable[[TextOptions], TextSource]] = {"wikitext2": _wikitext2, "c4": _c4, "pydoc": _pydoc}
+RESERVED = (SELF, NONE)  # never names of data sets: text that the model writes, and no text
 
 
 # --- the hub --------------------------------------------------------------------------------------------------------
 
 
-def _hub_source(name: str, repository: str, config: str | None, options: TextOptions) -> TextSource:
+def _hub(name: str, repository: str, config: str | None, options: TextOptions) -> TextSource:
     """Any data set of the hub, streamed as far as it is read; the first tenth of what is trained on is held out."""
 
-    def rows(default: str) -> Iterator[str]:
-        split = options.split or default
-        return hub_rows(repository, config, split, STREAMED, options.cache_dir, options.column)
+    def rows(split: str) -> Iterator[str]:
+        return hub_rows(repository, config, options.split or split, STREAMED, options.cache_dir, options.column)
 
     return TextSource(name, evaluation=lambda: rows("test"), training=lambda tokens: rows("train"))
 
 
-STREAMED = -1  # a limit for hub_rows: every row, but none before it is wanted
-
-
 def hub_rows(
-    name: str,
-    config: str | None,
-    split: str,
-    limit: int | None,
-    cache_dir: str | Path | None,
-    column: str = COLUMN,
+    name: str, config: str | None, split: str, limit: int | None, cache_dir: str | Path | None, column: str = COLUMN
 ) -> Iterator[str]:
     """The texts of a split of a hub data set: the first `limit` (streamed), or all (None: stored in the cache)."""
     from datasets import load_dataset
@@ -169,11 +157,9 @@ def hub_rows(
     try:
         if limit is None:
             cache = None if cache_dir is None else str(cache_dir)
-            rows = load_dataset(name, config, split=split, cache_dir=cache)
+            yield from texts(load_dataset(name, config, split=split, cache_dir=cache), name, column)
         else:
-            rows = load_dataset(name, config, split=split, streaming=True)
-            rows = rows if limit == STREAMED else rows.take(limit)
-        yield from texts(rows, name, column)
+            yield from texts(load_dataset(name, config, split=split, streaming=True).take(limit), name, column)
     except WeLoreError:
         raise
     except (OSError, ValueError) as error:
@@ -183,36 +169,32 @@ def hub_rows(
         ) from error
 
 
-# --- local files, and what the caller holds -------------------------------------------------------------------------
+# --- local files, and documents in memory ---------------------------------------------------------------------------
 
 
-def _one_text(name: str, read: Callable[[], str]) -> TextSource:
-    """A text that is one document."""
-
-    def documents() -> list[str]:
+def _one_document(name: str, read: Callable[[], str]) -> TextSource:
+    def documents(tokens: int = 0) -> list[str]:
         text = read()
         if not text.strip():
             raise WeLoreError(f"{name} holds no text")
         return [text]
 
-    return TextSource(name, evaluation=documents, training=lambda tokens: documents())
+    return TextSource(name, documents, documents)
 
 
 def _given_documents(dataset: Any, options: TextOptions) -> TextSource:
     """A list of strings, or a datasets.Dataset (or any iterable of records) with a column of text."""
     name = dataset_name(dataset)
-    if isinstance(dataset, Sequence) and all(isinstance(text, str) for text in dataset):
-        return TextSource(name, evaluation=lambda: dataset, training=lambda tokens: dataset)
     if not isinstance(dataset, Iterable) or isinstance(dataset, Mapping):
-        raise WeLoreError(
-            "a dataset is a name, a hub id, a file, a list of strings or a datasets.Dataset, not "
-            f"{type(dataset).__name__}"
-        )
-    return TextSource(
-        name,
-        evaluation=lambda: texts(dataset, name, options.column),
-        training=lambda tokens: texts(dataset, name, options.column),
-    )
+        kinds = "a name, a hub id, a file, a list of strings or a datasets.Dataset"
+        raise WeLoreError(f"a dataset is {kinds}, not {type(dataset).__name__}")
+
+    def documents(tokens: int = 0) -> Documents:
+        if isinstance(dataset, Sequence) and all(isinstance(text, str) for text in dataset):
+            return dataset
+        return texts(dataset, name, options.column)
+
+    return TextSource(name, documents, documents)
 
 
 def texts(records: Iterable[Any], name: str | Path, column: str = COLUMN) -> Iterator[str]:
