@@ -5,12 +5,14 @@ docstrings to mkdocstrings. Neither imports torch.
 """
 
 import ast
+import dataclasses
 import inspect
 import json
 import re
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import typer.main
 from mkdocs.config.defaults import MkDocsConfig
@@ -18,14 +20,10 @@ from mkdocs.structure.files import File, Files
 
 import welore
 import welore.cli.main
+import welore.config
 
 ROOT = Path(__file__).resolve().parents[1]
 REPOSITORY = "https://github.com/welore/welore/blob/main/"
-GROUPS = {  # heading of the API reference -> how its names are recognised
-    "Functions": lambda name: name[0].islower(),
-    "Settings": lambda name: name.endswith(("Config", "Options")) and name != "WeLoreConfig",
-    "Results and classes": lambda name: True,
-}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -97,6 +95,8 @@ def _values(parameter: Any) -> str:
     """What an option takes: choices, or the name of its type."""
     if getattr(parameter, "is_flag", False):
         return ""
+    if parameter.metavar:
+        return str(parameter.metavar).replace("|", " or ")
     descriptor = getattr(parameter, "type_descriptor", None)
     kind = descriptor.annotation if descriptor is not None else parameter.type
     choices = getattr(getattr(parameter, "type", None), "choices", None)
@@ -120,24 +120,65 @@ def _cell(text: str) -> str:
 
 
 def api() -> str:
-    """One mkdocstrings entry for every public name."""
+    """Functions and classes by mkdocstrings, settings classes as tables of their fields."""
+    modules = public_names()
+    settings = [name for name in modules if name.endswith("Config") and name != "WeLoreConfig"]
+    functions = [name for name in modules if name[0].islower()]
+    classes = [name for name in modules if name not in (*settings, *functions)]
     lines = [
         "# Python",
         "",
         "Import these names from `welore`. Importing `welore` loads neither torch nor transformers; they are loaded",
-        "when a function is first used. Every verb takes the fields of `RunOptions` as keyword arguments.",
+        "when a function is first used.",
+        "",
+        "## Functions",
+        "",
+        *(f"::: {modules[name]}.{name}\n" for name in functions),
+        "## Options of every function",
+        "",
+        "Functions that work on a model take these keyword arguments. In Python only, `progress` may be a function,",
+        "`tokenizer` is that of a model in memory, and `processes` are those that share the work.",
+        "",
+        *_fields(welore.config.RunConfig),
+        "",
+        "## Settings",
+        "",
+        "Frozen dataclasses. The command line has an option for every field. A default in italics depends on others.",
         "",
     ]
-    modules = public_names()
-    left = dict(modules)
-    for heading, belongs in GROUPS.items():
-        names = [name for name in left if belongs(name)]
-        if names:
-            lines += [f"## {heading}", ""]
-            for name in names:
-                lines += [f"::: {modules[name]}.{name}", ""]
-                del left[name]
+    for name in settings:
+        kind = getattr(welore, name)
+        lines += [f"### {name}", "", inspect.cleandoc(kind.__doc__ or ""), "", *_fields(kind), ""]
+    lines += ["## Classes", "", *(f"::: {modules[name]}.{name}\n" for name in classes)]
     return "\n".join(lines)
+
+
+def _fields(kind: Any) -> list[str]:
+    """A table of the fields of a settings class: name, type, default and help text."""
+    lines = ["| field | type | default | |", "|---|---|---|---|"]
+    for field in dataclasses.fields(kind):
+        if "shown" in field.metadata:
+            default = f"*{field.metadata['shown']}*"
+        elif field.default is dataclasses.MISSING:
+            default = ""
+        else:
+            default = f"`{field.default!r}`"
+        text = _cell(str(field.metadata.get("help", "")))
+        lines.append(f"| `{field.name}` | {_cell(_type(field))} | {_cell(default)} | {text} |")
+    return lines
+
+
+def _type(field: "dataclasses.Field[Any]") -> str:
+    """The type of a field in words: choices, "dataset", or the names of its types without None."""
+    if field.name == "dataset":
+        return "dataset"
+    names: list[str] = []
+    for part in get_args(field.type) if get_origin(field.type) in (Union, UnionType) else (field.type,):
+        if get_origin(part) is Literal:
+            names += [repr(choice) for choice in get_args(part)]
+        elif part is not type(None):
+            names.append(getattr(part, "__name__", str(part)))
+    return ", ".join(names)
 
 
 def public_names() -> dict[str, str]:
@@ -145,7 +186,6 @@ def public_names() -> dict[str, str]:
     tree = ast.parse((ROOT / "src" / "welore" / "__init__.py").read_text(encoding="utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
     modules = {alias.name: node.module for node in imports for alias in node.names}
-    modules |= getattr(welore, "_PUBLIC", {})
     return {name: modules[name] for name in welore.__all__}
 
 
