@@ -98,6 +98,25 @@ def test_a_model_in_memory_is_trained_in_place_as_one_on_disk(small: Path, text:
         finetuned(model, tmp_path / "no", dataset=text, **SHORT)
 
 
+def test_a_text_may_be_strings_a_dataset_or_windows(small: Path, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    documents = [f"The number after {n} is {n + 1}." for n in range(300)]
+    given = [documents, Dataset.from_dict({"text": documents})]
+    losses = [
+        finetuned(small, tmp_path / str(i), dataset=dataset, **SHORT).numbers["train_loss"]
+        for i, dataset in enumerate(given)
+    ]
+    assert losses[0] == losses[1]
+    windows = torch.randint(2, 90, (20, 48), generator=torch.Generator().manual_seed(0))
+    config = FinetuneConfig(**SHORT)
+    record = welore.finetune(small, tmp_path / "windows", config, dataset=windows, device="cpu")
+    assert record.numbers["train_blocks"] == 18
+    assert record.settings["dataset"] == "Tensor"
+    with pytest.raises(WeLoreError, match="windows of 40 tokens: give that as max_length"):
+        welore.finetune(small, tmp_path / "no", config, dataset=windows[:, :40], device="cpu")
+
+
 def test_callbacks_are_those_of_transformers_or_made_for_the_trainer(small: Path, text: str, tmp_path: Path) -> None:
     class Steps(TrainerCallback):
         def __init__(self, losses: Any = None) -> None:

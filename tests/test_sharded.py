@@ -24,13 +24,14 @@ import json, sys
 from accelerate.utils import DistributedType
 from welore.config import FinetuneConfig
 from welore.training import finetune as finetuning
+from welore.training import preparation
 
-usual = finetuning.training_arguments
+usual = preparation.training_arguments
 def arguments(*given, **more):
     made = usual(*given, **more)
     made.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     return made
-finetuning.training_arguments = arguments
+preparation.training_arguments = arguments
 finetuning.check_launch = lambda *given: None
 gathered = finetuning.gathered
 def told(model):

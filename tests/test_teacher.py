@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import build, compress
 from toys import characters, checkpoint
+from welore.config import FinetuneConfig
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.progress import silent
@@ -52,14 +53,18 @@ def test_another_vocabulary_is_refused(tokenizer: PreTrainedTokenizerFast) -> No
 
 def test_a_teacher_is_loaded_frozen_and_a_model_may_not_be_its_own(tmp_path: Path) -> None:
     dense, small = checkpoint(tmp_path / "dense", None), checkpoint(tmp_path / "small")
+
+    def alone(teacher: Path) -> FinetuneConfig:
+        return FinetuneConfig(distill=teacher, distill_weight=1.0)
+
     student, tokenizer = load(small, "auto", "cpu")
     context = RunContext.create(device="cpu")
-    teacher = load_teacher(dense, student, tokenizer, small, True, None, context)
+    teacher = load_teacher(alone(dense), student, tokenizer, small, context)
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     with pytest.raises(WeLoreError, match="is its own teacher"):
-        load_teacher(small, student, tokenizer, small, True, None, context)
-    load_teacher(small, student, tokenizer, small, False, None, context)  # beside the text: a bound on what may change
+        load_teacher(alone(small), student, tokenizer, small, context)
+    load_teacher(FinetuneConfig(distill=small, distill_weight=0.5), student, tokenizer, small, context)
 
 
 def test_the_teacher_writes_whole_windows_from_a_seed() -> None:

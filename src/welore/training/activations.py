@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from welore.errors import WeLoreError
-from welore.io.parallel import MMAP_THRESHOLD, set_glibc
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,10 +18,10 @@ ATTENTION = "scaled_dot_product"  # in the names of torch's attention kernels
 def keep_wide_products(model: "PreTrainedModel") -> None:
     """Make every decoder block keep attention and wide matrix products, and compute everything else again.
 
-    Wide: sums over at least as many numbers as the model has hidden features. Those cost most to repeat for each
-    number they would save. What is repeated is the element-wise work (norms, activations, rotations), for which many
-    large copies are otherwise kept, and of a low-rank matrix A (B x) the cheap half: B x is kept, A times it is
-    repeated. Losses and gradients are the same numbers. Raises WeLoreError for a model without checkpointing.
+    A product is wide if it sums over at least as many numbers as the model has hidden features: those cost most to
+    repeat for each number that they would save. Element-wise work is repeated (norms, activations, rotations), and of
+    a low-rank matrix A (B x) the cheap half: B x is kept, A times it is repeated. Losses and gradients are the same
+    numbers. Raises WeLoreError for a model without checkpointing.
     """
     anything: Any = model
     if not anything.supports_gradient_checkpointing:
@@ -32,15 +31,6 @@ def keep_wide_products(model: "PreTrainedModel") -> None:
     # renamed between the oldest and the newest transformers that are supported
     enable = getattr(model, "activation_checkpointing_enable", None) or anything.gradient_checkpointing_enable
     enable({"use_reentrant": False, "context_fn": partial(create_selective_checkpoint_contexts, keep)})
-
-
-def return_large_blocks() -> None:
-    """Make glibc give freed blocks of a megabyte or more back at once, for the whole process; no effect elsewhere.
-
-    Checkpointing frees most activations soon, but between those that stay glibc's heap keeps the room: SmolLM2 at
-    4 x 256 tokens, 0.5 of 2.0 GB. The price is time, as every new block is new memory to the system.
-    """
-    set_glibc({MMAP_THRESHOLD: 1 << 20})
 
 
 def _policy(width: int, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from welore.data.packing import HELD_OUT, DatasetSplit, Example, digest_of_texts
 from welore.errors import WeLoreError, choose
@@ -73,22 +74,15 @@ def _encoded(item: Item, tokenizer: "PreTrainedTokenizerBase", loss_on_prompt: b
 
 def collate(sequences: Sequence[Example], pad: int = 0) -> Batch:
     """One batch; sequences of different length are padded on the right to the longest of them."""
-    longest = max(len(sequence["input_ids"]) for sequence in sequences)
-    padding = [longest - len(sequence["input_ids"]) for sequence in sequences]
-    if not any(padding):
-        return {name: torch.stack([s[name] for s in sequences]) for name in ("input_ids", "labels")}
 
-    def padded(name: str, fill: int) -> Tensor:
-        return torch.stack(
-            [torch.nn.functional.pad(s[name], (0, n), value=fill) for s, n in zip(sequences, padding, strict=True)]
-        )
+    def padded(tensors: list[Tensor], fill: int) -> Tensor:
+        return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
-    masks = [torch.arange(longest) < longest - n for n in padding]
-    return {
-        "input_ids": padded("input_ids", pad),
-        "labels": padded("labels", IGNORED),
-        "attention_mask": torch.stack(masks).long(),
-    }
+    ids = [sequence["input_ids"] for sequence in sequences]
+    batch = {"input_ids": padded(ids, pad), "labels": padded([s["labels"] for s in sequences], IGNORED)}
+    if len({len(row) for row in ids}) > 1:
+        batch["attention_mask"] = padded([torch.ones_like(row) for row in ids], 0)
+    return batch
 
 
 def shuffled(sequences: Sequence[Any], count: int, seed: int) -> list[Any]:

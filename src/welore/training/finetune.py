@@ -15,25 +15,19 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from welore.allocation.plan import Plan
 from welore.config import Dataset, FinetuneConfig, RunOptions, as_record
-from welore.data.windows import write_windows
 from welore.io.context import RunContext
 from welore.io.progress import silent
-from welore.models.load import compression_of, warn_if_slow
+from welore.models.load import warn_if_slow
 from welore.models.replace import sizes
 from welore.records import Record
-from welore.training.arguments import check_launch, resolve_defaults, sequences_read, training_arguments
+from welore.training.arguments import check_launch, resolve_defaults, sequences_read
 from welore.training.data import collate, shuffled
 from welore.training.methods import known_warnings, state_classes
 from welore.training.objective import Objective
 from welore.training.preparation import Prepared, cast, prepare
 from welore.training.run_dir import (
-    CHECKPOINTS,
     TUNED,
-    WRITTEN,
-    begin,
-    check_out,
     gathered,
-    last_checkpoint,
     save_result,
 )
 from welore.training.teacher import share_frozen
@@ -44,7 +38,6 @@ if TYPE_CHECKING:
 
 # transformers' callbacks, or functions that make one for the Trainer
 Callbacks = Sequence[TrainerCallback | Callable[[FinetuneTrainer], TrainerCallback]]
-NOT_IDENTITY = ("save_steps", "report_to")  # settings that a resumed run may change
 
 
 def finetune(
@@ -87,79 +80,51 @@ def finetune(
     """
     context = RunContext.create(**options)
     config = config or FinetuneConfig()
-    config = resolve_defaults(
-        config if dataset is None else dataclasses.replace(config, dataset=dataset), context.device
-    )
+    config = config if dataset is None else dataclasses.replace(config, dataset=dataset)
+    config = resolve_defaults(config, context.device)
     check_launch(os.environ, config.method, context.device.type, config.distill)
     warn_if_slow(getattr(torch, config.dtype), context.device)
-    out = Path(output_dir)
-    last = last_checkpoint(out) if resume else None
-    args = training_arguments(config, out / CHECKPOINTS, context.device, evaluate_first=last is None)
-    leads = args.process_index == 0
-    if leads:
-        check_out(out, resume=resume, overwrite=context.overwrite)
-    else:
-        context = dataclasses.replace(context, progress=silent)
-    prepared = prepare(model, config, plan, args, out, context, resume=resume)
-    if leads:
-        begin(out, _identity(prepared, config, args.world_size), resume=resume)
-        if prepared.written is not None:
-            write_windows(out / WRITTEN, prepared.written)
+    run = prepare(model, config, plan, Path(output_dir), context, resume=resume)
     started = time.perf_counter()
-    numbers = _train(prepared, config, args, last, callbacks, context)
-    tuned = prepared.marked.merged()
+    numbers = _train(run, config, callbacks, context)
+    tuned = run.marked.merged()
     tuned.to(getattr(torch, config.save_dtype or config.dtype))
     state = gathered(tuned)
-    if leads:
-        save_result(out, tuned, state, prepared.tokenizer, prepared.directory)
-    numbers |= {"seconds": time.perf_counter() - started, "resumed_at": _step_of(last)} | sizes(tuned)
-    inputs = prepared.inputs | {"label": label, "split": prepared.data.split}
-    inputs["compression"] = None if prepared.directory is None else compression_of(prepared.directory)
-    record = Record("finetune", inputs, as_record(config) | {"processes": args.world_size}, numbers)
-    if leads:
-        record.save(out / TUNED)
-    args.distributed_state.wait_for_everyone()
+    if run.leads:
+        save_result(Path(output_dir), tuned, state, run.tokenizer, run.directory)
+    numbers |= {"seconds": time.perf_counter() - started, "resumed_at": run.resumed_at or 0} | sizes(tuned)
+    inputs = run.inputs | {"label": label, "split": run.data.split}
+    record = Record("finetune", inputs, as_record(config) | {"processes": run.arguments.world_size}, numbers)
+    if run.leads:
+        record.save(Path(output_dir) / TUNED)
+    run.arguments.distributed_state.wait_for_everyone()
     return record
 
 
-def _identity(prepared: Prepared, config: FinetuneConfig, processes: int) -> dict[str, Any]:
-    """What a resumed run must have in common with the run that it goes on with."""
-    settings = {name: value for name, value in as_record(config).items() if name not in NOT_IDENTITY}
-    digests = {name: value for name, value in prepared.inputs.items() if name != "model"}
-    return settings | digests | {"trained_sha256": prepared.trained_sha256, "processes": processes}
-
-
-def _train(
-    prepared: Prepared,
-    config: FinetuneConfig,
-    args: TrainingArguments,
-    last: Path | None,
-    callbacks: Callbacks,
-    context: RunContext,
-) -> dict[str, Any]:
+def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context: RunContext) -> dict[str, Any]:
     """Run the Trainer; the numbers of the record."""
-    model, base, data = prepared.marked.model, prepared.marked.base, prepared.data
-    cast(model, getattr(torch, config.dtype))
-    objective = _objective(base, prepared.teacher, config, args)
-    pad = prepared.tokenizer.pad_token_id or 0
-    items = shuffled(data.train, sequences_read(config, args.world_size), config.seed)
-    of_step = len(items) // args.max_steps
+    args, base = run.arguments, run.marked.base
+    cast(run.marked.model, getattr(torch, config.dtype))
+    objective = _objective(base, run.teacher, config, args)
+    pad = run.tokenizer.pad_token_id or 0
+    items = shuffled(run.data.train, sequences_read(config, args.world_size), config.seed)
+    of_step, size = len(items) // args.max_steps, args.per_device_train_batch_size
     measure = RunCallback(
         lambda step: sum(len(item["input_ids"]) for item in items[step * of_step : (step + 1) * of_step]),
         args.max_steps,
-        context.progress,
+        context.progress if run.leads else silent,
     )
-    size = args.per_device_train_batch_size
+    held_out = run.data.evaluation
     trainer = FinetuneTrainer(
-        model=model,
+        model=run.marked.model,
         args=args,
         train_dataset=items,
-        eval_dataset=data.evaluation,
+        eval_dataset=held_out,
         data_collator=partial(collate, pad=pad),
         callbacks=[measure],
-        evaluation=[collate(data.evaluation[i : i + size], pad) for i in range(0, len(data.evaluation), size)],
+        evaluation=[collate(held_out[i : i + size], pad) for i in range(0, len(held_out), size)],
         objective=objective,
-        resumed_at=None if last is None else _step_of(last),
+        resumed_at=run.resumed_at,
     )
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
@@ -171,12 +136,12 @@ def _train(
         torch.serialization.safe_globals(state_classes(config.method)),
         _set_up(base),
     ):
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    trained_tokens = sum(map(measure.tokens, range(_step_of(last), trainer.state.global_step)))
-    numbers = _numbers(prepared, trainer) | measure.numbers() | {"tokens": trained_tokens}
+        trainer.train(resume_from_checkpoint=None if run.last is None else str(run.last))
+    tokens = sum(map(measure.tokens, range(run.resumed_at or 0, trainer.state.global_step)))
+    numbers = _numbers(run, trainer) | measure.numbers() | {"tokens": tokens}
     numbers["logits_in_pieces"] = objective is not None and objective.chunked
-    if prepared.teacher is not None:
-        numbers |= _numbers_of_teacher(prepared.teacher, base, trainer if config.eval_steps else None)
+    if run.teacher is not None:
+        numbers |= _numbers_of_teacher(run.teacher, base, trainer if config.eval_steps else None)
     return numbers
 
 
@@ -209,17 +174,17 @@ def _set_up(model: "PreTrainedModel") -> Iterator[None]:
         anything.config.use_cache, anything._keys_to_ignore_on_save = before
 
 
-def _numbers(prepared: Prepared, trainer: FinetuneTrainer) -> dict[str, Any]:
+def _numbers(run: Prepared, trainer: FinetuneTrainer) -> dict[str, Any]:
     history = trainer.state.log_history
     evaluation = [[h["step"], h["eval_loss"], h["eval_perplexity"]] for h in history if "eval_loss" in h]
     final = {"eval_loss": evaluation[-1][1], "eval_perplexity": evaluation[-1][2]} if evaluation else {}
-    parameters = list(prepared.marked.model.parameters())
+    parameters = list(run.marked.model.parameters())
     return {
-        "trains": prepared.marked.description,
+        "trains": run.marked.description,
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
         **peak_memory(trainer.args.device),
-        **prepared.data.counts,
+        **run.data.counts,
         **final,
         "train_loss": [[h["step"], h["loss"]] for h in history if "loss" in h],
         "evaluation": evaluation,
@@ -236,7 +201,3 @@ def _numbers_of_teacher(
         "teacher_parameters": sum(p.numel() for p in teacher.parameters()),
         "teacher_bytes": sum(p.numel() * p.element_size() for p in own),
     } | ({"teacher_eval_loss": evaluator.held_out_loss(teacher)} if evaluator else {})
-
-
-def _step_of(checkpoint: Path | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.name.split("-")[1])

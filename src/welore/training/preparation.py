@@ -10,23 +10,32 @@ from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
 from welore.allocation.plan import Plan
-from welore.config import SELF, FinetuneConfig
+from welore.config import SELF, FinetuneConfig, as_record
 from welore.data.mixture import seed_of
 from welore.data.packing import DatasetSplit, blocks_of_text, blocks_of_windows, blocks_to_write
 from welore.data.text import TextOptions
-from welore.data.windows import WINDOWS, read_windows
+from welore.data.windows import given_windows, is_windows, write_windows
 from welore.errors import WeLoreError, first_line
 from welore.io.atomic import require_outside
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
+from welore.io.progress import silent
 from welore.layers.low_rank import LowRankLayer, SplitLinear
-from welore.models.load import load
+from welore.models.load import compression_of, load
 from welore.models.skeleton import context_length, require_context_length
 from welore.training.activations import keep_wide_products
-from welore.training.arguments import length_of, sequences_read
+from welore.training.arguments import length_of, sequences_read, training_arguments
 from welore.training.data import questions_of_task
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable
-from welore.training.run_dir import fingerprint, read_written
+from welore.training.run_dir import (
+    CHECKPOINTS,
+    WRITTEN,
+    begin,
+    check_out,
+    fingerprint,
+    last_checkpoint,
+    read_written,
+)
 from welore.training.teacher import load_teacher, write_text
 from welore.training.trainer import FinetuneTrainer
 
@@ -34,45 +43,56 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+NOT_IDENTITY = ("save_steps", "report_to")  # settings that a resumed run may change
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """All that a run needs.
+    """A run that can begin, or go on after the checkpoint `last`.
 
-    inputs: the model's name and the digests of model, teacher and data. directory: of the model; None if it was in
-    memory. written: the text of the teacher.
+    inputs: of the record: the model's name, the settings of its compression, the digests of model, teacher and data.
+    directory: of the model; None if it was in memory.
     """
 
+    arguments: TrainingArguments
     marked: MarkedModel
     tokenizer: "PreTrainedTokenizerBase"
     data: DatasetSplit
     inputs: dict[str, Any]
     directory: Path | None
     teacher: "PreTrainedModel | None"
-    written: Tensor | None
+    last: Path | None
 
     @property
-    def trained_sha256(self) -> str:
-        """Digest of the names of what is trained, which a plan can change."""
-        names = "\n".join(name for name, p in self.marked.model.named_parameters() if p.requires_grad)
-        return hashlib.sha256(names.encode()).hexdigest()
+    def leads(self) -> bool:
+        """Whether this process writes the results."""
+        return self.arguments.process_index == 0
+
+    @property
+    def resumed_at(self) -> int | None:
+        """The step after which the run goes on; None for a new one."""
+        return None if self.last is None else int(self.last.name.split("-")[1])
 
 
 def prepare(
     source: "str | Path | PreTrainedModel",
     config: FinetuneConfig,
     plan: Plan | str | Path | None,
-    args: TrainingArguments,
     out: Path,
     context: RunContext,
     *,
     resume: bool,
 ) -> Prepared:
-    """Model, teacher and data; the method has marked what it trains and told `args` its optimiser."""
+    """Model, teacher and data in memory, what is trained marked; the directory of the run made or checked."""
+    last = last_checkpoint(out) if resume else None
+    args = training_arguments(config, out / CHECKPOINTS, context.device, evaluate_first=last is None)
+    leads = args.process_index == 0
+    if leads:
+        check_out(out, resume=resume, overwrite=context.overwrite)
     model, tokenizer, directory = _loaded(source, out, config, context)
     teacher = None
     if config.distill is not None:
-        alone = config.distill_weight == 1
-        teacher = load_teacher(config.distill, model, tokenizer, directory, alone, config.attention, context)
+        teacher = load_teacher(config, model, tokenizer, directory, context)
         require_context_length(length_of(config), context_length(teacher.config))
     own_text = isinstance(config.dataset, str) and config.dataset == SELF
     data = None if own_text else _data(config, tokenizer, args.world_size, context)
@@ -92,9 +112,22 @@ def prepare(
         if written is None:
             written = _written(teacher, tokenizer, config, args, context)
         data = blocks_of_windows(written, "the teacher's own text", eval_items=config.max_eval_samples)
+    digests["data_sha256"] = data.sha256
+    if leads:
+        begin(out, _identity(config, marked, digests, args.world_size), resume=resume)
+        if written is not None:
+            write_windows(out / WRITTEN, written)
     name = str(source) if directory else model.config.name_or_path or "model in memory"
-    inputs = {"model": name} | digests | {"data_sha256": data.sha256}
-    return Prepared(marked, tokenizer, data, inputs, directory, teacher, written)
+    inputs = {"model": name, "compression": compression_of(directory) if directory else None} | digests
+    return Prepared(args, marked, tokenizer, data, inputs, directory, teacher, last)
+
+
+def _identity(config: FinetuneConfig, marked: MarkedModel, digests: dict[str, Any], processes: int) -> dict[str, Any]:
+    """What a resumed run must have in common with the run that it goes on with."""
+    settings = {name: value for name, value in as_record(config).items() if name not in NOT_IDENTITY}
+    names = "\n".join(name for name, p in marked.model.named_parameters() if p.requires_grad)  # a plan can change them
+    trained = hashlib.sha256(names.encode()).hexdigest()
+    return settings | digests | {"trained_sha256": trained, "processes": processes}
 
 
 def _loaded(
@@ -120,12 +153,10 @@ def _written(
 ) -> Tensor:
     """The text that the teacher writes: all that the steps read and a tenth held out, or self_tokens."""
     length = length_of(config)
-    blocks = blocks_to_write(sequences_read(config, args.world_size))
-    tokens = blocks * length if config.self_tokens is None else config.self_tokens
+    tokens = config.self_tokens or blocks_to_write(sequences_read(config, args.world_size)) * length
+    progress = context.progress if args.process_index == 0 else silent
     seed = seed_of(config.seed, SELF)
-    return write_text(
-        teacher, tokenizer, args.device, tokens=tokens, length=length, seed=seed, progress=context.progress
-    )
+    return write_text(teacher, tokenizer, args.device, tokens=tokens, length=length, seed=seed, progress=progress)
 
 
 def _refuse_optimizer(model: Any, args: TrainingArguments) -> None:
@@ -154,12 +185,13 @@ def _data(
             eval_items=config.max_eval_samples,
             cache_dir=context.cache_dir,
         )
-    dataset: Any = str(config.dataset) if isinstance(config.dataset, Path) else config.dataset
-    if isinstance(dataset, str) and dataset.endswith(WINDOWS):
-        windows = read_windows(dataset, length, len(tokenizer))
-        return blocks_of_windows(windows, "a file of windows", eval_items=config.max_eval_samples)
+    if is_windows(config.dataset):
+        windows = given_windows(config.dataset, length, len(tokenizer))  # type: ignore[arg-type]
+        if windows.shape[1] != length:
+            raise WeLoreError(f"the dataset has windows of {windows.shape[1]} tokens: give that as max_length")
+        return blocks_of_windows(windows, "windows of token ids", eval_items=config.max_eval_samples)
     return blocks_of_text(
-        dataset,
+        config.dataset,
         tokenizer,
         length,
         tokens=sequences_read(config, processes) * length,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from welore.config import CalibrationConfig
+from welore.config import CalibrationConfig, FinetuneConfig
 from welore.data.self_generated import generate_text
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
@@ -20,25 +20,24 @@ if TYPE_CHECKING:
 
 
 def load_teacher(
-    name: str | Path,
+    config: FinetuneConfig,
     student: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     directory: Path | None,
-    alone: bool,
-    attention: str | None,
     context: RunContext,
 ) -> "PreTrainedModel":
-    """The model `name`, frozen, on the CPU in its own dtype; student and tokenizer: of the model in `directory`.
+    """The teacher, frozen, on the CPU in its own dtype; student and tokenizer: of the model in `directory`.
 
-    alone: nothing else is learned from. Raises WeLoreError for a teacher that cannot teach this student.
+    Raises WeLoreError for a teacher that cannot teach this student.
     """
-    source = resolve_model(name, cache_dir=context.cache_dir)
-    if alone and directory is not None and source.resolve() == directory.resolve():
+    assert config.distill is not None
+    source = resolve_model(config.distill, cache_dir=context.cache_dir)
+    if config.distill_weight == 1 and directory is not None and source.resolve() == directory.resolve():
         raise WeLoreError(
             "the model is its own teacher and has nothing to learn from itself: name the dense model that it was made "
             "from, or give a distill_weight below 1"
         )
-    teacher, teacher_tokenizer = load(source, "auto", "cpu", attention)
+    teacher, teacher_tokenizer = load(source, "auto", "cpu", config.attention)
     refuse_other_vocabulary(student, tokenizer, teacher, teacher_tokenizer)
     teacher.requires_grad_(False)
     return teacher.eval()

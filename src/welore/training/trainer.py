@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 
 from welore.errors import DivergedError
 from welore.io.progress import Progress, counted
+from welore.models.load import evaluating
 from welore.training.data import IGNORED, Batch
 from welore.training.objective import Objective
 
@@ -127,12 +128,10 @@ class RunCallback(TrainerCallback):
             )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What is open is not measured."""
+        """An open interval is not measured."""
         self.began = None
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What is open is not measured."""
-        self.began = None
+    on_save = on_evaluate
 
     def numbers(self) -> dict[str, Any]:
         """Tokens per second, of all processes, and seconds of a step, without the first steps."""
@@ -161,9 +160,7 @@ def share(batches: Sequence[Batch], process: int, processes: int) -> list[Batch]
 def _loss_of(model: Any, batches: Sequence[Batch], device: torch.device) -> tuple[float, float]:
     """Sum of -log p over the labelled tokens, and their number; float32 logits, float64 sums."""
     total, tokens = 0.0, 0
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             labels = batch["labels"].to(device)
             inputs = {name: values.to(device) for name, values in batch.items() if name != "labels"}
@@ -172,8 +169,6 @@ def _loss_of(model: Any, batches: Sequence[Batch], device: torch.device) -> tupl
                 losses = cross_entropy(scores[:-1].float(), target[1:], reduction="none", ignore_index=IGNORED)
                 total += float(losses.sum(dtype=torch.float64))
             tokens += int((labels[:, 1:] != IGNORED).sum())
-    finally:
-        model.train(training)
     return total, float(tokens)
 
 
