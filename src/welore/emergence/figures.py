@@ -27,29 +27,16 @@ from welore.emergence.claims import (
 from welore.emergence.trace import COSINE, Array, Matrix, Trace
 from welore.errors import WeLoreError
 from welore.records import Record
-from welore.reporting import figures
+from welore.reporting import figures, style
 from welore.reporting.module_types import group_by_type, module_positions
-from welore.reporting.style import (
-    BLACK,
-    GREY,
-    HATCH,
-    PALE,
-    STYLES,
-    finish_axes,
-    hatch,
-    legend,
-    log_ticks,
-    new_figure,
-    plain,
-)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TYPE_STYLES = dict(zip(TYPES, (*STYLES, ("#E69F00", "X")), strict=True))
-OTHER_STYLE = (BLACK, "o")
+TYPE_STYLES = dict(zip(TYPES, (*style.STYLES, ("#E69F00", "X")), strict=True))
+OTHER_STYLE = (style.BLACK, "o")
 TICKS = 6
 BELOW: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "fontsize": 8, "frameon": False}
 SMALLEST = 1e-12  # of the largest value of a heat map; smaller values are rounding errors
@@ -115,10 +102,10 @@ def partition(trace: Trace, *, title: str = "") -> "Figure":
     allocations = [{a.name: a for a in plan.allocations} for plan in trace.plans]
     ratio = np.array([[of_step[name].reduction_ratio for of_step in allocations] for name in names])
     lrc = np.array([[of_step[name].factored for of_step in allocations] for name in names])
-    fig = new_figure(8.0, max(3.0, 1.6 + 0.13 * len(names)), title)
+    fig = style.new_figure(8.0, max(3.0, 1.6 + 0.13 * len(names)), title)
     ax = fig.subplots()
     mesh = ax.pcolormesh(ratio, cmap="YlGnBu", vmin=0, vmax=1, rasterized=True)
-    hatch(ax, zip(*np.nonzero(~lrc), strict=True))
+    style.hatch(ax, zip(*np.nonzero(~lrc), strict=True))
     borders = np.cumsum([0, *map(len, groups.values())])
     ax.hlines(borders[1:-1], 0, len(trace.steps), color="white", linewidth=2.5, zorder=1.5)
     ax.set_yticks((borders[:-1] + borders[1:]) / 2, labels=list(groups), fontsize=8)
@@ -129,7 +116,7 @@ def partition(trace: Trace, *, title: str = "") -> "Figure":
     _step_ticks(ax.xaxis, trace)
     _colour_bar(fig, mesh, [ax], "share below the threshold of ERR 50 %")
     label = "N-LRC, the others are LRCs"
-    fig.legend(handles=[Patch(facecolor="white", edgecolor=HATCH, hatch="/////", label=label)], **BELOW)
+    fig.legend(handles=[Patch(facecolor="white", edgecolor=style.HATCH, hatch="/////", label=label)], **BELOW)
     return fig
 
 
@@ -142,7 +129,7 @@ def settled(trace: Trace, *, title: str = "") -> "Figure":
     from matplotlib.lines import Line2D
 
     groups = _by_type(trace)
-    fig = new_figure(9.0, 4.6, title)
+    fig = style.new_figure(9.0, 4.6, title)
     panels = list(fig.subplots(2, 4, sharex=True, sharey=True).flat)
     steps = np.arange(len(trace.steps)) + 0.5
     for ax, (module_type, names) in zip(panels, groups.items(), strict=False):
@@ -153,11 +140,11 @@ def settled(trace: Trace, *, title: str = "") -> "Figure":
         ceiling = np.mean([np.diag(corrected(matrix, matrix.other, SUBSPACE)) for matrix in matrices], 0)
         ax.plot(steps, np.clip(overlap, 0, 1.25), color=colour, linewidth=2)
         ax.plot(steps, same, color=colour, linewidth=0.8)
-        ax.plot(steps, ceiling, color=BLACK, linewidth=1, linestyle=":")
-        ax.axhline(SETTLED, color=GREY, linewidth=0.8)
+        ax.plot(steps, ceiling, color=style.BLACK, linewidth=1, linestyle=":")
+        ax.axhline(SETTLED, color=style.GREY, linewidth=0.8)
         ax.set_title(module_type, fontsize=9)
         ax.set(ylim=(-0.05, 1.28), xlim=(0, len(steps)))
-        finish_axes(ax, ticks=7)
+        style.finish_axes(ax, ticks=7)
         _step_ticks(ax.xaxis, trace, 4)
     for ax in panels[len(groups) :]:
         ax.set_visible(False)
@@ -171,30 +158,32 @@ def settled(trace: Trace, *, title: str = "") -> "Figure":
         "one batch": {"linewidth": 0.8},
         "noise ceiling: two batches at one step": {"linewidth": 1.4, "linestyle": ":"},
     }
-    fig.legend(handles=[Line2D([], [], color=BLACK, label=name, **line) for name, line in labels.items()], **BELOW)
+    fig.legend(
+        handles=[Line2D([], [], color=style.BLACK, label=name, **line) for name, line in labels.items()], **BELOW
+    )
     return fig
 
 
 def course(trace: Trace, *, title: str = "") -> "Figure":
     """Held-out loss, and the stable rank of the gradients by module type beside that of noise, over training."""
-    fig = new_figure(9.0, 3.4, title)
+    fig = style.new_figure(9.0, 3.4, title)
     loss, rank = fig.subplots(1, 2)
-    loss.plot(trace.steps, trace.held_out_loss, color=BLACK, marker="o", markersize=3, linewidth=1.2)
+    loss.plot(trace.steps, trace.held_out_loss, color=style.BLACK, marker="o", markersize=3, linewidth=1.2)
     x = np.arange(len(trace.steps)) + 0.5
     for module_type, names in _by_type(trace).items():
         colour, marker = TYPE_STYLES.get(module_type, OTHER_STYLE)
         values = np.median([trace.matrices[name].stable_rank for name in names], 0)
         rank.plot(x, values, color=colour, marker=marker, markersize=3, linewidth=1, label=module_type)
     warm = int(np.argmax(after_warm_up(trace)))
-    rank.axvline(warm + 0.5, color=GREY, linewidth=0.8, linestyle="--", label="end of warm-up")
+    rank.axvline(warm + 0.5, color=style.GREY, linewidth=0.8, linestyle="--", label="end of warm-up")
     noise = min(noise_stable_rank(*matrix.shape) for matrix in trace.matrices.values())
-    rank.axhline(noise, color=BLACK, linewidth=1, linestyle=":", label="noise, square matrix")
+    rank.axhline(noise, color=style.BLACK, linewidth=1, linestyle=":", label="noise, square matrix")
     rank.set(yscale="log", ylim=(0.9, None))
-    log_ticks(rank.yaxis)
+    style.log_ticks(rank.yaxis)
     _step_ticks(rank.xaxis, trace)
-    finish_axes(loss, x="step", y="held-out loss")
-    finish_axes(rank, x="step", y="stable rank of the gradient")
-    legend(fig, rank)
+    style.finish_axes(loss, x="step", y="held-out loss")
+    style.finish_axes(rank, x="step", y="stable rank of the gradient")
+    style.legend(fig, rank)
     return fig
 
 
@@ -237,7 +226,7 @@ def settling(records: Sequence[Record], *, title: str = "") -> "Figure":
     runs = [record for record in records if record.kind == "pretrain"]
     if not runs:
         raise WeLoreError("there is no record of a pre-training to draw: make one with `welore pretrain`")
-    fig = new_figure(9.0, 4.2, title)
+    fig = style.new_figure(9.0, 4.2, title)
     for ax, (column, label) in zip(fig.subplots(1, 2), RANK_AXIS.items(), strict=True):
         lines = []
         for nth, record in enumerate(runs):
@@ -247,13 +236,13 @@ def settling(records: Sequence[Record], *, title: str = "") -> "Figure":
             for module_type in dict.fromkeys(row["kind"] for row in rows):
                 colour, marker = TYPE_STYLES.get(module_type, OTHER_STYLE)
                 mine = np.array([row["kind"] == module_type for row in rows])
-                style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 5}
-                ax.plot(x[mine], y[mine], **style, alpha=0.75, label=None if nth else module_type)
-        ax.set_title(plain("rank correlation  " + "\n".join(lines)), fontsize=8, loc="left")
-        finish_axes(ax, x="reduction ratio at the end", y=label)
-        ax.grid(color=PALE)
+                dots: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 5}
+                ax.plot(x[mine], y[mine], **dots, alpha=0.75, label=None if nth else module_type)
+        ax.set_title(style.plain("rank correlation  " + "\n".join(lines)), fontsize=8, loc="left")
+        style.finish_axes(ax, x="reduction ratio at the end", y=label)
+        ax.grid(color=style.PALE)
         ax.set_axisbelow(True)
-    legend(fig, fig.axes[0])
+    style.legend(fig, fig.axes[0])
     return fig
 
 
@@ -277,7 +266,7 @@ def _by_type(trace: Trace) -> dict[str, list[str]]:
 
 
 def _panels(names: Sequence[str], title: str) -> tuple["Figure", list["Axes"]]:
-    fig = new_figure(11.0, 3.1, title)
+    fig = style.new_figure(11.0, 3.1, title)
     panels = list(fig.subplots(1, len(names), sharey=True))
     for ax, name in zip(panels, names, strict=True):
         ax.set_title(name.removeprefix("model.").replace("self_attn.", "").replace("mlp.", ""), fontsize=9)

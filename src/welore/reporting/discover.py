@@ -33,11 +33,9 @@ LOADERS: dict[str, Loader] = {
 class Section:
     """A part that another package adds to the page, by an entry point of the group `welore.report`.
 
-    Attributes:
-        build: Artefacts by path -> content for the template, and every picture in it; None if there is none.
-        template: Text of the jinja template. It reads `content`, and imports macros from "macros.html.jinja".
-        loaders: Pattern of file names -> function that reads such a file, and raises WeLoreError if it is broken.
-        kinds: Kinds of records that the section shows.
+    build: artefacts by path -> `content` for the template, and every picture in it; None if there is none. template:
+    text of a jinja template, which may import from "macros.html.jinja". loaders: pattern of file names -> function that
+    reads such a file, and raises WeLoreError if it is broken. kinds: kinds of records that the section shows.
     """
 
     build: Callable[[Mapping[Path, Any]], Content | None]

@@ -14,23 +14,9 @@ from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
 from welore.linalg.spectrum import gaussian_null, normalise
+from welore.reporting import style
 from welore.reporting.formatting import perplexity_text
 from welore.reporting.module_types import group_by_type, module_positions, summarise
-from welore.reporting.style import (
-    BLACK,
-    BLUE,
-    GREY,
-    HATCH,
-    PALE,
-    STYLES,
-    VERMILION,
-    finish_axes,
-    hatch,
-    legend,
-    log_ticks,
-    new_figure,
-    plain,
-)
 from welore.reporting.tables import DENSE, Result
 
 if TYPE_CHECKING:
@@ -52,20 +38,20 @@ def normalised_spectra(spectra: Spectra, plan: Plan | None = None, *, title: str
     types = group_by_type(spectra.values)
     columns = min(4, len(types))
     rows = math.ceil(len(types) / columns)
-    fig = new_figure(max(5.0, 2.1 * columns + 1.2), 2.0 * rows + 1.2, title)
+    fig = style.new_figure(max(5.0, 2.1 * columns + 1.2), 2.0 * rows + 1.2, title)
     panels = list(fig.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     colours = _depth_colours(fig, panels, [p.layer for p in positions.values() if p.layer is not None])
     for (module_type, names), ax in zip(types.items(), panels, strict=False):
         for name in names:
             _draw_spectrum(ax, normalise(spectra.values[name]), color=colours(positions[name].layer), linewidth=0.7)
         for m, n in sorted({spectra.shapes[name] for name in names}):
-            _draw_spectrum(ax, gaussian_null(m, n), color=BLACK, linestyle="--", linewidth=1.3, label=NULL)
+            _draw_spectrum(ax, gaussian_null(m, n), color=style.BLACK, linestyle="--", linewidth=1.3, label=NULL)
         if plan is not None and plan.strategy == "welore":
-            ax.axhline(plan.threshold, color=VERMILION, linewidth=1.3, label=f"threshold {plan.threshold:.3f}")
-        ax.set_title(plain(module_type), fontsize=9)
+            ax.axhline(plan.threshold, color=style.VERMILION, linewidth=1.3, label=f"threshold {plan.threshold:.3f}")
+        ax.set_title(style.plain(module_type), fontsize=9)
     panels[0].set(xlim=(0, 1), ylim=(0, 1.02))
     _label_outer(panels, len(types), columns)
-    legend(fig, panels[0])
+    style.legend(fig, panels[0])
     return fig
 
 
@@ -83,21 +69,21 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     cells = {name: (row[p.module_type], layers.index(p.layer)) for name, p in positions.items()}
     for a in plan.allocations:
         ratio[cells[a.name]] = a.reduction_ratio
-    names = [plain(t.module_type) for t in types]
+    names = [style.plain(t.module_type) for t in types]
     if plan.neurons:
         names.append("neurons out")
         ratio = np.vstack([ratio, _pruned_shares(plan, layers)])
 
     width = min(16.0, 3.2 + max(0.24 * len(layers), 3.0))
-    fig = new_figure(width, max(2.8, 1.6 + 0.34 * len(names)), title)
+    fig = style.new_figure(width, max(2.8, 1.6 + 0.34 * len(names)), title)
     ax = fig.subplots()
-    ax.set_facecolor(PALE)  # shows where a model has no such matrix
+    ax.set_facecolor(style.PALE)  # shows where a model has no such matrix
     mesh = _cells(ax, np.arange(len(layers) + 1.0), ratio)
     ticks = _layer_ticks(layers)
     if any(t.null is not None for t in types):
         _draw_null(ax, len(layers), [t.null for t in types])
         ticks[len(layers) + 1.5] = "Gaussian\nnull"
-    hatch(ax, [cells[a.name] for a in plan.allocations if not a.factored])
+    style.hatch(ax, [cells[a.name] for a in plan.allocations if not a.factored])
     ax.set_xticks(list(ticks), labels=list(ticks.values()), fontsize=7)
     ax.set_yticks(np.arange(len(names)) + 0.5, labels=names, fontsize=8)
     ax.invert_yaxis()
@@ -114,21 +100,21 @@ def parameters_by_module(plan: Plan, *, title: str = "") -> "Figure":
     """Parameters before and after by module type, in millions, with their ratio on top."""
     types = summarise(plan)
     x = np.arange(len(types))
-    fig = new_figure(max(5.0, 1.5 + 0.85 * len(types)), 3.4, title)
+    fig = style.new_figure(max(5.0, 1.5 + 0.85 * len(types)), 3.4, title)
     ax = fig.subplots()
     dense = [t.dense_parameters / 1e6 for t in types]
     stored = [t.stored_parameters / 1e6 for t in types]
-    ax.bar(x - 0.2, dense, 0.38, color=GREY, label="dense")
-    ax.bar(x + 0.2, stored, 0.38, color=BLUE, label="compressed")
+    ax.bar(x - 0.2, dense, 0.38, color=style.GREY, label="dense")
+    ax.bar(x + 0.2, stored, 0.38, color=style.BLUE, label="compressed")
     for i, t in enumerate(types):
         text = f"{100 * t.parameter_ratio:.0f} %"
         ax.annotate(text, (i, max(dense[i], stored[i])), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-    ax.set_xticks(x, labels=[plain(t.module_type) for t in types])
+    ax.set_xticks(x, labels=[style.plain(t.module_type) for t in types])
     if len(types) > 8:
         ax.tick_params(axis="x", rotation=90)
     ax.margins(y=0.12)
-    finish_axes(ax, y="parameters, millions")
-    legend(fig, ax)
+    style.finish_axes(ax, y="parameters, millions")
+    style.legend(fig, ax)
     return fig
 
 
@@ -145,33 +131,33 @@ def perplexities(texts: Mapping[str, Sequence[Result]], *, title: str = "") -> "
     low, high = min(finite), max(finite)
     span = max(high / low, 2.0)
     heights = [0.7 + 0.42 * len(group) for group in texts.values()]
-    fig = new_figure(9.0, 0.9 + sum(heights), title)
+    fig = style.new_figure(9.0, 0.9 + sum(heights), title)
     panels = fig.subplots(len(texts), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     # The limits come first: automatic ones overflow on the perplexity of a broken model.
     panels[0].set_xlim(low / span**0.06, min(high * span**0.16, 1e307))
     panels[0].set_xscale("log")
     strategies = sorted({r.strategy for r in results}, key=lambda s: (s != DENSE, s))
-    style = {s: STYLES[i % len(STYLES)] for i, s in enumerate(strategies)}
+    looks = {s: style.STYLES[i % len(style.STYLES)] for i, s in enumerate(strategies)}
     for (caption, group), ax in zip(texts.items(), panels, strict=True):
-        ax.set_title(plain(caption), fontsize=9, loc="left")
-        _draw_perplexities(ax, group, style)
+        ax.set_title(style.plain(caption), fontsize=9, loc="left")
+        _draw_perplexities(ax, group, looks)
     panels[-1].set_xlabel("perplexity (log scale, lower is better)", fontsize=9)
-    log_ticks(panels[-1].xaxis)
-    legend(fig, *fig.axes)
+    style.log_ticks(panels[-1].xaxis)
+    style.legend(fig, *fig.axes)
     return fig
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------
 
 
-def _draw_spectrum(ax: "Axes", s: NDArray[np.float64], **style: Any) -> None:
+def _draw_spectrum(ax: "Axes", s: NDArray[np.float64], **line: Any) -> None:
     """One normalised spectrum (k,) over the share of the full rank, at a few dozen points to keep the page small."""
     k = len(s)
     ends = np.geomspace(1, max(k, 2), 16) - 1  # spectra bend at their ends
     points = np.concatenate([ends, k - 1 - ends, np.linspace(0, k - 1, 24)])
     i = np.unique(np.clip(points.round().astype(int), 0, k - 1))
     # The middle of each value's step, so that the curve crosses the threshold at the share above it.
-    ax.plot((i + 0.5) / k, s[i], marker="." if k == 1 else None, **style)
+    ax.plot((i + 0.5) / k, s[i], marker="." if k == 1 else None, **line)
 
 
 def _depth_colours(fig: "Figure", panels: Sequence["Axes"], layers: Sequence[int]) -> Callable[[int | None], Any]:
@@ -189,7 +175,7 @@ def _depth_colours(fig: "Figure", panels: Sequence["Axes"], layers: Sequence[int
         bar.set_label("layer", fontsize=9)
         bar.ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         bar.ax.tick_params(labelsize=8)
-    return lambda layer: BLUE if layer is None else shades((layer - low) / max(high - low, 1))
+    return lambda layer: style.BLUE if layer is None else shades((layer - low) / max(high - low, 1))
 
 
 def _label_outer(panels: Sequence["Axes"], used: int, columns: int) -> None:
@@ -218,7 +204,7 @@ def _draw_null(ax: "Axes", layers: int, shares: Sequence[float | None]) -> None:
     ax.axvspan(layers, layers + 0.5, color="white", linewidth=0)
     _cells(ax, np.array([layers + 0.5, layers + 2.5]), values[:, None])
     for i, value in enumerate(values):
-        colour = "white" if value > 0.55 else BLACK
+        colour = "white" if value > 0.55 else style.BLACK
         ax.text(layers + 1.5, i + 0.5, f"{100 * value:.0f} %", ha="center", va="center", fontsize=7, color=colour)
 
 
@@ -226,9 +212,9 @@ def _heat_legend(fig: "Figure", *, holes: bool, columns: int) -> None:
     from matplotlib.patches import Patch
 
     handles = [
-        Patch(facecolor="white", edgecolor=HATCH, hatch="/////", label="N-LRC: stays dense, nothing is removed"),
-        Patch(facecolor="white", edgecolor=HATCH, label="LRC: stored as two factors of lower rank"),
-        Patch(facecolor=PALE, label="no such matrix"),
+        Patch(facecolor="white", edgecolor=style.HATCH, hatch="/////", label="N-LRC: stays dense, nothing is removed"),
+        Patch(facecolor="white", edgecolor=style.HATCH, label="LRC: stored as two factors of lower rank"),
+        Patch(facecolor=style.PALE, label="no such matrix"),
     ]
     fig.legend(
         handles=handles if holes else handles[:2], loc="outside lower center", ncols=columns, fontsize=8, frameon=False
@@ -241,9 +227,9 @@ def _layer_ticks(layers: Sequence[int | None]) -> dict[float, str]:
     return shown | {i + 0.5: "none" for i, layer in enumerate(layers) if layer is None}
 
 
-def _draw_perplexities(ax: "Axes", group: Sequence[Result], style: Mapping[str, tuple[str, str]]) -> None:
+def _draw_perplexities(ax: "Axes", group: Sequence[Result], looks: Mapping[str, tuple[str, str]]) -> None:
     for y, r in enumerate(group):
-        colour, marker = style[r.strategy]
+        colour, marker = looks[r.strategy]
         text = perplexity_text(r.perplexity)
         if r.perplexity is None:
             ax.text(1, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=8)
@@ -253,9 +239,9 @@ def _draw_perplexities(ax: "Axes", group: Sequence[Result], style: Mapping[str, 
         if r.strategy == DENSE:
             ax.axvline(r.perplexity, color=colour, linestyle=":", linewidth=1)
     names = [r.name if len(r.name) <= 50 else f"{r.name[:49]}…" for r in group]
-    labels = [plain(f"{name}\n{r.strategy}: {r.size}") for name, r in zip(names, group, strict=True)]
+    labels = [style.plain(f"{name}\n{r.strategy}: {r.size}") for name, r in zip(names, group, strict=True)]
     ax.set_yticks(range(len(group)), labels=labels, fontsize=8)
     ax.set_ylim(len(group) - 0.4, -0.6)
-    ax.grid(axis="y", color=PALE)
+    ax.grid(axis="y", color=style.PALE)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)

@@ -1,11 +1,11 @@
 """Module types of a model (q_proj, mlp.c_fc, ...): a matrix's name without its layer; and a plan summed by type."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from welore.allocation.plan import Allocation, Plan
+from welore.allocation.plan import Plan
 from welore.linalg.spectrum import gaussian_null
 
 
@@ -19,10 +19,7 @@ class ModulePosition:
 
 @dataclass(frozen=True)
 class TypeSummary:
-    """One module type in a plan; reduction_ratio and null are means over its matrices.
-
-    null: share of the singular values below the threshold in Gaussian noise; plans of the strategy `welore` only.
-    """
+    """One module type in a plan; reduction_ratio and null (its share in Gaussian noise, `welore` only) are means."""
 
     module_type: str
     matrices: int
@@ -57,19 +54,16 @@ def group_by_type(names: Iterable[str]) -> dict[str, list[str]]:
 def summarise(plan: Plan) -> list[TypeSummary]:
     """One entry per module type, in the model's order."""
     allocations = {a.name: a for a in plan.allocations}
-    groups = {kind: [allocations[name] for name in names] for kind, names in group_by_type(allocations).items()}
-    return [
-        TypeSummary(
-            module_type=module_type,
-            matrices=len(group),
-            lrcs=sum(a.factored for a in group),
-            reduction_ratio=float(np.mean([a.reduction_ratio for a in group])),
-            null=_null_share(group, plan.threshold) if plan.strategy == "welore" else None,
-            dense_parameters=sum(map(plan.dense_numel, group)),
-            stored_parameters=sum(a.stored_parameters for a in group),
-        )
-        for module_type, group in groups.items()
-    ]
+    summaries = []
+    for module_type, names in group_by_type(allocations).items():
+        group = [allocations[name] for name in names]
+        ratio = float(np.mean([a.reduction_ratio for a in group]))
+        shares = [(gaussian_null(*a.shape) < plan.threshold).mean() for a in group if plan.strategy == "welore"]
+        null = float(np.mean(shares)) if shares else None
+        dense, stored = sum(map(plan.dense_numel, group)), sum(a.stored_parameters for a in group)
+        lrcs = sum(a.factored for a in group)
+        summaries.append(TypeSummary(module_type, len(group), lrcs, ratio, null, dense, stored))
+    return summaries
 
 
 def _split_layer(name: str) -> tuple[str, int | None]:
@@ -86,7 +80,3 @@ def _shorten(module_type: str, all_types: Iterable[str]) -> str:
     # An ending that starts with an expert's number tells a reader nothing.
     endings = (".".join(parts[-n:]) for n in range(1, len(parts)) if not parts[-n].isdecimal())
     return next((end for end in endings if not any(o.endswith(f".{end}") for o in others)), module_type)
-
-
-def _null_share(group: Sequence[Allocation], threshold: float) -> float:
-    return float(np.mean([(gaussian_null(*a.shape) < threshold).mean() for a in group]))

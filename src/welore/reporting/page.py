@@ -11,21 +11,11 @@ from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_write
 from welore.records import MODEL_FINGERPRINT, Record
-from welore.reporting import figures
+from welore.reporting import figures, tables
 from welore.reporting.discover import LOADERS, ROWS, Content, find_artefacts, load_sections, machine_text
 from welore.reporting.formatting import last_name, megabytes, percent, perplexity_text
 from welore.reporting.module_types import summarise
 from welore.reporting.style import INSTALL, Picture, picture
-from welore.reporting.tables import (
-    PLAN_HEADINGS,
-    Comparison,
-    Table,
-    comparisons,
-    plan_row,
-    results,
-    target_text,
-    task_tables,
-)
 from welore.reporting.training_figures import FIGURE_1, FIGURE_5, fine_tuning
 
 Draw = Callable[[Any, str], Picture]  # (figure, name)
@@ -72,7 +62,7 @@ def report(directories: Sequence[str | Path], output_dir: str | Path) -> Path:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    filters = (percent, megabytes, perplexity_text, last_name, target_text)
+    filters = (percent, megabytes, perplexity_text, last_name, tables.target_text)
     jinja.filters |= {function.__name__: function for function in filters}
     html = jinja.get_template(PAGE).render(content)
 
@@ -92,7 +82,7 @@ def _content(artefacts: Mapping[Path, Any], shown_elsewhere: set[str]) -> Conten
     records = {path: a for path, a in artefacts.items() if isinstance(a, Record)}
     compressions = _compressions(records)
     originals = {p.model.name for p in plans.values()} | {r.inputs["model"] for r in compressions.values()}
-    texts = results((r for r in records.values() if r.kind == "perplexity"), originals)
+    texts = tables.results((r for r in records.values() if r.kind == "perplexity"), originals)
     pictures: list[Picture] = []
 
     def draw(figure: Any, name: str) -> Picture:
@@ -109,9 +99,9 @@ def _content(artefacts: Mapping[Path, Any], shown_elsewhere: set[str]) -> Conten
         "overview": draw(figures.perplexities(texts), "perplexity") if finite else None,
         "tunings": [
             (comparison.table, _tuning_pictures(comparison, number, draw))
-            for number, comparison in enumerate(comparisons(records.values()), 1)
+            for number, comparison in enumerate(tables.comparisons(records.values()), 1)
         ],
-        "tasks": task_tables(records.values()),
+        "tasks": tables.task_tables(records.values()),
         "plans": _plans_table(plans, compressions, names),
         "left_dense": [(names[path], r.numbers) for path, r in compressions.items()],
         "plan_sections": sections,
@@ -154,17 +144,19 @@ def _names(paths: Iterable[Path]) -> dict[Path, str]:
     return {path: shorten(directory) for path, directory in owner.items()}
 
 
-def _plans_table(plans: Mapping[Path, Plan], compressions: Mapping[Path, Record], names: Mapping[Path, str]) -> Table:
+def _plans_table(
+    plans: Mapping[Path, Plan], compressions: Mapping[Path, Record], names: Mapping[Path, str]
+) -> tables.Table:
     """A row per checkpoint, from its record, and one per plan that was not carried out."""
-    rows = [plan_row(names[path], r.inputs["model"], r.settings, r.numbers) for path, r in compressions.items()]
+    rows = [tables.plan_row(names[path], r.inputs["model"], r.settings, r.numbers) for path, r in compressions.items()]
     directories = {path.parent for path in compressions}
     listed = [plan for path, plan in plans.items() if path.parent in directories]
     for path, plan in plans.items():
         if plan not in listed:
             listed.append(plan)
             settings = {"target": plan.target, "strategy": plan.strategy, "min_ratio": plan.min_ratio}
-            rows.append(plan_row(names[path], plan.model.name, settings, plan.numbers()))
-    return Table("", PLAN_HEADINGS, rows, text_columns=3)
+            rows.append(tables.plan_row(names[path], plan.model.name, settings, plan.numbers()))
+    return tables.Table("", tables.PLAN_HEADINGS, rows, text_columns=3)
 
 
 def _plan_sections(
@@ -192,7 +184,7 @@ def _plan_sections(
 # --- fine-tuning ------------------------------------------------------------------------------------------------
 
 
-def _tuning_pictures(comparison: Comparison, number: int, draw: Draw) -> list[tuple[Picture, str]]:
+def _tuning_pictures(comparison: tables.Comparison, number: int, draw: Draw) -> list[tuple[Picture, str]]:
     """Pictures and captions: all runs, and those of the paper's figures where they are there."""
     groups = {"": comparison.best}
     for name, methods in {"figure-1": FIGURE_1, "figure-5": FIGURE_5}.items():
