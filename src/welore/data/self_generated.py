@@ -48,7 +48,7 @@ def generate_text(
         uniform = uniform.float()
     steps = [(start, position) for start in range(0, windows, batch_size) for position in range(length)]
     written = torch.empty((windows, length), dtype=torch.long)
-    warp = _warpers(config.temperature, config.top_k, config.top_p)
+    warp = _warpers(config)
     ends = _end_tokens(model, tokenizer)
     batch: _Batch | None = None
     training = model.training
@@ -72,16 +72,13 @@ Begin = Callable[[float], list[int]]  # a number in [0, 1) -> the first tokens o
 
 def _any_token(tokenizer: "PreTrainedTokenizerBase") -> Begin:
     """Any token of the vocabulary that is no special one, each as likely."""
-    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
-    ordinary = [token for token in range(len(tokenizer)) if token not in special]
-    opening = _opening(tokenizer)
+    opening, ordinary = _opening(tokenizer), _ordinary(tokenizer)
     return lambda number: [*opening, ordinary[int(number * len(ordinary))]]
 
 
 def _any_word(tokenizer: "PreTrainedTokenizerBase") -> Begin:
     """Any token that begins with a letter, at the start of a word where the vocabulary tells, each as likely."""
-    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
-    pieces = {t: str(tokenizer.convert_ids_to_tokens(t)) for t in range(len(tokenizer)) if t not in special}
+    pieces = {t: str(tokenizer.convert_ids_to_tokens(t)) for t in _ordinary(tokenizer)}
     marked = {t: p for t, p in pieces.items() if p and p[0] in "\u0120\u2581"}  # bytes with a space; sentencepiece
     words = [t for t, p in (marked or pieces).items() if p and p.lstrip("\u0120\u2581")[:1].isalpha()]
     if not words:
@@ -92,7 +89,9 @@ def _any_word(tokenizer: "PreTrainedTokenizerBase") -> Begin:
 
 def _from_nothing(tokenizer: "PreTrainedTokenizerBase") -> Begin:
     """The opening token of the tokenizer, or the end token, as if another text had ended: the model goes on."""
-    opening = _opening(tokenizer) or [_end(tokenizer)]
+    opening = _opening(tokenizer) or [token for token in [tokenizer.eos_token_id] if token is not None]
+    if not opening:
+        raise WeLoreError("this tokenizer has neither a first nor an end token: take first='vocabulary'")
     return lambda number: opening
 
 
@@ -115,15 +114,15 @@ OPENINGS: dict[str, Callable[["PreTrainedTokenizerBase"], Begin]] = {
 }
 
 
+def _ordinary(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens of the vocabulary that are no special ones."""
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    return [token for token in range(len(tokenizer)) if token not in special]
+
+
 def _opening(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     ids: list[int] = tokenizer("").input_ids
     return [token for token in ids if token != tokenizer.eos_token_id]
-
-
-def _end(tokenizer: "PreTrainedTokenizerBase") -> int:
-    if tokenizer.eos_token_id is None:
-        raise WeLoreError("this tokenizer has neither a first nor an end token: take first='vocabulary'")
-    return int(tokenizer.eos_token_id)
 
 
 def _end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
@@ -176,20 +175,14 @@ class _Batch:
         return self.last
 
 
-def _warpers(temperature: float, top_k: int, top_p: float) -> Callable[[Tensor], Tensor]:
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+def _warpers(config: CalibrationConfig) -> Callable[[Tensor], Tensor]:
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    rules: list[Any] = []
-    if temperature != 1.0:
-        rules.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k:
-        rules.append(TopKLogitsWarper(top_k))
-    if top_p < 1.0:
-        rules.append(TopPLogitsWarper(top_p))
-
-    def warp(scores: Tensor) -> Tensor:
-        for rule in rules:
-            scores = rule(None, scores)
-        return scores
-
-    return warp
+    rules: Any = LogitsProcessorList()
+    if config.temperature != 1.0:
+        rules.append(TemperatureLogitsWarper(float(config.temperature)))
+    if config.top_k:
+        rules.append(TopKLogitsWarper(config.top_k))
+    if config.top_p < 1.0:
+        rules.append(TopPLogitsWarper(config.top_p))
+    return lambda scores: rules(None, scores)

@@ -14,7 +14,7 @@ from torch import nn
 import welore.models.quantizer  # noqa: F401 - from_pretrained must know compressed checkpoints
 from welore.errors import WeLoreError, choose, first_line
 from welore.io.checkpoint import RECORD, weight_files
-from welore.io.context import RunContext, resolve_device
+from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.models.skeleton import config_of
 from welore.records import Record
@@ -64,26 +64,6 @@ def load_for_inference(
     return LoadedModel(loaded, tokenizer, inputs)
 
 
-def made_ready(
-    model: "str | Path | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    *,
-    dtype: str,
-    device: str | None,
-    cache_dir: str | Path | None,
-    revision: str | None,
-    label: str | None,
-) -> LoadedModel:
-    """As load_for_inference, for callers without a context."""
-    options: dict[str, Any] = {
-        "device": device or "auto",
-        "cache_dir": cache_dir,
-        "revision": revision,
-        "tokenizer": tokenizer,
-    }
-    return load_for_inference(model, RunContext.create(**options), dtype, label)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; afterwards, also after an error, in the mode in which it was."""
@@ -130,14 +110,9 @@ def load(
     return model, tokenizer
 
 
-def default_device() -> str:
-    """The device of "auto"."""
-    return str(resolve_device("auto"))
-
-
-def multiplies(dtype: torch.dtype, device: str | torch.device | None) -> bool | None:
-    """Whether a device (None: "auto") has instructions for products in this dtype; None: not known."""
-    if torch.device(device or default_device()).type != "cpu" or dtype not in INSTRUCTIONS:
+def multiplies(dtype: torch.dtype, device: str | torch.device) -> bool | None:
+    """Whether a device has instructions for products in this dtype; None: not known."""
+    if torch.device(device).type != "cpu" or dtype not in INSTRUCTIONS:
         return True
     can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
     if can.get("architecture") != "x86_64":
@@ -145,7 +120,7 @@ def multiplies(dtype: torch.dtype, device: str | torch.device | None) -> bool | 
     return any(can.get(name) for name in INSTRUCTIONS[dtype])
 
 
-def fastest(device: str | torch.device | None) -> dict[str, Any]:
+def fastest(device: str | torch.device) -> dict[str, Any]:
     """Settings of `finetune` with which a device trains fastest: dtype, and attention (None: transformers' choice).
 
     bfloat16 where it is known to be multiplied. On a CPU not with torch's flash kernel, which multiplies it at the
@@ -153,11 +128,11 @@ def fastest(device: str | torch.device | None) -> dict[str, Any]:
     """
     if not multiplies(torch.bfloat16, device):
         return {"dtype": "float32", "attention": None}
-    on_cpu = torch.device(device or default_device()).type == "cpu"
+    on_cpu = torch.device(device).type == "cpu"
     return {"dtype": "bfloat16", "attention": "eager" if on_cpu else None}
 
 
-def warn_if_slow(dtype: torch.dtype, device: str | torch.device | None) -> None:
+def warn_if_slow(dtype: torch.dtype, device: str | torch.device) -> None:
     """Say that products in this dtype will crawl, where it is known that they will."""
     if multiplies(dtype, device) is False:
         name = str(dtype).removeprefix("torch.")
