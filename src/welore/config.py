@@ -510,7 +510,10 @@ def as_record(config: Any) -> dict[str, Any]:
 
     A dataset that is no name becomes its type's name; what was read stands in the record's inputs with its digest.
     """
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    if not isinstance(values.get("dataset"), str | Path | Mapping | None):
+        values["dataset"] = type(values["dataset"]).__name__
+    return {name: _plain(value) for name, value in values.items()}
 
 
 def from_mapping(kind: Any, content: Mapping[str, Any], source: str) -> Any:

@@ -207,6 +207,10 @@ def _collect(job: _Job, workspace: Workspace, sources: Sequence[Source], ids: Te
         counts[target.name] = int(reached["count"])
         if len(reached["kept_as"]):
             shared[target.name] = bytes(reached["kept_as"].tolist()).decode()
+    settings = as_record(job.config) | {"device": str(job.context.device)}
+    if isinstance(job.config.dataset, str | Path | Mapping):
+        mixture = parse_mixture(job.config.dataset)
+        settings["dataset"] = [f"{name}:{weight:g}" for name, weight in mixture.items()]
     identity = job.weights.identity
     record = Record(
         "calibration",
@@ -215,7 +219,7 @@ def _collect(job: _Job, workspace: Workspace, sources: Sequence[Source], ids: Te
             "fingerprint": identity.fingerprint,
             "sources": [source.to_dict() for source in sources],
         },
-        settings=_settings(job),
+        settings=settings,
         numbers={
             "tokens": ids.numel(),
             "windows": len(ids),
@@ -270,12 +274,3 @@ def _components(job: _Job, statistics: Statistics, grids: Mapping[str, Grid], la
             factors = factorise(W, min(target.shape), metric=norm)
             components[target.name] = Components(factors.A, factors.B, target.rows, target.columns)
     return components
-
-
-def _settings(job: _Job) -> dict[str, Any]:
-    """The settings as the record stores them, texts of a mixture with their weights."""
-    dataset = job.config.dataset
-    settings = as_record(job.config) | {"device": str(job.context.device)}
-    if isinstance(dataset, str | Path | Mapping):
-        settings["dataset"] = [f"{name}:{weight:g}" for name, weight in parse_mixture(dataset).items()]
-    return settings

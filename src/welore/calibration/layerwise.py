@@ -19,7 +19,7 @@ from welore.calibration.block_runner import BlockRunner, block_runner
 from welore.calibration.hooks import Collector, Moments
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
-from welore.io.progress import counted
+from welore.io.progress import Progress, counted
 from welore.io.resume import Workspace
 from welore.models.copies import frozen_copy
 from welore.models.skeleton import decoder_blocks
@@ -86,7 +86,11 @@ def collect_statistics(
     if not whole_model and all(target.name.startswith(inside) for target in targets):
         runner = block_runner(model, text.ids[:1, :TRIAL], context.device, dtype)
         if runner is not None:
-            return _BlockwisePass(runner, targets, text, context, collector).run()
+            layers: list[dict[str, str]] = [{} for _ in range(len(runner))]
+            for target in targets:
+                index, _, layer = target.name.removeprefix(inside).partition(".")
+                layers[int(index)][target.name] = layer
+            return _BlockwisePass(runner, layers, text, context.workspace, collector).run(context.progress)
     return _whole_pass(frozen_copy(model, context.device, dtype), targets, text, context, collector)
 
 
@@ -119,35 +123,26 @@ def _pieces(length: int, vocabulary: int) -> list[slice]:
 # --- block by block, or the whole model -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class _BlockwisePass:
     """One block at a time. Everything that was computed is in the workspace, or is computed when it is wanted."""
 
-    def __init__(
-        self,
-        runner: BlockRunner,
-        targets: Sequence[Target],
-        text: LabelledText,
-        context: RunContext,
-        collector: MakeCollector,
-    ) -> None:
-        assert context.workspace is not None
-        self.runner, self.text, self.collector = runner, text, collector
-        self.progress, self.workspace = context.progress, context.workspace
-        self.targets: list[dict[str, str]] = [{} for _ in range(len(runner))]
-        for target in targets:
-            index, _, rest = target.name.removeprefix(runner.name + ".").partition(".")
-            self.targets[int(index)][target.name] = rest
+    runner: BlockRunner
+    targets: list[dict[str, str]]  # of every block: name of a target -> its name in the block
+    text: LabelledText
+    workspace: Workspace
+    collector: MakeCollector
 
-    def run(self) -> Pass:
+    def run(self, progress: Progress) -> Pass:
         """All statistics, from wherever an earlier run has left off."""
         count = len(self.runner)
         begun = next((i for i in range(count + 1) if self.workspace.holds(f"gradient-{i}")), count + 1)
         started = time.perf_counter()
         if begun > count:
-            for index in counted(self.progress, range(count + 1), "blocks, forward"):
+            for index in counted(progress, range(count + 1), "blocks, forward"):
                 self.boundary(index)
         forward = time.perf_counter()
-        for index in counted(self.progress, range(begun - 1, -1, -1), "blocks, backward"):
+        for index in counted(progress, range(begun - 1, -1, -1), "blocks, backward"):
             self.gradient(index)
         done = time.perf_counter()
         loss = self.workspace.fetch("loss")
@@ -205,7 +200,7 @@ class _BlockwisePass:
 
     def _block_gradient(self, index: int, hidden: Tensor, above: Tensor) -> Tensor:
         block, device = self.runner.block(index), self.runner.device
-        collector = self.collector({name: block.get_submodule(rest) for name, rest in self.targets[index].items()})
+        collector = self.collector({name: block.get_submodule(layer) for name, layer in self.targets[index].items()})
         gradients = []
         for batch in self.text.batches:
             leaf = hidden[batch].to(device).requires_grad_()

@@ -91,7 +91,8 @@ def draw(
     stays unseen. Of a file of windows the first are taken as they are, of a tensor all.
     """
     if isinstance(dataset, Tensor):
-        return {}, [given(dataset)]
+        ids = given_windows(dataset)
+        return {}, [Source("token ids", 1.0, ids, digest(ids))]
     if isinstance(dataset, str | Path | Mapping):
         mixture = parse_mixture(dataset)
         texts: dict[str, Any] = {name: name for name in mixture}
@@ -118,22 +119,19 @@ def _drawn(
     options: TextOptions,
 ) -> Source:
     if is_windows(dataset):
-        ids = given_windows(dataset, length, len(tokenizer))
-        _require_windows(name, len(ids), count, length)
-        return Source(name, weight, ids[:count], digest(ids))
-    split = blocks_of_text(dataset, tokenizer, length, tokens=count * length, eval_items=1, options=options)
-    assert isinstance(split.train, Blocks)
-    _require_windows(name, len(split.train), count, length)
-    order = order_of(len(split.train), seed, Path(name).name)[:count]
-    return Source(name, weight, split.train.tokens[order].long(), split.sha256)
-
-
-def _require_windows(name: str, available: int, wanted: int, length: int) -> None:
-    if available < wanted:
+        windows = given_windows(dataset, length, len(tokenizer))
+        sha256 = digest(windows)
+    else:
+        split = blocks_of_text(dataset, tokenizer, length, tokens=count * length, eval_items=1, options=options)
+        assert isinstance(split.train, Blocks)
+        windows = split.train.tokens[order_of(len(split.train), seed, Path(name).name)]
+        sha256 = split.sha256
+    if len(windows) < count:
         raise WeLoreError(
-            f"{name} has {available} windows of {length} tokens, {wanted} are wanted: take fewer tokens, shorter "
+            f"{name} has {len(windows)} windows of {length} tokens, {count} are wanted: take fewer tokens, shorter "
             "windows or a smaller weight"
         )
+    return Source(name, weight, windows[:count].long(), sha256)
 
 
 def mixed(sources: Sequence[Source], seed: int) -> tuple[Tensor, list[str]]:
@@ -144,12 +142,6 @@ def mixed(sources: Sequence[Source], seed: int) -> tuple[Tensor, list[str]]:
         return windows, names
     order = order_of(len(windows), seed, "heal")
     return windows[order], [names[index] for index in order.tolist()]
-
-
-def given(ids: Tensor) -> Source:
-    """Windows of token ids (windows, length) that the caller has made."""
-    ids = given_windows(ids)
-    return Source("token ids", 1.0, ids, digest(ids))
 
 
 def seed_of(seed: int, purpose: str) -> int:
