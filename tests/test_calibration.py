@@ -323,8 +323,7 @@ def test_a_saved_calibration_loads_equal_and_saves_to_the_same_bytes(tmp_path: P
     for field in ("model", "shapes", "counts", "shared", "record", "include", "exclude"):
         assert getattr(found, field) == getattr(again, field)
     assert again.exclude == ("down_proj",)
-    with TensorReader(tmp_path / "c.safetensors") as reader:
-        assert reader.entries.keys() == again.layout().keys()
+    assert TensorReader(tmp_path / "c.safetensors").entries.keys() == again.layout().keys()
 
 
 def test_the_file_can_be_read_by_anyone(tmp_path: Path) -> None:
@@ -354,8 +353,7 @@ def test_files_that_are_no_calibration_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeLoreError, match="holds no statistics"):
         Statistics.load(path)
     gathered(build("llama"), tmp_path)
-    with TensorReader(path) as reader:
-        about = reader.metadata
+    about = TensorReader(path).metadata
     tensors = load_file(path)
     save_file(tensors, path, {key: value for key, value in about.items() if key != "counts"})
     with pytest.raises(WeLoreError, match="lacks what it should say of its model"):

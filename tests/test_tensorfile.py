@@ -31,24 +31,41 @@ def test_file_is_byte_equal_to_the_library_whatever_the_order_of_writing(tmp_pat
 def test_reads_what_the_library_wrote(tmp_path: Path) -> None:
     tensors = some_tensors()
     save_file(tensors, tmp_path / "library")
-    with TensorReader(tmp_path / "library") as reader:
-        assert set(reader.entries) == set(tensors)
-        for name, tensor in load_file(tmp_path / "library").items():
-            found = reader.read(name)
-            assert found.dtype == tensor.dtype
-            assert found.shape == tensor.shape
-            assert torch.equal(
-                found.view(torch.uint8) if found.ndim else found, tensor.view(torch.uint8) if found.ndim else tensor
-            )
+    reader = TensorReader(tmp_path / "library")
+    assert set(reader.entries) == set(tensors)
+    for name, tensor in load_file(tmp_path / "library").items():
+        found = reader.read(name)
+        assert reader.entries[name] == (found.dtype, tuple(found.shape)) == (tensor.dtype, tuple(tensor.shape))
+        assert torch.equal(
+            found.view(torch.uint8) if found.ndim else found, tensor.view(torch.uint8) if found.ndim else tensor
+        )
 
 
-def test_chunks_put_together_are_the_tensor(tmp_path: Path) -> None:
-    tensor = torch.randn(CHUNK // 4 + 1000, dtype=torch.float32)
-    save_file({"long": tensor}, tmp_path / "f")
-    with TensorReader(tmp_path / "f") as reader:
-        pieces = list(reader.chunks("long"))
-        assert len(pieces) == 2
-        assert torch.equal(torch.cat(pieces), tensor)
+@pytest.mark.parametrize("shape", [(CHUNK // 4 + 1000,), (1025, 1024), (2, CHUNK // 8 + 1000), (3, 2), ()])
+def test_chunks_put_together_are_the_tensor(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape, dtype=torch.float32)
+    save_file({"long": tensor, "empty": torch.empty(0)}, tmp_path / "f")
+    reader = TensorReader(tmp_path / "f")
+    pieces = list(reader.chunks("long"))
+    assert len(pieces) == (1 if tensor.numel() < 10 else 2)
+    assert torch.equal(torch.cat(pieces), tensor.flatten())
+    assert list(reader.chunks("empty")) == []
+
+
+def test_tensors_do_not_change_with_their_file(tmp_path: Path) -> None:
+    save_file({"t": torch.ones(2000)}, tmp_path / "f")
+    tensor = TensorReader(tmp_path / "f").read("t")
+    with (tmp_path / "f").open("r+b") as file:
+        file.seek(-400, 2)
+        file.write(b"0" * 400)
+    assert torch.equal(tensor, torch.ones(2000))
+
+
+def test_dtype_that_torch_has_not_is_named(tmp_path: Path) -> None:
+    header = b'{"odd":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
+    (tmp_path / "f").write_bytes(len(header).to_bytes(8, "little") + header + b"000")
+    with pytest.raises(WeLoreError, match="the tensor odd has dtype F6_E2M3"):
+        TensorReader(tmp_path / "f")
 
 
 @pytest.mark.parametrize("keep", [4, 60, -1])

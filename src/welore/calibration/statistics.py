@@ -47,12 +47,11 @@ class FileStore:
     """The tensors of a file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.reader = TensorReader(path)
 
     def get(self, name: str) -> Tensor:
         """One tensor of the file."""
-        with TensorReader(self.path) as reader:
-            return reader.read(name)
+        return self.reader.read(name)
 
 
 class WorkspaceStore:
@@ -211,16 +210,16 @@ class Statistics:
         path = Path(path)
         if not path.is_file():
             raise WeLoreError(f"{path} does not exist: make it with `welore calibrate MODEL -o {path}`")
-        with TensorReader(path) as reader:
-            metadata, entries = reader.metadata, reader.entries
+        store = FileStore(path)
+        metadata = store.reader.metadata
         if metadata.get("format") != FORMAT:
             raise WeLoreError(f"{path} holds no statistics: make them with `welore calibrate MODEL -o FILE`")
         try:
-            statistics = cls(store=FileStore(path), **_fields(metadata))
+            statistics = cls(store=store, **_fields(metadata))
             expected = statistics.layout()
         except (KeyError, TypeError, ValueError) as error:
             raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
-        if expected != {name: entry.info for name, entry in entries.items()}:
+        if expected != store.reader.entries:
             raise WeLoreError(f"{path} does not hold the statistics that it names: make it again")
         return statistics
 

@@ -105,16 +105,14 @@ class CheckpointReader:
     def __init__(self, directory: Path) -> None:
         self._readers: dict[str, TensorReader] = {}
         self.entries: dict[str, TensorInfo] = {}
-        with ExitStack() as stack:  # closes what is open already if a later file is refused
-            for path in weight_files(directory):
-                reader = stack.enter_context(TensorReader(path))
-                self._readers |= dict.fromkeys(reader.entries, reader)
-                self.entries |= {name: entry.info for name, entry in reader.entries.items()}
-            if (directory / INDEX).is_file():
-                missing = set(read_json(directory / INDEX)["weight_map"]) - set(self.entries)
-                if missing:
-                    raise WeLoreError(f"{directory}: tensor {min(missing)} of {INDEX} is in none of its files")
-            self._stack = stack.pop_all()
+        for path in weight_files(directory):
+            reader = TensorReader(path)
+            self._readers |= dict.fromkeys(reader.entries, reader)
+            self.entries |= reader.entries
+        if (directory / INDEX).is_file():
+            missing = set(read_json(directory / INDEX)["weight_map"]) - set(self.entries)
+            if missing:
+                raise WeLoreError(f"{directory}: tensor {min(missing)} of {INDEX} is in none of its files")
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
@@ -123,10 +121,6 @@ class CheckpointReader:
     def chunks(self, name: str) -> Iterator[Tensor]:
         """One tensor in flat pieces."""
         return self._readers[name].chunks(name)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._stack.close()
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -181,8 +181,7 @@ def check_factors(config: WeLoreConfig, files: Sequence[str | Path], prefix: str
     shapes: dict[str, tuple[int, ...]] = {}
     for path in files:
         if str(path).endswith(".safetensors"):
-            with TensorReader(path) as reader:
-                shapes |= {name: entry.info.shape for name, entry in reader.entries.items()}
+            shapes |= {name: info.shape for name, info in TensorReader(path).entries.items()}
 
     def shape_of(key: str) -> tuple[int, ...]:
         shape = shapes.get(key, shapes.get(key.removeprefix(prefix)))

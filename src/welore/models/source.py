@@ -3,11 +3,9 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -42,6 +40,12 @@ class TensorSource(ABC):
     targets: list[Target]
     identity: Identity
     state: str
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self  # nothing is open
 
     @property
     def original(self) -> "TensorSource":
@@ -140,7 +144,7 @@ class ModelSource(TensorSource):
 
 
 class CheckpointSource(TensorSource):
-    """A directory with config.json and safetensors, read one tensor at a time. A context manager.
+    """A directory with config.json and safetensors, read one tensor at a time.
 
     targets: those that lie in the files under their own name; the others stay as they are.
     """
@@ -234,14 +238,6 @@ class CheckpointSource(TensorSource):
     def _key(self, name: str) -> str:
         return name.removeprefix(self.prefix)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._files.close()
-
 
 class OverlaySource(TensorSource):
     """A source of which some layers have another size, and some tensors are made when they are read.
@@ -311,7 +307,6 @@ def require_dense(config: "PretrainedConfig") -> None:
     raise WeLoreError(f"this model is compressed already ({method}): {advice}")
 
 
-@contextmanager
 def open_source(
     model: "str | Path | PreTrainedModel",
     *,
@@ -319,11 +314,9 @@ def open_source(
     exclude: Sequence[str] = (),
     cache_dir: str | Path | None = None,
     revision: str | None = None,
-) -> Iterator[TensorSource]:
+) -> TensorSource:
     """The tensors of a model in memory, or of anything that `resolve_model` finds."""
     if isinstance(model, nn.Module):
-        yield ModelSource(model, include, exclude)
-        return
+        return ModelSource(model, include, exclude)
     directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
-    with CheckpointSource(directory, str(model), include, exclude) as source:
-        yield source
+    return CheckpointSource(directory, str(model), include, exclude)
