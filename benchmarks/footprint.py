@@ -19,7 +19,7 @@ import torch
 
 from welore.compression.pipeline import compress
 from welore.config import CompressionConfig
-from welore.io.parallel import return_freed_memory
+from welore.io._malloc import return_freed_memory
 from welore.linalg.svd import factorise, singular_values
 from welore.models.source import CheckpointSource
 

@@ -26,8 +26,8 @@ from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
 from welore.compression.pipeline import compress
 from welore.config import CompressionConfig
+from welore.io._malloc import return_freed_memory
 from welore.io.hub import resolve_model
-from welore.io.parallel import return_freed_memory
 from welore.linalg.spectrum import normalise
 from welore.linalg.svd import Reduction, factorise, reduce
 from welore.models.embedded import embedded_model

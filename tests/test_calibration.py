@@ -590,7 +590,7 @@ def test_a_model_whose_calls_another_library_has_taken_over_is_refused(tmp_path:
 def test_several_processes_are_refused(
     refused: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("welore.io.parallel.team", lambda: Processes(0, 2))
+    monkeypatch.setattr("welore.io.parallel.join_processes", lambda: Processes(0, 2))
     sentence = refused("calibrate", tmp_path, "-o", tmp_path / "c.safetensors")
     assert "calibrate works in one process: start it without torchrun" in sentence
 

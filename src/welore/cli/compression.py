@@ -41,9 +41,9 @@ ShardSize = Annotated[str, typer.Option(help="Largest size of one weight file.")
 
 def join(run: RunConfig) -> RunOptions:
     """The options of a verb whose work the processes of torchrun or accelerate share."""
-    from welore.io.parallel import team
+    from welore.io.parallel import join_processes
 
-    return {**run.options, "processes": team()}
+    return {**run.options, "processes": join_processes()}
 
 
 def analyze(
@@ -116,10 +116,10 @@ def allocate(
 def calibrate(model: Model, output: OutputFile, config: CalibrationConfig, run: RunConfig, as_json: bool) -> None:
     """Collect second moments of inputs and output gradients of every targeted matrix."""
     from welore.calibration.collect import calibrate
-    from welore.io.parallel import team
+    from welore.io.parallel import join_processes
 
     quiet_libraries()
-    if team().size > 1:
+    if join_processes().size > 1:
         raise WeLoreError("calibrate works in one process: start it without torchrun or accelerate")
     record = calibrate(model, config, output, **run.options).record
     numbers = record.numbers
@@ -154,8 +154,9 @@ def compress(
 ) -> None:
     """Compress a model into a Hugging Face directory that loads with from_pretrained."""
     from welore.compression.pipeline import compress
+    from welore.compression.presets import preset_of
     from welore.compression.reference_import import import_checkpoint
-    from welore.io.parallel import return_freed_memory
+    from welore.io._malloc import return_freed_memory
 
     quiet_libraries()
     if paper:
@@ -175,7 +176,8 @@ def compress(
             overwrite=run.overwrite,
         )
     else:
-        return_freed_memory()
+        if preset_of(config) in (None, "paper"):  # no model is run, which would want its blocks again
+            return_freed_memory()
         recovery: Any = "auto" if recovery_text is None else RecoveryConfig(dataset=recovery_text)
         record = compress(
             model,

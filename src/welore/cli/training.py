@@ -30,9 +30,12 @@ def finetune(
 ) -> None:
     """Fine-tune a checkpoint on a text or a task; any other field of TrainingArguments goes by its own name."""
     quiet_libraries()
+    from welore.io._malloc import return_freed_memory
     from welore.training.finetune import finetune
 
     config = dataclasses.replace(config, training_arguments=_training_arguments(context.args))
+    if config.gradient_checkpointing:  # most activations are freed soon, between those that stay
+        return_freed_memory()
     record = finetune(model, output_dir, config, plan=plan, resume=resume, label=label, **run.options)
     n = record.numbers
     if n.get("prompts_cut"):

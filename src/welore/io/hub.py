@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from welore.errors import WeLoreError, first_line
 from welore.io.atomic import atomic_directory
@@ -16,6 +17,7 @@ HUB_FILES = [
     "*.txt",
     "*.model",
     "*.jinja",
+    "*.tiktoken",
     "LICENSE*",
 ]
 
@@ -61,8 +63,10 @@ def _converted_gguf(path: Path, cache_dir: str | Path | None) -> Path:
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     directory = root / "gguf" / f"{path.stem}-{content[:16]}"
-    if not directory.is_dir():
-        _convert_gguf(path, directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):  # two commands at once would convert into each other's files
+        if not directory.is_dir():
+            _convert_gguf(path, directory)
     return directory
 
 

@@ -45,7 +45,7 @@ class Workspace:
 
     def remove_if_empty(self) -> None:
         """Delete the directory if no work lies in it yet."""
-        if all(path.name == ABOUT for path in self.directory.glob("*")):
+        if all(path.name == KEY_FILE for path in self.directory.glob("*")):
             self.remove()
 
     def store(self, name: str, tensors: Mapping[str, Tensor]) -> None:
