@@ -97,9 +97,7 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
     context = RunContext.create(**options)
     path = resolve_model(directory, cache_dir=context.cache_dir, revision=context.revision)
     config = read_json(path / "config.json")
-    reader = CheckpointReader(path)
-    tensors = list(reader.entries.values())
-    reader.close()
+    tensors = list(CheckpointReader(path).entries.values())
     sizes: dict[str, Any] = {
         "directory": path,
         "model_type": config.get("model_type", "unknown"),
