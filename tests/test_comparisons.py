@@ -11,24 +11,24 @@ def run(method: str = "lrc", label: str | None = None, loss: float = 3.0, err: f
     inputs = {
         "model": "models/small" if err else "models/dense",
         "label": label,
-        "fingerprint": f"{err}",
+        "model_fingerprint": f"{err}",
         "data_sha256": "d",
         "split": "s",
     }
     asked: dict[str, Any] = {
         "method": method,
-        "data": "texts/prose.txt",
+        "dataset": "texts/prose.txt",
         "task": None,
-        "steps": 1200,
-        "lr": 1e-3,
+        "max_steps": 1200,
+        "learning_rate": 1e-3,
         "batch_size": 2,
-        "accumulation": 1,
+        "gradient_accumulation_steps": 1,
         "processes": 1,
-        "length": 128,
+        "max_length": 128,
         "seed": 0,
         "dtype": "float32",
         "loss_on_prompt": False,
-        "eval_items": 8,
+        "max_eval_samples": 8,
     }
     numbers = {
         "trains": "some",
@@ -50,15 +50,20 @@ def accuracy(label: str | None, task: str, value: float, n: int = 100, unparsabl
 
 
 def test_only_runs_on_the_same_tokens_stand_together() -> None:
-    same = [run("full"), run("lrc"), run("lrc", batch_size=1, accumulation=2), run("lrc", batch_size=1, processes=2)]
-    other = [run(steps=600), run(length=64), run(seed=1), run(dtype="bfloat16"), run(batch_size=4)]
+    same = [
+        run("full"),
+        run("lrc"),
+        run("lrc", batch_size=1, gradient_accumulation_steps=2),
+        run("lrc", batch_size=1, processes=2),
+    ]
+    other = [run(max_steps=600), run(max_length=64), run(seed=1), run(dtype="bfloat16"), run(batch_size=4)]
     found = comparisons([*same, *other, accuracy("a", "svamp", 0.5)])
     assert [len(comparison.runs) for comparison in found] == [4, 1, 1, 1, 1, 1]
     assert found[0].caption == "prose.txt, 1,200 steps of 2 x 128 tokens, float32"
 
 
 def test_of_every_learning_rate_the_best_is_drawn_and_all_are_listed() -> None:
-    rates = [run("lrc", "a", loss, lr=lr) for lr, loss in ((1e-4, 4.0), (1e-3, 3.0), (1e-2, 3.5))]
+    rates = [run("lrc", "a", loss, learning_rate=lr) for lr, loss in ((1e-4, 4.0), (1e-3, 3.0), (1e-2, 3.5))]
     (found,) = comparisons([*rates, run("full", "b", 2.0), run("lrc", "a", 1.0, err=0.0)])
     assert [(r.inputs["label"], r.settings["learning_rate"], r.inputs["model"]) for r in found.best] == [
         ("b", 1e-3, "models/small"),

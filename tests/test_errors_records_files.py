@@ -40,7 +40,7 @@ def test_name_near_to_nothing_gets_no_guess() -> None:
 
 def some_record() -> Record:
     inputs = {"model": "größer", "label": None}
-    return Record("perplexity", inputs, {"asked": {"params": 0.8}}, {"nll": 0.1 + 0.2, "tokens": 7})
+    return Record("perplexity", inputs, {"target": {"keep": 0.8}}, {"nll": 0.1 + 0.2, "tokens": 7})
 
 
 def test_record_comes_back_equal(tmp_path: Path) -> None:

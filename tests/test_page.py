@@ -39,11 +39,11 @@ def tiny() -> Spectra:
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
-    return {"asked": dict(plan.target), "strategy": plan.strategy, "min_ratio": plan.min_ratio}
+    return {"target": dict(plan.target), "strategy": plan.strategy, "min_ratio": plan.min_ratio}
 
 
 def perplexity(model: str, value: float | None, plan: Plan | None = None, **changes: Any) -> Record:
-    settings = {"data": "/texts/wiki.txt", "length": 512, "windows": None, "dtype": "float32"} | changes
+    settings = {"dataset": "/texts/wiki.txt", "max_length": 512, "num_windows": None, "dtype": "float32"} | changes
     numbers = {
         "perplexity": value,
         "windows": 16,
@@ -63,7 +63,7 @@ def fill(directory: Path) -> Path:
     plan = allocate(spectra, threshold=0.3)
     plan.save(directory / "ours" / "plan.json")
     numbers = plan.numbers() | {"bytes": 2_500_000, "bytes_dense": 4_000_000}
-    inputs = {"model": SOURCE, "fingerprint": "f" * 64}
+    inputs = {"model": SOURCE, "targets_fingerprint": "f" * 64}
     Record("compression", inputs, settings_of(plan), numbers).save(directory / "ours" / "compression.json")
     perplexity("out/ours", 50.0, plan).save(directory / "ours.ppl.json")
     return directory
@@ -232,11 +232,25 @@ def test_perplexity_that_is_not_finite_has_a_row(run: Path, tmp_path: Path) -> N
 
 
 def tuned(method: str, loss: float, err: float = 0.5, **settings: Any) -> Record:
-    inputs = {"model": "small", "label": None, "fingerprint": str(err), "data_sha256": "d", "split": "s"}
+    inputs = {"model": "small", "label": None, "model_fingerprint": str(err), "data_sha256": "d", "split": "s"}
     asked = {
-        **{"method": method, "data": "texts/prose.txt", "task": None, "steps": 2, "lr": 1e-3, "batch_size": 2},
-        **{"accumulation": 1, "processes": 1, "length": 64, "seed": 0, "dtype": "float32", "loss_on_prompt": False},
-        "eval_items": 4,
+        **{
+            "method": method,
+            "dataset": "texts/prose.txt",
+            "task": None,
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+            "batch_size": 2,
+        },
+        **{
+            "gradient_accumulation_steps": 1,
+            "processes": 1,
+            "max_length": 64,
+            "seed": 0,
+            "dtype": "float32",
+            "loss_on_prompt": False,
+        },
+        "max_eval_samples": 4,
     }
     numbers = {
         **{"trains": f"what {method} trains", "trainable_parameters": 1000, "total_parameters": 2000, "tokens": 256},
@@ -251,7 +265,7 @@ def test_fine_tuning_runs_are_drawn_and_listed_by_what_may_be_compared(tmp_path:
     runs = {
         **{method: tuned(method, loss) for method, loss in (("full", 3.1), ("lrc", 3.2), ("nlrc", 3.3))},
         "control": tuned("full", 2.5, err=0.0),
-        "longer": tuned("lrc", 2.9, steps=3),
+        "longer": tuned("lrc", 2.9, max_steps=3),
     }
     for name, record in runs.items():
         record.save(tmp_path / "in" / name / "finetune.json")
@@ -338,10 +352,10 @@ def test_ratio_is_to_the_dense_model_on_the_same_text_and_settings() -> None:
     texts = results(
         [
             perplexity(SOURCE, 20.0),
-            perplexity(SOURCE, 10.0, data="pydoc"),
+            perplexity(SOURCE, 10.0, dataset="pydoc"),
             perplexity("c", 60.0, plan, batch_size=8),
-            perplexity("c", 60.0, plan, data="pydoc"),
-            perplexity("c", 60.0, plan, length=1024),
+            perplexity("c", 60.0, plan, dataset="pydoc"),
+            perplexity("c", 60.0, plan, max_length=1024),
             perplexity("c", 60.0, plan, dtype="bfloat16"),
         ]
     )
@@ -363,7 +377,7 @@ def test_of_several_dense_models_the_one_that_was_compressed_is_the_measure() ->
 
 
 def test_texts_that_differ_under_one_name_are_not_mixed() -> None:
-    pair = [perplexity(SOURCE, value, data="pydoc") for value in (10.0, 20.0)]
+    pair = [perplexity(SOURCE, value, dataset="pydoc") for value in (10.0, 20.0)]
     hashed = [replace(r, inputs=r.inputs | {"text_sha256": c * 64}) for r, c in zip(pair, "ab", strict=True)]
     captions = list(results(hashed))
     assert captions[1] == captions[0] + " (text bbbbbbbb)"

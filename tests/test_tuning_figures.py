@@ -29,7 +29,7 @@ def run(method: str, label: str | None = None, steps: int = 400, **numbers: Any)
         "tokens": steps * 1024,
         "resumed_at": 0,
     }
-    return Record("finetune", {"label": label, "model": "m"}, {"method": method, "steps": steps}, found | numbers)
+    return Record("finetune", {"label": label, "model": "m"}, {"method": method, "max_steps": steps}, found | numbers)
 
 
 ALL = [run(method) for method in ("galore", "lora", "nlrc", "lrc", "full")]
@@ -58,7 +58,7 @@ def test_a_method_looks_the_same_in_every_figure() -> None:
 
 
 def test_methods_of_other_packages_are_drawn_after_the_known_ones() -> None:
-    new = [replace(run("lora"), settings={"method": name, "steps": 400}) for name in ("dora", "boft")]
+    new = [replace(run("lora"), settings={"method": name, "max_steps": 400}) for name in ("dora", "boft")]
     figure = fine_tuning([*new, run("lrc"), run("galore")])
     assert [text.get_text() for text in figure.axes[3].get_xticklabels()] == ["lrc", "galore", "boft", "dora"]
     assert len({line.get_color() for line in figure.axes[1].lines}) == 4

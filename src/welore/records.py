@@ -84,11 +84,6 @@ class Record:
     machine: dict[str, Any] = field(default_factory=lambda: _machine())
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
-    def __post_init__(self) -> None:
-        if self.kind != "calibration":  # plans compare with these as they are
-            object.__setattr__(self, "settings", _renamed(self.settings))
-            object.__setattr__(self, "inputs", _renamed_inputs(self.kind, self.inputs))
-
     def save(self, path: str | Path) -> None:
         """Write the record to `path`, whole or not at all."""
         write_json(path, dataclasses.asdict(self))
@@ -102,6 +97,9 @@ class Record:
             raise WeLoreError(f"{path} is not a record of welore: it must hold {', '.join(required)}")
         known = {f.name for f in dataclasses.fields(cls)}
         complete: dict[str, Any] = {"versions": {}, "machine": {}, "created": ""} | content
+        if complete["kind"] != "calibration":  # plans compare with these as they are
+            complete["settings"] = _renamed(complete["settings"])
+            complete["inputs"] = _renamed_inputs(complete["kind"], complete["inputs"])
         return cls(**{name: value for name, value in complete.items() if name in known})
 
     def __repr__(self) -> str:
