@@ -270,7 +270,7 @@ def _components(job: _Job, statistics: Statistics, grids: Mapping[str, Grid], la
     for target in in_blocks([t for t in job.targets if t.name == layer], grids):
         norm = metric(KFAC, statistics, target)
         if norm is not None:
-            W = job.weights.read(target).to(job.context.device)
+            W = job.weights.read(target).to(job.context.float64_device)
             factors = factorise(W, min(target.shape), metric=norm)
             components[target.name] = Components(factors.A, factors.B, target.rows, target.columns)
     return components

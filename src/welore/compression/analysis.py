@@ -141,7 +141,7 @@ def analyze_source(
             sigma = reduction.values()
             workspace.store(f"{target.key}.reduction", reduction.tensors())
         else:
-            sigma = singular_values(W.to(context.device), norm)
+            sigma = singular_values(W.to(context.float64_device), norm)
         values = {"sigma": torch.from_numpy(sigma.copy())}
         if statistics:
             values["outliers"] = torch.tensor(outliers(W, statistics, target), dtype=torch.float64)

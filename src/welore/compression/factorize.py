@@ -35,7 +35,9 @@ def factor_matrices(
             reduction = None if stored is None else Reduction.from_tensors(stored)
             norm = metric(plan.scaling, statistics, target)
             # The matrix has no name here: factorise makes its own copy and lets this one go.
-            factors = factorise(source.read(target).to(context.device), a.rank, a.relative_error, reduction, norm)
+            factors = factorise(
+                source.read(target).to(context.float64_device), a.rank, a.relative_error, reduction, norm
+            )
             dtype = source.dtype(target)
             packed = FORMS[a.form].pack(factors.A, factors.B)
             parts = {

@@ -57,7 +57,7 @@ def merge(
                 require_outside(output_dir, source.directory)
         else:
             config = config.within(source.skeleton)  # which may be a bare AutoModel
-        outputs = _merged(source, config)
+        outputs = _merged(source, config, context)
         with open_sink(source, output_dir, max_shard_size=max_shard_size, overwrite=context.overwrite) as sink:
             sink.write(outputs, None, context.progress)
     return None if output_dir is None else Path(output_dir)
@@ -74,7 +74,7 @@ def _config(source: TensorSource) -> WeLoreConfig:
     return WeLoreConfig(**config)
 
 
-def _merged(source: TensorSource, config: WeLoreConfig) -> list[OutputTensors]:
+def _merged(source: TensorSource, config: WeLoreConfig, context: RunContext) -> list[OutputTensors]:
     """The tensors of the dense model: the product where there were factors, everything else as it is."""
     ranks, split, skeleton = config.ranks or {}, config.split, source.empty_skeleton()
     copies = outputs_per_neuron(skeleton) if config.shapes else {}
@@ -86,7 +86,9 @@ def _merged(source: TensorSource, config: WeLoreConfig) -> list[OutputTensors]:
         if name not in forms:
             return source.tensor(f"{name}.weight")
         form = FORMS[forms[name]]
-        return form.unpack({part: source.tensor(f"{name}.{part}") for part in form.parts})
+        stored = {part: source.tensor(f"{name}.{part}") for part in form.parts}
+        device = next(iter(stored.values())).device
+        return form.unpack({part: tensor.to(context.device) for part, tensor in stored.items()}).to(device)
 
     def make(name: str, dtype: torch.dtype) -> dict[str, list[Tensor]]:
         layer, _, part = name.rpartition(".")

@@ -22,7 +22,6 @@ from welore.calibration.scaling import DAMPING_INPUTS, damped
 from welore.calibration.statistics import Selection, Statistics
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
-from welore.io.resume import Workspace
 from welore.linalg.brain_surgeon import refit, removal
 from welore.models.mlp import Mlp, find_mlps
 from welore.models.source import OverlaySource, TensorSource
@@ -49,8 +48,7 @@ def select_neurons(
         if share:
             raise WeLoreError(f"{source.name} has no MLP whose neurons could be taken out: leave mlp_pruning out")
         return {}
-    assert context.workspace is not None
-    compute = partial(_removal, source, statistics, context.workspace)
+    compute = partial(_removal, source, statistics, context)
     _share(mlps, compute, context, "neurons")
     removals = {mlp.name: compute(mlp) for mlp in mlps}
     # Later groups may lose less: a neuron is taken out for the least loss that is still to come.
@@ -72,12 +70,13 @@ def select_neurons(
     return neurons
 
 
-def _removal(source: TensorSource, statistics: Statistics, workspace: Workspace, mlp: Mlp) -> dict[str, Tensor]:
+def _removal(source: TensorSource, statistics: Statistics, context: RunContext, mlp: Mlp) -> dict[str, Tensor]:
     """The order in which neurons are taken out, and their losses; from the workspace if they are there."""
-    key = f"{mlp.name}.removal"
+    assert context.workspace is not None
+    workspace, key = context.workspace, f"{mlp.name}.removal"
     stored = workspace.fetch(key)
     if stored is None:
-        order, costs = removal(source.read(mlp.down_layer).cpu(), *_moments(mlp, statistics))
+        order, costs = removal(*_problem(source, statistics, context, mlp))
         stored = {"order": order, "costs": costs}
         workspace.store(key, stored)
     return stored
@@ -146,11 +145,10 @@ def prune(
     for name, mlp in neurons.items():
         if name not in mlps or mlps[name].width != mlp.width:
             raise WeLoreError(f"the plan takes neurons out of {name}, which this model does not have in that size")
-    assert context.workspace is not None
     indices = {name: torch.tensor(mlp.indices) for name, mlp in neurons.items()}
 
     def compute(mlp: Mlp) -> dict[str, Tensor]:
-        return _refitted(source, statistics, context.workspace, mlp, indices[mlp.name])  # type: ignore[arg-type]
+        return _refitted(source, statistics, context, mlp, indices[mlp.name])
 
     _share([mlps[name] for name in neurons], compute, context, "neurons refitted")
     pruned = [PrunedMlp(mlps[name], indices[name], partial(compute, mlps[name])) for name in neurons]
@@ -162,17 +160,18 @@ def prune(
 
 
 def _refitted(
-    source: TensorSource, statistics: Statistics, workspace: Workspace, mlp: Mlp, indices: Tensor
+    source: TensorSource, statistics: Statistics, context: RunContext, mlp: Mlp, indices: Tensor
 ) -> dict[str, Tensor]:
     """W and gains of PrunedMlp; from the workspace if they are there."""
-    key = f"{mlp.name}.refit-{hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16]}"
+    assert context.workspace is not None
+    workspace, key = context.workspace, f"{mlp.name}.refit-{hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16]}"
     stored = workspace.fetch(key)
     if stored is None:
-        W, (G, H) = source.read(mlp.down_layer).cpu(), _moments(mlp, statistics)
-        made = refit(W, H, indices)
-        before, after = ((columns * (G @ columns)).sum(0) for columns in (W.double()[:, indices], made))
+        W, G, H = _problem(source, statistics, context, mlp)
+        made = refit(W, H, indices.to(W.device))
+        before, after = ((columns * (G @ columns)).sum(0) for columns in (W.double()[:, indices.to(W.device)], made))
         gains = (after / before.clamp(min=float(before.max()) * 1e-12 or 1.0)).sqrt()
-        stored = {"W": made.to(W.dtype), "stronger": gains}
+        stored = {"W": made.to(W.dtype).cpu(), "stronger": gains.cpu()}
         workspace.store(key, stored)
     return stored
 
@@ -189,12 +188,18 @@ def _reached(mlp: Mlp, statistics: Statistics) -> bool:
     return all(statistics.counts.get(layer.name) for layer in mlp.layers)
 
 
-def _moments(mlp: Mlp, statistics: Statistics) -> tuple[Tensor, Tensor]:
-    """G (d, d) of the down layer's outputs and H (width, width) of its inputs, float64; H damped as in the scaling."""
+def _problem(
+    source: TensorSource, statistics: Statistics, context: RunContext, mlp: Mlp
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W (d, width) of the down layer, G (d, d) of its outputs and H (width, width) of its inputs.
+
+    G and H in float64; H damped as in the scaling.
+    """
     G, H = statistics.outputs(mlp.down_layer.name), statistics.inputs(mlp.down_layer.name)
     assert G is not None
     assert H is not None
-    return G.double(), damped(H.double(), DAMPING_INPUTS)
+    W, G, H = (tensor.to(context.float64_device) for tensor in (source.read(mlp.down_layer), G, H))
+    return W, G.double(), damped(H.double(), DAMPING_INPUTS)
 
 
 def _share(mlps: Sequence[Mlp], compute: Callable[[Mlp], dict[str, Tensor]], context: RunContext, label: str) -> None:

@@ -67,6 +67,11 @@ class RunContext:
         """The same context with another workspace."""
         return dataclasses.replace(self, workspace=workspace)
 
+    @property
+    def float64_device(self) -> torch.device:
+        """Where float64 is computed: on the device, or on the CPU if the device has none (MPS)."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
     def map(
         self, function: Callable[[Item], Result], items: Sequence[Item], costs: Sequence[float], label: str
     ) -> list[Result]:

@@ -10,20 +10,20 @@ MOST = 5 / 6  # of the neurons of one MLP
 
 
 def removal(W: Tensor, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """In which order neurons are taken out, and what each then costs: (count,) and (count,), float32.
+    """In which order neurons are taken out, and what each then costs: (count,) and (count,) on the CPU.
 
     W (d, width) reads the neurons; outputs: G (d, d); inputs: H (width, width), positive definite. A group of them goes
     at once, those that cost least with the others refitted to what has gone before; each bears its share of the cost.
     """
     inverse = torch.linalg.inv(inputs.double()).float()
     W, G = W.float(), outputs.float()
-    group, left = max(1, W.shape[1] // AT_ONCE), torch.arange(W.shape[1])
+    group, left = max(1, W.shape[1] // AT_ONCE), torch.arange(W.shape[1], device=W.device)
     order: list[Tensor] = []
     costs: list[float] = []
     while len(costs) + group <= MOST * len(inputs):
         each = (W * (G @ W)).sum(0) / inverse.diagonal()
         gone = each.topk(group, largest=False).indices
-        stay = torch.ones(len(each), dtype=torch.bool).index_fill_(0, gone, False)
+        stay = torch.ones(len(each), dtype=torch.bool, device=W.device).index_fill_(0, gone, False)
         small = torch.linalg.inv(inverse[gone][:, gone].double())
         total = float(((W[:, gone].T @ G @ W[:, gone]).double() * small).sum())
         shared = (small @ inverse[gone].double()).float()
@@ -31,7 +31,7 @@ def removal(W: Tensor, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]
         costs += [total / group] * group
         W, inverse = (W - W[:, gone] @ shared)[:, stay], (inverse - inverse[:, gone] @ shared)[stay][:, stay]
         left = left[stay]
-    return torch.cat(order), torch.tensor(costs)
+    return torch.cat(order).cpu(), torch.tensor(costs)
 
 
 def refit(W: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
