@@ -4,6 +4,7 @@ import ast
 import contextlib
 import dataclasses
 import functools
+import inspect
 import io
 import json
 import os
@@ -19,6 +20,7 @@ import typer.main
 
 import welore
 import welore.cli.main
+from welore.config import RunOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -68,7 +70,7 @@ def test_pages_do_not_link_to_the_log_of_experiments() -> None:
         assert "research/LOG" not in page.read_text(encoding="utf-8"), page
 
 
-@pytest.mark.skipif(not hasattr(welore, "info"), reason="welore.info is not here yet")
+@pytest.mark.slow
 def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cells = json.loads((ROOT / "docs" / "notebooks" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
@@ -103,6 +105,16 @@ def check_snippet(code: str, page: Path) -> None:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "welore":
             assert node.attr in (*welore.__all__, *COMING), f"{page}: welore.{node.attr}"
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and ast.unparse(node.func.value) == "welore"
+        ):
+            promised = inspect.signature(getattr(welore, node.func.attr)).parameters
+            names = {keyword.arg for keyword in node.keywords}
+            assert names <= {*promised, *(RunOptions.__annotations__ if "options" in promised else ())}, (
+                f"{page}: {names}"
+            )
         if isinstance(node, ast.ImportFrom) and node.module == "welore":
             assert {alias.name for alias in node.names} <= set(welore.__all__), page
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in SETTINGS:
