@@ -39,7 +39,7 @@ TYPE_STYLES = dict(zip(TYPES, (*style.STYLES, ("#E69F00", "X")), strict=True))
 OTHER_STYLE = (style.BLACK, "o")
 TICKS = 6
 BELOW: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "fontsize": 8, "frameon": False}
-SMALLEST = 1e-12  # of the largest value of a heat map; smaller values are rounding errors
+SMALLEST = 1e-4  # of the largest value of a heat map; smaller values have the same colour
 
 
 # --- the paper's -------------------------------------------------------------------------------------------------
@@ -50,18 +50,16 @@ def gradient_cosines(trace: Trace, *, title: str = "") -> "Figure":
 
     WeLore, figure 2, first row.
     """
+    from matplotlib.colors import Normalize
+
     names = _papers_panels(trace)
     tables = [trace.matrices[name].same[COSINE] for name in names]
-    fig, panels = _panels(names, title)
     low = min(0.0, *(float(table.min()) for table in tables))
-    for ax, table in zip(panels, tables, strict=True):
-        mesh = ax.pcolormesh(table, cmap="viridis", vmin=low, vmax=1, rasterized=True)
+    fig, panels = _heat_maps(trace, names, tables, Normalize(low, 1), "cosine", title)
+    for ax in panels:
         ax.set_aspect("equal")
         _step_ticks(ax.xaxis, trace)
-        _step_ticks(ax.yaxis, trace)
         ax.set_xlabel("step", fontsize=8)
-    panels[0].set_ylabel("step", fontsize=8)
-    _colour_bar(fig, mesh, panels, "cosine")
     return fig
 
 
@@ -71,18 +69,13 @@ def singular_values(trace: Trace, values: Callable[[Matrix], Array], label: str,
 
     names = _papers_panels(trace)
     tables = [values(trace.matrices[name]) for name in names]
-    fig, panels = _panels(names, title)
     largest = max(float(table.max()) for table in tables)
-    smallest = max(min(float(table[table > 0].min()) for table in tables), SMALLEST * largest)
-    lowest = max(smallest, largest * 1e-4)
-    norm = LogNorm(lowest, largest)
-    for ax, table in zip(panels, tables, strict=True):
-        mesh = ax.pcolormesh(np.maximum(table, lowest), cmap="viridis", norm=norm, rasterized=True)
-        _step_ticks(ax.yaxis, trace)
-    panels[0].set_ylabel("step", fontsize=8)
+    smallest = min(float(table[table > 0].min()) for table in tables)
+    lowest = max(smallest, largest * SMALLEST)
+    norm, clipped = LogNorm(lowest, largest), [np.maximum(table, lowest) for table in tables]
+    fig, panels = _heat_maps(trace, names, clipped, norm, "singular value (log scale)", title)
     panels[0].invert_yaxis()
     fig.supxlabel(f"index of the {label}'s singular value", fontsize=8)
-    _colour_bar(fig, mesh, panels, "singular value (log scale)")
     return fig
 
 
@@ -265,12 +258,19 @@ def _by_type(trace: Trace) -> dict[str, list[str]]:
     return {name: groups[name] for name in sorted(groups, key=lambda name: (*TYPES, name).index(name))}
 
 
-def _panels(names: Sequence[str], title: str) -> tuple["Figure", list["Axes"]]:
+def _heat_maps(
+    trace: Trace, names: Sequence[str], tables: Sequence[Array], norm: Any, label: str, title: str
+) -> tuple["Figure", list["Axes"]]:
+    """A panel for every matrix, training upwards, and one colour bar."""
     fig = style.new_figure(11.0, 3.1, title)
     panels = list(fig.subplots(1, len(names), sharey=True))
-    for ax, name in zip(panels, names, strict=True):
+    for ax, name, table in zip(panels, names, tables, strict=True):
         ax.set_title(name.removeprefix("model.").replace("self_attn.", "").replace("mlp.", ""), fontsize=9)
         ax.tick_params(labelsize=7)
+        mesh = ax.pcolormesh(table, cmap="viridis", norm=norm, rasterized=True)
+        _step_ticks(ax.yaxis, trace)
+    panels[0].set_ylabel("step", fontsize=8)
+    _colour_bar(fig, mesh, panels, label)
     return fig, panels
 
 
