@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from welore.config import (
     AnalysisConfig,
     CalibrationConfig,
     CompressionConfig,
+    ExportFormat,
     RecoveryConfig,
     RunConfig,
     RunOptions,
@@ -137,6 +138,7 @@ def compress(
     output_dir: OutputDir,
     config: CompressionConfig,
     calibration: CalibrationConfig,
+    recovery: RecoveryConfig,
     run: RunConfig,
     as_json: bool,
     plan: PlanFile = None,
@@ -145,6 +147,12 @@ def compress(
         Path | None, typer.Option(help="File made by `welore calibrate`.", rich_help_panel="Calibration")
     ] = None,
     recovery_text: RecoveryText = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print targets, sizes, time, memory and disk, and stop.", rich_help_panel="Target"
+        ),
+    ] = False,
     reference_checkpoint: Annotated[
         Path | None,
         typer.Option(
@@ -153,6 +161,7 @@ def compress(
     ] = None,
 ) -> None:
     """Compress a model into a Hugging Face directory that loads with from_pretrained."""
+    from welore.compression.estimate import estimate
     from welore.compression.pipeline import compress
     from welore.compression.presets import preset_of
     from welore.compression.reference_import import import_checkpoint
@@ -163,6 +172,13 @@ def compress(
         if config.preset not in (None, "paper"):
             raise WeLoreError("give --paper or --preset, not both")
         config = dataclasses.replace(config, preset="paper")
+    wanted = _recovery(recovery, recovery_text)
+    if dry_run:
+        prediction = estimate(
+            model, config, calibration=calibration, recovery=wanted, statistics=statistics, **run.options
+        )
+        print_result(prediction.to_dict(), as_json, str(prediction))
+        return
     if reference_checkpoint is not None:
         if plan is not None or any(v is not None for v in (config.keep, config.rank_reduction, config.threshold)):
             raise WeLoreError("give --reference-checkpoint or a plan or target, not both: it has its own ranks")
@@ -178,13 +194,12 @@ def compress(
     else:
         if preset_of(config) in (None, "paper"):  # no model is run, which would want its blocks again
             return_freed_memory()
-        recovery: Any = "auto" if recovery_text is None else RecoveryConfig(dataset=recovery_text)
         record = compress(
             model,
             output_dir,
             config,
             calibration=calibration,
-            recovery=None if recovery_text == "none" else recovery,
+            recovery=wanted,
             plan=plan,
             statistics=statistics,
             **join(run),
@@ -192,6 +207,15 @@ def compress(
     _report_compression(record)
     line = f"{achieved(record.settings['target'], record.numbers)}, {record.numbers['bytes'] / 1e6:.1f} MB"
     print_result(record, as_json, f"{line} -> {output_dir}")
+
+
+def _recovery(config: RecoveryConfig, text: str | None) -> "RecoveryConfig | Literal['auto'] | None":
+    """The recovery that `--recovery` and the options beside it ask for."""
+    if text == "none":
+        return None
+    if text is None:
+        return "auto" if config == RecoveryConfig() else config
+    return dataclasses.replace(config, dataset=text)
 
 
 def _report_compression(record: "Record") -> None:
@@ -220,16 +244,33 @@ def merge(
 ) -> None:
     """Turn a compressed checkpoint into a dense one, W = A B, that needs nothing of welore."""
     from welore.compression.merge import merge
-    from welore.io.progress import progress_bars
 
     quiet_libraries()
-    merge(
-        model,
-        output_dir,
-        cache_dir=run.cache_dir,
-        revision=run.revision,
-        max_shard_size=max_shard_size,
-        overwrite=run.overwrite,
-        progress=progress_bars(run.progress),
-    )
+    merge(model, output_dir, max_shard_size=max_shard_size, **run.options)
     print_result({"output": str(output_dir)}, as_json, f"dense checkpoint -> {output_dir}")
+
+
+def export(
+    model: Model,
+    output_dir: OutputDir,
+    run: RunConfig,
+    as_json: bool,
+    format: Annotated[ExportFormat, typer.Option(help="dense: W = A B; nothing of the saving is left.")] = "dense",
+) -> None:
+    """Write a compressed checkpoint for engines that do not know welore."""
+    from welore.compression.export import export
+
+    quiet_libraries()
+    export(model, output_dir, format, **run.options)
+    print_result({"output": str(output_dir), "format": format}, as_json, f"{format} checkpoint -> {output_dir}")
+
+
+def info(
+    directory: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)], as_json: bool
+) -> None:
+    """Say what a checkpoint is and how it was made."""
+    from welore.compression.info import info
+
+    quiet_libraries()
+    facts = info(directory)
+    print_result(facts.to_dict(), as_json, str(facts))

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 import typer.main
 
-from welore.cli.compression import allocate, analyze, calibrate, compress, merge
+from welore.cli.compression import allocate, analyze, calibrate, compress, export, info, merge
 from welore.cli.evaluation import evaluate, score
 from welore.cli.options import Verb, expand
 from welore.cli.output import usage_sentence
@@ -19,7 +19,9 @@ VERBS: dict[Verb, str] = {  # in the order of the help, with an example each
     compress: "welore compress HuggingFaceTB/SmolLM2-135M small --keep 0.8",
     evaluate: "welore evaluate small --dataset pydoc --max-length 512 --num-windows 16",
     finetune: "welore finetune small tuned --dataset pydoc --max-steps 100 --max-length 256",
+    info: "welore info small",
     merge: "welore merge small dense-again",
+    export: "welore export small dense-again --format dense",
     score: "welore score tuned/model --task coin_flip --dataset generated",
     calibrate: "welore calibrate HuggingFaceTB/SmolLM2-135M --dataset self -o statistics.safetensors",
     analyze: "welore analyze HuggingFaceTB/SmolLM2-135M -o spectra.safetensors",
