@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,32 @@ def test_compressing_while_loading_equals_compress(saved, tmp_path: Path, tokens
     loaded.save_pretrained(tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(again, tokens), logits(expected, tokens))
+
+
+def test_compressing_while_loading_is_the_method_of_compress(
+    saved, tokenizer, tmp_path: Path, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import welore.compression.presets as presets
+
+    monkeypatch.setitem(presets.PRESETS, "best", replace(presets.PRESETS["best"], num_tokens=256))
+    source = saved("llama")
+    with pytest.raises(WeLoreError, match="tokenizer cannot be read: add one, or .* scaling='none' or preset='paper'"):
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=welore.WeLoreConfig(keep=0.7))
+    plain = welore.WeLoreConfig(keep=0.7, scaling="none")
+    assert AutoModelForCausalLM.from_pretrained(source, quantization_config=plain).config.quantization_config.ranks
+    tokenizer.save_pretrained(source)
+    settings = welore.WeLoreConfig(keep=0.7)
+    loaded = AutoModelForCausalLM.from_pretrained(source, quantization_config=settings)
+    expected = AutoModelForCausalLM.from_pretrained(source)
+    welore.compress(expected, keep=0.7, tokenizer=tokenizer)
+    assert torch.equal(logits(loaded, tokens), logits(expected, tokens))
+    assert loaded.config.quantization_config.to_dict() == expected.config.quantization_config.to_dict()
+
+
+def test_words_of_version_0_1_and_unknown_settings() -> None:
+    assert welore.WeLoreConfig(params=0.7).compression.keep == 0.7
+    with pytest.raises(WeLoreError, match="unknown setting 'kepe'; did you mean 'keep'"):
+        welore.WeLoreConfig(kepe=0.7)
 
 
 def test_wish_without_a_target_is_one_sentence(saved) -> None:

@@ -4,6 +4,7 @@ A quantization config and a quantizer named "welore" are registered when transfo
 (welore/__init__.py sees to that). Only hooks that exist from transformers 5.18 on are used.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import welore
-from welore.config import CompressionConfig, MinRatio
+from welore.config import NONE, CompressionConfig
 from welore.errors import WeLoreError, choose
 from welore.io.safetensors_stream import TensorReader
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
@@ -32,15 +33,26 @@ VERSION = 4
 
 @register_quantization_config(METHOD)
 class WeLoreConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a compressed checkpoint, or the wish to compress while loading.
+    """The `quantization_config` of a compressed checkpoint, or how to compress a dense one while it is loaded.
 
-    ranks: module name in the causal LM -> rank of its factors; in every saved checkpoint.
-    forms: module name -> how its factors are stored, where that is not as A and B (layers.registry.FORMS).
-    grids: module name -> blocks down and across of the matrices that were cut block by block; a layer of which a block
-    NAME.INDEX has a rank is a SplitLinear.
-    shapes: module name -> (m, n) of the layers that are smaller than the architecture says, for neurons were taken out.
-    Without ranks, exactly one target (keep, rank_reduction, threshold) and the other settings of `allocate`
-    make `from_pretrained(dense, quantization_config=WeLoreConfig(rank_reduction=0.3))` compress what it loads.
+    Args:
+        ranks: Module name in the causal LM -> rank of its matrix; in every saved checkpoint.
+        forms: Module name -> storage form, where that is not A and B (layers.registry.FORMS).
+        grids: Module name -> blocks down and across of the matrices that were factored block by block; a layer of
+            which a block NAME.INDEX has a rank is a SplitLinear.
+        shapes: Module name -> (m, n) of the layers that are smaller than the architecture says, because neurons were
+            taken out.
+        include: Patterns of the modules that were, or are to be, targeted.
+        exclude: Patterns of the modules that were, or are to be, left dense.
+        version: Format of the checkpoint.
+        quant_method: "welore".
+        params: The name of `keep` in version 0.1.
+        **settings: Without ranks, fields of CompressionConfig. `from_pretrained(dense,
+            quantization_config=WeLoreConfig(keep=0.8))` does what `welore.compress(model, keep=0.8, tokenizer=...)`
+            does, with the tokenizer of the model's directory.
+
+    Raises:
+        WeLoreError: For a later format, an unknown form or an unknown setting.
     """
 
     def __init__(
@@ -50,20 +62,12 @@ class WeLoreConfig(QuantizationConfigMixin):
         grids: Mapping[str, Sequence[int]] | None = None,
         shapes: Mapping[str, Sequence[int]] | None = None,
         *,
-        rank_reduction: float | None = None,
-        keep: float | None = None,
-        params: float | None = None,
-        threshold: float | None = None,
-        strategy: str | None = None,
-        storage: str | None = None,
-        min_ratio: MinRatio | None = None,
-        allow_growth: bool = False,
-        rank_multiple: int = 1,
-        split: bool | None = None,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
         version: int = 1,
         quant_method: str = METHOD,
+        params: float | None = None,
+        **settings: Any,
     ) -> None:
         if version > VERSION:
             raise WeLoreError(f"this checkpoint has format {version}, this welore reads up to {VERSION}: upgrade it")
@@ -76,17 +80,11 @@ class WeLoreConfig(QuantizationConfigMixin):
         self.shapes = read_grids(shapes or {})
         self.version = 4 if self.shapes else 3 if self.grids else 2 if self.forms else 1
         self.include, self.exclude = list(include), list(exclude)
-        self.wish: dict[str, Any] = {
-            "rank_reduction": rank_reduction,
-            "keep": params if keep is None else keep,
-            "threshold": threshold,
-            "strategy": strategy,
-            "storage": storage,
-            "min_ratio": min_ratio,
-            "allow_growth": allow_growth,
-            "rank_multiple": rank_multiple,
-            "split": split,
-        }
+        fields = {field.name: field for field in dataclasses.fields(CompressionConfig)}
+        for name in settings:
+            choose("setting", name, fields)
+        settings |= {} if params is None else {"keep": params}
+        self.compression = CompressionConfig(include=tuple(include), exclude=tuple(exclude), **settings)
 
     @classmethod
     def of(cls, plan: Any) -> "WeLoreConfig":
@@ -144,8 +142,7 @@ class WeLoreQuantizer(HfQuantizer):
         check_layers(model)
         if config.ranks is None:
             del model.config.quantization_config
-            wish = CompressionConfig(include=tuple(config.include), exclude=tuple(config.exclude), **config.wish)
-            welore.compress(model, config=wish, recovery=None)
+            welore.compress(model, config=config.compression, tokenizer=_tokenizer(model, config.compression))
         return model
 
     def is_serializable(self) -> bool:
@@ -156,6 +153,23 @@ class WeLoreQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """The factors are ordinary parameters."""
         return True
+
+
+def _tokenizer(model: "PreTrainedModel", config: CompressionConfig) -> Any:
+    """The tokenizer of the model that is loaded, where compressing it needs a text; None elsewhere."""
+    from welore.models.load import read_tokenizer
+
+    best = config.preset is None and config.keep is not None and config.strategy is None and config.scaling is None
+    if config.scaling == NONE or not (best or config.preset in ("best", "fast") or config.scaling):
+        return None
+    name = model.config.name_or_path or "the model"
+    try:
+        return read_tokenizer(Path(name))
+    except WeLoreError as error:
+        raise WeLoreError(
+            f"to compress {name} while it is loaded a text is needed, and its tokenizer cannot be read: add one, or "
+            "ask for the plain method by scaling='none' or preset='paper'"
+        ) from error
 
 
 def step_aside(model: "PreTrainedModel") -> None:
