@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 
 AT_ONCE = 96  # groups that the neurons of an MLP are taken out in
-
-
 MOST = 5 / 6  # of the neurons of one MLP
 
 
@@ -34,7 +32,7 @@ def removal(W: Tensor, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]
     return torch.cat(order).cpu(), torch.tensor(costs)
 
 
-def refit(W: Tensor, inputs: Tensor, kept: Tensor) -> Tensor:
-    """W' (d, count) of the neurons `kept`, float64: least squares of W x - W' x_kept; inputs: H = E[x x^T]."""
+def refit(W: Tensor, inputs: Tensor, neurons: Tensor) -> Tensor:
+    """W' (d, count) of some neurons (count,), float64: least squares of W x - W' x[neurons]; inputs: H = E[x x^T]."""
     H = inputs.double()
-    return torch.linalg.solve(H[kept][:, kept], H[kept] @ W.double().T).T
+    return torch.linalg.solve(H[neurons][:, neurons], H[neurons] @ W.double().T).T

@@ -51,17 +51,17 @@ def pivoted(A: Tensor, B: Tensor) -> Pivoted:
         raise WeLoreError(f"factors of shapes {tuple(A.shape)} and {tuple(B.shape)} are no A (m, r), B (r, n), r <= m")
     left = A.to("cpu", torch.float64, copy=True, memory_format=torch.contiguous_format)
     triangle = left.numpy().T.copy(order="F")  # (r, m)
-    found = lapack.pivoted_qr(triangle)
-    C = _exchange(_coefficients(triangle), found)
-    pivots, others = np.argsort(found[:r]), np.argsort(found[r:])
+    rows = lapack.pivoted_qr(triangle)
+    C = _exchange(_coefficients(triangle), rows)
+    pivots, others = np.argsort(rows[:r]), np.argsort(rows[r:])
     C = C[np.ix_(others, pivots)]
-    found = np.concatenate([found[:r][pivots], found[r:][others]])
-    P = left[torch.from_numpy(found[:r])] @ B.to("cpu", torch.float64)
+    rows = np.concatenate([rows[:r][pivots], rows[r:][others]])
+    P = left[torch.from_numpy(rows[:r])] @ B.to("cpu", torch.float64)
     assert P.shape == (r, n)
     return Pivoted(
         P.to(A.device, A.dtype),
         torch.from_numpy(C).to(A.device, A.dtype),
-        torch.from_numpy(np.argsort(found).astype(np.int32)).to(A.device),
+        torch.from_numpy(np.argsort(rows).astype(np.int32)).to(A.device),
     )
 
 
@@ -76,15 +76,15 @@ def _coefficients(triangle: NDArray[np.float64]) -> NDArray[np.float64]:
     return C
 
 
-def _exchange(C: NDArray[np.float64], found: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Exchange rows (in `found`, in place) until no |C| exceeds LARGEST; the C that belongs to them."""
+def _exchange(C: NDArray[np.float64], rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Exchange `rows`, in place, until no |C| exceeds LARGEST; the C that belongs to them."""
     r = C.shape[1]
     while C.size:
         i, j = divmod(int(np.abs(C).argmax()), r)
         c = C[i, j]
         if not abs(c) > LARGEST:
             break
-        found[[j, r + i]] = found[[r + i, j]]
+        rows[[j, r + i]] = rows[[r + i, j]]
         row = C[i] / c
         row[j] = 1 - 1 / c
         # Row i becomes what the old pivot is now; all others put it in the place of the old pivot.

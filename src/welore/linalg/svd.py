@@ -1,4 +1,4 @@
-"""3 - One matrix -> its singular values; one matrix + rank -> its two factors. Pure tensor mathematics.
+"""One matrix -> its singular values; one matrix + rank -> its two factors. Pure tensor mathematics.
 
 Shapes: W (m, n) = (out_features, in_features), k = min(m, n), A (m, r), B (r, n), W ~ A B.
 
@@ -69,10 +69,10 @@ class Reduction:
         }
 
     @classmethod
-    def from_tensors(cls, kept: Mapping[str, Tensor]) -> "Reduction":
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Reduction":
         """The reduction that `tensors` wrote; its float32 factors have the same bits as before."""
-        diagonal, off_diagonal, tau = (kept[name].numpy() for name in ("diagonal", "off_diagonal", "tau"))
-        return cls(diagonal, off_diagonal, tau, kept["reflectors"].numpy().T)
+        diagonal, off_diagonal, tau = (tensors[name].numpy() for name in ("diagonal", "off_diagonal", "tau"))
+        return cls(diagonal, off_diagonal, tau, tensors["reflectors"].numpy().T)
 
     def values(self) -> NDArray[np.float64]:
         """Singular values (k,) of W, descending."""
@@ -83,8 +83,8 @@ class Reduction:
         """The singular vectors (k, rank) of the `rank` largest values, on the shorter side of W, descending."""
         scale = np.abs(self.diagonal).max() or 1.0  # the squares of tiny weights would vanish in float32
         diagonal, off_diagonal = (x / scale for x in (self.diagonal, self.off_diagonal))
-        found = lapack.tridiagonal_vectors(diagonal.astype(precision), off_diagonal.astype(precision))
-        chosen = found[:, : -rank - 1 : -1].copy(order="F")
+        vectors = lapack.tridiagonal_vectors(diagonal.astype(precision), off_diagonal.astype(precision))
+        chosen = vectors[:, : -rank - 1 : -1].copy(order="F")
         lapack.back_transform(self.reflectors.astype(precision, copy=False), self.tau.astype(precision), chosen)
         return chosen
 
@@ -190,8 +190,8 @@ def _factorise_scaled(
             vectors, total = torch.from_numpy(reduction.vectors(rank, kind)).double(), float(reduction.diagonal.sum())
         vectors = vectors / torch.linalg.vector_norm(vectors, dim=0)
         near, far = _times(half, vectors).T @ double, _times(back, vectors)
-        kept = float((_times(long, near.T) * near.T).sum())
-        excess = 0.0 if optimum is None or not total else 1 - kept / total - optimum**2
+        energy = float((_times(long, near.T) * near.T).sum())
+        excess = 0.0 if optimum is None or not total else 1 - energy / total - optimum**2
         if abs(excess) <= EXCESS:
             break
         reduction = None
