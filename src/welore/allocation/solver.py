@@ -35,16 +35,15 @@ def allocate(
 ) -> Plan:
     """Choose the rank of every matrix, so that the model comes as close as possible to one target.
 
-    A matrix that no token of the statistics has reached stays dense; so does one whose factors would not be smaller
-    than it is, unless the config allows growth.
+    A matrix that no token of the statistics has reached stays dense.
 
     Args:
         spectra: Singular values of the targeted matrices, from `analyze`.
-        config: Target and method; by default strategy welore and storage factored for plain spectra (scaling none), as
-            in the paper, and strategy waterfill and storage auto for those of scaled matrices.
+        config: Target and method; by default the paper's for plain spectra (scaling none): strategy welore, storage
+            factored; for those of scaled matrices strategy waterfill, storage auto.
         keep: The target in place of one in the config: stored parameters of the targeted matrices over dense ones.
         rank_reduction: The target as effective rank reduction (ERR), 0 to 1.
-        threshold: The target as the level itself; for strategy welore, the paper's threshold on normalised values.
+        threshold: The target as the level itself; of strategy welore the paper's threshold.
 
     Returns:
         The plan, with the ranks and the target that they achieve.
@@ -55,8 +54,7 @@ def allocate(
     Source: WeLore (arXiv 2407.11239), section 4.1.
     """
     config = with_target(config, keep=keep, rank_reduction=rank_reduction, threshold=threshold)
-    name, value = config.target
-    strategy, rule = resolve(config, spectra.scaling)
+    (name, value), (strategy, rule) = config.target, resolve(config, spectra.scaling)
     shapes = [spectra.shapes[name] for name in spectra.values]
     scores = STRATEGIES[strategy].scores(spectra, rule.storage)
     top = max(float(s[0]) for s in scores)

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 
-from welore.allocation.solver import check_reachable
-from welore.compression.analysis import grids_of
-from welore.compression.presets import PRESETS, resolve, resolve_calibration
-from welore.compression.recovery import resolve_recovery
-from welore.config import AUTO, MAX_LENGTH, NONE, SELF, CalibrationConfig, CompressionConfig, RecoveryConfig, RunOptions
+from welore.calibration.statistics import Statistics
+from welore.compression.pipeline import Job, make_job
+from welore.config import MAX_LENGTH, NONE, SELF, CalibrationConfig, CompressionConfig, RecoveryConfig, RunOptions
 from welore.io.context import RunContext
 from welore.models.load import fastest
 from welore.models.mlp import find_mlps
@@ -51,7 +49,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a compression will need. parameters, bytes: of the result, None if the target does not tell them.
+    """The needs of a compression. parameters, bytes: of the result, None if the target does not tell them.
 
     rates: dtype -> measured operations per second of `device`, with all its cores.
     """
@@ -95,7 +93,7 @@ def estimate(
     keep: float | None = None,
     calibration: CalibrationConfig | None = None,
     recovery: RecoveryConfig | Literal["auto"] | None = "auto",
-    statistics: Any = None,
+    statistics: "Statistics | str | Path | None" = None,
     **options: Unpack[RunOptions],
 ) -> Estimate:
     """Predict sizes, time, memory and disk of `compress` with the same arguments; reads no weights but their headers.
@@ -106,7 +104,7 @@ def estimate(
         keep: The target, in place of one in the config.
         calibration: How statistics would be collected.
         recovery: How the factors would be trained.
-        statistics: Whether there are statistics already: anything but None.
+        statistics: Statistics of this model, or their file.
         **options: Where it would compute (config.RunOptions).
 
     Returns:
@@ -117,23 +115,13 @@ def estimate(
     """
     context = RunContext.create(**options)
     config = config or CompressionConfig()
-    config = resolve(
-        config if keep is None else dataclasses.replace(config, keep=keep), has_statistics=statistics is not None
-    )
-    calibration = resolve_calibration(calibration, config)
+    config = config if keep is None else dataclasses.replace(config, keep=keep)
     with open_source(
         model, include=config.include, exclude=config.exclude, cache_dir=context.cache_dir, revision=context.revision
     ) as source:
-        blocks = in_blocks(source.targets, grids_of(source, bool(config.split)))
-        pruned = config.mlp_pruning not in (0, AUTO)
-        check_reachable(config, str(config.scaling), [t.shape for t in blocks], pruned=5 / 6 if pruned else 0)
-        collects = statistics is None and config.scaling != NONE
-        windows = -(-calibration.num_tokens // (calibration.max_length or MAX_LENGTH))
-        own = windows if (collects or statistics is not None) and calibration.dataset == SELF else 0
-        preset = PRESETS.get(config.preset or "")
-        training = resolve_recovery(recovery, own, context, preset=preset is not None and preset.recovery)
+        job = make_job(source, config, calibration, recovery, None, statistics, context)
         shape, rates = _ModelShape.of(source), _rates(context.device)
-        stages = _Costs(shape, blocks, config, calibration, context, rates).stages(source, collects, training)
+        stages = _Costs(source, job, shape, context, rates).stages()
         dense_bytes = sum(source.info(name).bytes for name in source.names())
         removed = None if config.keep is None else round((1 - config.keep) * shape.targeted)
         name, target = config.target
@@ -181,29 +169,30 @@ class _ModelShape:
 class _Costs:
     """The formulas, with everything that they rest on."""
 
+    source: TensorSource
+    job: Job
     shape: _ModelShape
-    blocks: list[Target]
-    config: CompressionConfig
-    calibration: CalibrationConfig
     context: RunContext
     rates: dict[str, float]
 
-    def stages(self, source: TensorSource, collects: bool, training: RecoveryConfig | None) -> list[Stage]:
+    def stages(self) -> list[Stage]:
         """All stages that the settings ask for."""
+        job, itemsize = self.job, self.source.dtype(self.source.targets[0]).itemsize
         stages = []
-        if collects and self.calibration.dataset == SELF:
-            stages.append(self._text())
-        if collects:
-            stages.append(self._statistics())
+        if job.collects:
+            stages += [self._text()] * (job.calibration.dataset == SELF) + [self._statistics()]
         stages.append(self._decompositions())
-        if self.config.mlp_pruning and (collects or self.config.scaling != NONE):
-            stages.append(self._pruning(source))
-        if training is not None:
-            stages.append(self._recovery(training))
-        itemsize = source.dtype(source.targets[0]).itemsize
+        if job.config.mlp_pruning:
+            stages.append(self._pruning())
+        if job.recovery is not None:
+            stages.append(self._recovery(job.recovery))
         size = itemsize * (self._stored + self.shape.parameters - self.shape.targeted)
-        stages.append(Stage("writing", size / DISK_RATE, 3 * 4 * max(math.prod(t.shape) for t in self.blocks), size))
-        return stages
+        largest = max(math.prod(target.shape) for target in self._blocks)
+        return [*stages, Stage("writing", size / DISK_RATE, 3 * 4 * largest, size)]
+
+    @property
+    def _blocks(self) -> list[Target]:
+        return in_blocks(self.source.targets, self.job.grids)
 
     @property
     def _on_cpu(self) -> bool:
@@ -211,14 +200,14 @@ class _Costs:
 
     @property
     def _stored(self) -> float:
-        return (self.config.keep if self.config.keep is not None else 1.0) * self.shape.targeted
+        return (1.0 if self.job.config.keep is None else self.job.config.keep) * self.shape.targeted
 
     @property
     def _tokens(self) -> int:
-        return self.calibration.num_tokens
+        return self.job.calibration.num_tokens
 
     def _text(self) -> Stage:
-        length = self.calibration.max_length or MAX_LENGTH
+        length = self.job.calibration.max_length or MAX_LENGTH
         steps = math.ceil(self._tokens / length / WRITING_BATCH) * length
         seconds = 2 * self.shape.parameters * self._tokens / (WRITING_SHARE * self.rates["float32"])
         seconds = seconds if self._on_cpu else max(seconds, steps * self.shape.layers * LAUNCHES)
@@ -233,9 +222,9 @@ class _Costs:
         return Stage("statistics", seconds, memory, (s.layers + 1) * hidden + 2 * s.statistics_bytes)
 
     def _decompositions(self) -> Stage:
-        scaled = self.config.scaling != NONE
+        scaled = self.job.scaling != NONE
         a, b = SCALED if scaled else PLAIN
-        sides = [(min(t.shape), max(t.shape)) for t in self.blocks]
+        sides = [(min(t.shape), max(t.shape)) for t in self._blocks]
         if self._on_cpu:
             seconds = sum(a * k**3 + b * k * long**2 for k, long in sides) / self.rates["float64"]
         else:
@@ -245,17 +234,17 @@ class _Costs:
         disk = sum(4 * k * k for k, _ in sides) * self._on_cpu + 4 * self._stored
         return Stage("decompositions", seconds, self.context.workers * one, disk)
 
-    def _pruning(self, source: TensorSource) -> Stage:
+    def _pruning(self) -> Stage:
         a, b = PRUNING
-        shapes = [mlp.down_layer.shape for mlp in find_mlps(source.skeleton, source.targets)]
+        shapes = [mlp.down_layer.shape for mlp in find_mlps(self.source.skeleton, self.source.targets)]
         seconds = sum(a * d * d * f + b * f**3 for d, f in shapes) / self.rates["float64"]
         memory = self.context.workers * 29 * max((f * f for _, f in shapes), default=0)
         return Stage("mlp pruning", seconds, memory, sum(4 * d * f for d, f in shapes))
 
     def _recovery(self, training: RecoveryConfig) -> Stage:
         s, factors = self.shape, TRAINED * self._stored
-        length = self.calibration.max_length or MAX_LENGTH
-        windows = (training.num_tokens or self._tokens) // length
+        length = self.job.calibration.max_length or MAX_LENGTH
+        windows = (self._tokens if training.dataset == SELF else training.num_tokens or 0) // length
         steps = max(1, (windows - max(1, windows // 10)) // training.batch_size)
         steps = min(training.max_steps, steps) if training.dataset == SELF else steps
         tokens = training.batch_size * length
@@ -276,10 +265,12 @@ def _rates(device: torch.device) -> dict[str, float]:
         except TypeError:  # MPS has no float64
             rates[name] = 0.0
             continue
-        float((x @ x)[0, 0])
-        started = time.perf_counter()
-        float((x @ x)[0, 0])  # the number is fetched, so the product is done
-        rates[name] = 2 * SIDE**3 / (time.perf_counter() - started)
+        seconds = []
+        for _ in range(4):
+            started = time.perf_counter()
+            float((x @ x)[0, 0])  # the number is fetched, so the product is done
+            seconds.append(time.perf_counter() - started)
+        rates[name] = 2 * SIDE**3 / min(seconds)
     return {name: rate or max(rates.values()) for name, rate in rates.items()}
 
 

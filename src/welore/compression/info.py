@@ -31,7 +31,7 @@ class RankSummary:
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """A checkpoint directory. What it does not say is None or empty.
+    """A checkpoint directory; fields that it says nothing of are None or empty.
 
     format: version of the compressed format; None for a dense checkpoint. parameters, bytes: of the weights in the
     files. target: what was asked for. rank_reduction, parameter_ratio: what was achieved. ranks: by module type.

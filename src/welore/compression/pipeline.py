@@ -75,13 +75,18 @@ class Job:
     recovery: RecoveryConfig | None
     plan: Plan | None
     statistics: Statistics | None
-    recovery_windows: Tensor | None
     grids: dict[str, Grid]
+    recovery_text: Tensor | None = None
 
     @property
     def scaling(self) -> str:
         """The scaling of the plan, or of the config."""
         return self.plan.scaling if self.plan else str(self.config.scaling)
+
+    @property
+    def collects(self) -> bool:
+        """Whether statistics have to be collected."""
+        return self.statistics is None and self.plan is None and self.scaling != NONE
 
 
 def compress(
@@ -132,7 +137,8 @@ def compress(
     if output_dir is not None:
         require_free(output_dir, overwrite=context.overwrite)
     with _source(model, output_dir, config, context) as (source, context):
-        job = _job(source, config, calibration, recovery, plan, statistics, context)
+        job = make_job(source, config, calibration, recovery, plan, statistics, context)
+        job = replace(job, recovery_text=_recovery_text(source, job, context))
         with _workspace(source, output_dir, job, context) as context:
             known = _statistics(source, job, context)
             spectra = _spectra(source, known, job, context)
@@ -172,7 +178,7 @@ def _source(
         yield source, context
 
 
-def _job(
+def make_job(
     source: TensorSource,
     config: CompressionConfig,
     calibration: CalibrationConfig | None,
@@ -181,7 +187,7 @@ def _job(
     statistics: Statistics | Directory | None,
     context: RunContext,
 ) -> Job:
-    """What was asked for, complete and checked before any work."""
+    """The complete settings of a compression; WeLoreError for those that cannot work."""
     known = open_statistics(statistics, source)
     if plan is None:
         config = resolve(config, has_statistics=known is not None)
@@ -190,24 +196,25 @@ def _job(
     else:
         _check_plan(plan, source, known)
         grids = dict(plan.grids)
-    scaling = plan.scaling if plan else config.scaling
     calibration = resolve_calibration(calibration, config)
-    wanted = own_windows(known)
-    if known is None and scaling != NONE and plan is None and calibration.dataset == SELF:
-        wanted = -(-calibration.num_tokens // (calibration.max_length or MAX_LENGTH))
+    job = Job(config, calibration, None, plan, known, grids)
+    windows = own_windows(known)
+    if job.collects and calibration.dataset == SELF:
+        windows = -(-calibration.num_tokens // (calibration.max_length or MAX_LENGTH))
     preset = PRESETS.get(config.preset or "")
-    chosen = resolve_recovery(recovery, wanted, context, preset=preset is not None and preset.recovery)
-    windows = None
-    if chosen is not None and chosen.dataset != SELF:
-        chosen = replace(chosen, num_tokens=chosen.num_tokens or calibration.num_tokens)
-        windows = recovery_text(
-            chosen,
-            source.skeleton.config,
-            _tokenizer(source, context),
-            calibration.seed,
-            TextOptions.of(calibration, context),
-        )
-    return Job(config, calibration, chosen, plan, known, windows, grids)
+    training = resolve_recovery(recovery, windows, context, preset=preset is not None and preset.recovery)
+    if training is not None:
+        training = replace(training, num_tokens=training.num_tokens or calibration.num_tokens)
+    return replace(job, recovery=training)
+
+
+def _recovery_text(source: TensorSource, job: Job, context: RunContext) -> Tensor | None:
+    """Windows of the text that people wrote for the recovery; None if the model writes it, or there is none."""
+    if job.recovery is None or job.recovery.dataset == SELF:
+        return None
+    model_config, tokenizer = source.skeleton.config, _tokenizer(source, context)
+    options = TextOptions.of(job.calibration, context)
+    return recovery_text(job.recovery, model_config, tokenizer, job.calibration.seed, options)
 
 
 def _check_target(source: TensorSource, config: CompressionConfig, grids: Any, known: Statistics | None) -> None:
@@ -272,7 +279,7 @@ def _beside(output_dir: Directory | None) -> str:
 
 def _statistics(source: TensorSource, job: Job, context: RunContext) -> Statistics | None:
     """1. The statistics that are given, or collected by the process that leads; None if nothing needs them."""
-    if job.statistics is not None or job.plan is not None or job.scaling == NONE:
+    if not job.collects:
         return job.statistics
     assert context.workspace is not None
     path = context.workspace.directory / "calibration.safetensors"
@@ -354,7 +361,7 @@ def _recovery(
     """5. The training of the factors, by the process that leads."""
     if job.recovery is None or not plan.ranks or not context.processes.is_main:
         return Recovery()
-    windows = job.recovery_windows
+    windows = job.recovery_text
     if windows is None and statistics is not None:
         windows = statistics.generated_text()
     assert windows is not None

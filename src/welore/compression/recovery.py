@@ -41,7 +41,7 @@ from welore.training.run_dir import MODEL, RUN, TUNED, WRITTEN
 
 @dataclass(frozen=True)
 class Recovery:
-    """What the training came to. directory: a checkpoint with better factors, None if there are none."""
+    """The outcome of the training. directory: a checkpoint with better factors, None if there are none."""
 
     directory: Path | None = None
     settings: dict[str, Any] | None = None

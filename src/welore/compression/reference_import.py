@@ -8,24 +8,27 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from welore.allocation.plan import Allocation, Plan
 from welore.allocation.spectra import Spectra
+from welore.config import SHARD_SIZE, RunOptions
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory, require_free, require_outside
-from welore.io.checkpoint import RECORD, SHARD_SIZE, OutputTensors, check_finite, write_config, write_weights
+from welore.io.checkpoint import RECORD, OutputTensors, check_finite
+from welore.io.context import RunContext
 from welore.io.hub import resolve_model
-from welore.io.progress import Progress, silent
 from welore.io.safetensors_stream import TensorInfo
 from welore.models.quantizer import WeLoreConfig
+from welore.models.sink import DirectorySink
 from welore.models.skeleton import config_of, decoder_blocks, dense_skeleton
 from welore.models.source import open_source
 from welore.models.targets import find_targets
-from welore.records import Record
+from welore.records import Identity, Record
 
 
 def import_singular_values(
@@ -47,10 +50,10 @@ def import_singular_values(
         values = {}
         for target in weights.targets:
             layer, _, kind = target.name.removeprefix(blocks + ".").partition(".")
-            found = _entry(content, layer, kind)
-            if not isinstance(found, Tensor):
+            stored = _entry(content, layer, kind)
+            if not isinstance(stored, Tensor):
                 raise WeLoreError(f"{path} has no singular values of layer {layer}, {kind}")
-            sigma = np.sort(found.detach().to(torch.float64).flatten().numpy())[::-1].copy()
+            sigma = np.sort(stored.detach().to(torch.float64).flatten().numpy())[::-1].copy()
             if len(sigma) != min(target.shape):
                 raise WeLoreError(f"{path}: layer {layer}, {kind} has {len(sigma)} values, not {min(target.shape)}")
             if not np.isfinite(sigma).all():
@@ -63,28 +66,26 @@ def import_singular_values(
 def import_checkpoint(
     path: str | Path,
     model: str | Path,
-    out: str | Path,
+    output_dir: str | Path,
     *,
-    cache_dir: str | Path | None = None,
-    revision: str | None = None,
     max_shard_size: str = SHARD_SIZE,
-    overwrite: bool = False,
-    progress: Progress = silent,
+    **options: Unpack[RunOptions],
 ) -> Record:
     """Write a checkpoint of ours from a state dict whose LRCs are `NAME.U.weight` (m, r), `NAME.V.weight` (r, n).
 
     model: gives the configuration and the tokenizer; its own weights are not read. U becomes A, V becomes B.
     Raises WeLoreError if a parameter of the model is missing or has the wrong shape.
     """
-    require_free(out, overwrite=overwrite)
+    context = RunContext.create(**options)
+    require_free(output_dir, overwrite=context.overwrite)
     started = time.perf_counter()
     state = _load(path)
-    directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
-    require_outside(out, directory)
-    steps, ranks, numbers = _plan_import(state, path, directory)
-    with atomic_directory(out, overwrite=overwrite) as unfinished:
-        numbers["bytes"] = write_weights(unfinished, steps, max_shard_size, progress)
-        write_config(directory, unfinished, WeLoreConfig(ranks).to_dict())
+    directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
+    require_outside(output_dir, directory)
+    outputs, ranks, numbers = _plan_import(state, path, directory)
+    with atomic_directory(output_dir, overwrite=context.overwrite) as unfinished:
+        sink = DirectorySink(directory, unfinished, max_shard_size)
+        numbers["bytes"] = sink.write(outputs, WeLoreConfig(ranks), context.progress)
         numbers["seconds"] = time.perf_counter() - started
         settings: dict[str, Any] = {"strategy": "imported", "target": {}, "include": [], "exclude": []}
         record = Record("compression", {"model": str(model), "file": Path(path).name}, settings, numbers)
@@ -121,17 +122,11 @@ def _plan_import(
                 {key: TensorInfo(t.dtype, tuple(t.shape)) for key, t in parts.items()}, partial(_checked, parts)
             )
         )
-    dense = sum(m * n for m, n in (t.shape for t in targets.values()))
-    saved = sum(m * n - ranks[t.name] * (m + n) for t in targets.values() if t.name in ranks for m, n in [t.shape])
-    removed = sum(min(t.shape) - ranks[t.name] for t in targets.values() if t.name in ranks)
-    numbers: dict[str, Any] = {
-        "rank_reduction": removed / sum(min(t.shape) for t in targets.values()),
-        "parameter_ratio": (dense - saved) / dense,
-        "matrices": len(targets),
-        "lrcs": len(ranks),
-        "targeted_parameters_dense": dense,
-        "targeted_parameters": dense - saved,
-    }
+    allocations = tuple(
+        Allocation(name, t.shape, ranks.get(name, min(t.shape)), name in ranks, 0.0) for name, t in targets.items()
+    )
+    numbers = Plan(Identity("", ""), "imported", {}, 0.0, False, 0.0, allocations).numbers()
+    del numbers["threshold"]
     return steps, ranks, numbers
 
 
@@ -148,8 +143,8 @@ def _check_shape(path: str | Path, name: str, tensor: Tensor, shape: tuple[int, 
 
 def _entry(content: Mapping[Any, Any], layer: str, kind: str) -> Any:
     """Layers may be counted by numbers or by text."""
-    found = content.get(int(layer), content.get(layer)) if layer.isdigit() else None
-    return found.get(kind) if isinstance(found, Mapping) else None
+    entry = content.get(int(layer), content.get(layer)) if layer.isdigit() else None
+    return entry.get(kind) if isinstance(entry, Mapping) else None
 
 
 def _load(path: str | Path) -> Mapping[Any, Any]:
