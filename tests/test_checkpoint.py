@@ -253,9 +253,9 @@ def test_model_in_memory_and_in_a_directory_give_the_same(
     tokenizer.save_pretrained(source)
     config = welore.CompressionConfig(keep=0.6, mlp_pruning=0.3)
     text = welore.CalibrationConfig(num_tokens=320, max_length=16)
-    on_disk = compress(source, tmp_path / "small", config, statistics=text)
+    on_disk = welore.compress(source, tmp_path / "small", config, calibration=text)
     model = AutoModelForCausalLM.from_pretrained(source)
-    in_memory = compress(model, config=config, statistics=text, tokenizer=tokenizer)
+    in_memory = welore.compress(model, config=config, calibration=text, tokenizer=tokenizer)
     assert on_disk.plan.neurons
     assert on_disk.record.settings["recovery"]["text"] == "self"
     assert in_memory.plan.allocations == on_disk.plan.allocations
@@ -281,6 +281,6 @@ def test_a_target_out_of_reach_is_refused_before_any_text_is_written(saved, toke
         return (item for item, _ in items)
 
     with pytest.raises(WeLoreError, match="keep 0.001 cannot be reached"):
-        compress(source, tmp_path / "small", keep=0.001, progress=watched)
+        welore.compress(source, tmp_path / "small", keep=0.001, progress=watched)
     assert not seen
     assert not (tmp_path / "small.work").exists()
