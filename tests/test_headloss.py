@@ -1,10 +1,13 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from conftest import build
 from welore.training.objective import Objective
+from welore.training.trainer import FinetuneTrainer
 
 pytestmark = pytest.mark.skipif(
     not hasattr(nn, "LinearCrossEntropyOptions"), reason="this torch has no linear_cross_entropy in pieces (2.13)"
@@ -46,6 +49,18 @@ def test_evaluation_sees_logits_as_before() -> None:
     expected = model.eval()(IDS).logits
     loss_and_gradients(model, IDS, None, Objective(model))
     assert torch.equal(model.eval()(IDS).logits, expected)
+
+
+def test_experts_are_balanced_as_by_the_models_own_loss(tmp_path: Path) -> None:
+    model = build("mixtral", output_router_logits=True)
+    batch = {"input_ids": IDS, "labels": IDS}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1)
+    trainer = FinetuneTrainer(
+        model=model, args=arguments, train_dataset=[batch], evaluation=[], objective=Objective(model)
+    )
+    loss = trainer.compute_loss(model, batch)
+    assert loss.item() == pytest.approx(model(**batch, use_cache=False).loss.item(), rel=1e-6)
+    assert trainer.objective.chunked
 
 
 def test_a_model_that_changes_its_logits_keeps_its_loss() -> None:

@@ -518,6 +518,7 @@ def test_another_teacher_is_another_run(model: Path, dense: Path, text: str, tmp
         ({"method": "lcr"}, "unknown method 'lcr'; did you mean 'lrc'"),
         ({"dtype": "bf16"}, "unknown dtype 'bf16'"),
         ({"optimizer": "adam"}, "unknown optimizer 'adam'"),
+        ({"dtype": "float16"}, "float16 is trained on a GPU only"),
         ({"report_to": "tensorbord"}, "did you mean 'tensorboard'"),
         ({"task": "coin_flip"}, "give dataset or task, one of them"),
         ({"dataset": None}, "give dataset or task, one of them"),

@@ -1,4 +1,4 @@
-"""What a fine-tuning run is asked for -> its settings without gaps, and transformers' TrainingArguments."""
+"""A FinetuneConfig -> its settings without gaps, checked, and transformers' TrainingArguments."""
 
 import argparse
 import dataclasses
@@ -74,7 +74,7 @@ def length_of(config: FinetuneConfig) -> int:
 
 
 def check_launch(environment: Mapping[str, str], method: str, device: str, distill: Any = None) -> None:
-    """Raise WeLoreError for what accelerate's launcher asks (by its variables) and this package cannot do."""
+    """Raise WeLoreError for a launch by accelerate (known by its variables) that this package does not support."""
     if is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
         raise WeLoreError("finetune does not run under DeepSpeed: use accelerate launch --use_fsdp, or torchrun (DDP)")
     if not is_on(environment, FSDP):

@@ -1,4 +1,4 @@
-"""What a model is trained on: a text in packed blocks, or the questions of a task; batches of them."""
+"""The questions of a task as training examples; batches, and the order in which examples are read."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a fine-tuning run needs, in memory: the model with its method's marks, a teacher, the data."""
+"""All that a fine-tuning run needs, in memory: the model with its method's marks, a teacher, the data."""
 
 import hashlib
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ def prepare(
 
 
 def _identity(config: FinetuneConfig, marked: MarkedModel, digests: dict[str, Any], processes: int) -> dict[str, Any]:
-    """What a resumed run must have in common with the run that it goes on with."""
+    """Settings and digests that a resumed run must share with the run that it continues."""
     settings = {name: value for name, value in as_record(config).items() if name not in NOT_IDENTITY}
     names = "\n".join(name for name, p in marked.model.named_parameters() if p.requires_grad)  # a plan can change them
     trained = hashlib.sha256(names.encode()).hexdigest()
@@ -172,7 +172,7 @@ def _refuse_optimizer(model: Any, args: TrainingArguments) -> None:
 def _data(
     config: FinetuneConfig, tokenizer: "PreTrainedTokenizerBase", processes: int, context: RunContext
 ) -> DatasetSplit:
-    """What is trained and evaluated on: the questions of a task, windows of tokens, or a text."""
+    """The questions of a task, windows of tokens, or a text in blocks: a part to train on, a part to evaluate on."""
     length = length_of(config)
     if config.task is not None:
         return questions_of_task(
@@ -201,7 +201,7 @@ def _data(
 
 
 def cast(model: Any, dtype: torch.dtype) -> None:
-    """What is trained in float32, what is frozen in `dtype`; tied weights stay tied.
+    """Put trained parameters in float32 and frozen ones in `dtype`; tied weights stay tied.
 
     Where dtypes are mixed everything is copied, the empty tombstones and the orders too: one tensor that still lies
     in the mapped file keeps all of the file in memory.

@@ -58,7 +58,7 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
 
 
 def read_written(out: Path) -> Tensor | None:
-    """What the teacher wrote for the run in `out`, None if it is not there."""
+    """The text of the teacher for the run in `out`; None if there is none."""
     return read_windows(out / WRITTEN) if (out / WRITTEN).is_file() else None
 
 
