@@ -30,6 +30,7 @@ EVERY_FORM = ("llama", "qwen2", "gpt2", "opt", "phi3", "starcoder2", "mixtral") 
     [*((f, "factored") for f in (*FAMILIES, *MIXTURES)), *((f, "pivoted") for f in EVERY_FORM), ("llama", "auto")]
     + [(f, "split") for f in ("gpt2", "gpt_neox", "phi3")],
 )
+@pytest.mark.slow
 def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str, storage: str) -> None:
     """compress -> from_pretrained -> save_pretrained -> from_pretrained is bit-equal; merge gives the same logits."""
     long: dict[str, Any] = {"intermediate_size": 64} if (family, storage) == ("gpt_neox", "split") else {}

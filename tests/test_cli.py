@@ -79,6 +79,7 @@ def test_every_verb_has_json(command: Command) -> None:
         assert "--json" in command(verb, "--help").out, verb
 
 
+@pytest.mark.slow
 def test_runs_as_a_module(tmp_path: Path) -> None:
     """A refusal, too: one sentence, status 2."""
     run = [sys.executable, "-m", "welore"]
@@ -533,6 +534,7 @@ print(json.dumps(left))
 """
 
 
+@pytest.mark.slow
 def test_compress_killed_at_any_moment_leaves_nothing_that_looks_whole(
     saved: Callable[..., Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

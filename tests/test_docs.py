@@ -30,6 +30,7 @@ LIMIT = 60  # seconds; the build takes a few
 COMING = ("--dry-run", "welore info", "welore export")  # not here yet
 
 
+@pytest.mark.slow
 def test_site_builds_without_a_warning_and_every_link_and_anchor_leads_somewhere(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]

@@ -35,6 +35,7 @@ def times(out: Path) -> dict[str, str]:
     return {str(path.relative_to(out)): str(path.stat().st_mtime_ns) for path in found}
 
 
+@pytest.mark.slow
 def test_the_demo_tunes_what_it_compressed_and_its_control_and_reports_both(
     demo: Callable[[], embedded.DemoResults], tmp_path: Path
 ) -> None:
@@ -55,6 +56,7 @@ def test_the_demo_tunes_what_it_compressed_and_its_control_and_reports_both(
     assert all(any(value in sentence for sentence in results.findings) for value in perplexities)
 
 
+@pytest.mark.slow
 def test_a_repeated_demo_measures_nothing_again_unless_something_changed(
     demo: Callable[[], embedded.DemoResults], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def killer(at: int) -> Callable[..., Iterable[Any]]:
 
 
 @pytest.mark.parametrize("at", [3, 20])
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_trace(run: Path, text: str, tmp_path: Path, at: int) -> None:
     """Before the first checkpoint, and between two, where the trace is ahead of the checkpoint."""
     out = tmp_path / "run"
@@ -205,6 +206,7 @@ def test_fsdp_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         pretrained(tmp_path / "run", text)
 
 
+@pytest.mark.slow
 def test_the_command_says_what_came_out(text: str, tmp_path: Path, command: Command, refused: Any) -> None:
     out = tmp_path / "run"
     flags = ["--size", "16/2/2/24", "--vocab-size", 300, "--max-steps", 6, "--batch-size", 4, "--max-length", 16]
@@ -217,6 +219,7 @@ def test_the_command_says_what_came_out(text: str, tmp_path: Path, command: Comm
     assert json.loads(answer.out)["settings"]["weight_decay"] == 0.1
 
 
+@pytest.mark.slow
 def test_report_shows_claims_and_figures(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from welore.reporting.page import report
@@ -228,6 +231,7 @@ def test_report_shows_claims_and_figures(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "study-1-partition.png").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_record_the_trace_of_one(run: Path, text: str, tmp_path: Path) -> None:
     """DDP, gloo: the same sequences in every step, so the same course but for rounding."""
     script = tmp_path / "main.py"

@@ -70,6 +70,7 @@ def test_params_alone_heals_the_factors_and_nothing_else(
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+@pytest.mark.slow
 def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path: Path, family: str) -> None:
     source = saved(family, initializer_range=1.0)
     tokenizer.save_pretrained(source)
@@ -79,6 +80,7 @@ def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path
     assert record.numbers["healing_tokens"] == 32
 
 
+@pytest.mark.slow
 def test_what_healing_harms_is_kept_as_it_was_cut(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,6 +93,7 @@ def test_what_healing_harms_is_kept_as_it_was_cut(
         assert torch.equal(weights(tmp_path / "healed")[name], tensor)
 
 
+@pytest.mark.slow
 def test_a_rate_that_harms_gives_way_to_a_smaller_one(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +123,7 @@ def test_a_rate_that_diverges_gives_way_to_a_smaller_one(
     assert record.settings["recovery"]["learning_rate"] == pytest.approx(rates[0] / 4)
 
 
+@pytest.mark.slow
 def test_a_failed_healing_does_not_take_the_cut_with_it(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +134,7 @@ def test_a_failed_healing_does_not_take_the_cut_with_it(
     assert (tmp_path / "healed/model.safetensors").read_bytes() == (tmp_path / "cut/model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +167,7 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
         (1 / 1500, lambda _: {"dtype": "bfloat16", "attention": "eager"}),  # on another device
     ],
 )
+@pytest.mark.slow
 def test_what_was_killed_under_other_settings_begins_anew(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float, fastest: Any
 ) -> None:
@@ -185,6 +191,7 @@ def test_what_was_killed_under_other_settings_begins_anew(
         assert (tmp_path / "straight" / file).read_bytes() == (tmp_path / "killed" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_long_healing_of_a_small_cut_has_a_higher_rate(source: Path, tmp_path: Path) -> None:
     text = tmp_path / "my.txt"
     text.write_text("the matrix is cut where the loss feels it least and learns again " * 200, encoding="utf-8")

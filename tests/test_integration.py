@@ -46,6 +46,7 @@ def first_factored(directory: Path) -> str:
 
 
 @EVERY_STORAGE
+@pytest.mark.slow
 def test_without_the_package_loading_fails_instead_of_making_random_weights(small: Path) -> None:
     code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(small)!r}); print('LOADED')"
     run = subprocess.run(
@@ -56,6 +57,7 @@ def test_without_the_package_loading_fails_instead_of_making_random_weights(smal
     assert "mismatch" in run.stderr.lower()
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_enough_in_either_order(small: Path) -> None:
     for imports in ("import welore, transformers", "import transformers, welore", "import welore.models.quantizer"):
         code = (

@@ -458,6 +458,7 @@ def test_what_a_killed_run_left_is_passed_over(run: Path, tmp_path: Path) -> Non
     report([run], tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_page_that_cannot_be_made_leaves_the_old_one(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,6 +200,7 @@ def test_params_alone_takes_out_what_is_worth_it(tmp_path: Path) -> None:
     assert named.settings["mlp_pruning"] == 0
 
 
+@pytest.mark.slow
 def test_a_smaller_mlp_is_healed_and_resumed_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: Tensor
 ) -> None:

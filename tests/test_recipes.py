@@ -126,6 +126,7 @@ def test_every_recipe_is_run_here() -> None:
         assert re.search(rf'run\(\s*"{recipe.name}"[^)]*answer=obeyed', source), recipe
 
 
+@pytest.mark.slow
 def test_methods_are_compared_on_the_same_tokens_and_with_their_controls(
     model: Path, text: str, tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_the_embedded_model_is_compared_when_none_is_named(tmp_path: Path) -> No
     assert [command[:2] for command in commands] == [["compress", str(model)]]
 
 
+@pytest.mark.slow
 def test_continual_recipe_tunes_and_evaluates(model: Path, text: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (status, output), _ = run(
@@ -181,6 +183,7 @@ def test_continual_recipe_tunes_and_evaluates(model: Path, text: str, tmp_path: 
         assert Record.load(out / f"{method}.ppl.json").inputs["label"] == method
 
 
+@pytest.mark.slow
 def test_downstream_recipe_tunes_scores_and_prints_the_table(model: Path, tmp_path: Path) -> None:
     knobs = {"TASKS": "coin_flip object_tracking", "TASK_DATASET": "generated", "LIMIT": "3", "MAX_STEPS": "2"}
     out = tmp_path / "out"
@@ -217,6 +220,7 @@ def test_recovery_recipe_needs_no_data_and_compares_the_three_models(model: Path
     assert [command[0] for command in commands] == ["evaluate"] * 3  # what is finished is kept
 
 
+@pytest.mark.slow
 def test_own_text_recipe_cuts_the_model_that_has_learned_the_text(model: Path, text: str, tmp_path: Path) -> None:
     knobs = {
         "BATCH_SIZE": "1",
@@ -243,6 +247,7 @@ def test_own_text_recipe_cuts_the_model_that_has_learned_the_text(model: Path, t
     assert [command[0] for command in commands] == ["evaluate"] * 3  # what is finished is kept
 
 
+@pytest.mark.slow
 def test_study_recipe_pretrains_cuts_both_ways_and_fine_tunes_with_controls(text: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     knobs = {

@@ -54,6 +54,7 @@ FSDP2 = {
 FAMILY = "qwen2"  # embeddings and head are one tensor
 
 
+@pytest.mark.slow
 def test_fsdp2_gives_losses_and_weights_of_one_process(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", family=FAMILY, storage="pivoted")
     text = tmp_path / "text.txt"

@@ -23,6 +23,7 @@ def reference(smollm2: Path) -> dict[str, np.ndarray]:
         return {t.name: np.linalg.svd(weights.read(t).double().numpy(), compute_uv=False) for t in weights.targets}
 
 
+@pytest.mark.slow
 def test_every_rank_equals_a_float64_reference(
     smollm2_spectra: welore.Spectra, reference: dict[str, np.ndarray]
 ) -> None:
@@ -44,6 +45,7 @@ def test_factors_of_a_real_layer_reach_the_optimum(smollm2: Path, reference: dic
                 assert error <= np.sqrt((sigma[rank:] ** 2).sum()) * (1 + 1e-6)
 
 
+@pytest.mark.slow
 def test_compressed_and_merged_agree_and_nothing_is_lost(
     smollm2: Path, smollm2_spectra: welore.Spectra, tmp_path: Path
 ) -> None:
@@ -57,6 +59,7 @@ def test_compressed_and_merged_agree_and_nothing_is_lost(
     assert (small - dense).abs().max() < 1e-3 * small.abs().max()
 
 
+@pytest.mark.slow
 def test_bfloat16_copy_is_compressed_like_its_float32_values(smollm2: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "bf16")

@@ -163,6 +163,7 @@ def test_record_says_how_it_was_and_what_it_took(model: Path, text: str, tmp_pat
     assert "held out" in record.inputs["split"]
 
 
+@pytest.mark.slow
 def test_padding_is_not_counted_as_tokens_read(model: Path, tmp_path: Path) -> None:
     from welore.evaluation.tasks import TASKS, items
 
@@ -173,6 +174,7 @@ def test_padding_is_not_counted_as_tokens_read(model: Path, tmp_path: Path) -> N
     assert record.numbers["tokens"] == sum(len(item.prompt + item.completion) + 1 for item in read)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_accumulation_give_the_same_losses(model: Path, text: str, tmp_path: Path) -> None:
     ways: list[dict[str, Any]] = [
         {},
@@ -217,6 +219,7 @@ finetune(model, out, config, device="cpu", callbacks=[Kill()])
 
 
 @pytest.mark.parametrize("method", ["lrc", "lora", "galore"])
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_losses_and_weights(
     model: Path, text: str, tmp_path: Path, method: str
 ) -> None:
@@ -236,6 +239,7 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(
 
 
 @pytest.mark.parametrize("own_text", [False, True])
+@pytest.mark.slow
 def test_a_killed_run_with_a_teacher_resumes_to_the_same_losses_and_weights(
     model: Path, teacher: Path, text: str, tmp_path: Path, own_text: bool
 ) -> None:
@@ -286,6 +290,7 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert found.name == "checkpoint-2"
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(model: Path, text: str, tmp_path: Path) -> None:
     common = [
         "--dataset",
@@ -315,6 +320,7 @@ def test_two_processes_give_the_losses_of_one(model: Path, text: str, tmp_path: 
     assert [e[1] for e in two["evaluation"]] == pytest.approx([e[1] for e in one["evaluation"]], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_distil_as_one_does(model: Path, teacher: Path, tmp_path: Path) -> None:
     common = [
         "--dataset",
@@ -353,6 +359,7 @@ def test_a_plan_makes_the_control_on_the_dense_model(dense: Path, text: str, tmp
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_a_distilled_model_comes_closer_to_its_teacher_by_the_factors_alone(
     stored: Path, teacher: Path, text: str, tmp_path: Path, dtype: str
 ) -> None:
@@ -392,6 +399,7 @@ def test_every_method_can_be_distilled(model: Path, teacher: Path, text: str, tm
     assert losses[-1][1] < losses[0][1]
 
 
+@pytest.mark.slow
 def test_distilling_has_the_same_losses_however_the_step_is_computed(
     model: Path, teacher: Path, text: str, tmp_path: Path
 ) -> None:
@@ -435,6 +443,7 @@ def test_the_teacher_writes_what_the_steps_read_and_a_tenth_more(model: Path, de
     assert not torch.equal(less[0], windows[0])
 
 
+@pytest.mark.slow
 def test_what_a_teacher_wrote_is_read_by_another_run(model: Path, dense: Path, text: str, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
