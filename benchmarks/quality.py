@@ -58,7 +58,9 @@ MEASURED = {"mix": 1, "whole": 1, "more": 0.25}  # share of them on which losses
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 FAST = fastest("cpu")
 DTYPE, ATTENTION = FAST["dtype"], FAST["attention"] or "sdpa"
-HEALING = f"--batch-size 2 --length {LENGTH} --dtype {DTYPE} --attention {ATTENTION} --eval-every 64 --eval-items 8"
+HEALING = (
+    f"--batch-size 2 --max-length {LENGTH} --dtype {DTYPE} --attention {ATTENTION} --eval-steps 64 --max-eval-samples 8"
+)
 AS_HEALED = (65536, 58)  # tokens and steps of `welore compress --heal`
 RAW = {"first": 896, "rest": 609}  # windows that are learned first, and healed on
 READ = {"raw": "first", "tested": "tested"}  # what calibrations read of the raw text: see Bench.raw
@@ -93,7 +95,7 @@ class Row:
 
 OURS_RAW = Row(
     "dense model tuned on 459k tokens of raw text, then preset best, recovered on 312k others",
-    f"--heal {{rest}} --tokens {RAW['rest'] * LENGTH}",
+    f"--recovery {{rest}} --num-tokens {RAW['rest'] * LENGTH}",
     "raw",
     of="dense-tuned-first",
     controls=("dense-tuned-first", "dense-tuned-on", "dense-tuned-on-fast"),
@@ -103,18 +105,20 @@ ROWS = {
     "welore": Row("WeLore as published (`--preset paper`)", "--paper"),
     "plain-waterfill": Row("plain SVD, water-filling", "--scaling none --strategy waterfill --storage factored"),
     "asvd": Row("ASVD, uniform", "--scaling asvd --strategy uniform --storage factored", "mix"),
-    "svd-llm": Row("whitening, uniform (SVD-LLM)", "--scaling input --strategy uniform --storage factored", "mix"),
-    "input-waterfill": Row("whitening, water-filling", "--scaling input --storage factored", "mix"),
+    "svd-llm": Row("whitening, uniform (SVD-LLM)", "--scaling whitening --strategy uniform --storage factored", "mix"),
+    "input-waterfill": Row("whitening, water-filling", "--scaling whitening --storage factored", "mix"),
     "kfac-factored": Row(
-        "K-FAC, water-filling, factored", "--scaling kfac --storage factored --no-split --neurons 0", "whole"
+        "K-FAC, water-filling, factored", "--scaling kfac --storage factored --no-split --mlp-pruning 0", "whole"
     ),
-    "ours-whole": Row("K-FAC, water-filling, smaller storage form", "--heal none --no-split --neurons 0", "whole"),
-    "ours-more": Row("preset best, statistics of 128k tokens of text, no recovery", "--heal none", "more"),
-    "ours-self": Row("preset best, no data, no recovery", "--heal none", "self"),
+    "ours-whole": Row(
+        "K-FAC, water-filling, smaller storage form", "--recovery none --no-split --mlp-pruning 0", "whole"
+    ),
+    "ours-more": Row("preset best, statistics of 128k tokens of text, no recovery", "--recovery none", "more"),
+    "ours-self": Row("preset best, no data, no recovery", "--recovery none", "self"),
     "ours-default": Row("preset best, no data", "", "self"),
     "ours-web": Row(
         "preset best, recovered on 64k tokens of web pages",
-        "--heal {web}",
+        "--recovery {web}",
         "self",
         controls=("dense-tuned-web",),
     ),
@@ -197,7 +201,7 @@ class Bench:
         path = self.out / f"{name}-{ratio:g}-{seed}.json"
         if path.is_file():
             return
-        settings: dict[str, Any] = {"params": ratio, "seed": seed, "flags": row.flags, "calibration": row.calibration}
+        settings: dict[str, Any] = {"keep": ratio, "seed": seed, "flags": row.flags, "statistics": row.calibration}
         numbers: dict[str, Any] = {}
         made = self.work / f"{name}-{ratio:g}-{seed}-small"
         small = made if ratio < 1 else self.model
@@ -207,17 +211,17 @@ class Bench:
         if row.tuned:
             small, cost = self.tuned(row.tuned, f"{name}-{ratio:g}-{seed}", seed)
             numbers |= {f"tuning_{key}": value for key, value in cost.items()}
-            how = f"--method full --steps {row.tuned.steps} {HEALING}"
-            settings |= {"tuned": how, "lr": row.tuned.rate, "text": named(self.sources[row.tuned.text])}
+            how = f"--method full --max-steps {row.tuned.steps} {HEALING}"
+            settings |= {"tuned": how, "learning_rate": row.tuned.rate, "text": named(self.sources[row.tuned.text])}
         for kind, source in self.texts.items():
-            windows = ("--length", LENGTH, "--windows", WINDOWS, "--dtype", "float32")
-            found, _ = welore("evaluate", small, "--data", source, *windows)
+            windows = ("--max-length", LENGTH, "--num-windows", WINDOWS, "--dtype", "float32")
+            found, _ = welore("evaluate", small, "--dataset", source, *windows)
             numbers[f"perplexity_{kind}"] = found["numbers"]["perplexity"]
             numbers.setdefault("bytes", found["numbers"]["bytes"])
         inputs = {"row": name, "label": row.label, "model": self.name}
         if self.texts.keys() != {"wikitext2", "pydoc"}:
             settings["texts"] = {kind: named(source) for kind, source in self.texts.items()}
-        Record("quality", inputs, settings | {"length": LENGTH, "windows": WINDOWS}, numbers).save(path)
+        Record("quality", inputs, settings | {"max_length": LENGTH, "num_windows": WINDOWS}, numbers).save(path)
         shutil.rmtree(made, ignore_errors=True)
         print(name, ratio, seed, " / ".join(f"{numbers[f'perplexity_{kind}']:.4g}" for kind in self.texts), flush=True)
 
@@ -229,9 +233,9 @@ class Bench:
         model = self.control(row.of, seed) if row.of else self.model
         if row.calibration:
             statistics = self.calibration(row.calibration, seed, model)
-            flags += ["--calibration", str(statistics)]
+            flags += ["--statistics", str(statistics)]
             spent = json.loads(statistics.with_suffix(".json").read_text())
-            settings = {"tokens": self.tokens[row.calibration]}
+            settings = {"num_tokens": self.tokens[row.calibration]}
             if row.of:
                 text = ",".join(self.tested()) if row.calibration == "tested" else self.sources["raw"]
                 settings |= {"of": row.of, "text": named(text)}
@@ -239,7 +243,7 @@ class Bench:
         if row.of:
             spent = Record.load(self.out / f"{row.of}-1-{seed}.json").numbers
             numbers |= {key: spent[key] for key in ("tuning_seconds", "tuning_peak_memory_bytes")}
-        made, cost = welore("compress", model, out, "--params", ratio, "--seed", seed, "--overwrite", *flags)
+        made, cost = welore("compress", model, out, "--keep", ratio, "--seed", seed, "--overwrite", *flags)
         keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
         numbers |= {key: made["numbers"][key] for key in keys} | cost
         settings |= {
@@ -247,7 +251,7 @@ class Bench:
         }
         if made["settings"]["recovery"]:
             healing = made["settings"]["recovery"]
-            settings["healing"] = healing | {"text": named(self.sources["raw"] if row.of else healing["text"])}
+            settings["recovery"] = healing | {"text": named(self.sources["raw"] if row.of else healing["text"])}
             kinds = ("healed", "healing_tokens", "healing_seconds", "held_out_loss")
             numbers |= {key: made["numbers"][key] for key in kinds}
         return settings, numbers
@@ -262,9 +266,9 @@ class Bench:
             config = RecoveryConfig(dataset=self.sources[tuning.text], num_tokens=tuning.tokens)
             windows = recovery_text(config, config_of(self.model), read_tokenizer(self.model), seed, TextOptions())
             write_windows(text, windows)
-        flags += ["--data", text] if text.is_file() else ["--data", "self", "--self-tokens", tuning.tokens]
-        flags += ["--steps", tuning.steps, "--lr", tuning.rate, "--seed", seed]
-        flags += ["--save-every", 64, "--resume" if (run / RUN).is_file() else "--overwrite"]
+        flags += ["--dataset", text] if text.is_file() else ["--dataset", "self", "--self-tokens", tuning.tokens]
+        flags += ["--max-steps", tuning.steps, "--learning-rate", tuning.rate, "--seed", seed]
+        flags += ["--save-steps", 64, "--resume" if (run / RUN).is_file() else "--overwrite"]
         model = self.control(tuning.of, seed) if tuning.of else self.model
         if not (run / TUNED).is_file():
             welore("finetune", model, run, *flags)
@@ -308,10 +312,10 @@ class Bench:
         path = self.work / f"{kind}-{seed}.safetensors"
         if not path.is_file():
             text = self.raw(READ[kind], seed) if kind in READ else self.sources[kind]
-            how: tuple[Any, ...] = ("--data", text, "--tokens", self.tokens[kind])
-            how = (*how, "--length", LENGTH, "--seed", seed)
+            how: tuple[Any, ...] = ("--dataset", text, "--num-tokens", self.tokens[kind])
+            how = (*how, "--max-length", LENGTH, "--seed", seed)
             # Its own text is read as compress does it.
-            how = (*how, "--measure", MEASURED.get(kind, 0), *(() if kind == "self" else ("--dtype", DTYPE)))
+            how = (*how, "--measure-losses", MEASURED.get(kind, 0), *(() if kind == "self" else ("--dtype", DTYPE)))
             how = (*how, *(("--no-split",) if kind == "whole" else ()))
             _, cost = welore("calibrate", model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))
