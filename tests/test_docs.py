@@ -47,7 +47,10 @@ def test_site_builds_without_a_warning_and_every_link_and_anchor_leads_somewhere
 
 
 @pytest.mark.parametrize("page", USER_PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_commands_of_a_page_parse(page: Path) -> None:
+def test_commands_of_a_page_parse(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, content in re.findall(r"```yaml\n# (\S+)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        Path(name).write_text(content)
     parser: Any = typer.main.get_command(welore.cli.main.app)
     for command in commands(page):
         verb, *words = shlex.split(command, comments=True)

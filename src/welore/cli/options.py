@@ -155,14 +155,15 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise WeLoreError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, Mapping):
         raise WeLoreError(f"{path} must map option names to values, such as keep: 0.8")
-    names = {p.name for p in context.command.params if p.name and p.name != "config_file"}
+    flags = {flag: p.name for p in context.command.params for flag in p.opts if p.name and p.name != "config_file"}
+    names = {flag.strip("-").replace("-", "_"): destination for flag, destination in flags.items()}
     values = {str(name).replace("-", "_"): value for name, value in content.items()}
     for name in values:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise WeLoreError(f"{path}: {context.info_name} has no option {name!r}{hint}")
-    context.default_map = dict(context.default_map or {}) | values
+    context.default_map = dict(context.default_map or {}) | {names[name]: value for name, value in values.items()}
     return path
 
 
