@@ -30,9 +30,7 @@ class Moments:
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.counts = dict.fromkeys(modules, 0)
         self.owner: dict[str, str] = {}
-        self._inputs: dict[str, Tensor] = {}
-        self._magnitudes: dict[str, Tensor] = {}
-        self._outputs: dict[str, Tensor] = {}
+        self._sums: dict[tuple[str, str], Tensor] = {}  # of a layer and a kind
         self._batch: dict[str, list[Tensor]] = {}
         for name, module in modules.items():
             module.register_forward_hook(partial(self._enters, name), with_kwargs=True)
@@ -42,7 +40,7 @@ class Moments:
         if not x.numel():
             return
         self._batch.setdefault(name, []).append(x)
-        total = _sum(self._outputs, name, y, square=True)
+        total = self._sum(name, "outputs", y)
         if y.requires_grad:
             y.register_hook(lambda g: _add_gram(total, g.reshape(-1, g.shape[-1])))
 
@@ -52,8 +50,8 @@ class Moments:
         for name, owner in list(self.owner.items()):
             if tensors.get(name) != tensors.get(owner):
                 self.owner[name] = name
-                self._inputs[name] = self._inputs[owner].clone()
-                self._magnitudes[name] = self._magnitudes[owner].clone()
+                for kind in ("inputs", "magnitudes"):
+                    self._sums[name, kind] = self._sums[owner, kind].clone()
         new: dict[tuple[Any, ...], str] = {}
         for name in tensors:
             if name not in self.owner:
@@ -63,9 +61,16 @@ class Moments:
                 rows = x.reshape(-1, x.shape[-1])
                 self.counts[name] += len(rows)
                 if self.owner[name] == name:
-                    _add_gram(_sum(self._inputs, name, rows, square=True), rows)
-                    _sum(self._magnitudes, name, rows, square=False).add_(rows.float().abs().sum(0))
+                    _add_gram(self._sum(name, "inputs", rows), rows)
+                    self._sum(name, "magnitudes", rows).add_(rows.float().abs().sum(0))
         self._batch.clear()
+
+    def _sum(self, name: str, kind: str, x: Tensor) -> Tensor:
+        if (name, kind) not in self._sums:
+            n = x.shape[-1]
+            shape = (n,) if kind == "magnitudes" else (n, n)
+            self._sums[name, kind] = torch.zeros(shape, dtype=_precision(x), device=x.device)
+        return self._sums[name, kind]
 
     def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Kinds and tensors, float32, on the CPU: "inputs" A and "magnitudes" E|x|, if it owns them, and "outputs" G.
@@ -74,11 +79,10 @@ class Moments:
         layerwise.collect_statistics); G is zero where the loss does not depend on the layer. WeLoreError if the model
         computes NaN or Inf.
         """
-        if name in self.owner:
-            if self.owner[name] == name:
-                yield "inputs", {"inputs": _mean(self._inputs.pop(name), tokens, f"the inputs of {name}")}
-                yield "magnitudes", {"magnitudes": _mean(self._magnitudes.pop(name), tokens, f"the inputs of {name}")}
-            yield "outputs", {"outputs": _mean(self._outputs.pop(name), tokens, f"the output gradients of {name}")}
+        words = {"inputs": "inputs", "magnitudes": "inputs", "outputs": "output gradients"}
+        for kind, word in words.items() if name in self.owner else ():
+            if kind == "outputs" or self.owner[name] == name:
+                yield kind, {kind: _mean(self._sums.pop((name, kind)), tokens, f"the {word} of {name}")}
         owner = torch.tensor(list(self.owner.get(name, "").encode()), dtype=torch.uint8)
         yield "about", {"count": torch.tensor(self.counts[name]), "kept_as": owner}
 
@@ -149,13 +153,6 @@ def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The input of a layer."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x.detach()
-
-
-def _sum(sums: dict[str, Tensor], name: str, x: Tensor, *, square: bool) -> Tensor:
-    if name not in sums:
-        n = x.shape[-1]
-        sums[name] = torch.zeros((n, n) if square else (n,), dtype=_precision(x), device=x.device)
-    return sums[name]
 
 
 def _precision(x: Tensor) -> torch.dtype:

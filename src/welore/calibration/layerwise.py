@@ -6,6 +6,7 @@ backward, block after block, each is run again with hooks on its targeted matric
 run one by one (see block_runner) runs as a whole model.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,11 +109,11 @@ def sampled_gradient(logits: Tensor, uniform: Tensor) -> tuple[Tensor, float]:
     cumulated = gradient.cumsum(-1, dtype=uniform.dtype)
     labels = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
     labels = labels.clamp_(max=logits.shape[-1] - 1).squeeze(1)
-    loss = cross_entropy(scores, labels, reduction="sum")
-    if not bool(torch.isfinite(loss)):
+    loss = float(cross_entropy(scores, labels, reduction="sum"))
+    if not math.isfinite(loss):
         raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
     gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
-    return gradient.to(logits.dtype), float(loss)
+    return gradient.to(logits.dtype), loss
 
 
 def _pieces(length: int, vocabulary: int) -> list[slice]:

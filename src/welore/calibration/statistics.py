@@ -47,7 +47,7 @@ class FileStore:
     """The tensors of a file."""
 
     def __init__(self, path: Path) -> None:
-        self.reader = TensorReader(path)
+        self.path, self.reader = path, TensorReader(path)
 
     def get(self, name: str) -> Tensor:
         """One tensor of the file."""

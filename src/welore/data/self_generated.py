@@ -160,10 +160,11 @@ class _Batch:
             out = self.model(self.last[:, None].to(device), past_key_values=self.cache, use_cache=True)
             self.cache = out.past_key_values
             cumulated = warp(out.logits[:, -1].float()).softmax(-1).cumsum(-1, dtype=numbers.dtype)
-            if not bool(torch.isfinite(cumulated[:, -1]).all()):
-                raise WeLoreError("the model computes NaN or Inf: look for damaged weights")
             tokens = torch.searchsorted(cumulated, numbers[:, None].to(device) * cumulated[:, -1:], right=True)
-            chosen = tokens.squeeze(1).clamp_(max=cumulated.shape[-1] - 1).tolist()
+            tokens = tokens.squeeze(1).clamp_(max=cumulated.shape[-1] - 1)
+            chosen = tokens.where(cumulated[:, -1].isfinite(), -1).tolist()  # the only wait for a GPU
+            if -1 in chosen:
+                raise WeLoreError("the model computes NaN or Inf: look for damaged weights")
         for row, number in enumerate(numbers.tolist()):
             if not self.pending[row] and self.ended[row] == self.turns:
                 self.pending[row], self.ended[row] = self.begin(number), 0
