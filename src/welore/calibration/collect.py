@@ -30,7 +30,7 @@ from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.block_grid import Grid
 from welore.linalg.svd import factorise
-from welore.models.copies import writer
+from welore.models.copies import generation_copy
 from welore.models.load import DTYPES, load_for_inference
 from welore.models.mlp import long_matrices
 from welore.models.skeleton import context_length, require_context_length
@@ -162,7 +162,7 @@ def _own_text(job: _Job, workspace: Workspace, count: int) -> Source:
         size = replace(
             config, num_tokens=count * (config.max_length or MAX_LENGTH), seed=seed_of(config.seed, SELF), dataset=SELF
         )
-        ids = generate_text(writer(job.net, context.device), job.tokenizer, size, progress=context.progress)
+        ids = generate_text(generation_copy(job.net, context.device), job.tokenizer, size, progress=context.progress)
         stored = {GENERATED: ids.int()}
         workspace.store(GENERATED, stored)
     ids = stored[GENERATED].long()

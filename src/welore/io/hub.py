@@ -42,7 +42,7 @@ def _snapshot(name: str, cache_dir: str | Path | None, revision: str | None) -> 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES)
+        snapshot = snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES)
     except HFValidationError as error:
         raise WeLoreError(f"{name!r} is neither a local directory nor a hub id ({first_line(error)})") from error
     except LocalEntryNotFoundError as error:
@@ -52,7 +52,7 @@ def _snapshot(name: str, cache_dir: str | Path | None, revision: str | None) -> 
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise WeLoreError(f"{name} cannot be fetched from the hub: {first_line(error)}") from error
-    return Path(found)
+    return Path(snapshot)
 
 
 def _converted_gguf(path: Path, cache_dir: str | Path | None) -> Path:

@@ -37,7 +37,7 @@ def frozen_copy(module: Any, device: torch.device, dtype: torch.dtype, omitted: 
     return copy.deepcopy(module, copies).eval()
 
 
-def writer(model: "PreTrainedModel", device: torch.device) -> Any:
+def generation_copy(model: "PreTrainedModel", device: torch.device) -> Any:
     """A frozen copy that writes on a device: in the model's own dtype, on a CPU in float32.
 
     There products of a few rows in half precision take several times as long, even with instructions for them.

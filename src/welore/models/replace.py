@@ -79,9 +79,10 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
     parameters, bytes: everything that is stored, tied weights once, in the dtype of the model; in the bytes also the
     indices of low-rank layers.
     """
-    about = {"include": (), "exclude": ()} | _config(model)
+    config = {"include": (), "exclude": ()} | _config(model)
+    patterns = config["include"], config["exclude"]
     ranks_removed = full_ranks = stored = dense = indices = 0
-    for target in in_blocks(find_targets(model, about["include"], about["exclude"]), about.get("grids", {})):
+    for target in in_blocks(find_targets(model, *patterns), config.get("grids", {})):
         m, n = target.shape
         layer = model.get_submodule(target.name) if has_module(model, target.name) else None
         full_ranks += min(m, n)
@@ -92,9 +93,9 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
         ranks_removed += min(m, n) - layer.rank
         stored += FORMS[layer.form].cost(m, n, layer.rank)
         indices += FORMS[layer.form].index_bytes(m, n, layer.rank)
-    if about.get("shapes"):  # neurons were taken out
-        whole = find_targets(dense_skeleton(model.config, type(model)), about["include"], about["exclude"])
-        dense = sum(math.prod(target.shape) for target in whole)
+    if config.get("shapes"):  # neurons were taken out
+        original = find_targets(dense_skeleton(model.config, type(model)), *patterns)
+        dense = sum(math.prod(target.shape) for target in original)
     return {
         "rank_reduction": ranks_removed / full_ranks,
         "parameter_ratio": stored / dense,
@@ -104,7 +105,7 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """What the configuration of a model says of its compression."""
+    """The fields of a model's compression, {} for a dense one."""
     config: Any = getattr(model.config, "quantization_config", None)
     return dict(config) if isinstance(config, Mapping) else config.to_dict() if config is not None else {}
 

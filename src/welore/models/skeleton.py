@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 def decoder_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder blocks: the outermost list as long as the configuration says."""
     layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    found = [
+    lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) == layers and "vision" not in name
     ]
-    if not found:
+    if not lists:
         raise WeLoreError(f"{type(model).__name__} has no list of {layers} decoder blocks: it is not supported")
-    return min(found, key=lambda item: item[0].count("."))
+    return min(lists, key=lambda item: item[0].count("."))
 
 
 def config_of(directory: Path) -> "PretrainedConfig":
@@ -37,8 +37,8 @@ def config_of(directory: Path) -> "PretrainedConfig":
 
 def context_length(config: "PretrainedConfig") -> int | None:
     """How many tokens a model reads at once, None where its configuration does not say."""
-    found: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return found
+    length: int | None = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length
 
 
 def require_context_length(length: int, limit: int | None) -> None:

@@ -12,7 +12,7 @@ from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.progress import Progress
-from welore.models.copies import writer
+from welore.models.copies import generation_copy
 from welore.models.load import load
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def write_text(
 ) -> Tensor:
     """Windows (count, length) of text that the teacher writes on `device`, the same in every process."""
     size = CalibrationConfig(num_tokens=tokens, max_length=length, seed=seed)
-    windows = generate_text(writer(teacher, device), tokenizer, size, progress=progress)
+    windows = generate_text(generation_copy(teacher, device), tokenizer, size, progress=progress)
     if not torch.distributed.is_initialized():
         return windows
     # Every process writes, so that none waits for long; two GPUs may differ in a last bit, and then in a word.
