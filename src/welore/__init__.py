@@ -122,10 +122,12 @@ _LAZY = {
 _MODULE_OF = {name: f"welore.{module}" for module, names in _LAZY.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'welore' has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULE_OF[name]), name)
+if not TYPE_CHECKING:  # for which a name that is not there has to be an error
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'welore' has no attribute {name!r}")
+        return getattr(importlib.import_module(_MODULE_OF[name]), name)
 
 
 def __dir__() -> list[str]:
