@@ -418,7 +418,7 @@ def test_existing_directory_needs_overwrite(
         ("calibrate MODEL --max-length 100 -o OUT", "length is 100: this model reads at most 64 tokens at once"),
         ("calibrate MODEL --max-length 8 --first chat -o OUT", "this tokenizer has no chat template"),
         ("calibrate ./none -o OUT", "none is neither a model directory"),
-        ("merge MODEL OUT", "is not a checkpoint compressed by welore"),
+        ("merge MODEL OUT", "is not a model compressed by welore"),
         ("evaluate MODEL --dataset wikitext -o OUT", "unknown data set 'wikitext'; did you mean 'wikitext2'"),
         ("evaluate MODEL --dataset none.txt -o OUT", "none.txt does not exist"),
         ("evaluate MODEL --dataset TEXT --dtype float61 -o OUT", "unknown dtype 'float61'; did you mean 'float16'"),
@@ -527,7 +527,7 @@ while not left or left[-1][0] == signal.SIGKILL:
     child = os.fork()
     if child == 0:
         die_at(len(left) + 1)
-        compress(model, out, welore.CompressionConfig(rank_reduction=0.4))
+        welore.compress(model, out, welore.CompressionConfig(rank_reduction=0.4))
         os._exit(0)
     left.append((os.waitpid(child, 0)[1], sizes(Path(out)), sizes(Path(out + ".partial"))))
 print(json.dumps(left))
