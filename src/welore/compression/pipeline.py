@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -253,25 +253,30 @@ def _tokenizer(source: TensorSource, context: RunContext) -> Any:
 def _workspace(
     source: TensorSource, output_dir: Directory | None, job: Job, context: RunContext
 ) -> Iterator[RunContext]:
-    """The context with a place for unfinished work: OUTPUT_DIR.work, or a temporary one for a model in memory.
+    """The context with a workspace: OUTPUT_DIR.work, or for a model in memory a temporary directory beside the output.
 
-    Nothing tells whether weights in memory are those of an earlier run, so theirs never continues.
+    Nothing tells whether weights in memory are those of an earlier run, so their work never continues.
     """
     rests_on = summary(job.statistics) or as_record(job.calibration)
     if not isinstance(job.calibration.dataset, str | Path | Mapping):
         rests_on["unique"] = uuid.uuid4().hex  # nor whether objects in memory are the same
     key = job.scaling, job.grids, rests_on
-    temporary = isinstance(source, ModelSource)
-    with tempfile.TemporaryDirectory(prefix="welore-") if temporary else nullcontext(_beside(output_dir)) as directory:
-        work = Path(directory) / "work" if temporary else Path(directory)
-        with shared_workspace(work, source, context, *key) as context:
+    if isinstance(source, CheckpointSource):
+        with shared_workspace(_beside(output_dir), source, context, *key) as context:
             yield context
+        return
+    parents = [] if output_dir is None else [path for path in Path(output_dir).resolve().parents if path.is_dir()]
+    with (
+        tempfile.TemporaryDirectory(prefix="welore-", dir=parents[0] if parents else None) as directory,
+        shared_workspace(Path(directory, "work"), source, context, *key) as context,
+    ):
+        yield context
 
 
-def _beside(output_dir: Directory | None) -> str:
+def _beside(output_dir: Directory | None) -> Path:
     """OUTPUT_DIR.work, also if the directory is "." or ends in a slash."""
     path = Path(output_dir or "").resolve()
-    return str(path.with_name(path.name + ".work"))
+    return path.with_name(path.name + ".work")
 
 
 # --- the six steps --------------------------------------------------------------------------------------------------
