@@ -1,10 +1,10 @@
-"""The directory of a fine-tuning run: what it is, what has been saved on the way, what came out.
+"""The directory of a fine-tuning run.
 
-OUT/run.json          what the run is; a resumed run must be the same
-OUT/written.safetensors   what the teacher wrote, where that is what the run trains on
-OUT/checkpoints/      written on the way; `resume` goes on from the last complete one
-OUT/model/            the result, loads with from_pretrained
-OUT/finetune.json     the record; written last, so that it stands for a finished run
+OUT/run.json              settings and digests; a resumed run must have the same
+OUT/written.safetensors   the teacher's text, if the run trains on it
+OUT/checkpoints/          of the Trainer; `resume` goes on from the last complete one
+OUT/model/                the result, loads with from_pretrained
+OUT/finetune.json         the record; written last, so that it marks a finished run
 """
 
 import hashlib
