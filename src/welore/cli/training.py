@@ -35,7 +35,7 @@ def finetune(
 
     config = dataclasses.replace(config, training_arguments=_training_arguments(context.args))
     if config.gradient_checkpointing:  # most activations are freed soon, between those that stay
-        return_freed_memory()
+        return_freed_memory(large=1 << 20)
     record = finetune(model, output_dir, config, plan=plan, resume=resume, label=label, **run.options)
     n = record.numbers
     if n.get("prompts_cut"):
