@@ -27,7 +27,7 @@ import welore
 from welore.config import CompressionConfig
 from welore.io.hub import resolve_model
 from welore.layers.low_rank import LowRankLinear, PivotedLinear
-from welore.layers.registry import FORMS
+from welore.layers.storage_forms import FORMS
 from welore.models.embedded import embedded_model
 from welore.models.replace import sizes
 from welore.records import Record

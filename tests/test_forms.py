@@ -11,7 +11,7 @@ from conftest import build, compress, logits
 from welore.config import AllocationConfig
 from welore.errors import WeLoreError
 from welore.layers.low_rank import LowRankLayer
-from welore.layers.registry import FACTORED, FORMS, PIVOTED, StorageForm, cost, form_of
+from welore.layers.storage_forms import FACTORED, FORMS, PIVOTED, StorageForm, cost, form_of
 
 
 @pytest.mark.parametrize(("m", "n"), [(7, 5), (5, 7), (6, 6), (9, 1)])

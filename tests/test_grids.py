@@ -19,7 +19,7 @@ from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.layers.block_grid import Grid
 from welore.layers.low_rank import SplitLinear
-from welore.layers.registry import FACTORED, PIVOTED
+from welore.layers.storage_forms import FACTORED, PIVOTED
 from welore.models.mlp import long_matrices
 from welore.models.replace import replace_module, sizes
 from welore.models.source import ModelSource

@@ -14,7 +14,7 @@ import welore
 from conftest import allocate, build, compress, logits
 from welore.errors import WeLoreError
 from welore.layers.low_rank import LowRankLayer
-from welore.layers.registry import FORMS
+from welore.layers.storage_forms import FORMS
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from welore.errors import WeLoreError
 from welore.layers.low_rank import LowRankLayer, PivotedLinear
-from welore.layers.registry import FORMS, PIVOTED
+from welore.layers.storage_forms import FORMS, PIVOTED
 
 SHAPES = [(5, 7, 3), (7, 5, 3), (4, 9, 4), (6, 6, 1)]  # n, m, r
 

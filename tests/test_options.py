@@ -17,12 +17,12 @@ from conftest import Command, done
 from toys import checkpoint
 from welore.allocation.strategies import STRATEGIES
 from welore.calibration.scaling import SCALINGS
+from welore.cli.from_config import expand
 from welore.cli.main import VERBS, app
-from welore.cli.options import expand
 from welore.config import choices
 from welore.data.self_generated import OPENINGS
 from welore.evaluation.tasks import TASKS
-from welore.layers.registry import storages
+from welore.layers.storage_forms import storages
 from welore.training.methods import METHODS
 
 CLASSES = [kind for kind in vars(settings).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from welore.errors import WeLoreError
-from welore.layers.registry import FORMS, PIVOTED
+from welore.layers.storage_forms import FORMS, PIVOTED
 from welore.linalg.interpolative import LARGEST, Pivoted, pivoted
 
 SHAPES = [(7, 5, 3), (5, 7, 3), (9, 4, 1), (9, 4, 4), (4, 9, 3), (6, 6, 5), (40, 30, 25)]

@@ -13,7 +13,7 @@ from welore.allocation.spectra import Spectra
 from welore.allocation.strategies import STRATEGIES
 from welore.config import AllocationConfig
 from welore.errors import WeLoreError
-from welore.layers.registry import storages
+from welore.layers.storage_forms import storages
 from welore.linalg.spectrum import Values
 from welore.records import Identity
 

@@ -10,7 +10,7 @@ from welore.allocation.spectra import Spectra, block_of
 from welore.allocation.strategies import OWL_SPREAD, STRATEGIES, stored
 from welore.config import ASVD
 from welore.errors import WeLoreError
-from welore.layers.registry import FACTORED, PIVOTED, cost, storages
+from welore.layers.storage_forms import FACTORED, PIVOTED, cost, storages
 from welore.linalg.spectrum import Values
 from welore.records import Identity
 

@@ -11,7 +11,7 @@ from welore.config import NONE, MinRatio, current_name
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import read_json, write_json
 from welore.layers.block_grid import WHOLE, Grid, block_names, layer_of, read_grids, split_layers
-from welore.layers.registry import DENSE, FACTORED, FORMS
+from welore.layers.storage_forms import DENSE, FACTORED, FORMS
 from welore.records import Identity
 
 FORMAT = "welore.plan/1"
@@ -25,7 +25,7 @@ class Allocation:
     False for an N-LRC, which stays dense and untouched.
     relative_error: ||W - A B|| / ||W|| of the best factors of that rank, from the spectrum (Eckart-Young); in the norm
     of the plan's scaling.
-    form: how an LRC is stored, one of layers.registry.FORMS.
+    form: how an LRC is stored, one of layers.storage_forms.FORMS.
     """
 
     name: str

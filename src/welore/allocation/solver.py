@@ -19,7 +19,7 @@ from welore.allocation.strategies import STRATEGIES, Scores, Strategy, stored
 from welore.config import BREAK_EVEN, NONE, AllocationConfig, MinRatio, StorageName, StrategyName
 from welore.errors import WeLoreError, choose
 from welore.layers.block_grid import layer_of
-from welore.layers.registry import FACTORED, form_of, storages
+from welore.layers.storage_forms import FACTORED, form_of, storages
 from welore.linalg.spectrum import Values
 
 Shape = tuple[int, int]

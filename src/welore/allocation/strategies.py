@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from welore.allocation.spectra import RELATIVE, Spectra, block_of
 from welore.config import BREAK_EVEN, MinRatio
 from welore.errors import WeLoreError
-from welore.layers.registry import cost
+from welore.layers.storage_forms import cost
 from welore.linalg.spectrum import Values, normalise
 
 OWL_SPREAD = 0.08  # lambda of OWL: how far the ratio of a block may lie from the mean
@@ -32,7 +32,7 @@ class Strategy:
 
 
 def welore(spectra: Spectra, storage: str) -> Scores:
-    """The normalised spectrum itself, so that the level is the paper's one threshold. WeLore section 4.1."""
+    """The normalised spectrum s itself: the level is the paper's one threshold t, rank r = #{s >= t}. WeLore 4.1."""
     return [normalise(sigma) for sigma in spectra.values.values()]
 
 

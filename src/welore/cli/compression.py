@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from welore.cli.options import Model, OutputDir, OutputFile, StatisticsFile
+from welore.cli.from_config import Model, OutputDir, OutputFile, StatisticsFile
 from welore.cli.output import achieved, is_main_process, log, print_result, quiet_libraries
 from welore.config import (
     SHARD_SIZE,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from welore.cli.options import Label, Model, RecordFile
+from welore.cli.from_config import Label, Model, RecordFile
 from welore.cli.output import log, print_result, quiet_libraries
 from welore.config import EvaluationConfig, RunConfig, ScoreConfig
 from welore.errors import WeLoreError

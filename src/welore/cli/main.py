@@ -9,7 +9,7 @@ import typer.main
 
 from welore.cli.compression import allocate, analyze, calibrate, compress, export, info, merge
 from welore.cli.evaluation import evaluate, score
-from welore.cli.options import Verb, expand
+from welore.cli.from_config import Verb, expand
 from welore.cli.output import usage_sentence
 from welore.cli.reports import demo, report
 from welore.cli.training import finetune, pretrain

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from welore.cli.options import Label, Model, OutputDir, Resume
+from welore.cli.from_config import Label, Model, OutputDir, Resume
 from welore.cli.output import log, print_result, quiet_libraries
 from welore.config import FinetuneConfig, PretrainConfig, RunConfig
 from welore.errors import WeLoreError

@@ -11,7 +11,7 @@ from welore.calibration.scaling import metric
 from welore.calibration.statistics import Statistics
 from welore.io.context import RunContext
 from welore.io.resume import Workspace
-from welore.layers.registry import FORMS
+from welore.layers.storage_forms import FORMS
 from welore.linalg.svd import Reduction, factorise
 from welore.models.source import CheckpointSource, TensorSource
 from welore.models.targets import in_blocks, result_key

@@ -14,7 +14,7 @@ from welore.io.checkpoint import OutputTensors, weight_files
 from welore.io.context import RunContext
 from welore.io.safetensors_stream import TensorInfo
 from welore.layers.block_grid import Grid, block_names
-from welore.layers.registry import FACTORED, FORMS
+from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.mlp import outputs_per_neuron, pad_neurons
 from welore.models.quantizer import METHOD, WeLoreConfig, check_factors
 from welore.models.sink import open_sink

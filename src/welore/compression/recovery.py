@@ -30,7 +30,7 @@ from welore.errors import DivergedError, WeLoreError
 from welore.io.atomic import atomic_directory
 from welore.io.context import RunContext
 from welore.io.progress import silent
-from welore.layers.registry import FORMS
+from welore.layers.storage_forms import FORMS
 from welore.models.load import fastest
 from welore.models.sink import DirectorySink
 from welore.models.skeleton import context_length

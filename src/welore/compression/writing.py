@@ -11,7 +11,7 @@ from welore.compression.factorize import Factors
 from welore.io.checkpoint import PLAN, OutputTensors, weight_files
 from welore.io.progress import Progress
 from welore.io.safetensors_stream import TensorInfo
-from welore.layers.registry import FORMS
+from welore.layers.storage_forms import FORMS
 from welore.models.quantizer import WeLoreConfig
 from welore.models.sink import TensorSink
 from welore.models.source import CheckpointSource, TensorSource

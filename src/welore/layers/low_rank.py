@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from welore.errors import WeLoreError
 from welore.layers.block_grid import Grid, block_shape
-from welore.layers.registry import FACTORED, PIVOTED
+from welore.layers.storage_forms import FACTORED, PIVOTED
 from welore.linalg.interpolative import pivoted
 
 Layer = TypeVar("Layer", bound=nn.Module)

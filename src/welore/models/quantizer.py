@@ -20,7 +20,7 @@ from welore.errors import WeLoreError, choose
 from welore.io.safetensors_stream import TensorReader
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
 from welore.layers.low_rank import LowRankLayer
-from welore.layers.registry import FACTORED, FORMS
+from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.replace import build_layer, submodule_name
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class WeLoreConfig(QuantizationConfigMixin):
 
     Args:
         ranks: Module name in the causal LM -> rank of its matrix; in every saved checkpoint.
-        forms: Module name -> storage form, where that is not A and B (layers.registry.FORMS).
+        forms: Module name -> storage form, where that is not A and B (layers.storage_forms.FORMS).
         grids: Module name -> blocks down and across of the matrices that were factored block by block; a layer of
             which a block NAME.INDEX has a rank is a SplitLinear.
         shapes: Module name -> (m, n) of the layers that are smaller than the architecture says, because neurons were

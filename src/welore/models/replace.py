@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from welore.errors import WeLoreError
 from welore.layers.block_grid import Grid, block_names
 from welore.layers.low_rank import LowRankLayer, SplitLinear
-from welore.layers.registry import FACTORED, FORMS
+from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.mlp import resize_layers
 from welore.models.skeleton import dense_skeleton
 from welore.models.targets import find_targets, in_blocks, known_kind
