@@ -15,8 +15,8 @@ import welore
 import welore.models.load
 from conftest import FAMILIES, MIXTURES, build
 from toys import calibrate, checkpoint
+from welore.calibration import block_runner
 from welore.calibration import collect as collection
-from welore.calibration import layerwise
 from welore.calibration.hooks import Moments
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import Statistics
@@ -80,7 +80,7 @@ def gathered(model: PreTrainedModel, directory: Path, ids: Tensor = IDS, **how: 
 
 def statistics(found: Statistics) -> dict[str, Tensor]:
     """Every tensor of a calibration."""
-    return {name: found.store.get(name) for name in found.layout()}
+    return {name: found.store.read(name) for name in found.layout()}
 
 
 def seed_of_labels() -> int:
@@ -193,7 +193,7 @@ def test_a_decoder_whose_blocks_share_more_than_hidden_states_runs_whole(tmp_pat
 
 def test_pieces_of_the_logits_do_not_change_the_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = statistics(gathered(build("llama"), tmp_path))
-    monkeypatch.setattr(layerwise, "LOGITS", 4 * 96)  # four positions
+    monkeypatch.setattr(block_runner, "LOGITS", 4 * 96)  # four positions
     for name, value in statistics(gathered(build("llama"), tmp_path)).items():
         torch.testing.assert_close(value, at_once[name], rtol=1e-4, atol=1e-7)
 
@@ -375,7 +375,7 @@ def test_without_an_output_the_file_lives_as_long_as_the_statistics(tmp_path: Pa
     assert (tmp_path / "saved.safetensors").is_file()
     part = found.select({}, {})
     for name, value in statistics(expected).items():
-        assert torch.equal(found.store.get(name), value)
+        assert torch.equal(found.store.read(name), value)
     assert path.is_file()
     del found
     gc.collect()

@@ -198,7 +198,7 @@ def test_calibrate_says_what_it_gathered_and_writes_what_python_writes(
     wanted: dict[str, Any] = {"num_tokens": 32, "max_length": 8, "seed": 3, "exclude": ["down_proj"]}
     same = calibrate(model, {str(text): 3, "self": 1}, tmp_path / "same.safetensors", **wanted)
     for name in found.layout():
-        assert torch.equal(found.store.get(name), same.store.get(name))
+        assert torch.equal(found.store.read(name), same.store.read(name))
     facts = json.loads(done(command("calibrate", model, "-o", path, *how, "--json")))
     assert facts["kind"] == "calibration"
     assert [source["name"] for source in facts["inputs"]["sources"]] == ["self"]

@@ -232,6 +232,7 @@ class CalibrationConfig:
     exclude: tuple[str, ...] = option((), "Leave modules that match out.", panel="Targets")
 
     def __post_init__(self) -> None:
+        require_choice("dtype", self.dtype, DtypeName)
         require_at_least(1, num_tokens=self.num_tokens, batch_size=self.batch_size)
         require_at_least(2, max_length=self.max_length)
         if not 0 <= self.measure_losses <= 1:

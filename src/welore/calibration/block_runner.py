@@ -18,6 +18,7 @@ from welore.models.skeleton import decoder_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+LOGITS = 1 << 23  # numbers of the logits in memory at once
 TOLERANCE = 1e-5  # of the logits of single blocks, relative to the largest logit of the model
 
 
@@ -34,11 +35,10 @@ class BlockRunner:
     outputs: how many values a block returns as a tuple, None for the hidden states alone; learnt from the first block.
     """
 
-    def __init__(
-        self, model: "PreTrainedModel", device: torch.device, dtype: torch.dtype, outputs: int | None = None
-    ) -> None:
+    def __init__(self, model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> None:
         self.name, self._blocks = decoder_blocks(model)
-        self.device, self.dtype, self.outputs = device, dtype, outputs
+        self.device, self.dtype = device, dtype
+        self.outputs: int | None = None
         self._backbone: Any = frozen_copy(model, device, dtype, omitted=self._blocks)
         self._stop: int | None = None
         self._last_hidden = torch.empty(0)
@@ -64,21 +64,19 @@ class BlockRunner:
             self.outputs = None if isinstance(result, Tensor) else len(result)
         return result if isinstance(result, Tensor) else result[0]
 
-    def logits(self, ids: Tensor, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Logits of hidden states that leave the last block, at these positions where the model can choose."""
+    def logits(self, ids: Tensor, hidden: Tensor, piece: slice = slice(None)) -> Tensor:
+        """Logits of hidden states that leave the last block, at the positions of a piece."""
         self._stop, self._last_hidden = None, hidden
-        choice = {} if positions is None or not self.chooses_positions else {"logits_to_keep": positions}
+        positions = torch.arange(ids.shape[1], device=ids.device)[piece]
+        choice = {} if len(positions) == ids.shape[1] else {"logits_to_keep": positions}
         return self._backbone(ids, use_cache=False, **choice).logits
 
-    @property
-    def vocabulary(self) -> int:
-        """How many logits a token has."""
-        return int(self._backbone.get_output_embeddings().weight.shape[0])
-
-    @property
-    def chooses_positions(self) -> bool:
-        """Whether the model can compute the logits of some positions only."""
-        return "logits_to_keep" in inspect.signature(self._backbone.forward).parameters
+    def pieces(self, length: int) -> list[slice]:
+        """The positions whose logits are in memory at once: all of them if the model cannot choose."""
+        if "logits_to_keep" not in inspect.signature(self._backbone.forward).parameters:
+            return [slice(0, length)]
+        step = max(1, LOGITS // int(self._backbone.get_output_embeddings().weight.shape[0]))
+        return [slice(start, start + step) for start in range(0, length, step)]
 
     @torch.no_grad()
     def _arguments(self, index: int, ids: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -116,7 +114,9 @@ def block_runner(model: "PreTrainedModel", ids: Tensor, device: torch.device, dt
         raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
     if float((logits - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
         return None
-    return BlockRunner(model, device, dtype, trial.outputs)
+    runner = BlockRunner(model, device, dtype)
+    runner.outputs = trial.outputs
+    return runner
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

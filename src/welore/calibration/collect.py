@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from welore.calibration.hooks import Components, Losses, Moments
-from welore.calibration.layerwise import LabelledText, MakeCollector, Pass, collect_statistics
+from welore.calibration.hooks import Losses
+from welore.calibration.layerwise import collect_statistics
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import GENERATED, Statistics, WorkspaceStore
 from welore.config import KFAC, MAX_LENGTH, SELF, CalibrationConfig, Dataset, RunOptions, as_record
@@ -25,15 +25,15 @@ from welore.data.mixture import Source, draw, parse_mixture, seed_of
 from welore.data.self_generated import generate_text
 from welore.data.text import TextOptions
 from welore.data.windows import digest, given_windows
-from welore.errors import WeLoreError, choose
+from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.block_grid import Grid
-from welore.linalg.svd import factorise
+from welore.linalg.svd import Factors, factorise
 from welore.models.copies import generation_copy
-from welore.models.load import DTYPES, load_for_inference
+from welore.models.load import load_for_inference
 from welore.models.mlp import long_matrices
-from welore.models.skeleton import context_length, require_context_length
+from welore.models.skeleton import context_length, require_context_length, require_known_tokens
 from welore.models.source import ModelSource, TensorSource, open_source
 from welore.models.targets import Target, in_blocks
 from welore.records import Record
@@ -94,7 +94,6 @@ def calibrate(
 
 def _calibrate(model: Any, config: CalibrationConfig, path: Path, context: RunContext) -> None:
     """Write the statistics of a model to the file `path`."""
-    choose("dtype", config.dtype, DTYPES)
     files: dict[str, Any] = {"cache_dir": context.cache_dir, "revision": context.revision}
     with open_source(model, include=config.include, exclude=config.exclude, **files) as weights:
         targets = weights.targets  # patterns that match nothing are refused before any work
@@ -102,20 +101,19 @@ def _calibrate(model: Any, config: CalibrationConfig, path: Path, context: RunCo
         config = _complete(config, net)
         length, texts = config.max_length or MAX_LENGTH, TextOptions.of(config, context)
         counts, sources = draw(config.dataset, config.num_tokens, tokenizer, length, seed=config.seed, options=texts)
-        job = _Job(weights, targets, net, tokenizer, config, context)
-        with _workspace(path, job, sources) as workspace:
-            job = replace(job, context=context.within(workspace))
+        with _workspace(path, weights, config, context, sources) as workspace:
+            job = _Job(weights, targets, net, config, context.within(workspace), workspace)
             started = time.perf_counter()
             if SELF in counts:
-                sources.append(_own_text(job, workspace, counts[SELF]))
+                sources.append(_own_text(job, tokenizer, counts[SELF]))
             seconds = time.perf_counter() - started
             ids = torch.cat([source.windows for source in sources])
-            _require_known_tokens(net, ids)
-            statistics = _collect(job, workspace, sources, ids, seconds)
+            require_known_tokens(net, ids)
+            statistics = _collect(job, sources, ids, seconds)
             if SELF in counts:
                 statistics = replace(statistics, generated=(counts[SELF], length))
             if config.measure_losses:
-                statistics = _measure_losses(job, workspace, statistics, ids)
+                statistics = _measure_losses(job, statistics, ids)
             statistics.save(path)
 
 
@@ -129,9 +127,9 @@ class _Job:
     weights: TensorSource
     targets: Sequence[Target]
     net: Any
-    tokenizer: Any
     config: CalibrationConfig
     context: RunContext
+    workspace: Workspace
 
 
 def _load(model: Any, dataset: Dataset, context: RunContext) -> tuple[Any, Any]:
@@ -154,36 +152,30 @@ def _complete(config: CalibrationConfig, net: Any) -> CalibrationConfig:
     return replace(config, max_length=config.max_length or min(MAX_LENGTH, limit), dtype=dtype)
 
 
-def _own_text(job: _Job, workspace: Workspace, count: int) -> Source:
+def _own_text(job: _Job, tokenizer: Any, count: int) -> Source:
     """Text that the model writes: made once, then stored in the workspace."""
     config, context = job.config, job.context
-    stored = workspace.fetch(GENERATED)
+    stored = job.workspace.fetch(GENERATED)
     if stored is None:
-        size = replace(
-            config, num_tokens=count * (config.max_length or MAX_LENGTH), seed=seed_of(config.seed, SELF), dataset=SELF
-        )
-        ids = generate_text(generation_copy(job.net, context.device), job.tokenizer, size, progress=context.progress)
-        stored = {GENERATED: ids.int()}
-        workspace.store(GENERATED, stored)
+        tokens, seed = count * (config.max_length or MAX_LENGTH), seed_of(config.seed, SELF)
+        size, net = replace(config, num_tokens=tokens, seed=seed), generation_copy(job.net, context.device)
+        stored = {GENERATED: generate_text(net, tokenizer, size, progress=context.progress).int()}
+        job.workspace.store(GENERATED, stored)
     ids = stored[GENERATED].long()
     assert isinstance(config.dataset, str | Mapping)
     return Source(SELF, parse_mixture(config.dataset)[SELF], ids, digest(ids))
 
 
-def _require_known_tokens(net: Any, ids: Tensor) -> None:
-    largest, size = int(ids.max()), len(net.get_input_embeddings().weight)
-    if largest >= size:
-        raise WeLoreError(f"the tokenizer is another model's: it gives token {largest}, this model knows {size}")
-
-
 @contextmanager
-def _workspace(path: Path, job: _Job, sources: Sequence[Source]) -> Iterator[Workspace]:
+def _workspace(
+    path: Path, weights: TensorSource, config: CalibrationConfig, context: RunContext, sources: Sequence[Source]
+) -> Iterator[Workspace]:
     """`PATH.work`, which is removed at the end; a killed run leaves it for the next one."""
     read = [source.sha256 for source in sources]
-    state = [metadata.version("welore"), job.weights.state, as_record(job.config), str(job.context.device), read]
+    state = [metadata.version("welore"), weights.state, as_record(config), str(context.device), read]
     workspace = Workspace(path.with_name(path.name + ".work"), json.dumps(state))
     workspace.open()
-    if isinstance(job.weights, ModelSource):  # nothing tells whether weights in memory are those of an earlier run
+    if isinstance(weights, ModelSource):  # nothing tells whether weights in memory are those of an earlier run
         workspace.remove()
         workspace.open()
     try:
@@ -197,10 +189,11 @@ def _workspace(path: Path, job: _Job, sources: Sequence[Source]) -> Iterator[Wor
 # --- statistics -----------------------------------------------------------------------------------------------------
 
 
-def _collect(job: _Job, workspace: Workspace, sources: Sequence[Source], ids: Tensor, seconds: float) -> Statistics:
+def _collect(job: _Job, sources: Sequence[Source], ids: Tensor, seconds: float) -> Statistics:
     """Second moments of every targeted matrix, in the workspace; seconds: that the model wrote its text."""
-    result = _run(job, ids, "labels")
-    store = WorkspaceStore(workspace)
+    seed = seed_of(job.config.seed, "labels")
+    numbers = collect_statistics(job.net, job.targets, ids, job.config, job.context, seed=seed)
+    store = WorkspaceStore(job.workspace)
     counts, shared = {}, {}
     for target in job.targets:
         reached = store.group(f"{target.name}.about")
@@ -225,11 +218,8 @@ def _collect(job: _Job, workspace: Workspace, sources: Sequence[Source], ids: Te
             "windows": len(ids),
             "matrices": len(job.targets),
             "never_reached": sum(count == 0 for count in counts.values()),
-            "mode": result.mode,
-            "sampled_label_nll": result.loss,
             "seconds_generation": seconds,
-            "seconds_forward": result.forward_seconds,
-            "seconds_backward": result.backward_seconds,
+            **numbers,
         },
     )
     shapes = {target.name: target.shape for target in job.targets}
@@ -237,40 +227,25 @@ def _collect(job: _Job, workspace: Workspace, sources: Sequence[Source], ids: Te
     return Statistics(identity, shapes, counts, shared, store, record, include, exclude)
 
 
-def _measure_losses(job: _Job, workspace: Workspace, statistics: Statistics, ids: Tensor) -> Statistics:
+def _measure_losses(job: _Job, statistics: Statistics, ids: Tensor) -> Statistics:
     """The statistics with the losses of all components, measured on a share of the windows."""
-    some = ids[:: max(1, round(1 / job.config.measure_losses))]
-    losses = Workspace(workspace.directory / "measured", workspace.key)
+    config = job.config
+    some = ids[:: max(1, round(1 / config.measure_losses))]
+    losses = Workspace(job.workspace.directory / "measured", job.workspace.key)
     losses.open()
-    grids = long_matrices(job.weights.skeleton, job.targets) if job.config.split else {}
-    components = partial(_components, job, statistics, grids)
-    measuring = replace(job, context=job.context.within(losses))
-    _run(measuring, some, "measured", partial(Losses, components=components))
-    return replace(statistics, store=WorkspaceStore(workspace, losses), measured=some.numel(), grids=grids)
+    grids = long_matrices(job.weights.skeleton, job.targets) if config.split else {}
+    collector = partial(Losses, components=partial(_components, job, statistics, grids))
+    context, seed = job.context.within(losses), seed_of(config.seed, "measured")
+    collect_statistics(job.net, job.targets, some, config, context, seed=seed, collector=collector)
+    return replace(statistics, store=WorkspaceStore(job.workspace, losses), measured=some.numel(), grids=grids)
 
 
-def _run(job: _Job, ids: Tensor, purpose: str, collector: MakeCollector = Moments) -> Pass:
-    """Run the model forward and backward over the windows."""
-    config, context = job.config, job.context
-    text = LabelledText.create(ids, seed_of(config.seed, purpose), config.batch_size, context.device)
-    return collect_statistics(
-        job.net,
-        job.targets,
-        text,
-        context,
-        dtype=DTYPES[config.dtype],
-        whole_model=config.whole_model,
-        collector=collector,
-    )
-
-
-def _components(job: _Job, statistics: Statistics, grids: Mapping[str, Grid], layer: str) -> dict[str, Components]:
+def _components(
+    job: _Job, statistics: Statistics, grids: Mapping[str, Grid], layer: str
+) -> Iterable[tuple[Target, Factors]]:
     """All components of a layer's matrix, or of its blocks, in the order in which K-FAC removes them."""
-    components = {}
     for target in in_blocks([t for t in job.targets if t.name == layer], grids):
         norm = metric(KFAC, statistics, target)
         if norm is not None:
             W = job.weights.read(target).to(job.context.float64_device)
-            factors = factorise(W, min(target.shape), metric=norm)
-            components[target.name] = Components(factors.A, factors.B, target.rows, target.columns)
-    return components
+            yield target, factorise(W, min(target.shape), metric=norm)

@@ -4,8 +4,7 @@ torch only. Products of one batch are made in float32 (whatever the model comput
 float64, so 8 bytes for every number of the statistics while they are gathered.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError
+from welore.linalg.svd import Factors
+from welore.models.targets import Target
 
 PIECES = 4  # of a product x^T x, of which only the upper triangle of pieces is made
 SMALL = 256  # columns up to which it is made in one piece
@@ -87,54 +88,40 @@ class Moments:
         yield "about", {"count": torch.tensor(self.counts[name]), "kept_as": owner}
 
 
-@dataclass(frozen=True)
-class Components:
-    """A (m, k) and B (k, n), whose columns and rows are the components of W = A B, a layer's matrix or a block of it.
-
-    Both lie on the layer's device. rows, columns: which of the layer's outputs and inputs are those of W.
-    """
-
-    A: Tensor
-    B: Tensor
-    rows: slice
-    columns: slice
-
-
 class Losses:
     """The measured loss of removing each component of a matrix: E[(g^T a b^T x)^2] of W = sum of a b^T.
 
-    modules: name -> linear layer. components: name of a layer -> its matrices or blocks that are measured, each under
-    its name; nothing leaves the layer out. Used like Moments. EKFAC, arXiv 1806.03884: second moments along the
+    modules: name -> linear layer. components: name of a layer -> its matrices or blocks that are measured, with all
+    their factors, on the layer's device. Used like Moments. EKFAC, arXiv 1806.03884: second moments along the
     directions of K-FAC, without its assumption that inputs and gradients are independent.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], components: Callable[[str], Mapping[str, Components]]) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], components: Callable[[str], Iterable[tuple[Target, Factors]]]
+    ) -> None:
         self._sums: dict[str, dict[str, Tensor]] = {}
         for layer, module in modules.items():
-            self._sums[layer] = {}
-            for name, parts in components(layer).items():
-                total = torch.zeros(parts.B.shape[0], dtype=_precision(parts.B), device=parts.B.device)
-                self._sums[layer][name] = total
-                module.register_forward_hook(partial(self._enters, total, parts), with_kwargs=True)
+            self._sums[layer] = {
+                target.name: self._measure(module, target, factors) for target, factors in components(layer)
+            }
 
-    def _enters(
-        self,
-        total: Tensor,
-        parts: Components,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        y: Tensor,
-    ) -> None:
-        x = _entering(args, kwargs)
-        enters = x.reshape(-1, x.shape[-1])[:, parts.columns].float() @ parts.B.T
+    def _measure(self, module: nn.Module, target: Target, factors: Factors) -> Tensor:
+        """The sums (k,) for a matrix, which grow while the module runs."""
+        total = torch.zeros(factors.B.shape[0], dtype=_precision(factors.B), device=factors.B.device)
 
-        def leaves(g: Tensor) -> None:
-            along = g.reshape(-1, g.shape[-1])[:, parts.rows].float() @ parts.A * enters
-            total.add_(along.square().sum(0, dtype=total.dtype))
+        def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
+            x = _entering(args, kwargs)
+            entering = x.reshape(-1, x.shape[-1])[:, target.columns].float() @ factors.B.T
 
-        if y.requires_grad:
-            y.register_hook(leaves)
+            def leaves(g: Tensor) -> None:
+                along = g.reshape(-1, g.shape[-1])[:, target.rows].float() @ factors.A * entering
+                total.add_(along.square().sum(0, dtype=total.dtype))
+
+            if y.requires_grad:
+                y.register_hook(leaves)
+
+        module.register_forward_hook(enters, with_kwargs=True)
+        return total
 
     def end_batch(self) -> None:
         """Nothing is left to be added."""

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from welore.calibration.block_runner import BlockRunner, block_runner
 from welore.calibration.hooks import Collector, Moments
+from welore.config import CalibrationConfig
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.progress import Progress, counted
@@ -30,19 +31,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TRIAL = 16  # tokens on which single blocks are compared with the model
-LOGITS = 1 << 23  # numbers of the logits in memory at once
 
 MakeCollector = Callable[[Mapping[str, nn.Module]], Collector]
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A run over the text: mode "blocks" or "whole"; seconds forward and backward; mean loss of the sampled labels."""
-
-    mode: str
-    forward_seconds: float
-    backward_seconds: float
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -66,25 +56,26 @@ class LabelledText:
 def collect_statistics(
     model: "PreTrainedModel",
     targets: Sequence[Target],
-    text: LabelledText,
+    ids: Tensor,
+    config: CalibrationConfig,
     context: RunContext,
     *,
-    dtype: torch.dtype = torch.float32,
-    whole_model: bool = False,
+    seed: int,
     collector: MakeCollector = Moments,
-) -> Pass:
+) -> dict[str, Any]:
     """Put the statistics of every targeted matrix into the context's workspace, each as "NAME.KIND".
 
     KIND is inputs, magnitudes, outputs or losses; or "about", which holds `count`, the tokens that reached the matrix,
     and `kept_as`, the bytes of the name under which its inputs lie (none if it was never reached).
 
-    dtype: of the computation. whole_model: run the model in one piece, as happens anyway if its blocks cannot be run
-    one by one or a target lies outside them. collector: makes what collects them, for the layers of a block. Of a
-    model that lies in a mapped file only the block in work is in memory.
+    seed: of the labels. collector: makes what collects the statistics, for the layers of a block. The model runs whole
+    if its blocks cannot be run one by one or a target lies outside them. Returns the numbers for the record.
     """
     assert context.workspace is not None
+    dtype = getattr(torch, config.dtype)
+    text = LabelledText.create(ids, seed, config.batch_size, context.device)
     inside = decoder_blocks(model)[0] + "."
-    if not whole_model and all(target.name.startswith(inside) for target in targets):
+    if not config.whole_model and all(target.name.startswith(inside) for target in targets):
         runner = block_runner(model, text.ids[:1, :TRIAL], context.device, dtype)
         if runner is not None:
             layers: list[dict[str, str]] = [{} for _ in range(len(runner))]
@@ -116,11 +107,6 @@ def sampled_gradient(logits: Tensor, uniform: Tensor) -> tuple[Tensor, float]:
     return gradient.to(logits.dtype), loss
 
 
-def _pieces(length: int, vocabulary: int) -> list[slice]:
-    step = max(1, LOGITS // vocabulary)
-    return [slice(start, start + step) for start in range(0, length, step)]
-
-
 # --- block by block, or the whole model -----------------------------------------------------------------------------
 
 
@@ -134,7 +120,7 @@ class _BlockwisePass:
     workspace: Workspace
     collector: MakeCollector
 
-    def run(self, progress: Progress) -> Pass:
+    def run(self, progress: Progress) -> dict[str, Any]:
         """All statistics, from wherever an earlier run has left off."""
         count = len(self.runner)
         begun = next((i for i in range(count + 1) if self.workspace.holds(f"gradient-{i}")), count + 1)
@@ -145,9 +131,9 @@ class _BlockwisePass:
         forward = time.perf_counter()
         for index in counted(progress, range(begun - 1, -1, -1), "blocks, backward"):
             self.gradient(index)
-        done = time.perf_counter()
+        seconds = forward - started, time.perf_counter() - forward
         loss = self.workspace.fetch("loss")
-        return Pass("blocks", forward - started, done - forward, float(loss["mean"]) if loss else float("nan"))
+        return _numbers("blocks", float(loss["mean"]) if loss else float("nan"), *seconds)
 
     @torch.no_grad()
     def boundary(self, index: int) -> Tensor:
@@ -172,11 +158,7 @@ class _BlockwisePass:
         stored = self.workspace.fetch(f"gradient-{index}")
         if stored is not None:
             return stored["gradient"]
-        if index == len(self.runner):
-            gradient = self._head_gradient()
-        else:
-            above = self.gradient(index + 1)
-            gradient = self._block_gradient(index, self.boundary(index), above)
+        gradient = self._head_gradient() if index == len(self.runner) else self._block_gradient(index)
         self.workspace.store(f"gradient-{index}", {"gradient": gradient})
         for name in (f"gradient-{index + 1}", f"boundary-{index + 1}"):
             self.workspace.drop(name)
@@ -187,10 +169,8 @@ class _BlockwisePass:
         hidden, gradients, total = self.boundary(len(runner)), [], 0.0
         for ids, uniform, window in zip(self.text.ids, self.text.uniform, hidden, strict=True):
             leaf = window[None].to(runner.device).requires_grad_()
-            pieces = _pieces(len(ids), runner.vocabulary) if runner.chooses_positions else [slice(None)]
-            for piece in pieces:
-                positions = torch.arange(len(ids), device=ids.device)[piece]
-                logits = runner.logits(ids[None], leaf, positions)
+            for piece in runner.pieces(len(ids)):
+                logits = runner.logits(ids[None], leaf, piece)
                 gradient, loss = sampled_gradient(logits[0], uniform[piece])
                 torch.autograd.backward(logits, gradient[None])
                 total += loss
@@ -199,7 +179,8 @@ class _BlockwisePass:
         self.workspace.store("loss", {"mean": torch.tensor(total / self.text.ids.numel(), dtype=torch.float64)})
         return torch.cat(gradients)
 
-    def _block_gradient(self, index: int, hidden: Tensor, above: Tensor) -> Tensor:
+    def _block_gradient(self, index: int) -> Tensor:
+        above, hidden = self.gradient(index + 1), self.boundary(index)
         block, device = self.runner.block(index), self.runner.device
         collector = self.collector({name: block.get_submodule(layer) for name, layer in self.targets[index].items()})
         gradients = []
@@ -216,7 +197,7 @@ class _BlockwisePass:
 
 def _whole_pass(
     model: Any, targets: Sequence[Target], text: LabelledText, context: RunContext, make: MakeCollector
-) -> Pass:
+) -> dict[str, Any]:
     """The model at once, forward and backward, all statistics in memory; equal to the blockwise pass."""
     assert context.workspace is not None
     names = [target.name for target in targets]
@@ -233,7 +214,11 @@ def _whole_pass(
         collector.end_batch()
         forward, backward = forward + computed - started, backward + time.perf_counter() - computed
     _store(collector, names, text.ids.numel(), context.workspace)
-    return Pass("whole", forward, backward, total / text.ids.numel())
+    return _numbers("whole", total / text.ids.numel(), forward, backward)
+
+
+def _numbers(mode: str, loss: float, forward: float, backward: float) -> dict[str, Any]:
+    return {"mode": mode, "sampled_label_nll": loss, "seconds_forward": forward, "seconds_backward": backward}
 
 
 def _store(collector: Collector, names: Sequence[str], tokens: int, workspace: Workspace) -> None:

@@ -27,14 +27,13 @@ class Scaling:
     """A norm for every matrix.
 
     unit: "loss" if the squares of the scaled values are losses, in one unit for the whole model; else "relative".
-    metric: makes the norm of a matrix; None is the plain norm. needs: the statistics that it reads.
+    metric: makes the norm of a matrix; None is the plain norm.
     block_split: whether long matrices are best split in blocks. measured: whether losses that `calibrate` measures are
     those of its components.
     """
 
     unit: Literal["loss", "relative"]
     metric: Callable[[Statistics, Target], Metric] | None = None
-    needs: tuple[str, ...] = ()
     block_split: bool = False
     measured: bool = False
 
@@ -66,9 +65,9 @@ def kfac(statistics: Statistics, target: Target) -> Metric:
 
 SCALINGS: dict[str, Scaling] = {
     NONE: Scaling("relative"),
-    ASVD: Scaling("relative", asvd, needs=("magnitudes",)),
-    WHITENING: Scaling("loss", whitening, needs=("inputs", "outputs")),
-    KFAC: Scaling("loss", kfac, needs=("inputs", "outputs"), block_split=True, measured=True),
+    ASVD: Scaling("relative", asvd),
+    WHITENING: Scaling("loss", whitening),
+    KFAC: Scaling("loss", kfac, block_split=True, measured=True),
 }
 
 

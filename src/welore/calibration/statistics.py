@@ -22,7 +22,7 @@ from torch import Tensor
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_write
 from welore.io.resume import Workspace
-from welore.io.safetensors_stream import TensorReader, TensorWriter
+from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
 from welore.layers.block_grid import Grid, read_grids
 from welore.models.targets import Target, in_blocks
 from welore.records import Identity, Record
@@ -36,22 +36,11 @@ FORMAT = "welore.calibration/2"  # 1 had losses along other directions (scaling.
 
 
 class StatisticsStore(Protocol):
-    """Where the tensors of statistics lie. Each is read when it is wanted; none stays in memory."""
+    """Where the tensors of statistics lie, such as a TensorReader. None stays in memory."""
 
-    def get(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """The tensor "LAYER.inputs", "LAYER.magnitudes", "LAYER.outputs", "MATRIX.losses" or "written"."""
         ...
-
-
-class FileStore:
-    """The tensors of a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.reader = path, TensorReader(path)
-
-    def get(self, name: str) -> Tensor:
-        """One tensor of the file."""
-        return self.reader.read(name)
 
 
 class WorkspaceStore:
@@ -69,7 +58,7 @@ class WorkspaceStore:
         self.workspaces[0].remove()
         raise OSError(f"{name} in {self.workspaces[0].directory} was damaged: run the same command again")
 
-    def get(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """One tensor, which lies in the group of its name."""
         return self.group(name)[name.rpartition(".")[2]]
 
@@ -89,9 +78,9 @@ class OverlayStore:
     base: StatisticsStore
     selections: Mapping[str, Selection]
 
-    def get(self, name: str) -> Tensor:
+    def read(self, name: str) -> Tensor:
         """One tensor, reduced if it has a selection."""
-        tensor, selection = self.base.get(name), self.selections.get(name)
+        tensor, selection = self.base.read(name), self.selections.get(name)
         if selection is None:
             return tensor
         part = tensor[selection.indices]
@@ -131,15 +120,15 @@ class Statistics:
 
     def inputs(self, name: str) -> Tensor | None:
         """A (n, n), symmetric; zeros if no token reached the matrix, None if the statistics do not have it."""
-        return self._statistic(name, self.shared.get(name), "inputs")
+        return self._statistic(name, "inputs")
 
     def magnitudes(self, name: str) -> Tensor | None:
         """E[|x_j|] (n,); zeros if no token reached the matrix, None if the statistics do not have it."""
-        return self._statistic(name, self.shared.get(name), "magnitudes")
+        return self._statistic(name, "magnitudes")
 
     def outputs(self, name: str) -> Tensor | None:
         """G (m, m), symmetric; zeros if no token reached the matrix, None if the statistics do not have it."""
-        return self._statistic(name, name if name in self.shared else None, "outputs")
+        return self._statistic(name, "outputs")
 
     def losses(self, name: str) -> Tensor | None:
         """The measured loss of removing each component, (k,), in the order of the values scaled by K-FAC.
@@ -147,48 +136,43 @@ class Statistics:
         E[(g^T a b^T x)^2] with W = sum of a b^T; None where nothing was measured. name: of a matrix, or of a block.
         """
         key = f"{name}.losses"
-        return self.store.get(key) if key in self._measured_losses else None
+        return self.store.read(key) if key in self._measured_losses else None
 
     def generated_text(self) -> Tensor | None:
         """Token ids (windows, length) that the model generated; None where it read other texts only."""
-        return None if self.generated is None else self.store.get(GENERATED).long()
+        return None if self.generated is None else self.store.read(GENERATED).long()
 
     def select(self, shapes: Mapping[str, tuple[int, int]], selections: Mapping[str, Selection]) -> "Statistics":
         """Statistics of smaller matrices: a view, without measured losses, which are those of the original ones.
 
         shapes: of the matrices that are smaller. selections: name of a tensor of the store -> what is left of it.
         """
-        return dataclasses.replace(
-            self,
-            shapes=dict(self.shapes) | dict(shapes),
-            store=OverlayStore(self.store, selections),
-            measured=0,
-            grids={},
-        )
+        store = OverlayStore(self.store, selections)
+        return dataclasses.replace(self, shapes={**self.shapes, **shapes}, store=store, measured=0, grids={})
 
-    def _statistic(self, name: str, owner: str | None, kind: str) -> Tensor | None:
+    def _statistic(self, name: str, kind: str) -> Tensor | None:
         if name not in self.shapes:
             return None
-        m, n = self.shapes[name]
-        zeros = {"inputs": (n, n), "magnitudes": (n,), "outputs": (m, m)}[kind]
-        return torch.zeros(zeros) if owner is None else self.store.get(f"{owner}.{kind}")
+        if name not in self.shared:
+            return torch.zeros(self._shape(name, kind))
+        return self.store.read(f"{name if kind == 'outputs' else self.shared[name]}.{kind}")
 
-    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def _shape(self, name: str, kind: str) -> tuple[int, ...]:
+        m, n = self.shapes[name]
+        return {"inputs": (n, n), "magnitudes": (n,), "outputs": (m, m)}[kind]
+
+    def layout(self) -> dict[str, TensorInfo]:
         """Name, dtype and shape of every tensor of the file."""
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        if self.generated is not None:
-            tensors[GENERATED] = (torch.int32, self.generated)
+        tensors = {} if self.generated is None else {GENERATED: TensorInfo(torch.int32, self.generated)}
         for name, owner in self.shared.items():
-            m, n = self.shapes[name]
-            tensors[f"{name}.outputs"] = (torch.float32, (m, m))
-            tensors[f"{owner}.inputs"] = (torch.float32, (n, n))
-            tensors[f"{owner}.magnitudes"] = (torch.float32, (n,))
+            for layer, kind in ((name, "outputs"), (owner, "inputs"), (owner, "magnitudes")):
+                tensors[f"{layer}.{kind}"] = TensorInfo(torch.float32, self._shape(name, kind))
         return tensors | self._measured_losses
 
     @cached_property
-    def _measured_losses(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def _measured_losses(self) -> dict[str, TensorInfo]:
         reached = [Target(name, self.shapes[name]) for name in self.shared] if self.measured else []
-        return {f"{t.name}.losses": (torch.float32, (min(t.shape),)) for t in in_blocks(reached, self.grids)}
+        return {f"{t.name}.losses": TensorInfo(torch.float32, (min(t.shape),)) for t in in_blocks(reached, self.grids)}
 
     # --- the file ---
 
@@ -202,7 +186,7 @@ class Statistics:
         layout = self.layout()
         with atomic_write(path) as partial, TensorWriter(partial, layout, metadata) as writer:
             for name in layout:
-                writer.write(name, [self.store.get(name).flatten()])
+                writer.write(name, [self.store.read(name).flatten()])
 
     @classmethod
     def load(cls, path: str | Path) -> "Statistics":
@@ -210,16 +194,15 @@ class Statistics:
         path = Path(path)
         if not path.is_file():
             raise WeLoreError(f"{path} does not exist: make it with `welore calibrate MODEL -o {path}`")
-        store = FileStore(path)
-        metadata = store.reader.metadata
-        if metadata.get("format") != FORMAT:
+        store = TensorReader(path)
+        if store.metadata.get("format") != FORMAT:
             raise WeLoreError(f"{path} holds no statistics: make them with `welore calibrate MODEL -o FILE`")
         try:
-            statistics = cls(store=store, **_fields(metadata))
+            statistics = cls(store=store, **_fields(store.metadata))
             expected = statistics.layout()
         except (KeyError, TypeError, ValueError) as error:
             raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
-        if expected != store.reader.entries:
+        if expected != store.entries:
             raise WeLoreError(f"{path} does not hold the statistics that it names: make it again")
         return statistics
 

@@ -4,7 +4,7 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from welore.io.context import RunContext
 from welore.io.progress import Progress, counted, silent
 from welore.models.load import evaluating, load_for_inference, warn_if_slow
 from welore.models.replace import sizes
-from welore.models.skeleton import context_length, require_context_length
+from welore.models.skeleton import context_length, require_context_length, require_known_tokens
 from welore.records import Record
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ def evaluate(
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
     pieces = text.windows(loaded.tokenizer, config.max_length, config.num_windows)
-    _require_fit(net, pieces)
+    require_context_length(len(pieces[0]), context_length(net.config))
+    require_known_tokens(net, torch.cat(pieces))
     batches = stack(pieces, config.batch_size)
     started = time.perf_counter()
     nll, tokens = negative_log_likelihood(net, batches, context.progress)
@@ -106,12 +107,3 @@ def negative_log_likelihood(
     if not math.isfinite(total):
         raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
     return total, tokens
-
-
-def _require_fit(model: "PreTrainedModel", pieces: list[Tensor]) -> None:
-    """Raise WeLoreError if a window is longer than the model can read, or of a tokenizer with more tokens."""
-    require_context_length(len(pieces[0]), context_length(model.config))
-    embeddings: Any = model.get_input_embeddings()
-    largest, size = max(int(window.max()) for window in pieces), len(embeddings.weight)
-    if largest >= size:
-        raise WeLoreError(f"the tokenizer is another model's: it gives token {largest}, this model knows {size}")
