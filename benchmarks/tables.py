@@ -9,10 +9,11 @@ import argparse
 import re
 import shutil
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 
 from welore.emergence.claims import claims_table
-from welore.emergence.downstream_checks import Downstream, compression_table, downstream, tunings_table, verdicts
+from welore.emergence.downstream_checks import DENSE, Downstream, downstream, verdicts
 from welore.records import Record
 from welore.reporting.formatting import megabytes, percent, perplexity_text
 from welore.reporting.tables import Table, task_table
@@ -178,6 +179,39 @@ def study_records() -> dict[Path, Record]:
 def study_closed() -> list[Downstream]:
     """What was made of the pre-trained models."""
     return downstream(study_records())
+
+
+def compression_table(runs: Sequence[Downstream]) -> Table:
+    """ERR, parameters, bytes and perplexity of every compressed model, in every run."""
+
+    def cell(record: Record) -> str:
+        n = record.numbers
+        sizes = f"{percent(n['rank_reduction'])}, {percent(n['parameter_ratio'])}, {megabytes(n['bytes'])}"
+        return f"{sizes}: {perplexity_text(n['perplexity'])}"
+
+    table = _by_label("ERR, parameters, bytes: perplexity", runs, [run.perplexities for run in runs], cell)
+    rows = sorted(table.rows, key=lambda row: (row[0] != DENSE, row[0].rpartition("-")[2], row[0]))
+    return Table("", table.headings, rows)
+
+
+def tunings_table(runs: Sequence[Downstream]) -> Table:
+    """Trained parameters and the held-out loss before and after, of every fine-tuning in every run."""
+
+    def cell(record: Record) -> str:
+        curve = record.numbers["evaluation"]
+        return f"{record.numbers['trainable_parameters']:,}: {curve[0][1]:.3f} -> {curve[-1][1]:.3f}"
+
+    heading = "trained parameters: held-out loss before -> after"
+    return _by_label(heading, runs, [run.tunings for run in runs], cell)
+
+
+def _by_label(
+    heading: str, runs: Sequence[Downstream], records: Sequence[Mapping[str, Record]], cell: Callable[[Record], str]
+) -> Table:
+    """A row per label, a column per run; empty where a run has no such record."""
+    labels = dict.fromkeys(label for of_run in records for label in of_run)
+    rows = [[label, *(cell(r[label]) if label in r else "" for r in records)] for label in labels]
+    return Table("", [heading, *(run.name for run in runs)], rows)
 
 
 def quality_cells(of: str) -> dict[tuple[str, float], list[Record]]:

@@ -137,9 +137,6 @@ def measured(trace: Trace) -> dict[str, Any]:
     }
 
 
-# --- one matrix ------------------------------------------------------------------------------------------------
-
-
 def _row(allocation: Allocation, position: ModulePosition, trace: Trace) -> dict[str, Any]:
     """One matrix in numbers; steps are shares of the run, 0 to 1."""
     matrix = trace.matrices[allocation.name]
@@ -227,9 +224,6 @@ def _less_noise(square: Array) -> float:
     return _off_diagonal(square) / most if most > 0 else 0.0
 
 
-# --- values with their intervals --------------------------------------------------------------------------------
-
-
 def rank_correlation(x: Array, y: Array) -> Interval:
     """Spearman's coefficient of x and y, (n,), with its interval; 0 where one of them is constant."""
     return _interval([np.arange(len(x))], lambda i: _spearman(x[i], y[i]))
@@ -265,9 +259,6 @@ def _interval(groups: Sequence[NDArray[np.int64]], statistic: Callable[..., Arra
     drawn = [draws.choice(group, (RESAMPLED, len(group))) for group in groups]
     ends = np.quantile(statistic(*drawn), [(1 - COVERED) / 2, (1 + COVERED) / 2])
     return [float(statistic(*groups)), *map(float, ends)]
-
-
-# --- several seeds ---------------------------------------------------------------------------------------------
 
 
 def load_pretraining(path: str | Path) -> Record:

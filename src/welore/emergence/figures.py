@@ -37,12 +37,7 @@ if TYPE_CHECKING:
 TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TYPE_STYLES = dict(zip(TYPES, (*style.STYLES, ("#E69F00", "X")), strict=True))
 OTHER_STYLE = (style.BLACK, "o")
-TICKS = 6
-BELOW: dict[str, Any] = {"loc": "outside lower center", "ncols": 3, "fontsize": 8, "frameon": False}
 SMALLEST = 1e-4  # of the largest value of a heat map; smaller values have the same colour
-
-
-# --- the paper's -------------------------------------------------------------------------------------------------
 
 
 def gradient_cosines(trace: Trace, *, title: str = "") -> "Figure":
@@ -83,9 +78,6 @@ def singular_values(trace: Trace, values: Callable[[Matrix], Array], label: str,
 gradient_values = partial(singular_values, values=lambda matrix: matrix.gradient, label="gradient")
 
 
-# --- ours --------------------------------------------------------------------------------------------------------
-
-
 def partition(trace: Trace, *, title: str = "") -> "Figure":
     """Share of the singular values below the ERR-50 threshold, every matrix over training; N-LRCs hatched."""
     from matplotlib.patches import Patch
@@ -107,9 +99,10 @@ def partition(trace: Trace, *, title: str = "") -> "Figure":
     ax.set_ylabel("module; blocks from first to last", fontsize=9)
     ax.set_xlabel("step", fontsize=9)
     _step_ticks(ax.xaxis, trace)
-    _colour_bar(fig, mesh, [ax], "share below the threshold of ERR 50 %")
+    style.colour_bar(fig, mesh, [ax], "share below the threshold of ERR 50 %", size=8, aspect=25)
     label = "N-LRC, the others are LRCs"
-    fig.legend(handles=[Patch(facecolor="white", edgecolor=style.HATCH, hatch="/////", label=label)], **BELOW)
+    hatched = Patch(facecolor="white", edgecolor=style.HATCH, hatch="/////", label=label)
+    style.legend(fig, handles=[hatched], columns=3)
     return fig
 
 
@@ -151,9 +144,8 @@ def settled(trace: Trace, *, title: str = "") -> "Figure":
         "one batch": {"linewidth": 0.8},
         "noise ceiling: two batches at one step": {"linewidth": 1.4, "linestyle": ":"},
     }
-    fig.legend(
-        handles=[Line2D([], [], color=style.BLACK, label=name, **line) for name, line in labels.items()], **BELOW
-    )
+    lines = [Line2D([], [], color=style.BLACK, label=name, **line) for name, line in labels.items()]
+    style.legend(fig, handles=lines, columns=3)
     return fig
 
 
@@ -182,10 +174,7 @@ def course(trace: Trace, *, title: str = "") -> "Figure":
 
 FIGURES: dict[str, tuple[Callable[..., "Figure"], str]] = {
     "course": (course, "Held-out loss, and how many directions the gradients have."),
-    "gradient-cosines": (
-        gradient_cosines,
-        "As Figure 2 of the paper, first row: cosines of one batch's gradients.",
-    ),
+    "gradient-cosines": (gradient_cosines, "As Figure 2 of the paper, first row: cosines of one batch's gradients."),
     "gradient-values": (gradient_values, "As Figure 2 of the paper, second row: singular values of the gradients."),
     "weight-values": (
         partial(singular_values, values=lambda matrix: matrix.weight, label="weight"),
@@ -205,16 +194,9 @@ FIGURES: dict[str, tuple[Callable[..., "Figure"], str]] = {
 
 
 def settling(records: Sequence[Record], *, title: str = "") -> "Figure":
-    """Settling step and stable rank of the gradient against the reduction ratio, every matrix of every run.
+    """Settling step and stable rank of the gradient against the reduction ratio, every matrix of every pre-training.
 
     The titles give the rank correlation of every run with its 95 % interval.
-
-    Args:
-        records: Those of kind "pretrain" are drawn.
-        title: Above the figure.
-
-    Raises:
-        WeLoreError: There is no record of a pre-training.
     """
     runs = [record for record in records if record.kind == "pretrain"]
     if not runs:
@@ -237,9 +219,6 @@ def settling(records: Sequence[Record], *, title: str = "") -> "Figure":
         ax.set_axisbelow(True)
     style.legend(fig, fig.axes[0])
     return fig
-
-
-# --- helpers -----------------------------------------------------------------------------------------------------
 
 
 def _papers_panels(trace: Trace) -> list[str]:
@@ -270,16 +249,10 @@ def _heat_maps(
         mesh = ax.pcolormesh(table, cmap="viridis", norm=norm, rasterized=True)
         _step_ticks(ax.yaxis, trace)
     panels[0].set_ylabel("step", fontsize=8)
-    _colour_bar(fig, mesh, panels, label)
+    style.colour_bar(fig, mesh, panels, label, size=8, aspect=25)
     return fig, panels
 
 
-def _step_ticks(axis: Any, trace: Trace, count: int = TICKS) -> None:
+def _step_ticks(axis: Any, trace: Trace, count: int = 6) -> None:
     at: NDArray[np.int64] = np.unique(np.linspace(0, len(trace.steps) - 1, count).round().astype(int))
     axis.set_ticks(at + 0.5, labels=[f"{int(trace.steps[i]):,}" for i in at])
-
-
-def _colour_bar(fig: "Figure", mesh: Any, panels: Sequence["Axes"], label: str) -> None:
-    bar = fig.colorbar(mesh, ax=panels, pad=0.02, aspect=25)
-    bar.set_label(label, fontsize=8)
-    bar.ax.tick_params(labelsize=7)

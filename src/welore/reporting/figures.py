@@ -89,9 +89,7 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     ax.invert_yaxis()
     ax.tick_params(length=0)
     ax.set_xlabel("layer", fontsize=9)
-    bar = fig.colorbar(mesh, ax=ax, ticks=[0, 0.25, 0.5, 0.75, 1], pad=0.02)
-    bar.set_label("reduction ratio", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
+    style.colour_bar(fig, mesh, ax, "reduction ratio", ticks=[0, 0.25, 0.5, 0.75, 1])
     _heat_legend(fig, holes=bool(np.isnan(ratio).any()), columns=3 if width > 9 else 1)
     return fig
 
@@ -147,9 +145,6 @@ def perplexities(texts: Mapping[str, Sequence[Result]], *, title: str = "") -> "
     return fig
 
 
-# --- helpers ------------------------------------------------------------------------------------------------------
-
-
 def _draw_spectrum(ax: "Axes", s: NDArray[np.float64], **line: Any) -> None:
     """One normalised spectrum (k,) over the share of the full rank, at a few dozen points to keep the page small."""
     k = len(s)
@@ -171,10 +166,8 @@ def _depth_colours(fig: "Figure", panels: Sequence["Axes"], layers: Sequence[int
     shades = ListedColormap(colormaps["viridis"](np.linspace(0, 0.9, 256)))
     low, high = min(layers, default=0), max(layers, default=0)
     if high > low:
-        bar = fig.colorbar(ScalarMappable(Normalize(low, high), shades), ax=panels, pad=0.02, aspect=30)
-        bar.set_label("layer", fontsize=9)
-        bar.ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-        bar.ax.tick_params(labelsize=8)
+        bar = style.colour_bar(fig, ScalarMappable(Normalize(low, high), shades), panels, "layer", aspect=30)
+        bar.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     return lambda layer: style.BLUE if layer is None else shades((layer - low) / max(high - low, 1))
 
 
@@ -216,9 +209,7 @@ def _heat_legend(fig: "Figure", *, holes: bool, columns: int) -> None:
         Patch(facecolor="white", edgecolor=style.HATCH, label="LRC: stored as two factors of lower rank"),
         Patch(facecolor=style.PALE, label="no such matrix"),
     ]
-    fig.legend(
-        handles=handles if holes else handles[:2], loc="outside lower center", ncols=columns, fontsize=8, frameon=False
-    )
+    style.legend(fig, handles=handles if holes else handles[:2], columns=columns)
 
 
 def _layer_ticks(layers: Sequence[int | None]) -> dict[float, str]:

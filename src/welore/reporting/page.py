@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from welore.reporting.style import INSTALL, Picture, picture
 from welore.reporting.training_figures import FIGURE_1, FIGURE_5, fine_tuning
 
 Draw = Callable[[Any, str], Picture]  # (figure, name)
-MACROS, PAGE = "macros.html.jinja", "page.html.jinja"
 
 
 def report(directories: Sequence[str | Path], output_dir: str | Path) -> Path:
@@ -45,9 +43,7 @@ def report(directories: Sequence[str | Path], output_dir: str | Path) -> Path:
     sections = load_sections()
     artefacts = find_artefacts(directories, LOADERS | {k: v for s in sections for k, v in s.loaders.items()})
     content, pictures = _content(artefacts, {kind for section in sections for kind in section.kinds})
-    templates = {
-        name: resources.files(__package__).joinpath(name).read_text(encoding="utf-8") for name in (MACROS, PAGE)
-    }
+    templates: dict[str, str] = {}
     content["sections"] = {}
     for section in sections:
         part = section.build(artefacts)
@@ -56,7 +52,7 @@ def report(directories: Sequence[str | Path], output_dir: str | Path) -> Path:
             templates[name], content["sections"][name] = section.template, part[0]
             pictures += part[1]
     jinja = jinja2.Environment(
-        loader=jinja2.DictLoader(templates),
+        loader=jinja2.ChoiceLoader([jinja2.PackageLoader(__package__, "."), jinja2.DictLoader(templates)]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -64,7 +60,7 @@ def report(directories: Sequence[str | Path], output_dir: str | Path) -> Path:
     )
     filters = (percent, megabytes, perplexity_text, last_name, tables.target_text)
     jinja.filters |= {function.__name__: function for function in filters}
-    html = jinja.get_template(PAGE).render(content)
+    html = jinja.get_template("page.html.jinja").render(content)
 
     page = Path(output_dir) / "report.html"
     for drawing in pictures:
@@ -117,9 +113,6 @@ def _content(artefacts: Mapping[Path, Any], shown_elsewhere: set[str]) -> Conten
         "machines": list(dict.fromkeys(machine_text(r) for r in records.values())),
     }
     return content, pictures
-
-
-# --- plans ------------------------------------------------------------------------------------------------------
 
 
 def _compressions(records: Mapping[Path, Record]) -> dict[Path, Record]:
@@ -179,9 +172,6 @@ def _plan_sections(
         section["reduction"] = draw(figures.reduction_heatmap(plan, title=title), f"{slug}-reduction")
         section["parameters"] = draw(figures.parameters_by_module(plan, title=title), f"{slug}-parameters")
     return list(sections.values())
-
-
-# --- fine-tuning ------------------------------------------------------------------------------------------------
 
 
 def _tuning_pictures(comparison: tables.Comparison, number: int, draw: Draw) -> list[tuple[Picture, str]]:

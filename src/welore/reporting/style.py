@@ -5,15 +5,16 @@ Colours are safe for colour-blind readers and evenly spaced in grey, so that the
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import BytesIO, StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from welore.errors import WeLoreError
 from welore.reporting.formatting import perplexity_text
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -54,15 +55,12 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def finish_axes(*axes: "Axes", x: str | None = None, y: str | None = None, ticks: int = 8) -> None:
+def finish_axes(ax: "Axes", *, x: str = "", y: str = "", ticks: int = 8) -> None:
     """Axis labels, small tick labels, no frame at the top and the right."""
-    for ax in axes:
-        if x is not None:
-            ax.set_xlabel(x, fontsize=9)
-        if y is not None:
-            ax.set_ylabel(y, fontsize=9)
-        ax.tick_params(labelsize=ticks)
-        ax.spines[["top", "right"]].set_visible(False)
+    ax.set_xlabel(x, fontsize=9)
+    ax.set_ylabel(y, fontsize=9)
+    ax.tick_params(labelsize=ticks)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def hatch(ax: "Axes", cells: Iterable[tuple[int, int]]) -> None:
@@ -94,11 +92,20 @@ def log_ticks(axis: "Axis") -> None:
     axis.set_tick_params(labelsize=8)
 
 
-def legend(fig: "Figure", *axes: "Axes") -> None:
-    """One legend below the figure for all axes, every label once."""
+def legend(fig: "Figure", *axes: "Axes", handles: Sequence["Artist"] = (), columns: int = 4) -> None:
+    """One legend below the figure: the labels of all axes, each once, or these handles."""
     pairs = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
-    distinct = {label: handle for handle, label in pairs}
-    fig.legend(list(distinct.values()), list(distinct), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    entries = {label: handle for handle, label in pairs} or {str(handle.get_label()): handle for handle in handles}
+    looks: dict[str, Any] = {"loc": "outside lower center", "fontsize": 8, "frameon": False}
+    fig.legend(list(entries.values()), list(entries), ncols=columns, **looks)
+
+
+def colour_bar(fig: "Figure", mesh: Any, axes: Any, label: str, *, size: int = 9, **options: Any) -> "Axes":
+    """The bar of a heat map or of coloured lines beside the axes; size: of its label, in points."""
+    bar = fig.colorbar(mesh, ax=axes, pad=0.02, **options)
+    bar.set_label(label, fontsize=size)
+    bar.ax.tick_params(labelsize=size - 1)
+    return bar.ax
 
 
 def picture(figure: "Figure", name: str) -> Picture:

@@ -57,9 +57,6 @@ class Result:
         return f"ERR {err}, parameters {ratio}, {megabytes(self.bytes)}"
 
 
-# --- plans ------------------------------------------------------------------------------------------------------
-
-
 def plan_row(name: str, model: str, settings: Mapping[str, Any], numbers: Mapping[str, Any]) -> list[str]:
     """A row of the table of plans; numbers have `bytes` and `bytes_dense` once a checkpoint was written."""
     n, size = numbers, "not written"
@@ -85,9 +82,6 @@ def target_text(target: Mapping[str, float]) -> str:
     return ", ".join(
         f"{names[name]} {percent(value)}" if name in names else f"{name} {value:.4g}" for name, value in target.items()
     )
-
-
-# --- fine-tuning ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -191,9 +185,6 @@ def _run_row(run: Record, *, is_best: bool) -> list[str]:
     ]
 
 
-# --- tasks ------------------------------------------------------------------------------------------------------
-
-
 def task_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of the table of methods by tasks: accuracy in per cent with its 95 % interval.
 
@@ -248,9 +239,6 @@ def _accuracy(record: Record) -> str:
     n = record.numbers
     unreadable = f" ({n['unparsable']} unreadable)" if n["unparsable"] else ""
     return f"{100 * n['accuracy']:.1f} [{100 * n['ci95_low']:.1f}, {100 * n['ci95_high']:.1f}]{unreadable}"
-
-
-# --- perplexities -----------------------------------------------------------------------------------------------
 
 
 def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[str, list[Result]]:

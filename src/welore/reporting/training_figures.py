@@ -34,12 +34,8 @@ class StyledRun:
     name: str
     colour: str
     marker: str
+    line: str
     nth: int  # of its method
-
-    @property
-    def line(self) -> str:
-        """The line style."""
-        return LINES[self.nth % len(LINES)]
 
 
 def fine_tuning(records: Sequence[Record], methods: Sequence[str] | None = None, *, title: str = "") -> "Figure":
@@ -68,8 +64,8 @@ def fine_tuning(records: Sequence[Record], methods: Sequence[str] | None = None,
     _draw_bars(speed, styled, [s.run.numbers.get("tokens_per_second", 0.0) for s in styled])
     finish_axes(loss, x="step", y="training loss")
     finish_axes(perplexity, x="step", y="held-out perplexity")
-    finish_axes(parameters, x="", y="trained parameters, millions")
-    finish_axes(speed, x="", y="tokens / s")
+    finish_axes(parameters, y="trained parameters, millions")
+    finish_axes(speed, y="tokens / s")
     legend(fig, loss)
     return fig
 
@@ -90,10 +86,11 @@ def _styled(runs: Sequence[Record]) -> list[StyledRun]:
     methods = [r.settings["method"] for r in runs]
     shared = len(set(methods)) < len(methods)
     names = [run_name(r) if r.inputs["label"] or shared else r.settings["method"] for r in runs]
-    return [
-        StyledRun(run, plain(name), *STYLES[order.index(method) % len(STYLES)], methods[:i].count(method))
-        for i, (run, name, method) in enumerate(zip(runs, names, methods, strict=True))
-    ]
+    styled = []
+    for i, (run, name, method) in enumerate(zip(runs, names, methods, strict=True)):
+        nth, look = methods[:i].count(method), STYLES[order.index(method) % len(STYLES)]
+        styled.append(StyledRun(run, plain(name), *look, LINES[nth % len(LINES)], nth))
+    return styled
 
 
 def _draw_curves(loss: "Axes", perplexity: "Axes", styled: StyledRun) -> None:
