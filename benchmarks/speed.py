@@ -31,7 +31,7 @@ from welore.io.hub import resolve_model
 from welore.linalg.spectrum import normalise
 from welore.linalg.svd import Reduction, factorise, reduce
 from welore.models.embedded import embedded_model
-from welore.models.source import open_source
+from welore.models.source import CheckpointSource
 from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -97,7 +97,8 @@ def main() -> None:
     torch.set_num_threads(1)
     seconds: dict[str, float] = {}
     values, references, kept = {}, {}, {}
-    with threadpool_limits(1), open_source(resolve_model(embedded_model())) as weights:
+    weights = CheckpointSource(resolve_model(embedded_model()))
+    with threadpool_limits(1):
         for target in weights.targets:
             W = weights.read(target)
             for _ in range(2):

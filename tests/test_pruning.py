@@ -272,7 +272,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
         compress(source, tmp_path / "x", plan=elsewhere, statistics=statistics)
     with pytest.raises(WeLoreError, match="give the statistics that they were chosen by"):
         compress(source, tmp_path / "x", plan=replace(plan, scaling="none"))
-    with pytest.raises(WeLoreError, match="this model is compressed already"), CheckpointSource(out) as compressed:
+    compressed = CheckpointSource(out)
+    with pytest.raises(WeLoreError, match="this model is compressed already"):
         _ = compressed.targets
 
 

@@ -11,7 +11,7 @@ import welore
 from conftest import allocate, compress, logits
 from welore.linalg.spectrum import normalise
 from welore.linalg.svd import factorise
-from welore.models.source import open_source
+from welore.models.source import CheckpointSource
 
 pytestmark = pytest.mark.smollm2
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.smollm2
 @pytest.fixture(scope="session")
 def reference(smollm2: Path) -> dict[str, np.ndarray]:
     """Singular values of every targeted matrix by numpy's float64 SVD."""
-    with open_source(smollm2) as weights:
-        return {t.name: np.linalg.svd(weights.read(t).double().numpy(), compute_uv=False) for t in weights.targets}
+    weights = CheckpointSource(smollm2)
+    return {t.name: np.linalg.svd(weights.read(t).double().numpy(), compute_uv=False) for t in weights.targets}
 
 
 @pytest.mark.slow
@@ -35,14 +35,14 @@ def test_every_rank_equals_a_float64_reference(
 
 
 def test_factors_of_a_real_layer_reach_the_optimum(smollm2: Path, reference: dict[str, np.ndarray]) -> None:
-    with open_source(smollm2, include=["layers.0"]) as weights:
-        for target in weights.targets:
-            sigma = reference[target.name]
-            for rank in (8, min(target.shape) // 2):
-                W = weights.read(target)
-                found = factorise(W, rank)
-                error = torch.linalg.matrix_norm(W.double() - found.A.double() @ found.B.double()).item()
-                assert error <= np.sqrt((sigma[rank:] ** 2).sum()) * (1 + 1e-6)
+    weights = CheckpointSource(smollm2, include=["layers.0"])
+    for target in weights.targets:
+        sigma = reference[target.name]
+        for rank in (8, min(target.shape) // 2):
+            W = weights.read(target)
+            found = factorise(W, rank)
+            error = torch.linalg.matrix_norm(W.double() - found.A.double() @ found.B.double()).item()
+            assert error <= np.sqrt((sigma[rank:] ** 2).sum()) * (1 + 1e-6)
 
 
 @pytest.mark.slow

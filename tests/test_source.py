@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from conftest import FAMILIES, MIXTURES, build, logits
 from welore.errors import WeLoreError
 from welore.io.checkpoint import OutputTensors
+from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.progress import silent
 from welore.io.safetensors_stream import TensorInfo
@@ -121,12 +122,12 @@ def test_subclasses_of_linear_layers_are_targeted_if_they_are_linear_maps() -> N
 def test_checkpoint_and_model_in_memory_read_the_same(saved, family: str, shard: str) -> None:
     model = build(family)
     memory = ModelSource(model)
-    with open_source(saved(family, shard=shard)) as disk:
-        assert disk.targets == memory.targets
-        assert disk.identity.fingerprint == memory.identity.fingerprint
-        for target in disk.targets:
-            assert disk.read(target).shape == target.shape
-            assert torch.equal(disk.read(target), memory.read(target))
+    disk = CheckpointSource(saved(family, shard=shard))
+    assert disk.targets == memory.targets
+    assert disk.identity.fingerprint == memory.identity.fingerprint
+    for target in disk.targets:
+        assert disk.read(target).shape == target.shape
+        assert torch.equal(disk.read(target), memory.read(target))
 
 
 def halved(source: TensorSource, mlp: str, down: str) -> OverlaySource:
@@ -142,26 +143,26 @@ def halved(source: TensorSource, mlp: str, down: str) -> OverlaySource:
     ("family", "mlp", "down"), [("llama", "model.layers.0.mlp", "down_proj"), ("gpt2", "transformer.h.0.mlp", "c_proj")]
 )
 def test_overlay_is_the_source_but_for_what_it_says(saved, family: str, mlp: str, down: str) -> None:
-    with open_source(saved(family)) as disk:
-        for source in (disk, ModelSource(build(family))):
-            overlay = halved(source, mlp, down)
-            assert overlay.original is source
-            assert overlay.identity == source.identity
-            assert list(overlay.names()) == list(source.names())
-            for before, after in zip(source.targets, overlay.targets, strict=True):
-                W = source.read(before)
-                expected = W[:, : W.shape[1] // 2] if before.name == f"{mlp}.{down}" else W
-                assert torch.equal(overlay.read(after), expected)
-                assert after.shape == overlay.read(after).shape
-                assert (
-                    tuple(overlay.skeleton.get_parameter(f"{after.name}.weight").shape)
-                    == overlay.info(f"{after.name}.weight").shape
-                )
-                assert overlay.dtype(after) == source.dtype(before)
-                assert torch.equal(
-                    torch.cat(list(overlay.chunks(f"{after.name}.weight"))),
-                    overlay.tensor(f"{after.name}.weight").flatten(),
-                )
+    disk = CheckpointSource(saved(family))
+    for source in (disk, ModelSource(build(family))):
+        overlay = halved(source, mlp, down)
+        assert overlay.original is source
+        assert overlay.identity == source.identity
+        assert list(overlay.names()) == list(source.names())
+        for before, after in zip(source.targets, overlay.targets, strict=True):
+            W = source.read(before)
+            expected = W[:, : W.shape[1] // 2] if before.name == f"{mlp}.{down}" else W
+            assert torch.equal(overlay.read(after), expected)
+            assert after.shape == overlay.read(after).shape
+            assert (
+                tuple(overlay.skeleton.get_parameter(f"{after.name}.weight").shape)
+                == overlay.info(f"{after.name}.weight").shape
+            )
+            assert overlay.dtype(after) == source.dtype(before)
+            assert torch.equal(
+                torch.cat(list(overlay.chunks(f"{after.name}.weight"))),
+                overlay.tensor(f"{after.name}.weight").flatten(),
+            )
 
 
 def zeroed(source: TensorSource, name: str) -> list[OutputTensors]:
@@ -183,7 +184,8 @@ def test_directory_and_model_take_the_same_outputs(
     saved, tmp_path: Path, tokens: torch.Tensor, family: str, name: str
 ) -> None:
     config, model = WeLoreConfig({name: 3}), build(family)
-    with open_source(saved(family)) as disk, open_sink(disk, tmp_path / "small") as sink:
+    disk = CheckpointSource(saved(family))
+    with open_sink(disk, tmp_path / "small") as sink:
         sink.write(zeroed(disk, name), config, silent)
     memory = ModelSource(model)
     with open_sink(memory, tmp_path / "saved") as sink:
@@ -202,11 +204,8 @@ def test_directory_and_model_take_the_same_outputs(
     assert type(model.get_submodule(name)) is type(build(family).get_submodule(name))
     assert bool((model.get_submodule(name).weight == 1).all())
     assert not hasattr(model.config, "quantization_config")
-    with (
-        open_source(saved(family)) as disk,
-        pytest.raises(WeLoreError, match="name the directory"),
-        open_sink(disk, None),
-    ):
+    disk = CheckpointSource(saved(family))
+    with pytest.raises(WeLoreError, match="name the directory"), open_sink(disk, None):
         pass
 
 
@@ -224,9 +223,9 @@ def test_files_without_the_first_component_of_names_are_read(saved) -> None:
     tensors = load_file(directory / "model.safetensors")
     stripped = {name.removeprefix("transformer."): t.clone() for name, t in tensors.items()}
     save_file(stripped, directory / "model.safetensors", {"format": "pt"})
-    with CheckpointSource(directory) as checkpoint:
-        assert checkpoint.prefix == "transformer."
-        assert len(checkpoint.targets) == 8
+    checkpoint = CheckpointSource(directory)
+    assert checkpoint.prefix == "transformer."
+    assert len(checkpoint.targets) == 8
 
 
 def break_weight(directory: Path, value: float) -> None:
@@ -239,10 +238,8 @@ def break_weight(directory: Path, value: float) -> None:
 def test_matrix_with_nan_or_inf_is_named(saved, value: float) -> None:
     directory = saved("llama")
     break_weight(directory, value)
-    with (
-        CheckpointSource(directory) as checkpoint,
-        pytest.raises(WeLoreError, match="layers.1.mlp.up_proj.weight holds NaN"),
-    ):
+    checkpoint = CheckpointSource(directory)
+    with pytest.raises(WeLoreError, match="layers.1.mlp.up_proj.weight holds NaN"):
         for target in checkpoint.targets:
             checkpoint.read(target)
 
@@ -270,7 +267,8 @@ def test_config_that_contradicts_the_weights_is_refused(saved) -> None:
     directory = saved("llama")
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
-    with CheckpointSource(directory) as checkpoint, pytest.raises(WeLoreError, match=r"has shape .* config.json says"):
+    checkpoint = CheckpointSource(directory)
+    with pytest.raises(WeLoreError, match=r"has shape .* config.json says"):
         _ = checkpoint.targets
 
 
@@ -287,7 +285,8 @@ def test_quantized_model_is_refused(saved) -> None:
     (directory / "config.json").write_text(
         json.dumps(config | {"quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
-    with CheckpointSource(directory) as checkpoint, pytest.raises(WeLoreError, match=r"compressed already \(gptq\)"):
+    checkpoint = CheckpointSource(directory)
+    with pytest.raises(WeLoreError, match=r"compressed already \(gptq\)"):
         _ = checkpoint.targets
 
 
@@ -318,9 +317,9 @@ def test_hub_snapshot_in_the_cache_is_used_offline(saved, tmp_path: Path) -> Non
     (repository / "refs" / "main").write_text("0" * 40)
     (repository / "snapshots").mkdir()
     saved("llama").rename(repository / "snapshots" / ("0" * 40))
-    with open_source("owner/tiny", cache_dir=tmp_path / "cache") as weights:
-        assert weights.name == "owner/tiny"
-        assert len(weights.targets) == 14
+    weights = open_source("owner/tiny", RunContext.create(cache_dir=tmp_path / "cache"))
+    assert weights.name == "owner/tiny"
+    assert len(weights.targets) == 14
 
 
 def test_gguf_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

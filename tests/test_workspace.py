@@ -255,19 +255,19 @@ def test_two_processes_of_torchrun_write_the_same_bytes_as_one(
 
 
 def test_checkpoint_is_read_rightly_by_several_threads(saved) -> None:
-    from welore.models.source import open_source
+    from welore.models.source import CheckpointSource
 
-    with open_source(saved("llama")) as weights:
-        expected = {t.name: weights.read(t) for t in weights.targets}
-        wrong = []
+    weights = CheckpointSource(saved("llama"))
+    expected = {t.name: weights.read(t) for t in weights.targets}
+    wrong = []
 
-        def read() -> None:
-            for _ in range(20):
-                wrong.extend(t.name for t in weights.targets if not torch.equal(weights.read(t), expected[t.name]))
+    def read() -> None:
+        for _ in range(20):
+            wrong.extend(t.name for t in weights.targets if not torch.equal(weights.read(t), expected[t.name]))
 
-        threads = [threading.Thread(target=read) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert not wrong

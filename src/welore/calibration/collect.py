@@ -94,27 +94,26 @@ def calibrate(
 
 def _calibrate(model: Any, config: CalibrationConfig, path: Path, context: RunContext) -> None:
     """Write the statistics of a model to the file `path`."""
-    files: dict[str, Any] = {"cache_dir": context.cache_dir, "revision": context.revision}
-    with open_source(model, include=config.include, exclude=config.exclude, **files) as weights:
-        targets = weights.targets  # patterns that match nothing are refused before any work
-        net, tokenizer = _load(model, config.dataset, context)
-        config = _complete(config, net)
-        length, texts = config.max_length or MAX_LENGTH, TextOptions.of(config, context)
-        counts, sources = draw(config.dataset, config.num_tokens, tokenizer, length, seed=config.seed, options=texts)
-        with _workspace(path, weights, config, context, sources) as workspace:
-            job = _Job(weights, targets, net, config, context.within(workspace), workspace)
-            started = time.perf_counter()
-            if SELF in counts:
-                sources.append(_own_text(job, tokenizer, counts[SELF]))
-            seconds = time.perf_counter() - started
-            ids = torch.cat([source.windows for source in sources])
-            require_known_tokens(net, ids)
-            statistics = _collect(job, sources, ids, seconds)
-            if SELF in counts:
-                statistics = replace(statistics, generated=(counts[SELF], length))
-            if config.measure_losses:
-                statistics = _measure_losses(job, statistics, ids)
-            statistics.save(path)
+    weights = open_source(model, context, include=config.include, exclude=config.exclude)
+    targets = weights.targets  # patterns that match nothing are refused before any work
+    net, tokenizer = _load(model, config.dataset, context)
+    config = _complete(config, net)
+    length, texts = config.max_length or MAX_LENGTH, TextOptions.of(config, context)
+    counts, sources = draw(config.dataset, config.num_tokens, tokenizer, length, seed=config.seed, options=texts)
+    with _workspace(path, weights, config, context, sources) as workspace:
+        job = _Job(weights, targets, net, config, context.within(workspace), workspace)
+        started = time.perf_counter()
+        if SELF in counts:
+            sources.append(_own_text(job, tokenizer, counts[SELF]))
+        seconds = time.perf_counter() - started
+        ids = torch.cat([source.windows for source in sources])
+        require_known_tokens(net, ids)
+        statistics = _collect(job, sources, ids, seconds)
+        if SELF in counts:
+            statistics = replace(statistics, generated=(counts[SELF], length))
+        if config.measure_losses:
+            statistics = _measure_losses(job, statistics, ids)
+        statistics.save(path)
 
 
 # --- model and text -------------------------------------------------------------------------------------------------

@@ -118,8 +118,7 @@ def demo(output_dir: str | Path = "demo", **options: Unpack[RunOptions]) -> Demo
     """
     context = RunContext.create(**options)
     model = resolve_model(embedded_model(), cache_dir=context.cache_dir)
-    with CheckpointSource(model) as source:
-        fingerprint = source.identity.fingerprint
+    fingerprint = CheckpointSource(model).identity.fingerprint
     steps = _Steps(Path(output_dir), model, [metadata.version("welore"), fingerprint], context)
     _publish(steps)
     _apply_best(steps)

@@ -62,16 +62,14 @@ def analyze(
         WeLoreError: If the model cannot be read, or the statistics are those of another model.
     """
     context = RunContext.create(**options)
-    with open_source(
-        model, include=include, exclude=exclude, cache_dir=context.cache_dir, revision=context.revision
-    ) as source:
-        known = open_statistics(statistics, source)
-        scaling = current_name(scaling or (NONE if known is None else KFAC))
-        grids = grids_of(source, scaling_of(scaling).block_split if split is None else split)
-        key = scaling, grids, summary(known)
-        shared = nullcontext(context) if work_dir is None else shared_workspace(work_dir, source, context, *key)
-        with shared as context:
-            return analyze_source(source, known, context, scaling=scaling, grids=grids)
+    source = open_source(model, context, include=include, exclude=exclude)
+    known = open_statistics(statistics, source)
+    scaling = current_name(scaling or (NONE if known is None else KFAC))
+    grids = grids_of(source, scaling_of(scaling).block_split if split is None else split)
+    key = scaling, grids, summary(known)
+    shared = nullcontext(context) if work_dir is None else shared_workspace(work_dir, source, context, *key)
+    with shared as context:
+        return analyze_source(source, known, context, scaling=scaling, grids=grids)
 
 
 def grids_of(source: TensorSource, split: bool) -> dict[str, Grid]:

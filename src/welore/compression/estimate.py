@@ -116,26 +116,24 @@ def estimate(
     context = RunContext.create(**options)
     config = config or CompressionConfig()
     config = config if keep is None else dataclasses.replace(config, keep=keep)
-    with open_source(
-        model, include=config.include, exclude=config.exclude, cache_dir=context.cache_dir, revision=context.revision
-    ) as source:
-        job = make_job(source, config, calibration, recovery, None, statistics, context)
-        shape, rates = _ModelShape.of(source), _rates(context.device)
-        stages = _Costs(source, job, shape, context, rates).stages()
-        dense_bytes = sum(source.info(name).bytes for name in source.names())
-        removed = None if config.keep is None else round((1 - config.keep) * shape.targeted)
-        name, target = config.target
-        return Estimate(
-            model=source.name,
-            device=str(context.device),
-            target={name: target},
-            dense_parameters=shape.parameters,
-            dense_bytes=dense_bytes,
-            parameters=None if removed is None else shape.parameters - removed,
-            bytes=None if removed is None else dense_bytes - removed * source.dtype(source.targets[0]).itemsize,
-            rates=rates,
-            stages=tuple(stages),
-        )
+    source = open_source(model, context, include=config.include, exclude=config.exclude)
+    job = make_job(source, config, calibration, recovery, None, statistics, context)
+    shape, rates = _ModelShape.of(source), _rates(context.device)
+    stages = _Costs(source, job, shape, context, rates).stages()
+    dense_bytes = sum(source.info(name).bytes for name in source.names())
+    removed = None if config.keep is None else round((1 - config.keep) * shape.targeted)
+    name, target = config.target
+    return Estimate(
+        model=source.name,
+        device=str(context.device),
+        target={name: target},
+        dense_parameters=shape.parameters,
+        dense_bytes=dense_bytes,
+        parameters=None if removed is None else shape.parameters - removed,
+        bytes=None if removed is None else dense_bytes - removed * source.dtype(source.targets[0]).itemsize,
+        rates=rates,
+        stages=tuple(stages),
+    )
 
 
 @dataclass(frozen=True)

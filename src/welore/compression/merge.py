@@ -49,17 +49,17 @@ def merge(
     context = RunContext.create(**options)
     if output_dir is not None:
         require_free(output_dir, overwrite=context.overwrite)
-    with open_source(model, cache_dir=context.cache_dir, revision=context.revision) as source:
-        config = _config(source)
-        if isinstance(source, CheckpointSource):
-            check_factors(config, weight_files(source.directory))
-            if output_dir is not None:
-                require_outside(output_dir, source.directory)
-        else:
-            config = config.within(source.skeleton)  # which may be a bare AutoModel
-        outputs = _merged(source, config, context)
-        with open_sink(source, output_dir, max_shard_size=max_shard_size, overwrite=context.overwrite) as sink:
-            sink.write(outputs, None, context.progress)
+    source = open_source(model, context)
+    config = _config(source)
+    if isinstance(source, CheckpointSource):
+        check_factors(config, weight_files(source.directory))
+        if output_dir is not None:
+            require_outside(output_dir, source.directory)
+    else:
+        config = config.within(source.skeleton)  # which may be a bare AutoModel
+    outputs = _merged(source, config, context)
+    with open_sink(source, output_dir, max_shard_size=max_shard_size, overwrite=context.overwrite) as sink:
+        sink.write(outputs, None, context.progress)
     return None if output_dir is None else Path(output_dir)
 
 

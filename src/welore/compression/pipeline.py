@@ -52,11 +52,10 @@ from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory, require_free, require_outside
 from welore.io.checkpoint import RECORD
 from welore.io.context import RunContext
-from welore.io.hub import resolve_model
 from welore.layers.block_grid import Grid
 from welore.models.load import read_tokenizer
 from welore.models.sink import open_sink
-from welore.models.source import CheckpointSource, ModelSource, TensorSource
+from welore.models.source import CheckpointSource, TensorSource, open_source
 from welore.models.targets import in_blocks
 from welore.records import Record
 
@@ -136,16 +135,16 @@ def compress(
         config = _config_of_plan(plan, config)
     if output_dir is not None:
         require_free(output_dir, overwrite=context.overwrite)
-    with _source(model, output_dir, config, context) as (source, context):
-        job = make_job(source, config, calibration, recovery, plan, statistics, context)
-        job = replace(job, recovery_text=_recovery_text(source, job, context))
-        with _workspace(source, output_dir, job, context) as context:
-            known = _statistics(source, job, context)
-            spectra = _spectra(source, known, job, context)
-            plan, smaller, known = _plan(source, known, spectra, job, context)
-            quality = factor_matrices(smaller, plan, known, context)
-            recovered = _recovery(smaller, plan, known, job, context)
-            return _result(smaller, plan, recovered, quality, started, job, output_dir, context)
+    source = _source(model, output_dir, config, context)
+    job = make_job(source, config, calibration, recovery, plan, statistics, context)
+    job = replace(job, recovery_text=_recovery_text(source, job, context))
+    with _workspace(source, output_dir, job, context) as context:
+        known = _statistics(source, job, context)
+        spectra = _spectra(source, known, job, context)
+        plan, smaller, known = _plan(source, known, spectra, job, context)
+        quality = factor_matrices(smaller, plan, known, context)
+        recovered = _recovery(smaller, plan, known, job, context)
+        return _result(smaller, plan, recovered, quality, started, job, output_dir, context)
 
 
 # --- before the work ------------------------------------------------------------------------------------------------
@@ -160,22 +159,17 @@ def _config_of_plan(plan: Plan, config: CompressionConfig) -> CompressionConfig:
     return replace(config, include=plan.include, exclude=plan.exclude)
 
 
-@contextmanager
-def _source(
-    model: Any, output_dir: Directory | None, config: CompressionConfig, context: RunContext
-) -> Iterator[tuple[TensorSource, RunContext]]:
-    """The weights, and the context with the tokenizer of a model in a directory."""
+def _source(model: Any, output_dir: Directory | None, config: CompressionConfig, context: RunContext) -> TensorSource:
+    """The weights; WeLoreError if the result of a model in a directory has nowhere to go."""
     if isinstance(model, nn.Module):
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise WeLoreError("this model is spread over several devices: load it on one to compress it in memory")
-        yield ModelSource(model, config.include, config.exclude), context  # type: ignore[arg-type]
-        return
-    if output_dir is None:
+    elif output_dir is None:
         raise WeLoreError("name the directory to write: compress(model, output_dir, ...)")
-    directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
-    require_outside(output_dir, directory)
-    with CheckpointSource(directory, str(model), config.include, config.exclude) as source:
-        yield source, context
+    source = open_source(model, context, include=config.include, exclude=config.exclude)
+    if isinstance(source, CheckpointSource) and output_dir is not None:
+        require_outside(output_dir, source.directory)
+    return source
 
 
 def make_job(
@@ -403,11 +397,8 @@ def _result(
     record = None
     if context.processes.is_main:
         size = job.config.max_shard_size
-        with (
-            recovered.open() as trained,
-            open_sink(source, output_dir, max_shard_size=size, overwrite=context.overwrite) as sink,
-        ):
-            factors = stored_factors(context.workspace, trained)
+        with open_sink(source, output_dir, max_shard_size=size, overwrite=context.overwrite) as sink:
+            factors = stored_factors(context.workspace, recovered.open())
             sizes = write_compressed(source, plan, factors, sink, context.progress)
             numbers = quality | recovered.numbers | sizes | {"seconds": time.perf_counter() - started}
             record = _record(plan, job, recovered, numbers)

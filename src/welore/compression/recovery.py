@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import shutil
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,9 +46,9 @@ class Recovery:
     settings: dict[str, Any] | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
 
-    def open(self) -> AbstractContextManager[CheckpointSource | None]:
-        """The checkpoint, opened, or None."""
-        return nullcontext() if self.directory is None else CheckpointSource(self.directory)
+    def open(self) -> CheckpointSource | None:
+        """The checkpoint, or None."""
+        return None if self.directory is None else CheckpointSource(self.directory)
 
 
 def resolve_recovery(
@@ -197,11 +196,11 @@ def learning_rate(compressed: Path, plan: Plan, steps: int, config: RecoveryConf
     their number, up to the rate of `largest_share` (research/LOG.md).
     """
     squares, count = 0.0, 0
-    with CheckpointSource(compressed) as source:
-        for name, form in plan.forms.items():
-            for part in FORMS[form].numbers:
-                factor = source.tensor(f"{name}.{part}").float()
-                squares, count = squares + float(factor.square().sum(dtype=torch.float64)), count + factor.numel()
+    source = CheckpointSource(compressed)
+    for name, form in plan.forms.items():
+        for part in FORMS[form].numbers:
+            factor = source.tensor(f"{name}.{part}").float()
+            squares, count = squares + float(factor.square().sum(dtype=torch.float64)), count + factor.numel()
     removed = max(1 - plan.parameter_ratio, 0.01)
     longer = min(config.largest_share, removed * math.sqrt(steps / config.max_steps))
     return config.relative_learning_rate * max(removed, longer) * math.sqrt(squares / count)

@@ -45,22 +45,24 @@ def import_singular_values(
     Raises WeLoreError if a targeted matrix is missing there or has another number of values.
     """
     content = _load(path)
-    with open_source(model, include=include, exclude=exclude, cache_dir=cache_dir, revision=revision) as weights:
-        blocks, _ = decoder_blocks(weights.skeleton)
-        values = {}
-        for target in weights.targets:
-            layer, _, kind = target.name.removeprefix(blocks + ".").partition(".")
-            stored = _entry(content, layer, kind)
-            if not isinstance(stored, Tensor):
-                raise WeLoreError(f"{path} has no singular values of layer {layer}, {kind}")
-            sigma = np.sort(stored.detach().to(torch.float64).flatten().numpy())[::-1].copy()
-            if len(sigma) != min(target.shape):
-                raise WeLoreError(f"{path}: layer {layer}, {kind} has {len(sigma)} values, not {min(target.shape)}")
-            if not np.isfinite(sigma).all():
-                raise WeLoreError(f"{path}: layer {layer}, {kind} has NaN or Inf among its values")
-            values[target.name] = sigma
-        shapes = {target.name: target.shape for target in weights.targets}
-        return Spectra(weights.identity, values, shapes, weights.include, weights.exclude)
+    weights = open_source(
+        model, RunContext.create(cache_dir=cache_dir, revision=revision), include=include, exclude=exclude
+    )
+    blocks, _ = decoder_blocks(weights.skeleton)
+    values = {}
+    for target in weights.targets:
+        layer, _, kind = target.name.removeprefix(blocks + ".").partition(".")
+        stored = _entry(content, layer, kind)
+        if not isinstance(stored, Tensor):
+            raise WeLoreError(f"{path} has no singular values of layer {layer}, {kind}")
+        sigma = np.sort(stored.detach().to(torch.float64).flatten().numpy())[::-1].copy()
+        if len(sigma) != min(target.shape):
+            raise WeLoreError(f"{path}: layer {layer}, {kind} has {len(sigma)} values, not {min(target.shape)}")
+        if not np.isfinite(sigma).all():
+            raise WeLoreError(f"{path}: layer {layer}, {kind} has NaN or Inf among its values")
+        values[target.name] = sigma
+    shapes = {target.name: target.shape for target in weights.targets}
+    return Spectra(weights.identity, values, shapes, weights.include, weights.exclude)
 
 
 def import_checkpoint(

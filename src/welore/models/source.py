@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError, first_line
 from welore.io.checkpoint import CheckpointReader, OutputTensors, check_finite, weight_files
+from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.safetensors_stream import TensorInfo
 from welore.models.mlp import resize_layers
@@ -40,12 +41,6 @@ class TensorSource(ABC):
     targets: list[Target]
     identity: Identity
     state: str
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self  # nothing is open
 
     @property
     def original(self) -> "TensorSource":
@@ -243,7 +238,7 @@ class OverlaySource(TensorSource):
     """A source of which some layers have another size, and some tensors are made when they are read.
 
     shapes: layer -> shape (m, n) of its matrix. overrides: name of a tensor -> a function that makes it, as it is
-    stored. The identity is that of the base, which has to stay open.
+    stored. The identity is that of the base.
     """
 
     def __init__(
@@ -309,14 +304,13 @@ def require_dense(config: "PretrainedConfig") -> None:
 
 def open_source(
     model: "str | Path | PreTrainedModel",
+    context: RunContext,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    cache_dir: str | Path | None = None,
-    revision: str | None = None,
 ) -> TensorSource:
     """The tensors of a model in memory, or of anything that `resolve_model` finds."""
     if isinstance(model, nn.Module):
         return ModelSource(model, include, exclude)
-    directory = resolve_model(model, cache_dir=cache_dir, revision=revision)
+    directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
     return CheckpointSource(directory, str(model), include, exclude)
