@@ -173,7 +173,7 @@ class AnalysisConfig:
 
 @dataclass(frozen=True)
 class CompressionConfig(AnalysisConfig, AllocationConfig):
-    """What `compress` makes of a model. A field that is None follows the preset, or the scaling without one."""
+    """The method of `compress`. A field that is None follows the preset, or the scaling without one."""
 
     preset: PresetName | None = option(
         None,
@@ -226,7 +226,7 @@ class CalibrationConfig:
     temperature: float = option(1.0, "Sampling temperature of self-written text.", panel="Self-written text")
     top_k: int = option(0, "Sample from the k likeliest tokens; 0: from all.", panel="Self-written text")
     top_p: float = option(1.0, "Sample from the likeliest tokens up to this probability.", panel="Self-written text")
-    first: OpeningName = option("vocabulary", "What a self-written text begins with.", panel="Self-written text")
+    first: OpeningName = option("vocabulary", "Beginning of a self-written text.", panel="Self-written text")
     whole_model: bool = option(False, "Run the model whole instead of block by block.", panel="Calibration")
     include: tuple[str, ...] = option((), "Target only modules that match: q_proj, 'layers.*.mlp'.", panel="Targets")
     exclude: tuple[str, ...] = option((), "Leave modules that match out.", panel="Targets")
@@ -298,7 +298,7 @@ class RecoveryConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What a model is measured on: the perplexity of a text, or tasks of lm-eval."""
+    """The text on which the perplexity of a model is measured."""
 
     dataset: Dataset = option("wikitext2", "A name, hub id or file (.txt, .jsonl, .parquet).", panel="Text")
     max_length: int = option(2048, "Tokens of a window.", panel="Text")
@@ -338,9 +338,9 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """One fine-tuning run. What transformers' TrainingArguments has, too, has its name here."""
+    """One fine-tuning run. Fields that transformers' TrainingArguments has, too, have its names."""
 
-    method: MethodName = option("lrc", "What to train.", panel="Method")
+    method: MethodName = option("lrc", "Parameters to train.", panel="Method")
     dataset: Dataset | None = option(
         None, "A text; self: the teacher writes it; a .safetensors file of windows.", panel="Data"
     )

@@ -1,4 +1,4 @@
-"""What a user can put right, and the sentence that says how."""
+"""Mistakes that a user can put right, and the sentence that says how."""
 
 import difflib
 from collections.abc import Mapping

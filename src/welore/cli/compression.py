@@ -37,6 +37,20 @@ RecoveryText = Annotated[
         rich_help_panel="Recovery",
     ),
 ]
+Paper = Annotated[bool, typer.Option("--paper", help="Short for --preset paper.", rich_help_panel="Target")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print targets, sizes, time, memory and disk, and stop.", rich_help_panel="Target"),
+]
+GivenStatistics = Annotated[
+    Path | None, typer.Option(help="File made by `welore calibrate`.", rich_help_panel="Calibration")
+]
+ReferenceCheckpoint = Annotated[
+    Path | None,
+    typer.Option(
+        help="Take weights and factors from this state dict of the reference scripts.", rich_help_panel="Method"
+    ),
+]
 ShardSize = Annotated[str, typer.Option(help="Largest size of one weight file.")]
 
 
@@ -142,23 +156,11 @@ def compress(
     run: RunConfig,
     as_json: bool,
     plan: PlanFile = None,
-    paper: Annotated[bool, typer.Option("--paper", help="Short for --preset paper.", rich_help_panel="Target")] = False,
-    statistics: Annotated[
-        Path | None, typer.Option(help="File made by `welore calibrate`.", rich_help_panel="Calibration")
-    ] = None,
+    paper: Paper = False,
+    statistics: GivenStatistics = None,
     recovery_text: RecoveryText = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print targets, sizes, time, memory and disk, and stop.", rich_help_panel="Target"
-        ),
-    ] = False,
-    reference_checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Take weights and factors from this state dict of the reference scripts.", rich_help_panel="Method"
-        ),
-    ] = None,
+    dry_run: DryRun = False,
+    reference_checkpoint: ReferenceCheckpoint = None,
 ) -> None:
     """Compress a model into a Hugging Face directory that loads with from_pretrained."""
     from welore.compression.estimate import estimate

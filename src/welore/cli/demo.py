@@ -70,7 +70,7 @@ HEADINGS = ("", "rank removed", "parameters", "weights", "perplexity", "to dense
 
 @dataclass(frozen=True, repr=False)
 class DemoResults:
-    """What the demo measured: a record for each row of the table, sentences, and the page with all figures."""
+    """The measurements of the demo: a record for each row of the table, sentences, and the page with all figures."""
 
     records: list[Record]
     findings: list[str]
@@ -131,7 +131,7 @@ def demo(output_dir: str | Path = "demo", **options: Unpack[RunOptions]) -> Demo
 
 
 class _Steps:
-    """What was made in a directory, and from what, so that only what has changed is made again."""
+    """The pieces in a directory and their inputs, so that only what has changed is made again."""
 
     def __init__(self, directory: Path, model: Path, base: list[Any], context: RunContext) -> None:
         self.directory, self.model, self.base = directory, model, base
@@ -197,7 +197,7 @@ def _apply_best(steps: _Steps) -> None:
 
 
 def _findings(numbers: Mapping[str, Mapping[str, Any]], run: Mapping[str, Any]) -> list[str]:
-    """What the table says, in sentences, from its numbers."""
+    """The table in sentences, made from its numbers."""
     value = {name: perplexity_text(n["perplexity"]) for name, n in numbers.items()}
     base = numbers["dense"]["perplexity"]
     ratio = {name: f"{perplexity_text(n['perplexity'] / base)} times" for name, n in numbers.items()}

@@ -28,8 +28,8 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on after the last che
 def expand(function: Verb) -> Verb:
     """A verb whose parameters that are settings classes have become one option per field.
 
-    An option that two classes share is there once, and both get its value. What nobody gave has the class's own
-    default. `--config` and `--json` are added to every verb.
+    An option that two classes share is there once, and both get its value. An option that is not given has the class's
+    own default. `--config` and `--json` are added to every verb.
     """
     parameters: list[inspect.Parameter] = []
     classes: dict[str, Any] = {}

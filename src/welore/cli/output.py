@@ -1,4 +1,4 @@
-"""What the verbs print, and where: results on the standard output, all else on the standard error."""
+"""The output of the verbs: results on the standard output, all else on the standard error."""
 
 import dataclasses
 import json
