@@ -20,7 +20,7 @@ BANNED = {"found", "kept", "about", "whole", "place"}
 ALLOWED = {
     "lines": 15_720 - MAX_LINES,
     "rooms without a description": 1,
-        "long signatures": 1,  # of WeLoreConfig, whose fields transformers reads as keyword arguments
+    "long signatures": 1,  # of WeLoreConfig, whose fields transformers reads as keyword arguments
     "bundles": 2,
     "sentences": 10,
 }

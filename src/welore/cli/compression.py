@@ -170,10 +170,7 @@ def compress(
     from welore.io._malloc import return_freed_memory
 
     quiet_libraries()
-    if paper:
-        if config.preset not in (None, "paper"):
-            raise WeLoreError("give --paper or --preset, not both")
-        config = dataclasses.replace(config, preset="paper")
+    config = _with_preset(config, paper)
     wanted = _recovery(recovery, recovery_text)
     if dry_run:
         prediction = estimate(
@@ -209,6 +206,12 @@ def compress(
     _report_compression(record)
     line = f"{achieved(record.settings['target'], record.numbers)}, {record.numbers['bytes'] / 1e6:.1f} MB"
     print_result(record, as_json, f"{line} -> {output_dir}")
+
+
+def _with_preset(config: CompressionConfig, paper: bool) -> CompressionConfig:
+    if paper and config.preset not in (None, "paper"):
+        raise WeLoreError("give --paper or --preset, not both")
+    return dataclasses.replace(config, preset="paper") if paper else config
 
 
 def _recovery(config: RecoveryConfig, text: str | None) -> "RecoveryConfig | Literal['auto'] | None":
