@@ -244,9 +244,9 @@ def test_given_windows_are_evaluated_as_they_are(tokenizer: PreTrainedTokenizerF
     ids = torch.arange(12).view(3, 4)
     write_windows(tmp_path / "w.safetensors", ids)
     for dataset in (ids, tmp_path / "w.safetensors", str(tmp_path / "w.safetensors")):
-        text = evaluation_text(dataset, TextOptions())
-        assert torch.equal(torch.stack(text.windows(tokenizer, 2048)), ids)
-        assert torch.equal(torch.stack(text.windows(tokenizer, 2048, 2)), ids[:2])
-        assert text.sha256 == evaluation_text(ids, TextOptions()).sha256
+        text, digest = evaluation_text(dataset, TextOptions())
+        assert torch.equal(torch.stack(windows(tokenizer, text, 2048)), ids)
+        assert torch.equal(torch.stack(windows(tokenizer, text, 2048, 2)), ids[:2])
+        assert digest == evaluation_text(ids, TextOptions())[1]
     with pytest.raises(WeLoreError, match=r"the dataset is a tensor of shape \(4,\): give token ids"):
         evaluation_text(ids[0], TextOptions())

@@ -41,11 +41,10 @@ def parse_mixture(dataset: str | Path | Mapping[str, float]) -> dict[str, float]
         pairs = [_weighted(part.strip()) for part in str(dataset).split(",")]
     if not pairs or not all(name for name, _ in pairs):
         raise WeLoreError("a name of a text is missing: give self, or NAME:WEIGHT,NAME:WEIGHT such as pydoc:1,my.txt:2")
+    names = [name for name, _ in pairs]
     for name, weight in pairs:
         if not 0 < weight < float("inf"):
             raise WeLoreError(f"the weight of {name} is {weight:g}: it must be above 0")
-    names = [name for name, _ in pairs]
-    for name in names:
         if names.count(name) > 1:
             raise WeLoreError(f"{name} is named {names.count(name)} times: name it once, with a weight")
     return dict(pairs)
@@ -93,45 +92,29 @@ def draw(
     if isinstance(dataset, Tensor):
         ids = given_windows(dataset)
         return {}, [Source("token ids", 1.0, ids, digest(ids))]
-    if isinstance(dataset, str | Path | Mapping):
-        mixture = parse_mixture(dataset)
-        texts: dict[str, Any] = {name: name for name in mixture}
-    else:
-        mixture = {dataset_name(dataset): 1.0}
-        texts = dict.fromkeys(mixture, dataset)
+    named = isinstance(dataset, str | Path | Mapping)
+    mixture = parse_mixture(dataset) if named else {dataset_name(dataset): 1.0}
     counts = apportion(mixture, -(-tokens // length))
-    sources = [
-        _drawn(name, texts[name], mixture[name], count, tokenizer, length, seed, options)
-        for name, count in counts.items()
-        if name != SELF
-    ]
+    sources = []
+    for name, count in counts.items():
+        if name == SELF:
+            continue
+        text = name if named else dataset
+        if is_windows(text):
+            windows = given_windows(text, length, len(tokenizer))
+            sha256 = digest(windows)
+        else:
+            split = blocks_of_text(text, tokenizer, length, tokens=count * length, eval_items=1, options=options)
+            assert isinstance(split.train, Blocks)
+            windows = split.train.tokens[order_of(len(split.train), seed, Path(name).name)]
+            sha256 = split.sha256
+        if len(windows) < count:
+            raise WeLoreError(
+                f"{name} has {len(windows)} windows of {length} tokens, {count} are wanted: take fewer tokens, shorter "
+                "windows or a smaller weight"
+            )
+        sources.append(Source(name, mixture[name], windows[:count].long(), sha256))
     return counts, sources
-
-
-def _drawn(
-    name: str,
-    dataset: Any,
-    weight: float,
-    count: int,
-    tokenizer: "PreTrainedTokenizerBase",
-    length: int,
-    seed: int,
-    options: TextOptions,
-) -> Source:
-    if is_windows(dataset):
-        windows = given_windows(dataset, length, len(tokenizer))
-        sha256 = digest(windows)
-    else:
-        split = blocks_of_text(dataset, tokenizer, length, tokens=count * length, eval_items=1, options=options)
-        assert isinstance(split.train, Blocks)
-        windows = split.train.tokens[order_of(len(split.train), seed, Path(name).name)]
-        sha256 = split.sha256
-    if len(windows) < count:
-        raise WeLoreError(
-            f"{name} has {len(windows)} windows of {length} tokens, {count} are wanted: take fewer tokens, shorter "
-            "windows or a smaller weight"
-        )
-    return Source(name, weight, windows[:count].long(), sha256)
 
 
 def mixed(sources: Sequence[Source], seed: int) -> tuple[Tensor, list[str]]:

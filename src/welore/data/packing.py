@@ -89,10 +89,16 @@ def blocks_of_text(
 def training_texts(dataset: Any, tokens: int, options: TextOptions = TextOptions()) -> list[str]:
     """The training part of `blocks_of_text` as text: that of the data set, or all but the first tenth."""
     source = open_text(dataset, options)
-    documents = source.training(tokens)
     if source.held_out is not None:
-        return list(documents)
-    text = source.separator.join(_first_characters(documents, CHARACTERS_PER_TOKEN * tokens))
+        return list(source.training(tokens))
+    documents: list[str] = []
+    characters = CHARACTERS_PER_TOKEN * tokens
+    for document in source.training(tokens):
+        documents.append(document)
+        characters -= len(document)
+        if characters <= 0:
+            break
+    text = source.separator.join(documents)
     return [text[len(text) // HELD_OUT :]]
 
 
@@ -153,14 +159,6 @@ def _digested(texts: Iterable[str], sha: Any) -> Iterator[str]:
         sha.update(text.encode())
         sha.update(b"\0")
         yield text
-
-
-def _first_characters(documents: Iterable[str], characters: int) -> Iterator[str]:
-    for document in documents:
-        yield document
-        characters -= len(document)
-        if characters <= 0:
-            return
 
 
 def _first_tenth(blocks: Tensor) -> tuple[Tensor, Tensor, str]:

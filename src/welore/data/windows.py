@@ -1,7 +1,6 @@
 """Windows of token ids: cut from a text, written to a file, read back."""
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,34 +19,25 @@ if TYPE_CHECKING:
 WINDOWS = ".safetensors"  # a file of windows: tokens, not text
 
 
-@dataclass(frozen=True)
-class EvaluationText:
+def evaluation_text(dataset: Any, options: TextOptions) -> tuple[str | Tensor, str]:
     """A text to evaluate on, or windows (count, length) of token ids that are given; and the SHA-256 of it."""
-
-    content: str | Tensor
-    sha256: str
-
-    def windows(self, tokenizer: "PreTrainedTokenizerBase", length: int, limit: int | None = None) -> list[Tensor]:
-        """The first windows, of a text as `windows` cuts it."""
-        if isinstance(self.content, Tensor):
-            return list(self.content[:limit])
-        return windows(tokenizer, self.content, length, limit)
-
-
-def evaluation_text(dataset: Any, options: TextOptions) -> EvaluationText:
-    """The text of a data set as text.open_text takes it, or a tensor of token ids (count, length) or a file of them."""
     if is_windows(dataset):
         ids = given_windows(dataset)
-        return EvaluationText(ids, digest(ids))
+        return ids, digest(ids)
     text = read_text(dataset, options)
-    return EvaluationText(text, hashlib.sha256(text.encode()).hexdigest())
+    return text, hashlib.sha256(text.encode()).hexdigest()
 
 
-def windows(tokenizer: "PreTrainedTokenizerBase", text: str, length: int, limit: int | None = None) -> list[Tensor]:
+def windows(
+    tokenizer: "PreTrainedTokenizerBase", text: str | Tensor, length: int, limit: int | None = None
+) -> list[Tensor]:
     """Non-overlapping windows (length,) of the token ids of the whole text; the last one may be shorter.
 
-    limit: take only the first windows. A rest of one token predicts nothing and is left out.
+    text: windows that are given stay as they are. limit: take only the first windows. A rest of one token predicts
+    nothing and is left out.
     """
+    if isinstance(text, Tensor):
+        return list(text[:limit])
     if length < 2:
         raise WeLoreError(
             f"length is {length}: a window needs at least 2 tokens, one to predict from and one to predict"
@@ -67,9 +57,12 @@ def is_windows(dataset: Any) -> bool:
 
 
 def given_windows(dataset: Tensor | str | Path, length: int | None = None, vocabulary: int | None = None) -> Tensor:
-    """Windows (count, length) of token ids, int64, of a tensor or a file of them."""
+    """Windows (count, length) of token ids, int64, of a tensor or a file of them.
+
+    length, vocabulary: of the model that is to read a file.
+    """
     if not isinstance(dataset, Tensor):
-        return read_windows(dataset, length, vocabulary)
+        return _read_windows(dataset, length, vocabulary)
     if dataset.ndim != 2 or dataset.shape[0] < 1 or dataset.shape[1] < 2 or dataset.is_floating_point():
         raise WeLoreError(
             f"the dataset is a tensor of shape {tuple(dataset.shape)}: give token ids (windows, length), length >= 2"
@@ -84,11 +77,7 @@ def write_windows(path: Path, ids: Tensor) -> None:
             save_file({"windows": ids.to(torch.int32)}, partial)
 
 
-def read_windows(path: str | Path, length: int | None = None, vocabulary: int | None = None) -> Tensor:
-    """Windows (count, length) of such a file; WeLoreError for another file, another length or another model's tokens.
-
-    length, vocabulary: of the model that is to read them.
-    """
+def _read_windows(path: str | Path, length: int | None, vocabulary: int | None) -> Tensor:
     try:
         ids = load_file(path)["windows"].long()
     except (OSError, KeyError, SafetensorError) as error:

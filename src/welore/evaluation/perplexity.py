@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from welore.config import Dataset, EvaluationConfig, RunOptions, as_record
 from welore.data.text import TextOptions
-from welore.data.windows import evaluation_text, stack
+from welore.data.windows import evaluation_text, stack, windows
 from welore.errors import WeLoreError
 from welore.evaluation.divergence import divergence
 from welore.io.context import RunContext
@@ -60,11 +60,11 @@ def evaluate(
     context = RunContext.create(**options)
     config = config or EvaluationConfig()
     config = config if dataset is None else replace(config, dataset=dataset)
-    text = evaluation_text(config.dataset, TextOptions.of(config, context))
+    text, digest = evaluation_text(config.dataset, TextOptions.of(config, context))
     loaded = load_for_inference(model, context, config.dtype, label)
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
-    pieces = text.windows(loaded.tokenizer, config.max_length, config.num_windows)
+    pieces = windows(loaded.tokenizer, text, config.max_length, config.num_windows)
     require_context_length(len(pieces[0]), context_length(net.config))
     require_known_tokens(net, torch.cat(pieces))
     batches = stack(pieces, config.batch_size)
@@ -78,7 +78,7 @@ def evaluate(
         "windows": len(pieces),
         "seconds": time.perf_counter() - started,
     }
-    inputs = loaded.inputs | {"text_sha256": text.sha256}
+    inputs = loaded.inputs | {"text_sha256": digest}
     if against is not None:
         dense = load_for_inference(against, context, config.dtype, None)
         inputs["against"] = dense.inputs["model"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from welore.data.windows import read_windows
+from welore.data.windows import given_windows
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory, read_json, require_free, write_json
 from welore.io.checkpoint import PLAN, RECORD
@@ -59,7 +59,7 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
 
 def read_written(out: Path) -> Tensor | None:
     """The text of the teacher for the run in `out`; None if there is none."""
-    return read_windows(out / WRITTEN) if (out / WRITTEN).is_file() else None
+    return given_windows(out / WRITTEN) if (out / WRITTEN).is_file() else None
 
 
 def last_checkpoint(out: Path) -> Path | None:
