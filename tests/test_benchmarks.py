@@ -108,7 +108,7 @@ def test_inference_compares_the_forms_of_a_layer_and_of_a_model(
 def test_tuning_measures_a_run_in_a_process_of_its_own(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
     tuning = benchmark("tuning")
     model = checkpoint(tmp_path / "small", 0.4)
-    short = {"steps": 3, "warmup": 0, "batch_size": 1, "length": 32, "dtype": "float32", "method": "lrc"}
+    short = {"max_steps": 3, "warmup_steps": 0, "batch_size": 1, "max_length": 32, "dtype": "float32", "method": "lrc"}
     measured = tuning.measured(model, tuning.SETTINGS | short)
     assert measured["tokens_per_second"] > 0
     assert measured["above_imports_bytes"] > 0
