@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from welore.emergence.subspace import leading, overlaps, unit_rows
+from welore.emergence.probe import _of_gradients
+from welore.emergence.subspace import leading, overlaps
 
 
 def basis(k: int, r: int, seed: int) -> torch.Tensor:
@@ -45,6 +46,6 @@ def test_overlap_of_random_subspaces_is_their_share_of_the_space() -> None:
     assert np.mean(found) == pytest.approx(16 / 64, abs=0.01)
 
 
-def test_rows_have_length_one_and_zero_stays_zero() -> None:
-    found = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    assert torch.allclose(found, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+def test_gradients_are_kept_at_length_one_and_zero_stays_zero() -> None:
+    _, directions = _of_gradients("x", [torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)])
+    assert torch.allclose(directions["x:gradients"].float(), torch.tensor([[0.6, 0.8], [0.0, 0.0]]), rtol=2**-8)

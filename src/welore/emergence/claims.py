@@ -274,11 +274,7 @@ def load_pretraining(path: str | Path) -> Record:
 
 
 def claims_table(records: Sequence[Record]) -> Table:
-    """Claims by runs: value and interval in every run, and the verdict over all of them.
-
-    records: those of kind "pretrain" are read. A claim holds if the interval of every run lies above 0, and does not
-    hold if that of every run lies below.
-    """
+    """Every claim by the pre-trainings among the records: value and interval of each, and the verdict over all."""
     runs = [record for record in records if record.kind == "pretrain"]
     rows = []
     for name, claim in CLAIMS.items():
@@ -296,7 +292,7 @@ def interval_text(interval: Sequence[float]) -> str:
 
 
 def verdict(values: Sequence[Sequence[float]]) -> str:
-    """The verdict on values with their intervals (value, low, high), one for each run."""
+    """On values with their intervals (value, low, high), one for each run: HOLDS if all lie above 0, FAILS if below."""
     if all(low > 0 for _, low, _ in values):
         return HOLDS
     return FAILS if all(high < 0 for _, _, high in values) else OPEN

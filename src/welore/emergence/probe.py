@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import TrainerCallback
 
-from welore.emergence.subspace import leading, overlaps, unit_rows
+from welore.emergence.subspace import leading, overlaps
 from welore.emergence.trace import COSINE, OTHER, OVERLAPS, RANKS, SAME, VALUES, Writer, key
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_write
@@ -26,6 +27,7 @@ from welore.linalg.svd import singular_values
 from welore.models.targets import Target
 from welore.training.data import collate
 
+TINY = 1e-30  # keeps a zero gradient from dividing by zero
 GRADIENTS, BASES = "gradients", "bases"
 # Of both batches: "NAME:gradients" (2, m n), rows of length 1, bfloat16; "NAME:bases" (2, k, 16), float32.
 Directions = dict[str, Tensor]
@@ -138,7 +140,7 @@ def _of_gradients(name: str, both: Sequence[Tensor]) -> tuple[Arrays, Directions
         key(name, "gradient"): values[:VALUES].cpu().numpy(),
         key(name, "gradient_energy"): values.square().sum().cpu().numpy(),
     }
-    gradients = unit_rows(torch.stack([gradient.flatten() for gradient in both]))
+    gradients = normalize(torch.stack([gradient.flatten() for gradient in both]), eps=TINY)
     directions = {
         key(name, GRADIENTS): gradients.to("cpu", torch.bfloat16),
         key(name, BASES): torch.stack([basis for _, basis in led]).to("cpu", torch.float32),
@@ -149,14 +151,14 @@ def _of_gradients(name: str, both: Sequence[Tensor]) -> tuple[Arrays, Directions
 def _compared(name: str, earlier: Sequence[Path], directions: Directions) -> Arrays:
     """The rows of trace.COMPARED of one matrix: with every earlier checkpoint in turn, then with itself."""
     rows: dict[str, list[float]] = {}
-    now = unit_rows(directions[key(name, GRADIENTS)].float())  # the length again, after rounding
+    now = normalize(directions[key(name, GRADIENTS)].float(), eps=TINY)  # the length again, after rounding
     for path in [*earlier, None]:
         U, V = directions[key(name, BASES)], directions[key(name, BASES)]
         before = now
         if path is not None:
             with safe_open(path, "pt") as file:
                 before, U = (file.get_tensor(key(name, part)) for part in (GRADIENTS, BASES))
-            before = unit_rows(before.float())
+            before = normalize(before.float(), eps=TINY)
         tables = {COSINE: before @ now.T}
         tables |= {field: overlaps(U[..., :rank], V[..., :rank]) for rank, field in OVERLAPS.items()}
         for field, table in tables.items():

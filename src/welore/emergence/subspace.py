@@ -6,8 +6,6 @@ Shapes: G (m, n), its shorter side k = min(m, n); U (k, r), orthonormal columns.
 import torch
 from torch import Tensor
 
-TINY = 1e-30  # keeps a zero row from dividing by zero
-
 
 def leading(G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Singular values (k,) of G, descending, float64, and at most `rank` singular vectors (k, rank) of its short side.
@@ -17,11 +15,6 @@ def leading(G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     wide = (G if G.shape[0] <= G.shape[1] else G.T).double()
     squares, vectors = torch.linalg.eigh(wide @ wide.T)
     return squares.flip(0).clamp(min=0).sqrt(), vectors.flip(1)[:, :rank].contiguous()
-
-
-def unit_rows(G: Tensor) -> Tensor:
-    """G (i, n) with its rows at length 1; a zero row stays zero."""
-    return G / torch.linalg.vector_norm(G, dim=1, keepdim=True).clamp(min=TINY)
 
 
 def overlaps(U: Tensor, V: Tensor) -> Tensor:

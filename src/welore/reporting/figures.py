@@ -72,7 +72,9 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     names = [style.plain(t.module_type) for t in types]
     if plan.neurons:
         names.append("neurons out")
-        ratio = np.vstack([ratio, _pruned_shares(plan, layers)])
+        mlps = module_positions(plan.neurons)
+        pruned = {mlps[mlp].layer: n.pruned / n.width for mlp, n in plan.neurons.items()}
+        ratio = np.vstack([ratio, [pruned.get(layer, 0.0) for layer in layers]])
 
     width = min(16.0, 3.2 + max(0.24 * len(layers), 3.0))
     fig = style.new_figure(width, max(2.8, 1.6 + 0.34 * len(names)), title)
@@ -178,13 +180,6 @@ def _label_outer(panels: Sequence["Axes"], used: int, columns: int) -> None:
         ax.tick_params(labelbottom=lowest, labelsize=7)
         ax.set_xlabel("index / full rank" if lowest else "", fontsize=8)
         ax.set_ylabel("normalised value" if i % columns == 0 else "", fontsize=8)
-
-
-def _pruned_shares(plan: Plan, layers: Sequence[int | None]) -> list[float]:
-    """Share of the MLP's neurons that were pruned in every layer."""
-    positions = module_positions(plan.neurons)
-    pruned = {positions[mlp].layer: n.pruned / n.width for mlp, n in plan.neurons.items()}
-    return [pruned.get(layer, 0.0) for layer in layers]
 
 
 def _cells(ax: "Axes", edges: NDArray[np.float64], values: NDArray[np.float64]) -> Any:

@@ -17,6 +17,7 @@ from welore.reporting.module_types import summarise
 from welore.reporting.style import INSTALL, Picture, picture
 from welore.reporting.training_figures import FIGURE_1, FIGURE_5, fine_tuning
 
+PAPER = {1: FIGURE_1, 5: FIGURE_5}  # figures of the paper: the methods that they compare
 Draw = Callable[[Any, str], Picture]  # (figure, name)
 
 
@@ -175,32 +176,28 @@ def _plan_sections(
 
 
 def _tuning_pictures(comparison: tables.Comparison, number: int, draw: Draw) -> list[tuple[Picture, str]]:
-    """Pictures and captions: all runs, and those of the paper's figures where they are there."""
-    groups = {"": comparison.best}
-    for name, methods in {"figure-1": FIGURE_1, "figure-5": FIGURE_5}.items():
-        for i, runs in enumerate(_of_methods(comparison.best, methods)):
-            if len(runs) < len(comparison.best):
-                groups[f"-{name}" + (f"-{i + 1}" if i else "")] = runs
+    """Pictures and captions: all runs, and those of the paper's figures on each compressed model.
+
+    A figure of the paper needs two methods to compare.
+    """
+    best = comparison.best
+    groups = {"": best}
+    models = dict.fromkeys(r.inputs[MODEL_FINGERPRINT] for r in best if r.numbers["rank_reduction"] > 0)
+    for number_in_paper, methods in PAPER.items():
+        of_methods = [r for r in best if r.settings["method"] in methods]
+        of_models = [[r for r in of_methods if r.inputs[MODEL_FINGERPRINT] == model] for model in models]
+        comparable = [runs for runs in of_models if len({r.settings["method"] for r in runs}) > 1]
+        for i, runs in enumerate(comparable):
+            if len(runs) < len(best):
+                groups[f"-figure-{number_in_paper}" + (f"-{i + 1}" if i else "")] = runs
     return [
         (draw(fine_tuning(runs, title=comparison.caption), f"fine-tuning-{number}{name}"), _figure_of_the_paper(runs))
         for name, runs in groups.items()
     ]
 
 
-def _of_methods(runs: Sequence[Record], methods: Sequence[str]) -> list[list[Record]]:
-    """The runs of these methods on each compressed model, where there are two methods to compare."""
-    models = dict.fromkeys(r.inputs[MODEL_FINGERPRINT] for r in runs if r.numbers["rank_reduction"] > 0)
-    groups = [
-        [r for r in runs if r.inputs[MODEL_FINGERPRINT] == model and r.settings["method"] in methods]
-        for model in models
-    ]
-    return [group for group in groups if len({r.settings["method"] for r in group}) > 1]
-
-
 def _figure_of_the_paper(runs: Sequence[Record]) -> str:
     methods, models = {r.settings["method"] for r in runs}, {r.inputs[MODEL_FINGERPRINT] for r in runs}
     if len(models) == 1 and len(methods) == len(runs) > 1:
-        for number, of_figure in ((1, FIGURE_1), (5, FIGURE_5)):
-            if methods <= set(of_figure):
-                return f"As Figure {number} of the paper."
+        return next((f"As Figure {n} of the paper." for n, shown in PAPER.items() if methods <= set(shown)), "")
     return ""

@@ -6,6 +6,7 @@ Reads records only: neither torch nor a model.
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import PurePath
 from typing import Any
 
@@ -118,9 +119,8 @@ def comparisons(records: Iterable[Record]) -> list[Comparison]:
         if run.kind == "finetune":
             s = run.settings
             data = (run.inputs["data_sha256"], run.inputs["split"], s["max_length"], s["seed"], s["loss_on_prompt"])
-            groups.setdefault((*data, s["max_eval_samples"], s["max_steps"], _sequences(run), s["dtype"]), []).append(
-                run
-            )
+            key = (*data, s["max_eval_samples"], s["max_steps"], _sequences(run), s["dtype"])
+            groups.setdefault(key, []).append(run)
     return [Comparison(_caption(runs[0]), sorted(runs, key=_sort_key)) for runs in groups.values()]
 
 
@@ -195,19 +195,15 @@ def task_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     if not scores:
         raise WeLoreError("there is no record of an accuracy: make one with `welore score`")
     tasks = [task for task in TASKS if any(r.settings["task"] == task for r in scores)]
+    for reason in (_conflict(*pair) for pair in combinations(scores, 2)):
+        if reason:
+            raise WeLoreError(reason)
     cells: dict[str, dict[str, str]] = {}
-    questions: dict[str, set[tuple[int, float]]] = {task: set() for task in tasks}
     for r in scores:
-        row, task = cells.setdefault(run_name(r), {}), r.settings["task"]
-        if task in row:
-            raise WeLoreError(f"two records are of {run_name(r)!r} and {task}: keep one")
-        row[task] = _accuracy(r)
-        questions[task].add(_questions(r))
-    for task, sets in questions.items():
-        if len(sets) > 1:
-            raise WeLoreError(f"{task} was scored on different questions: n and majority rate are {sorted(sets)}")
+        cells.setdefault(run_name(r), {})[r.settings["task"]] = _accuracy(r)
     rows = [[name, *(row.get(task, "") for task in tasks)] for name, row in cells.items()]
-    sizes, rates = zip(*(questions[task].pop() for task in tasks), strict=True)
+    questions = {r.settings["task"]: _questions(r) for r in scores}
+    sizes, rates = zip(*(questions[task] for task in tasks), strict=True)
     rows.append(["most frequent answer", *(f"{100 * rate:.1f}" for rate in rates)])
     rows.append(["n", *map(str, sizes)])
     return ["accuracy, %", *tasks], rows
@@ -217,7 +213,7 @@ def task_tables(records: Iterable[Record]) -> list[Table]:
     """The accuracies among the records in as few tables as possible: a record that one table refuses begins another."""
     groups: list[list[Record]] = []
     for record in (r for r in records if r.kind == "accuracy"):
-        group = next((g for g in groups if all(_side_by_side(record, other) for other in g)), None)
+        group = next((g for g in groups if not any(_conflict(record, other) for other in g)), None)
         if group is None:
             groups.append(group := [])
         group.append(record)
@@ -228,11 +224,14 @@ def _questions(record: Record) -> tuple[int, float]:
     return record.numbers["n"], record.numbers["majority_rate"]
 
 
-def _side_by_side(one: Record, other: Record) -> bool:
-    """Whether two accuracies can be in one table."""
-    if one.settings["task"] != other.settings["task"]:
-        return True
-    return run_name(one) != run_name(other) and _questions(one) == _questions(other)
+def _conflict(one: Record, other: Record) -> str:
+    """Why two accuracies cannot be in one table; empty if they can."""
+    task, sets = one.settings["task"], sorted({_questions(one), _questions(other)})
+    if task != other.settings["task"]:
+        return ""
+    if run_name(one) == run_name(other):
+        return f"two records are of {run_name(one)!r} and {task}: keep one"
+    return f"{task} was scored on different questions: n and majority rate are {sets}" if len(sets) > 1 else ""
 
 
 def _accuracy(record: Record) -> str:
