@@ -5,8 +5,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from toys import checkpoint
-from welore.emergence.init_model import SIZES, Size, init_model, load_tokenizer, make_tokenizer, save_model, size_of
+from welore.emergence.init_model import SIZES, Size, init_model, make_tokenizer, save_model, size_of
 from welore.errors import WeLoreError
+from welore.models.load import read_tokenizer
 
 TEXT = "\n".join(f"The number after {n} is {n + 1}." for n in range(200))
 
@@ -69,7 +70,7 @@ def test_init_model_is_random_but_for_its_seed_and_comes_back_from_disk(tmp_path
 
 def test_a_tokenizer_can_be_taken_from_a_model(tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", rank_reduction=None)
-    assert load_tokenizer(str(model), None)("abc").input_ids == AutoTokenizer.from_pretrained(model)("abc").input_ids
+    assert read_tokenizer(str(model))("abc").input_ids == AutoTokenizer.from_pretrained(model)("abc").input_ids
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeLoreError, match="has no tokenizer that can be read"):
-        load_tokenizer(str(tmp_path / "empty"), None)
+        read_tokenizer(str(tmp_path / "empty"))

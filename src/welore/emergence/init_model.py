@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import atomic_directory
@@ -73,15 +73,6 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
     # Lines, because the threads share out whole texts, and one long text would keep one of them busy.
     tokenizer.train_from_iterator((line for text in texts for line in text.splitlines(keepends=True)), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, pad_token=END)
-
-
-def load_tokenizer(name: str, cache_dir: str | Path | None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a hub model or a local directory; no other file of it is read."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeLoreError(f"{name} has no tokenizer that can be read") from error
-    return tokenizer
 
 
 def init_model(size: Size, tokenizer: "PreTrainedTokenizerBase", max_length: int, seed: int) -> LlamaForCausalLM:

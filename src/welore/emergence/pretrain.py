@@ -18,12 +18,13 @@ from welore.config import Dataset, FinetuneConfig, PretrainConfig, RunOptions, a
 from welore.data.packing import training_texts
 from welore.data.text import TextOptions
 from welore.emergence.claims import measured
-from welore.emergence.init_model import init_model, load_tokenizer, make_tokenizer, save_model, size_of
+from welore.emergence.init_model import init_model, make_tokenizer, save_model, size_of
 from welore.emergence.probe import Probe, probed_steps
 from welore.emergence.trace import ERR, RANKS, Trace, Writer, finish
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.progress import silent
+from welore.models.load import read_tokenizer
 from welore.models.targets import find_targets
 from welore.records import MODEL_FINGERPRINT, Record
 from welore.training.arguments import FSDP, is_on, resolve_defaults
@@ -123,9 +124,7 @@ def _begin(
 
     Nothing is deleted before the new model is made.
     """
-    check_out(directory, resume=resume, overwrite=context.overwrite)
-    if resume and (directory / PRETRAINED).is_file():
-        raise WeLoreError(f"the run in {directory} is finished (see {PRETRAINED}): there is nothing to resume")
+    check_out(directory, resume=resume, overwrite=context.overwrite, record=PRETRAINED)
     if resume and (directory / START / WEIGHTS).is_file():
         begin(directory, identity, resume=True)
         return
@@ -135,7 +134,7 @@ def _begin(
         texts = training_texts(config.dataset, tokens * processes, TextOptions.of(config, context))
         tokenizer = make_tokenizer(texts, config.vocab_size)
     else:
-        tokenizer = load_tokenizer(config.tokenizer, context.cache_dir)
+        tokenizer = read_tokenizer(config.tokenizer, context.cache_dir)
     model = init_model(size_of(config.size), tokenizer, config.max_length, config.seed)
     begin(directory, identity, resume=resume)
     save_model(model, tokenizer, directory / START)

@@ -139,13 +139,13 @@ def warn_if_slow(dtype: torch.dtype, device: str | torch.device) -> None:
         LOG.warning("this processor has no instructions for %s: --dtype float32 is several times faster", name)
 
 
-def read_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a directory; WeLoreError if it has none."""
+def read_tokenizer(model: str | Path, cache_dir: str | Path | None = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a directory or hub model, of which no other file is read; WeLoreError if it has none."""
     from transformers import AutoTokenizer
 
-    no_tokenizer = f"{directory} has no tokenizer that can be read: copy the original model's tokenizer.json there"
+    no_tokenizer = f"{model} has no tokenizer that can be read: copy the original model's tokenizer.json there"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(model, cache_dir=cache_dir)
     except (OSError, ValueError, KeyError) as error:
         raise WeLoreError(no_tokenizer) from error
     if not tokenizer.vocab_size:  # some classes make an empty one when the files are missing

@@ -29,16 +29,16 @@ WRITTEN = "written.safetensors"
 STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 
 
-def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise WeLoreError unless a run may begin, or go on, at `out`."""
+def check_out(out: Path, *, resume: bool, overwrite: bool, record: str = TUNED) -> None:
+    """Raise WeLoreError unless a run may begin, or go on, at `out`; record: the file that marks a finished run."""
     if not resume:
         require_free(out, overwrite=overwrite, marker=RUN)
     elif overwrite:
         raise WeLoreError("give resume or overwrite, not both: one goes on with the run, the other deletes it")
     elif not (out / RUN).is_file():
         raise WeLoreError(f"{out} holds no run that could be resumed: leave resume out to begin one")
-    elif (out / TUNED).is_file():
-        raise WeLoreError(f"the run in {out} is finished (see {TUNED}): there is nothing to resume")
+    elif (out / record).is_file():
+        raise WeLoreError(f"the run in {out} is finished (see {record}): there is nothing to resume")
 
 
 def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
