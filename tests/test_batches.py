@@ -7,14 +7,19 @@ import pytest
 import torch
 
 from toys import characters
+from welore.config import FinetuneConfig
 from welore.data import packing as batches
 from welore.data import text as text_module
-from welore.data.packing import blocks_of_text
+from welore.data.packing import DatasetSplit, blocks_of_text
 from welore.errors import WeLoreError
 from welore.training.data import IGNORED, collate, questions_of_task, shuffled
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
-TASK: dict[str, Any] = {"seed": 0, "loss_on_prompt": False, "eval_items": 64}
+
+
+def questions_of_svamp(path: Path, length: int = 200, **settings: Any) -> DatasetSplit:
+    config = FinetuneConfig(task="svamp", task_dataset=path, max_length=length, **settings)
+    return questions_of_task(config, characters())
 
 
 @pytest.fixture
@@ -113,28 +118,28 @@ def test_a_text_too_short_to_train_and_evaluate_on_is_refused(text: str, length:
 
 
 def test_loss_is_on_answer_and_end_only(tmp_path: Path) -> None:
-    found = questions_of_task("svamp", svamp(tmp_path, 20), characters(), 200, **TASK)
+    found = questions_of_svamp(svamp(tmp_path, 20))
     first = found.train[3]
     labels = first["labels"][first["labels"] != IGNORED]
     assert characters().decode(labels) == " 3.</s>"
     assert characters().decode(first["input_ids"]).endswith("A: The answer (arabic numerals) is 3.</s>")
-    whole = questions_of_task("svamp", tmp_path, characters(), 200, **TASK | {"loss_on_prompt": True})
+    whole = questions_of_svamp(tmp_path, loss_on_prompt=True)
     assert torch.equal(whole.train[3]["labels"], whole.train[3]["input_ids"])
 
 
 def test_what_is_held_out_of_a_task_comes_from_its_training_part(tmp_path: Path) -> None:
-    found = questions_of_task("svamp", svamp(tmp_path, 100), characters(), 200, **TASK)  # 70 are for training
+    found = questions_of_svamp(svamp(tmp_path, 100))  # 70 are for training
     texts = [characters().decode(s["input_ids"]) for s in [*found.train, *found.evaluation]]
     assert (len(found.train), len(found.evaluation)) == (63, 7)
     assert all(f"Ann has {n} pears" in text for n, text in enumerate(texts))
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(tmp_path: Path) -> None:
-    found = questions_of_task("svamp", svamp(tmp_path, 20), characters(), 20, **TASK)
+    found = questions_of_svamp(svamp(tmp_path, 20), 20)
     assert found.counts["prompts_cut"] == found.counts["train_items"] + found.counts["held_out_items"] == 14
     assert characters().decode(found.train[3]["input_ids"]) == "bic numerals) is 3.</s>"
     with pytest.raises(WeLoreError, match="an answer of svamp alone has 5 tokens"):
-        questions_of_task("svamp", tmp_path, characters(), 5, **TASK)
+        questions_of_svamp(tmp_path, 5)
 
 
 def test_batches_are_padded_on_the_right_to_their_longest() -> None:

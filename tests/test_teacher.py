@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from toys import characters, checkpoint
 from welore.config import FinetuneConfig
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
-from welore.io.progress import silent
 from welore.models.load import load
 from welore.training.teacher import load_teacher, refuse_other_vocabulary, share_frozen, write_text
 
@@ -69,8 +69,9 @@ def test_a_teacher_is_loaded_frozen_and_a_model_may_not_be_its_own(tmp_path: Pat
 
 def test_the_teacher_writes_whole_windows_from_a_seed() -> None:
     model = build("llama", vocab_size=97)
-    size = {"tokens": 70, "length": 16, "progress": silent}
-    first, second, other = (write_text(model, characters(), torch.device("cpu"), seed=s, **size) for s in (3, 3, 4))
+    size: dict[str, Any] = {"dataset": "self", "distill": "dense", "self_tokens": 70, "max_length": 16}
+    configs = [FinetuneConfig(seed=seed, **size) for seed in (3, 3, 4)]
+    first, second, other = (write_text(model, characters(), config, torch.device("cpu")) for config in configs)
     assert first.shape == (5, 16)
     assert torch.equal(first, second)
     assert not torch.equal(first, other)

@@ -425,19 +425,17 @@ def test_questions_are_distilled_on_their_answers(model: Path, teacher: Path, tm
 
 
 def test_the_teacher_writes_what_the_steps_read_and_a_tenth_more(model: Path, dense: Path, tmp_path: Path) -> None:
-    from welore.training.run_dir import read_written
+    from welore.data.windows import given_windows
 
     record = finetuned(model, tmp_path / "run", dataset="self", distill=dense, **SHORT)
-    windows = read_written(tmp_path / "run")
-    assert windows is not None
+    windows = given_windows(tmp_path / "run" / "written.safetensors")
     assert windows.shape == (9, 48)  # 4 steps of 2, and one held out
     assert record.inputs["split"] == "the teacher's own text: the first 1 of 9 blocks are held out"
     assert record.numbers["train_blocks"] == 8
 
     settings = SHORT | {"self_tokens": 100, "seed": 1}
     record = finetuned(model, tmp_path / "less", dataset="self", distill=dense, **settings)
-    less = read_written(tmp_path / "less")
-    assert less is not None
+    less = given_windows(tmp_path / "less" / "written.safetensors")
     assert less.shape == (3, 48)
     assert record.numbers["tokens"] == 4 * 2 * 48  # read again and again
     assert not torch.equal(less[0], windows[0])

@@ -5,14 +5,13 @@ their fields. Registries (STRATEGIES, SCALINGS, METHODS, ...) have exactly the n
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
-from welore.errors import WeLoreError, choose
+from welore.errors import WeLoreError, choose, did_you_mean
 
 StrategyName = Literal["welore", "uniform", "owl", "energy", "waterfill"]
 ScalingName = Literal["none", "asvd", "whitening", "kfac"]
@@ -522,9 +521,7 @@ def from_mapping(kind: Any, content: Mapping[str, Any], source: str) -> Any:
     names = {f.name for f in dataclasses.fields(kind)}
     for name in content:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise WeLoreError(f"{source}: {kind.__name__} has no field {name!r}{hint}")
+            raise WeLoreError(f"{source}: {kind.__name__} has no field {name!r}{did_you_mean(name, names)}")
     return kind(**content)
 
 

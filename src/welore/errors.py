@@ -1,7 +1,7 @@
 """Mistakes that a user can put right, and the sentence that says how."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -19,9 +19,13 @@ def choose(kind: str, name: str, table: Mapping[str, Value]) -> Value:
     """Entry `name` of a registry; an unknown name is answered with the nearest one and the whole list."""
     if name in table:
         return table[name]
-    close = difflib.get_close_matches(name, table, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise WeLoreError(f"unknown {kind} {name!r}{hint} ({', '.join(sorted(table))})")
+    raise WeLoreError(f"unknown {kind} {name!r}{did_you_mean(name, table)} ({', '.join(sorted(table))})")
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The nearest name as the end of a sentence; empty if none is near."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,7 +1,6 @@
 """Settings classes -> command-line options: names, types, defaults, help and panels come from config.py."""
 
 import dataclasses
-import difflib
 import inspect
 import types
 import typing
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import typer
 
 from welore.config import AUTO, BREAK_EVEN, MinRatio, Pruning
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, did_you_mean
 
 Verb = Callable[..., None]
 
@@ -160,9 +159,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     values = {str(name).replace("-", "_"): value for name, value in content.items()}
     for name in values:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise WeLoreError(f"{path}: {context.info_name} has no option {name!r}{hint}")
+            raise WeLoreError(f"{path}: {context.info_name} has no option {name!r}{did_you_mean(name, names)}")
     context.default_map = dict(context.default_map or {}) | {names[name]: value for name, value in values.items()}
     return path
 

@@ -20,6 +20,8 @@ HELD_OUT = 10  # one part in ten
 TOKENIZED_AT_ONCE = 64  # documents
 CHARACTERS_PER_TOKEN = 8  # at most, of nearly all texts
 Example = dict[str, Tensor]  # input_ids and labels, (length,) each
+Batch = dict[str, Tensor]  # input_ids, labels and, where there is padding, attention_mask: (b, length) each
+IGNORED = -100  # label of a token that is not predicted: the prompt, padding
 
 
 class Blocks(Sequence[Example]):

@@ -15,7 +15,6 @@ from welore.evaluation.tasks import TASKS, Item, Task, items, majority_rate
 from welore.io.context import RunContext
 from welore.io.progress import Progress, counted, silent
 from welore.models.load import evaluating, load_for_inference, warn_if_slow
-from welore.models.replace import sizes
 from welore.models.skeleton import context_length
 from welore.records import Record
 
@@ -59,8 +58,7 @@ def score(
     if config.task is None:
         raise WeLoreError(f"name the task: --task {', '.join(TASKS)}")
     the_task = TASKS[config.task]
-    questions = items(the_task, "evaluation", config.dataset, seed=config.seed, cache_dir=context.cache_dir)
-    questions = questions[: config.limit]
+    questions = items(the_task, "evaluation", config.dataset, config.seed, context.cache_dir)[: config.limit]
     loaded = load_for_inference(model, context, config.dtype, label)
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
@@ -68,13 +66,8 @@ def score(
     prompts = [item.prompt for item in questions]
     outputs, truncated = answers(net, loaded.tokenizer, prompts, config.batch_size, context.progress)
     numbers = grade(the_task, questions, outputs) | {"truncated": truncated, "seconds": time.perf_counter() - started}
-    settings = as_record(config) | {
-        "part": "evaluation",
-        "new_tokens": NEW_TOKENS,
-        "dtype": str(net.dtype).removeprefix("torch."),
-        "device": str(net.device),
-    }
-    return Record("accuracy", loaded.inputs, settings, numbers | sizes(net))
+    settings = as_record(config) | {"part": "evaluation", "new_tokens": NEW_TOKENS}
+    return loaded.record("accuracy", settings, numbers)
 
 
 def grade(task: Task, questions: Sequence[Item], outputs: Sequence[str]) -> dict[str, Any]:

@@ -21,22 +21,10 @@ ROWS = 128  # tokens whose logits are in work at once, of each of the two models
 def divergence(
     model: "PreTrainedModel", dense: "PreTrainedModel", batches: list[Tensor], progress: Progress = silent
 ) -> dict[str, float]:
-    """KL(dense || model) per predicted token, and how often both rank the same token first.
+    """KL(dense || model) in nats over all predicted tokens, and how often both rank the same token first.
 
-    Windows are read in pieces of at most ROWS tokens, with the keys and values of those before them, so that the
-    logits of whole windows never exist.
-
-    Args:
-        model: the compressed model.
-        dense: the model it was made from, with the same vocabulary.
-        batches: (b, length) token ids; the last token of a window predicts nothing.
-        progress: shown while batches are read.
-
-    Returns:
-        kl_mean, kl_median and kl_p99 (nats), and top1_agreement (0 to 1), over all predicted tokens.
-
-    Raises:
-        WeLoreError: the vocabularies differ, or a model computes NaN or Inf.
+    batches: (b, length) token ids. Windows are read in pieces of at most ROWS tokens, with the keys and values of
+    those before them, so that the logits of whole windows never exist.
     """
     divergences: list[Tensor] = []
     agreements: list[Tensor] = []

@@ -1,7 +1,6 @@
 """Tasks of EleutherAI's lm-eval: its engine, its numbers, a record of ours."""
 
 import contextlib
-import difflib
 import importlib.util
 import io
 import math
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from welore.config import RunOptions, require_at_least
-from welore.errors import WeLoreError, choose, first_line
+from welore.errors import WeLoreError, choose, did_you_mean, first_line
 from welore.io.context import RunContext
 from welore.io.progress import silent
 from welore.models.load import DTYPES, LoadedModel, evaluating, load_for_inference, warn_if_slow
-from welore.models.replace import sizes
 from welore.records import Record
 
 if TYPE_CHECKING:
@@ -63,7 +61,8 @@ def evaluate_tasks(
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
     started = time.perf_counter()
-    with evaluating(net), _without_bars() if context.progress is silent else contextlib.nullcontext():
+    without_bars = contextlib.redirect_stderr(io.StringIO())
+    with evaluating(net), without_bars if context.progress is silent else contextlib.nullcontext():
         results = _run(loaded, tasks, manager, limit, batch_size)
     numbers = {"tasks": _numbers(results), "seconds": time.perf_counter() - started}
     settings = {
@@ -71,54 +70,39 @@ def evaluate_tasks(
         "tasks_dir": None if tasks_dir is None else str(tasks_dir),
         "limit": limit,
         "batch_size": batch_size,
-        "dtype": str(net.dtype).removeprefix("torch."),
-        "device": str(net.device),
         "lm_eval": metadata.version("lm_eval"),
     }
-    return Record("lm_eval", loaded.inputs, settings, numbers | sizes(net))
-
-
-def _without_bars() -> contextlib.redirect_stderr[io.StringIO]:
-    return contextlib.redirect_stderr(io.StringIO())
+    return loaded.record("lm_eval", settings, numbers)
 
 
 def _task_manager(tasks: Sequence[str], tasks_dir: str | Path | None) -> Any:
     """lm-eval's registry of tasks: its own, or those of a directory; WeLoreError if a task is not in it."""
+    if not tasks:
+        raise WeLoreError("no task is named: --lm-eval takes names with commas between, such as boolq,piqa")
     if tasks_dir is not None and not Path(tasks_dir).is_dir():
         raise WeLoreError(f"{tasks_dir} is not a directory: --tasks-dir names one with task definitions (.yaml)")
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(
-        include_path=None if tasks_dir is None else str(tasks_dir), include_defaults=tasks_dir is None
-    )
-    _require_known(tasks, manager.all_tasks)
+    path = None if tasks_dir is None else str(tasks_dir)
+    manager: Any = TaskManager(include_path=path, include_defaults=path is None)
+    known = manager.all_tasks
+    for task in tasks:
+        if task not in known:
+            raise WeLoreError(f"unknown lm-eval task {task!r}{did_you_mean(task, known)} ({len(known)} are known)")
     return manager
 
 
-def _run(
-    loaded: LoadedModel, tasks: Sequence[str], manager: Any, limit: int | None, batch_size: int
-) -> Mapping[str, Any]:
-    """What lm-eval measures; WeLoreError if a data set is not there and the hub cannot be reached."""
+def _run(loaded: LoadedModel, tasks: Sequence[str], manager: Any, limit: int | None, batch_size: int) -> Any:
+    """The results of lm-eval; WeLoreError if a data set is not there and the hub cannot be reached."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     engine: Any = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
     common = {"task_manager": manager, "log_samples": False, "bootstrap_iters": 0}
     try:
-        results: Any = simple_evaluate(engine, tasks=list(tasks), limit=limit, **common)
+        return simple_evaluate(engine, tasks=list(tasks), limit=limit, **common)
     except OSError as error:
         raise WeLoreError(f"the data of {', '.join(tasks)} cannot be read: {first_line(error)}") from error
-    return dict(results)
-
-
-def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
-    if not tasks:
-        raise WeLoreError("no task is named: --lm-eval takes names with commas between, such as boolq,piqa")
-    for task in tasks:
-        if task not in known:
-            close = difflib.get_close_matches(task, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise WeLoreError(f"unknown lm-eval task {task!r}{hint} ({len(known)} are known)")
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -2,30 +2,29 @@
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from welore.config import Dataset, EvaluationConfig, RunOptions, as_record
+from welore.data.packing import IGNORED, Batch
 from welore.data.text import TextOptions
 from welore.data.windows import evaluation_text, stack, windows
 from welore.errors import WeLoreError
 from welore.evaluation.divergence import divergence
 from welore.io.context import RunContext
-from welore.io.progress import Progress, counted, silent
+from welore.io.progress import counted
 from welore.models.load import evaluating, load_for_inference, warn_if_slow
-from welore.models.replace import sizes
 from welore.models.skeleton import context_length, require_context_length, require_known_tokens
 from welore.records import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NATS = 700.0  # the exponential of more does not fit into a double
 
 
 def evaluate(
@@ -69,41 +68,41 @@ def evaluate(
     require_known_tokens(net, torch.cat(pieces))
     batches = stack(pieces, config.batch_size)
     started = time.perf_counter()
-    nll, tokens = negative_log_likelihood(net, batches, context.progress)
-    mean = nll / tokens
+    labelled = ({"input_ids": batch, "labels": batch} for batch in counted(context.progress, batches, "perplexity"))
+    nll, tokens = negative_log_likelihood(net, labelled, net.device)
+    if not math.isfinite(nll):
+        raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
     numbers = {
-        "perplexity": math.exp(min(mean, NATS)),
-        "nll": mean,
+        "perplexity": perplexity_of(nll / tokens),
+        "nll": nll / tokens,
         "tokens": tokens,
         "windows": len(pieces),
         "seconds": time.perf_counter() - started,
     }
-    inputs = loaded.inputs | {"text_sha256": digest}
+    loaded.inputs["text_sha256"] = digest
     if against is not None:
         dense = load_for_inference(against, context, config.dtype, None)
-        inputs["against"] = dense.inputs["model"]
+        loaded.inputs["against"] = dense.inputs["model"]
         numbers |= divergence(net, dense.model, batches, context.progress)
-    settings = as_record(config) | {"dtype": str(net.dtype).removeprefix("torch."), "device": str(net.device)}
-    return Record("perplexity", inputs, settings, numbers | sizes(net))
+    return loaded.record("perplexity", as_record(config), numbers)
 
 
-@torch.inference_mode()
-def negative_log_likelihood(
-    model: "PreTrainedModel", batches: list[Tensor], progress: Progress = silent
-) -> tuple[float, int]:
-    """Sum of -log p(token | those before it in its window), and the number of tokens predicted.
-
-    batches: (b, length) token ids. Logits are read in float32; sums are kept in float64.
-    """
+@torch.no_grad()
+def negative_log_likelihood(model: Any, batches: Iterable[Batch], device: torch.device) -> tuple[float, int]:
+    """Sum of -log p over the labelled tokens, and their number; float32 logits, float64 sums."""
     total, tokens = 0.0, 0
     with evaluating(model):
-        for batch in counted(progress, batches, "perplexity"):
-            ids = batch.to(model.device)
-            logits = model(ids, use_cache=False).logits
-            for window, scores in zip(ids, logits, strict=True):
-                losses = cross_entropy(scores[:-1].float(), window[1:], reduction="none")
+        for batch in batches:
+            inputs = {name: values.to(device) for name, values in batch.items()}
+            labels = inputs.pop("labels")
+            logits = model(**inputs, use_cache=False).logits
+            for scores, target in zip(logits, labels, strict=True):
+                losses = cross_entropy(scores[:-1].float(), target[1:], reduction="none", ignore_index=IGNORED)
                 total += float(losses.sum(dtype=torch.float64))
-            tokens += batch.numel() - len(batch)
-    if not math.isfinite(total):
-        raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
+            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     return total, tokens
+
+
+def perplexity_of(nll: float) -> float:
+    """Its exponential, as far as that fits into a double."""
+    return math.exp(min(nll, 700.0))

@@ -16,6 +16,7 @@ from welore.errors import WeLoreError, choose, first_line
 from welore.io.checkpoint import RECORD, weight_files
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
+from welore.models.replace import sizes
 from welore.models.skeleton import config_of
 from welore.records import Record
 
@@ -42,6 +43,12 @@ class LoadedModel:
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     inputs: dict[str, Any]
+
+    def record(self, kind: str, settings: dict[str, Any], numbers: dict[str, Any]) -> Record:
+        """The record of an evaluation: dtype, device and sizes of the model are added."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        settings = settings | {"dtype": dtype, "device": str(self.model.device)}
+        return Record(kind, self.inputs, settings, numbers | sizes(self.model))
 
 
 def load_for_inference(

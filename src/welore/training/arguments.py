@@ -176,11 +176,7 @@ def _use_device(arguments: TrainingArguments, device: torch.device) -> None:
 
 
 def training_argument(name: str, text: str) -> Any:
-    """The value of a field of transformers' TrainingArguments from the text of a command line.
-
-    Raises:
-        WeLoreError: There is no such field, or the text is not of its type.
-    """
+    """The value of a field of transformers' TrainingArguments from the text of a command line."""
     _require_field(name)
     parser = HfArgumentParser(TrainingArguments, exit_on_error=False)  # type: ignore[arg-type]
     try:

@@ -9,50 +9,41 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from welore.data.packing import HELD_OUT, DatasetSplit, Example, digest_of_texts
-from welore.errors import WeLoreError, choose
+from welore.config import FinetuneConfig
+from welore.data.packing import HELD_OUT, IGNORED, Batch, DatasetSplit, Example, digest_of_texts
+from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS, Item, items
+from welore.training.arguments import length_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-IGNORED = -100  # label of a token that is not predicted: the prompt, padding
-
-
-Batch = dict[str, Tensor]  # input_ids, labels and, where there is padding, attention_mask: (b, length) each
-
-
 def questions_of_task(
-    task: str,
-    data: str | Path | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    length: int,
-    *,
-    seed: int,
-    loss_on_prompt: bool,
-    eval_items: int,
-    cache_dir: str | Path | None = None,
+    config: FinetuneConfig, tokenizer: "PreTrainedTokenizerBase", cache_dir: str | Path | None = None
 ) -> DatasetSplit:
-    """The training items of a task; the last tenth of them is held out, the evaluation items are not touched.
+    """The training items of the task; the last tenth of them is held out, the evaluation items are not touched.
 
-    Loss on the answer and the end token only, unless loss_on_prompt. A question longer than `length` tokens loses
+    Loss on the answer and the end token only, unless loss_on_prompt. A question longer than max_length tokens loses
     the beginning of its prompt and is counted.
     """
-    questions = items(choose("task", task, TASKS), "train", data, seed=seed, cache_dir=cache_dir)
-    if len(questions) < 2:
-        raise WeLoreError(f"{task} has {len(questions)} training item: two are needed, one of them to evaluate on")
-    encoded = [_encoded(item, tokenizer, loss_on_prompt) for item in questions]
+    assert config.task is not None
+    length = length_of(config)
+    questions = items(TASKS[config.task], "train", config.task_dataset, config.seed, cache_dir)
+    if len(questions) == 1:
+        raise WeLoreError(f"{config.task} has 1 training item: two are needed, one of them to evaluate on")
+    encoded = [_encoded(item, tokenizer, config.loss_on_prompt) for item in questions]
     too_long = sum(len(sequence["input_ids"]) > length for sequence in encoded)
-    longest = max(int((sequence["labels"] != IGNORED).sum()) for sequence in encoded) if not loss_on_prompt else 2
+    answers = [] if config.loss_on_prompt else [int((each["labels"] != IGNORED).sum()) for each in encoded]
+    longest = max(answers, default=2)
     if longest >= length:
-        raise WeLoreError(f"max_length is {length}: an answer of {task} alone has {longest} tokens")
+        raise WeLoreError(f"max_length is {length}: an answer of {config.task} alone has {longest} tokens")
     cut = [{name: values[-length:] for name, values in sequence.items()} for sequence in encoded]
     border = len(cut) - max(1, len(cut) // HELD_OUT)
     counts = {"train_items": border, "held_out_items": len(cut) - border, "prompts_cut": too_long}
     return DatasetSplit(
         cut[:border],
-        cut[border:][:eval_items],
+        cut[border:][: config.max_eval_samples],
         f"the last {len(cut) - border} of {len(cut)} training items are held out; the evaluation part is not read",
         counts,
         digest_of_texts([json.dumps([item.prompt, item.answer]) for item in questions]),

@@ -25,11 +25,7 @@ from welore.training.data import collate, shuffled
 from welore.training.methods import known_warnings, state_classes
 from welore.training.objective import Objective
 from welore.training.preparation import Prepared, cast, prepare
-from welore.training.run_dir import (
-    TUNED,
-    gathered,
-    save_result,
-)
+from welore.training.run_dir import TUNED, gathered, save_result
 from welore.training.teacher import share_frozen
 from welore.training.trainer import FinetuneTrainer, RunCallback, peak_memory
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from welore.training.data import IGNORED, Batch
+from welore.data.packing import IGNORED, Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from welore.allocation.plan import Plan
 from welore.config import SELF, FinetuneConfig, as_record
-from welore.data.mixture import seed_of
-from welore.data.packing import DatasetSplit, blocks_of_text, blocks_of_windows, blocks_to_write
+from welore.data.packing import DatasetSplit, blocks_of_text, blocks_of_windows
 from welore.data.text import TextOptions
 from welore.data.windows import given_windows, is_windows, write_windows
 from welore.errors import WeLoreError, first_line
@@ -27,15 +26,7 @@ from welore.training.activations import keep_wide_products
 from welore.training.arguments import length_of, sequences_read, training_arguments
 from welore.training.data import questions_of_task
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable
-from welore.training.run_dir import (
-    CHECKPOINTS,
-    WRITTEN,
-    begin,
-    check_out,
-    fingerprint,
-    last_checkpoint,
-    read_written,
-)
+from welore.training.run_dir import CHECKPOINTS, WRITTEN, begin, check_out, fingerprint, last_checkpoint
 from welore.training.teacher import load_teacher, write_text
 from welore.training.trainer import FinetuneTrainer
 
@@ -108,9 +99,11 @@ def prepare(
         cast(teacher, getattr(torch, config.dtype))
     written = None
     if data is None:
-        written = read_written(out) if resume else None
-        if written is None:
-            written = _written(teacher, tokenizer, config, args, context)
+        if resume and (out / WRITTEN).is_file():
+            written = given_windows(out / WRITTEN)
+        else:
+            progress = context.progress if leads else silent
+            written = write_text(teacher, tokenizer, config, args.device, args.world_size, progress)
         data = blocks_of_windows(written, "the teacher's own text", eval_items=config.max_eval_samples)
     digests["data_sha256"] = data.sha256
     if leads:
@@ -148,17 +141,6 @@ def _loaded(
     return model, tokenizer, directory
 
 
-def _written(
-    teacher: Any, tokenizer: Any, config: FinetuneConfig, args: TrainingArguments, context: RunContext
-) -> Tensor:
-    """The text that the teacher writes: all that the steps read and a tenth held out, or self_tokens."""
-    length = length_of(config)
-    tokens = config.self_tokens or blocks_to_write(sequences_read(config, args.world_size)) * length
-    progress = context.progress if args.process_index == 0 else silent
-    seed = seed_of(config.seed, SELF)
-    return write_text(teacher, tokenizer, args.device, tokens=tokens, length=length, seed=seed, progress=progress)
-
-
 def _refuse_optimizer(model: Any, args: TrainingArguments) -> None:
     """Raise WeLoreError for an optimiser that needs a package that is not there, or settings that we do not give."""
     try:
@@ -173,18 +155,9 @@ def _data(
     config: FinetuneConfig, tokenizer: "PreTrainedTokenizerBase", processes: int, context: RunContext
 ) -> DatasetSplit:
     """The questions of a task, windows of tokens, or a text in blocks: a part to train on, a part to evaluate on."""
-    length = length_of(config)
     if config.task is not None:
-        return questions_of_task(
-            config.task,
-            config.task_dataset,
-            tokenizer,
-            length,
-            seed=config.seed,
-            loss_on_prompt=config.loss_on_prompt,
-            eval_items=config.max_eval_samples,
-            cache_dir=context.cache_dir,
-        )
+        return questions_of_task(config, tokenizer, context.cache_dir)
+    length = length_of(config)
     if is_windows(config.dataset):
         windows = given_windows(config.dataset, length, len(tokenizer))  # type: ignore[arg-type]
         if windows.shape[1] != length:

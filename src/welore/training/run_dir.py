@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from welore.data.windows import given_windows
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory, read_json, require_free, write_json
 from welore.io.checkpoint import PLAN, RECORD
@@ -55,11 +54,6 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
                 f"{out} holds another run: its {name} is {before.get(name)!r}, now it is {now.get(name)!r}; resume it "
                 "with its own settings, or choose another directory"
             )
-
-
-def read_written(out: Path) -> Tensor | None:
-    """The text of the teacher for the run in `out`; None if there is none."""
-    return given_windows(out / WRITTEN) if (out / WRITTEN).is_file() else None
 
 
 def last_checkpoint(out: Path) -> Path | None:

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from welore.config import CalibrationConfig, FinetuneConfig
+from welore.config import SELF, CalibrationConfig, FinetuneConfig
+from welore.data.mixture import seed_of
+from welore.data.packing import blocks_to_write
 from welore.data.self_generated import generate_text
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
-from welore.io.progress import Progress
+from welore.io.progress import Progress, silent
 from welore.models.copies import generation_copy
 from welore.models.load import load
+from welore.training.arguments import length_of, sequences_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +53,8 @@ def refuse_other_vocabulary(
     teacher_tokenizer: "PreTrainedTokenizerBase",
 ) -> None:
     """Raise WeLoreError unless a number stands for the same token in both models."""
-    sizes = [len(_outputs(model)) for model in (student, teacher)]
+    heads: list[Any] = [model.get_output_embeddings() for model in (student, teacher)]
+    sizes = [len(head.weight) for head in heads]
     if sizes[0] != sizes[1] or tokenizer.get_vocab() != teacher_tokenizer.get_vocab():
         raise WeLoreError(
             f"the teacher has another vocabulary ({len(teacher_tokenizer)} tokens, {sizes[1]} outputs; the model has "
@@ -72,24 +76,20 @@ def share_frozen(student: "PreTrainedModel", teacher: "PreTrainedModel") -> None
 def write_text(
     teacher: Any,
     tokenizer: "PreTrainedTokenizerBase",
+    config: FinetuneConfig,
     device: torch.device,
-    *,
-    tokens: int,
-    length: int,
-    seed: int,
-    progress: Progress,
+    processes: int = 1,
+    progress: Progress = silent,
 ) -> Tensor:
-    """Windows (count, length) of text that the teacher writes on `device`, the same in every process."""
-    size = CalibrationConfig(num_tokens=tokens, max_length=length, seed=seed)
+    """Windows (count, max_length) that the teacher writes: self_tokens, or all that the steps read and a tenth more."""
+    length = length_of(config)
+    tokens = config.self_tokens or blocks_to_write(sequences_read(config, processes)) * length
+    size = CalibrationConfig(num_tokens=tokens, max_length=length, seed=seed_of(config.seed, SELF))
     windows = generate_text(generation_copy(teacher, device), tokenizer, size, progress=progress)
     if not torch.distributed.is_initialized():
         return windows
-    # Every process writes, so that none waits for long; two GPUs may differ in a last bit, and then in a word.
+    # Every process writes, so that none waits for long. All take the first one's windows: two GPUs may differ in a
+    # last bit, and then in a word.
     everyones = [windows]
     torch.distributed.broadcast_object_list(everyones)
     return everyones[0]
-
-
-def _outputs(model: "PreTrainedModel") -> Tensor:
-    head: Any = model.get_output_embeddings()
-    return head.weight

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
+from welore.data.packing import IGNORED, Batch
 from welore.errors import DivergedError
+from welore.evaluation.perplexity import negative_log_likelihood, perplexity_of
 from welore.io.progress import Progress, counted
-from welore.models.load import evaluating
-from welore.training.data import IGNORED, Batch
 from welore.training.objective import Objective
 
 WARM_UP = 2  # steps that are not timed: memory is allocated and caches are filled then
@@ -71,7 +70,7 @@ class FinetuneTrainer(Trainer):
             raise DivergedError(
                 "the model computes NaN or Inf on the held-out part: try a smaller learning_rate, or dtype float32"
             )
-        metrics = {"eval_loss": mean, "eval_perplexity": math.exp(min(mean, 700.0))}
+        metrics = {"eval_loss": mean, "eval_perplexity": perplexity_of(mean)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -80,7 +79,7 @@ class FinetuneTrainer(Trainer):
         """Mean negative log-likelihood of a model over all tokens held out."""
         device = self.args.device
         mine = share(self.evaluation, self.args.process_index, self.args.world_size)
-        sums = torch.tensor(_loss_of(model, mine, device), dtype=torch.float64, device=device)
+        sums = torch.tensor(negative_log_likelihood(model, mine, device), dtype=torch.float64, device=device)
         total, tokens = self.accelerator.reduce(sums, "sum").tolist()
         return float(total / tokens)
 
@@ -154,22 +153,6 @@ def share(batches: Sequence[Batch], process: int, processes: int) -> list[Batch]
     if len(mine) * processes < len(batches):
         mine.append(batches[0] | {"labels": torch.full_like(batches[0]["labels"], IGNORED)})
     return mine
-
-
-@torch.no_grad()
-def _loss_of(model: Any, batches: Sequence[Batch], device: torch.device) -> tuple[float, float]:
-    """Sum of -log p over the labelled tokens, and their number; float32 logits, float64 sums."""
-    total, tokens = 0.0, 0
-    with evaluating(model):
-        for batch in batches:
-            labels = batch["labels"].to(device)
-            inputs = {name: values.to(device) for name, values in batch.items() if name != "labels"}
-            logits = model(**inputs, use_cache=False).logits
-            for scores, target in zip(logits, labels, strict=True):
-                losses = cross_entropy(scores[:-1].float(), target[1:], reduction="none", ignore_index=IGNORED)
-                total += float(losses.sum(dtype=torch.float64))
-            tokens += int((labels[:, 1:] != IGNORED).sum())
-    return total, float(tokens)
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:

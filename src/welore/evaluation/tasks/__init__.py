@@ -1,7 +1,7 @@
 """The six tasks of the paper, one file each: text in, answer out; no tensors.
 
-A new task is one file with a TASK and one entry here. Training and evaluation items are disjoint: `items` cuts them
-apart, and nothing else reads them.
+A new task is one file with a TASK and one entry here; docs/reference/tasks.md shows a record of each. Training and
+evaluation items are disjoint: `items` cuts them apart, and nothing else reads them.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, first_line
 from welore.evaluation.tasks import boolq, coin_flip, commonsense_qa, object_tracking, strategy_qa, svamp
 from welore.evaluation.tasks.task import Item, Task
 
@@ -21,23 +21,12 @@ __all__ = ["GENERATED", "TASKS", "Item", "Part", "Task", "items", "majority_rate
 Part = Literal["train", "evaluation"]
 GENERATED = "generated"  # in place of a file: records made by our own code
 
-TASKS: dict[str, Task] = {
-    "commonsense_qa": commonsense_qa.TASK,
-    "svamp": svamp.TASK,
-    "boolq": boolq.TASK,
-    "coin_flip": coin_flip.TASK,
-    "object_tracking": object_tracking.TASK,
-    "strategy_qa": strategy_qa.TASK,
-}
+MODULES = (commonsense_qa, svamp, boolq, coin_flip, object_tracking, strategy_qa)
+TASKS: dict[str, Task] = {module.TASK.name: module.TASK for module in MODULES}
 
 
 def items(
-    task: Task,
-    part: Part,
-    data: str | Path | None = None,
-    *,
-    seed: int = 0,
-    cache_dir: str | Path | None = None,
+    task: Task, part: Part, data: str | Path | None = None, seed: int = 0, cache_dir: str | Path | None = None
 ) -> list[Item]:
     """The training or the evaluation items of a task, in their order.
 
@@ -138,14 +127,10 @@ def _generated(task: Task, part: Part, seed: int) -> list[Item]:
     questions: dict[str, Item] = {}
     while len(questions) < count:
         item = task.item(task.generate(random), "generated record")
-        if (_fraction(item.prompt) < task.train_share) == (part == "train"):
+        fraction = int.from_bytes(hashlib.sha256(item.prompt.encode()).digest()[:8]) / 2**64  # 0..1, of the text alone
+        if (fraction < task.train_share) == (part == "train"):
             questions.setdefault(item.prompt, item)
     return list(questions.values())
-
-
-def _fraction(text: str) -> float:
-    """A number in 0..1 that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) / 2**64
 
 
 # --- the hub ------------------------------------------------------------------------------------------------------
@@ -161,8 +146,8 @@ def _hub_items(task: Task, part: Part, cache_dir: str | Path | None) -> list[Ite
     except (OSError, ValueError) as error:
         how = ", or --dataset generated" if task.generate else ""
         raise WeLoreError(
-            f"the data set {hub.name} cannot be fetched ({str(error).strip().splitlines()[0]}): connect once, or give "
-            f"the original file by --dataset{how}"
+            f"the data set {hub.name} cannot be fetched ({first_line(error)}): connect once, or give the original file "
+            f"by --dataset{how}"
         ) from error
     return hub_items(task, part, list(rows))
 

@@ -1,12 +1,4 @@
-"""BoolQ (Clark et al. 2019, arXiv 1905.10044): is it so, according to the passage?
-
-A record of the original files (train.jsonl, dev.jsonl), one a line; the hub's rows have the same fields:
-
-    {"question": "can a lighthouse be run without a keeper", "title": "Lighthouse", "answer": true,
-     "passage": "Most lighthouses were automated in the twentieth century. Lamps are switched by sensors ..."}
-
-Training and evaluation: the train and the dev file (train and validation on the hub).
-"""
+"""BoolQ (Clark et al. 2019, arXiv 1905.10044): is it so, according to the passage?"""
 
 from welore.evaluation.tasks.task import Hub, Row, Task
 

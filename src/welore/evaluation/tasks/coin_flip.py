@@ -1,12 +1,4 @@
-"""Coin flip (Wei et al. 2022, arXiv 2201.11903): is a coin still heads up after some people flip it?
-
-A record of the original file (coin_flip.json, under "examples"); the hub's rows call the fields inputs and targets:
-
-    {"question": "A coin is heads up. Ida flips the coin. Noel does not flip the coin. Is the coin still heads up?
-     Note that \\"flip\\" here means \\"reverse\\".", "answer": "no"}
-
-Training: the first 70 % of the file. Evaluation: the rest. Our own code can make any number of such records.
-"""
+"""Coin flip (Wei et al. 2022, arXiv 2201.11903): is a coin still heads up after some people flip it?"""
 
 from random import Random
 from typing import Any

@@ -1,15 +1,4 @@
-"""CommonsenseQA (Talmor et al. 2019, arXiv 1811.00937): five choices, common knowledge.
-
-A record of the original files (train_rand_split.jsonl, dev_rand_split.jsonl), one a line:
-
-    {"id": "7c1d", "answerKey": "D", "question": {"question_concept": "umbrella",
-     "stem": "Where would someone leave a wet umbrella before sitting down to dinner?",
-     "choices": [{"label": "A", "text": "suitcase"}, {"label": "B", "text": "garden"}, {"label": "C", "text": "oven"},
-                 {"label": "D", "text": "stand by the door"}, {"label": "E", "text": "bath"}]}}
-
-The hub's rows hold `question` as a text and `choices` as {"label": [...], "text": [...]}.
-Training and evaluation: the train and the dev file (train and validation on the hub).
-"""
+"""CommonsenseQA (Talmor et al. 2019, arXiv 1811.00937): five choices, common knowledge."""
 
 from typing import Any
 

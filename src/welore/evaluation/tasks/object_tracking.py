@@ -1,16 +1,4 @@
-"""BIG-bench's tracking_shuffled_objects, three objects (Srivastava et al. 2022, arXiv 2206.04615).
-
-A record of the original file (task.json, under "examples"):
-
-    {"input": "Ann, Bill, and Cora are dancers at a ball. At the start, they each have a partner: Ann is dancing with
-     Rita, ... First, Ann and Cora switch partners. ... At the end of the dance, Bill is dancing with ",
-     "target_scores": {"Rita.": 0, "Sam.": 1, "Tess.": 0}}
-
-The hub's rows hold inputs, multiple_choice_targets and multiple_choice_scores; those with five or seven objects are
-left out. The choices are lettered in the order of the record, and the letter is the answer.
-Training: the first 80 % of the records. Evaluation: the rest. Our own code can make any number of such records.
-The original file asks not to be trained on; use it to evaluate, and train on generated records.
-"""
+"""BIG-bench's tracking_shuffled_objects, three objects (Srivastava et al. 2022, arXiv 2206.04615)."""
 
 from collections.abc import Mapping
 from random import Random

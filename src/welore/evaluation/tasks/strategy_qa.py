@@ -1,13 +1,4 @@
-"""StrategyQA (Geva et al. 2021, arXiv 2101.02235) in its BIG-bench form: yes or no, by several implicit steps.
-
-A record of the original file (task.json, under "examples"); the hub's rows hold `question` and a true or false
-`answer`:
-
-    {"input": "Could a penguin have watched the building of the Suez canal from its nest?",
-     "target_scores": {"Yes": 0, "No": 1}, "target": "No. Penguins nest in the southern hemisphere ..."}
-
-Training: the first 70 % of the file. Evaluation: the rest. (The hub has a train and a test split.)
-"""
+"""StrategyQA (Geva et al. 2021, arXiv 2101.02235) in its BIG-bench form: yes or no, by several implicit steps."""
 
 from welore.evaluation.tasks.task import Hub, Row, Task, chosen
 

@@ -1,13 +1,4 @@
-"""SVAMP (Patel et al. 2021, arXiv 2103.07191): arithmetic word problems of one or two steps.
-
-A record of the original file (SVAMP.json, a list); the hub's rows have the same fields:
-
-    {"ID": "chal-0", "Body": "Nora baked 24 rolls and gave 9 of them to her neighbour.",
-     "Question": "How many rolls does she have left?", "Equation": "( 24.0 - 9.0 )", "Answer": 15.0,
-     "Type": "Subtraction"}
-
-Training: the first 70 % of the file. Evaluation: the rest. (The hub has a train and a test split.)
-"""
+"""SVAMP (Patel et al. 2021, arXiv 2103.07191): arithmetic word problems of one or two steps."""
 
 from welore.errors import WeLoreError
 from welore.evaluation.tasks.task import Hub, Row, Task
