@@ -10,7 +10,7 @@ from toys import characters, checkpoint
 from welore.config import FinetuneConfig
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
-from welore.models.load import load
+from welore.models.load import load_model
 from welore.training.teacher import load_teacher, refuse_other_vocabulary, share_frozen, write_text
 
 
@@ -57,14 +57,14 @@ def test_a_teacher_is_loaded_frozen_and_a_model_may_not_be_its_own(tmp_path: Pat
     def alone(teacher: Path) -> FinetuneConfig:
         return FinetuneConfig(distill=teacher, distill_weight=1.0)
 
-    student, tokenizer = load(small, "auto", "cpu")
     context = RunContext.create(device="cpu")
-    teacher = load_teacher(alone(dense), student, tokenizer, small, context)
+    student = load_model(small, context)
+    teacher = load_teacher(alone(dense), student, context)
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     with pytest.raises(WeLoreError, match="is its own teacher"):
-        load_teacher(alone(small), student, tokenizer, small, context)
-    load_teacher(FinetuneConfig(distill=small, distill_weight=0.5), student, tokenizer, small, context)
+        load_teacher(alone(small), student, context)
+    load_teacher(FinetuneConfig(distill=small, distill_weight=0.5), student, context)
 
 
 def test_the_teacher_writes_whole_windows_from_a_seed() -> None:

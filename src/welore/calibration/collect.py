@@ -31,7 +31,7 @@ from welore.io.resume import Workspace
 from welore.layers.block_grid import Grid
 from welore.linalg.svd import Factors, factorise
 from welore.models.copies import generation_copy
-from welore.models.load import load_for_inference
+from welore.models.load import load_model
 from welore.models.mlp import long_matrices
 from welore.models.skeleton import context_length, require_context_length, require_known_tokens
 from welore.models.source import ModelSource, TensorSource, open_source
@@ -135,7 +135,7 @@ def _load(model: Any, dataset: Dataset, context: RunContext) -> tuple[Any, Any]:
     """Model and tokenizer, the model on the CPU: weights stay in their mapped file until a block is in work."""
     if isinstance(model, nn.Module) and isinstance(dataset, Tensor):
         return model, context.tokenizer
-    loaded = load_for_inference(model, replace(context, device=torch.device("cpu")))
+    loaded = load_model(model, replace(context, device=torch.device("cpu")))
     return loaded.model, loaded.tokenizer
 
 

@@ -14,7 +14,7 @@ from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS, Item, Task, items, majority_rate
 from welore.io.context import RunContext
 from welore.io.progress import Progress, counted, silent
-from welore.models.load import evaluating, load_for_inference, warn_if_slow
+from welore.models.load import evaluating, load_model, warn_if_slow
 from welore.models.skeleton import context_length
 from welore.records import Record
 
@@ -59,7 +59,7 @@ def score(
         raise WeLoreError(f"name the task: --task {', '.join(TASKS)}")
     the_task = TASKS[config.task]
     questions = items(the_task, "evaluation", config.dataset, config.seed, context.cache_dir)[: config.limit]
-    loaded = load_for_inference(model, context, config.dtype, label)
+    loaded = load_model(model, context, config.dtype, label)
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
     started = time.perf_counter()

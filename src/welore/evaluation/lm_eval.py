@@ -14,7 +14,7 @@ from welore.config import RunOptions, require_at_least
 from welore.errors import WeLoreError, choose, did_you_mean, first_line
 from welore.io.context import RunContext
 from welore.io.progress import silent
-from welore.models.load import DTYPES, LoadedModel, evaluating, load_for_inference, warn_if_slow
+from welore.models.load import DTYPES, LoadedModel, evaluating, load_model, warn_if_slow
 from welore.records import Record
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def evaluate_tasks(
     require_at_least(1, batch_size=batch_size, limit=limit)
     context = RunContext.create(**options)
     manager = _task_manager(tasks, tasks_dir)
-    loaded = load_for_inference(model, context, dtype, label)
+    loaded = load_model(model, context, dtype, label)
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
     started = time.perf_counter()

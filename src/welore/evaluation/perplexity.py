@@ -19,7 +19,7 @@ from welore.errors import WeLoreError
 from welore.evaluation.divergence import divergence
 from welore.io.context import RunContext
 from welore.io.progress import counted
-from welore.models.load import evaluating, load_for_inference, warn_if_slow
+from welore.models.load import evaluating, load_model, warn_if_slow
 from welore.models.skeleton import context_length, require_context_length, require_known_tokens
 from welore.records import Record
 
@@ -60,7 +60,7 @@ def evaluate(
     config = config or EvaluationConfig()
     config = config if dataset is None else replace(config, dataset=dataset)
     text, digest = evaluation_text(config.dataset, TextOptions.of(config, context))
-    loaded = load_for_inference(model, context, config.dtype, label)
+    loaded = load_model(model, context, config.dtype, label)
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
     pieces = windows(loaded.tokenizer, text, config.max_length, config.num_windows)
@@ -81,7 +81,7 @@ def evaluate(
     }
     loaded.inputs["text_sha256"] = digest
     if against is not None:
-        dense = load_for_inference(against, context, config.dtype, None)
+        dense = load_model(against, context, config.dtype, None)
         loaded.inputs["against"] = dense.inputs["model"]
         numbers |= divergence(net, dense.model, batches, context.progress)
     return loaded.record("perplexity", as_record(config), numbers)

@@ -38,11 +38,15 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model that can run; inputs: its name, its label, and the settings by which it was compressed (or None)."""
+    """A model that can run; directory: None if it was in memory.
+
+    inputs: of a record: its name, its label, and the settings by which it was compressed (or None).
+    """
 
     model: "PreTrainedModel"
     tokenizer: "PreTrainedTokenizerBase"
     inputs: dict[str, Any]
+    directory: Path | None = None
 
     def record(self, kind: str, settings: dict[str, Any], numbers: dict[str, Any]) -> Record:
         """The record of an evaluation: dtype, device and sizes of the model are added."""
@@ -51,13 +55,17 @@ class LoadedModel:
         return Record(kind, self.inputs, settings, numbers | sizes(self.model))
 
 
-def load_for_inference(
-    model: "str | Path | PreTrainedModel", context: RunContext, dtype: str = "auto", label: str | None = None
+def load_model(
+    model: "str | Path | PreTrainedModel",
+    context: RunContext,
+    dtype: str = "auto",
+    label: str | None = None,
+    attention: str | None = None,
 ) -> LoadedModel:
     """Load MODEL (hub id, directory, .gguf file) on the context's device, or take a model in memory as it is.
 
     A model in memory stays on its device and in its dtype, and needs the context's tokenizer. dtype: a name of
-    DTYPES; "auto" is that of the checkpoint. label: a name for tables.
+    DTYPES; "auto" is that of the checkpoint. label: a name for tables. attention: as in `load`.
     """
     torch_dtype = choose("dtype", dtype, DTYPES)
     if isinstance(model, nn.Module):
@@ -66,9 +74,9 @@ def load_for_inference(
         name = model.config.name_or_path or "model in memory"
         return LoadedModel(model, context.tokenizer, {"model": name, "label": label, "compression": None})
     directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
-    loaded, tokenizer = load(directory, torch_dtype, context.device)
+    loaded, tokenizer = load(directory, torch_dtype, context.device, attention)
     inputs = {"model": str(model), "label": label, "compression": compression_of(directory)}
-    return LoadedModel(loaded, tokenizer, inputs)
+    return LoadedModel(loaded, tokenizer, inputs, directory)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """All that a fine-tuning run needs, in memory: the model with its method's marks, a teacher, the data."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,9 @@ from welore.data.windows import given_windows, is_windows, write_windows
 from welore.errors import WeLoreError, first_line
 from welore.io.atomic import require_outside
 from welore.io.context import RunContext
-from welore.io.hub import resolve_model
 from welore.io.progress import silent
 from welore.layers.low_rank import LowRankLayer, SplitLinear
-from welore.models.load import compression_of, load
+from welore.models.load import LoadedModel, load_model
 from welore.models.skeleton import context_length, require_context_length
 from welore.training.activations import keep_wide_products
 from welore.training.arguments import length_of, sequences_read, training_arguments
@@ -80,10 +79,11 @@ def prepare(
     leads = args.process_index == 0
     if leads:
         check_out(out, resume=resume, overwrite=context.overwrite)
-    model, tokenizer, directory = _loaded(source, out, config, context)
+    loaded = _loaded(source, out, config, context)
+    model, tokenizer = loaded.model, loaded.tokenizer
     teacher = None
     if config.distill is not None:
-        teacher = load_teacher(config, model, tokenizer, directory, context)
+        teacher = load_teacher(config, loaded, context)
         require_context_length(length_of(config), context_length(teacher.config))
     own_text = isinstance(config.dataset, str) and config.dataset == SELF
     data = None if own_text else _data(config, tokenizer, args.world_size, context)
@@ -110,9 +110,7 @@ def prepare(
         begin(out, _identity(config, marked, digests, args.world_size), resume=resume)
         if written is not None:
             write_windows(out / WRITTEN, written)
-    name = str(source) if directory else model.config.name_or_path or "model in memory"
-    inputs = {"model": name, "compression": compression_of(directory) if directory else None} | digests
-    return Prepared(args, marked, tokenizer, data, inputs, directory, teacher, last)
+    return Prepared(args, marked, tokenizer, data, loaded.inputs | digests, loaded.directory, teacher, last)
 
 
 def _identity(config: FinetuneConfig, marked: MarkedModel, digests: dict[str, Any], processes: int) -> dict[str, Any]:
@@ -125,20 +123,15 @@ def _identity(config: FinetuneConfig, marked: MarkedModel, digests: dict[str, An
 
 def _loaded(
     source: "str | Path | PreTrainedModel", out: Path, config: FinetuneConfig, context: RunContext
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, Path | None]":
-    """Model, tokenizer and directory of what is to be trained; the directory of a model in memory is None."""
-    if isinstance(source, nn.Module):
-        if context.tokenizer is None:
-            raise WeLoreError("a model in memory needs its tokenizer: pass it as tokenizer=...")
-        if config.attention is not None:
-            raise WeLoreError("attention is chosen where a model is loaded: leave it out for a model in memory")
-        model, tokenizer, directory = source, context.tokenizer, None
-    else:
-        directory = resolve_model(source, cache_dir=context.cache_dir, revision=context.revision)
-        require_outside(out, directory)
-        model, tokenizer = load(directory, "auto", "cpu", config.attention)
-    require_context_length(length_of(config), context_length(model.config))
-    return model, tokenizer, directory
+) -> LoadedModel:
+    """The model that is to be trained, on the CPU, or in memory where it lies."""
+    if isinstance(source, nn.Module) and config.attention is not None:
+        raise WeLoreError("attention is chosen where a model is loaded: leave it out for a model in memory")
+    loaded = load_model(source, replace(context, device=torch.device("cpu")), attention=config.attention)
+    if loaded.directory is not None:
+        require_outside(out, loaded.directory)
+    require_context_length(length_of(config), context_length(loaded.model.config))
+    return loaded
 
 
 def _refuse_optimizer(model: Any, args: TrainingArguments) -> None:

@@ -1,6 +1,5 @@
 """The model that another one learns from: loaded frozen, sharing what is equal, writing the text if asked to."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,33 +14,24 @@ from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.progress import Progress, silent
 from welore.models.copies import generation_copy
-from welore.models.load import load
+from welore.models.load import LoadedModel, load
 from welore.training.arguments import length_of, sequences_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_teacher(
-    config: FinetuneConfig,
-    student: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    directory: Path | None,
-    context: RunContext,
-) -> "PreTrainedModel":
-    """The teacher, frozen, on the CPU in its own dtype; student and tokenizer: of the model in `directory`.
-
-    Raises WeLoreError for a teacher that cannot teach this student.
-    """
+def load_teacher(config: FinetuneConfig, student: LoadedModel, context: RunContext) -> "PreTrainedModel":
+    """The teacher, frozen, on the CPU in its own dtype; WeLoreError if it cannot teach this student."""
     assert config.distill is not None
     source = resolve_model(config.distill, cache_dir=context.cache_dir)
-    if config.distill_weight == 1 and directory is not None and source.resolve() == directory.resolve():
+    if config.distill_weight == 1 and student.directory and source.resolve() == student.directory.resolve():
         raise WeLoreError(
             "the model is its own teacher and has nothing to learn from itself: name the dense model that it was made "
             "from, or give a distill_weight below 1"
         )
     teacher, teacher_tokenizer = load(source, "auto", "cpu", config.attention)
-    refuse_other_vocabulary(student, tokenizer, teacher, teacher_tokenizer)
+    refuse_other_vocabulary(student.model, student.tokenizer, teacher, teacher_tokenizer)
     teacher.requires_grad_(False)
     return teacher.eval()
 
