@@ -56,7 +56,8 @@ def evaluate_tasks(
     choose("dtype", dtype, DTYPES)
     require_at_least(1, batch_size=batch_size, limit=limit)
     context = RunContext.create(**options)
-    manager = _task_manager(tasks, tasks_dir)
+    directory = None if tasks_dir is None else str(tasks_dir)
+    manager = _task_manager(tasks, directory)
     loaded = load_model(model, context, dtype, label)
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
@@ -67,7 +68,7 @@ def evaluate_tasks(
     numbers = {"tasks": _numbers(results), "seconds": time.perf_counter() - started}
     settings = {
         "tasks": list(tasks),
-        "tasks_dir": None if tasks_dir is None else str(tasks_dir),
+        "tasks_dir": directory,
         "limit": limit,
         "batch_size": batch_size,
         "lm_eval": metadata.version("lm_eval"),
@@ -75,7 +76,7 @@ def evaluate_tasks(
     return loaded.record("lm_eval", settings, numbers)
 
 
-def _task_manager(tasks: Sequence[str], tasks_dir: str | Path | None) -> Any:
+def _task_manager(tasks: Sequence[str], tasks_dir: str | None) -> Any:
     """lm-eval's registry of tasks: its own, or those of a directory; WeLoreError if a task is not in it."""
     if not tasks:
         raise WeLoreError("no task is named: --lm-eval takes names with commas between, such as boolq,piqa")
@@ -83,8 +84,7 @@ def _task_manager(tasks: Sequence[str], tasks_dir: str | Path | None) -> Any:
         raise WeLoreError(f"{tasks_dir} is not a directory: --tasks-dir names one with task definitions (.yaml)")
     from lm_eval.tasks import TaskManager
 
-    path = None if tasks_dir is None else str(tasks_dir)
-    manager: Any = TaskManager(include_path=path, include_defaults=path is None)
+    manager: Any = TaskManager(include_path=tasks_dir, include_defaults=tasks_dir is None)
     known = manager.all_tasks
     for task in tasks:
         if task not in known:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from welore.config import Dataset, EvaluationConfig, RunOptions, as_record

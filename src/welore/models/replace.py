@@ -79,7 +79,7 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
     parameters, bytes: everything that is stored, tied weights once, in the dtype of the model; in the bytes also the
     indices of low-rank layers.
     """
-    config = {"include": (), "exclude": ()} | _config(model)
+    config = {"include": (), "exclude": ()} | compression_config(model)
     patterns = config["include"], config["exclude"]
     ranks_removed = full_ranks = stored = dense = indices = 0
     for target in in_blocks(find_targets(model, *patterns), config.get("grids", {})):
@@ -104,7 +104,7 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
     }
 
 
-def _config(model: nn.Module) -> dict[str, Any]:
+def compression_config(model: nn.Module) -> dict[str, Any]:
     """The fields of a model's compression, {} for a dense one."""
     config: Any = getattr(model.config, "quantization_config", None)
     return dict(config) if isinstance(config, Mapping) else config.to_dict() if config is not None else {}

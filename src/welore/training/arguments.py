@@ -101,13 +101,8 @@ def is_on(environment: Mapping[str, str], name: str) -> bool:
     return environment.get(name, "").lower() in ("1", "true")
 
 
-def training_arguments(
-    config: FinetuneConfig, output_dir: Path, device: torch.device, *, evaluate_first: bool = True
-) -> TrainingArguments:
-    """The same settings in transformers' words. Under torchrun this joins the other processes.
-
-    evaluate_first: evaluate before the first step, too.
-    """
+def training_arguments(config: FinetuneConfig, output_dir: Path, device: torch.device) -> TrainingArguments:
+    """The same settings in transformers' words. Under torchrun this joins the other processes."""
     usual: dict[str, Any] = {
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
@@ -117,7 +112,7 @@ def training_arguments(
     }
     if "lr_scheduler_type" in config.training_arguments:
         del usual["lr_scheduler_kwargs"]  # of our own schedule
-    ours = _our_arguments(config, output_dir, device, evaluate_first)
+    ours = _our_arguments(config, output_dir, device)
     for name in config.training_arguments:
         _require_field(name)
         if name in ours or name in IGNORED:
@@ -133,9 +128,7 @@ def training_arguments(
     return arguments
 
 
-def _our_arguments(
-    config: FinetuneConfig, output_dir: Path, device: torch.device, evaluate_first: bool
-) -> dict[str, Any]:
+def _our_arguments(config: FinetuneConfig, output_dir: Path, device: torch.device) -> dict[str, Any]:
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in _fields() else "gradient_checkpointing"
     on = config.gradient_checkpointing
     return {
@@ -156,7 +149,7 @@ def _our_arguments(
         "logging_nan_inf_filter": False,
         "eval_strategy": "steps" if config.eval_steps else "no",
         "eval_steps": config.eval_steps or None,
-        "eval_on_start": bool(config.eval_steps) and evaluate_first,
+        "eval_on_start": bool(config.eval_steps),
         "save_strategy": "steps" if config.save_steps else "no",
         "save_steps": config.save_steps or 500,
         "report_to": config.report_to,

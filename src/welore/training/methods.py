@@ -15,6 +15,7 @@ from torch import nn
 from welore.allocation.plan import Plan
 from welore.errors import WeLoreError, choose
 from welore.layers.low_rank import LowRankLayer
+from welore.models.replace import compression_config
 from welore.models.skeleton import decoder_blocks
 from welore.models.targets import find_targets
 
@@ -136,8 +137,7 @@ def refuse_options(method: str, *, train_norms: bool, rank: int | None) -> None:
 
 def find_matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrices:
     """The targeted matrices of a compressed model by their form; of a dense one by what `plan` would make of them."""
-    config: Any = getattr(model.config, "quantization_config", None)
-    patterns = config if isinstance(config, dict) else config.to_dict() if config is not None else {}
+    patterns = compression_config(model)
     include, exclude = patterns.get("include", ()), patterns.get("exclude", ())
     if plan is not None:
         include, exclude = plan.include, plan.exclude

@@ -1,8 +1,7 @@
 """The loss of a batch: of the text's own tokens, or the distance from a teacher; without whole logits where possible.
 
-Logits are tokens x vocabulary numbers, held in several copies while they are differentiated: with a small model and
-a large vocabulary more than everything else together. So they are computed and differentiated CHUNK tokens at a time,
-from the hidden states that the model's head reads.
+Logits, tokens x vocabulary numbers in several copies, can take more memory than everything else. So they are computed
+and differentiated CHUNK tokens at a time, from the hidden states that the model's head reads.
 """
 
 from collections.abc import Callable

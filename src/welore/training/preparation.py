@@ -75,7 +75,8 @@ def prepare(
 ) -> Prepared:
     """Model, teacher and data in memory, what is trained marked; the directory of the run made or checked."""
     last = last_checkpoint(out) if resume else None
-    args = training_arguments(config, out / CHECKPOINTS, context.device, evaluate_first=last is None)
+    args = training_arguments(config, out / CHECKPOINTS, context.device)
+    args.eval_on_start = args.eval_on_start and last is None
     leads = args.process_index == 0
     if leads:
         check_out(out, resume=resume, overwrite=context.overwrite)
