@@ -29,7 +29,7 @@ from floor import operations, speeds
 from footprint import measured
 from welore.io.atomic import write_json
 from welore.io.checkpoint import INDEX
-from welore.io.safetensors_stream import TensorWriter
+from welore.io.safetensors_stream import TensorInfo, TensorWriter
 from welore.linalg.svd import factorise, reduce
 from welore.models.skeleton import dense_skeleton
 from welore.models.targets import Target
@@ -73,11 +73,11 @@ def make_checkpoint(directory: Path, layers: int) -> None:
     )
     config.save_pretrained(directory)
     parameters = dense_skeleton(config, AutoModelForCausalLM).named_parameters()
-    shards: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
+    shards: dict[str, dict[str, TensorInfo]] = {}
     for name, parameter in parameters:
         number = int(name.split(".")[2]) + 2 if ".layers." in name else 1
         filename = f"model-{number:05}-of-{layers + 1:05}.safetensors"
-        shards.setdefault(filename, {})[name] = (torch.bfloat16, tuple(parameter.shape))
+        shards.setdefault(filename, {})[name] = TensorInfo(torch.bfloat16, tuple(parameter.shape))
     seed = 0
     for filename, tensors in shards.items():
         with TensorWriter(directory / filename, tensors) as writer:

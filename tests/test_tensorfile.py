@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from welore.errors import WeLoreError
-from welore.io.safetensors_stream import CHUNK, DTYPES, TensorReader, TensorWriter
+from welore.io.safetensors_stream import CHUNK, DTYPES, TensorInfo, TensorReader, TensorWriter
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -15,7 +15,7 @@ def some_tensors() -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], order: list[str]) -> None:
-    with TensorWriter(path, {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as writer:
+    with TensorWriter(path, {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as writer:
         for name in order:
             flat = tensors[name].reshape(-1)
             writer.write(name, flat.split(4))
@@ -86,6 +86,6 @@ def test_header_that_is_no_json_is_refused(tmp_path: Path) -> None:
 def test_forgotten_tensor_is_noticed(tmp_path: Path) -> None:
     with (
         pytest.raises(AssertionError, match="never written"),
-        TensorWriter(tmp_path / "f", {"t": (torch.float32, (2,))}),
+        TensorWriter(tmp_path / "f", {"t": TensorInfo(torch.float32, (2,))}),
     ):
         pass

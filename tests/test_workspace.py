@@ -15,6 +15,7 @@ import torch
 
 from conftest import compress
 from welore.errors import WeLoreError
+from welore.io.context import RunContext
 from welore.io.parallel import Processes, parallel_map
 from welore.io.progress import silent
 from welore.io.resume import Workspace
@@ -91,7 +92,7 @@ def test_workers_see_one_blas_thread_and_leave_the_rest_as_it_was() -> None:
 
 def test_impossible_number_of_workers_is_one_sentence() -> None:
     with pytest.raises(WeLoreError, match="workers is 0"):
-        parallel_map(lambda x: x, [1], [1.0], workers=0, progress=silent, label="")
+        RunContext.create(workers=0)
 
 
 def test_processes_share_all_items_and_none_twice() -> None:

@@ -18,10 +18,7 @@ from welore.io.progress import Progress
 from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
 PLAN, RECORD = "plan.json", "compression.json"
-SHARD_SIZE = "5GB"
 COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json", PLAN, RECORD}
 
@@ -72,11 +69,8 @@ def write_config(source: Path, directory: Path, quantization: dict[str, Any] | N
         config["quantization_config"] = quantization
     write_json(directory / "config.json", config)
     for path in source.iterdir():
-        if (
-            path.is_file()
-            and (path.suffix in COPIED or path.name.startswith("LICENSE"))
-            and path.name not in NOT_COPIED
-        ):
+        small = path.suffix in COPIED or path.name.startswith("LICENSE")
+        if path.is_file() and small and path.name not in NOT_COPIED:
             shutil.copyfile(path, directory / path.name)
 
 

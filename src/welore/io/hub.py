@@ -10,16 +10,7 @@ from filelock import FileLock
 from welore.errors import WeLoreError, first_line
 from welore.io.atomic import atomic_directory
 
-HUB_FILES = [
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.tiktoken",
-    "LICENSE*",
-]
+HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
 
 
 def resolve_model(model: str | Path, *, cache_dir: str | Path | None = None, revision: str | None = None) -> Path:
@@ -59,7 +50,7 @@ def _converted_gguf(path: Path, cache_dir: str | Path | None) -> Path:
     """Directory with the dequantized (float32, exact) form of a .gguf file, made once and kept in the cache."""
     if not path.is_file():
         raise WeLoreError(f"{path} does not exist")
-    root = Path(cache_dir) if cache_dir else default_cache()
+    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "welore")
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
     directory = root / "gguf" / f"{path.stem}-{content[:16]}"
@@ -80,18 +71,10 @@ def _convert_gguf(path: Path, directory: Path) -> None:
     with atomic_directory(directory) as partial:
         try:
             model = AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                gguf_file=path.name,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
+                path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except (ValueError, KeyError, OSError) as error:
             raise WeLoreError(f"{path} cannot be read: {first_line(error)}") from error
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-
-
-def default_cache() -> Path:
-    """Where converted .gguf files are kept: `$XDG_CACHE_HOME/welore`, or `~/.cache/welore`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "welore"

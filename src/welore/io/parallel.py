@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from threadpoolctl import threadpool_limits
 
-from welore.errors import WeLoreError
 from welore.io.progress import Progress
 
 Item = TypeVar("Item")
@@ -67,18 +66,15 @@ def parallel_map(
     items: Sequence[Item],
     costs: Sequence[float],
     *,
-    workers: int | None,
+    workers: int,
     progress: Progress,
     label: str,
 ) -> list[Result]:
-    """function(item) of every item, in order, by `workers` threads of one BLAS thread each (None: one per core).
+    """function(item) of every item, in order, by `workers` threads of one BLAS thread each.
 
     With one BLAS thread a result has the same bits however many workers there are. The first error stops the rest.
     costs: relative time of every item, for an honest estimate of the time left.
     """
-    workers = default_workers() if workers is None else workers
-    if workers < 1:
-        raise WeLoreError(f"workers is {workers}: it must be at least 1")
     # OpenMP and MKL count threads per calling thread: every worker has to say it for itself.
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     with _one_thread_each(), pool:

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -104,22 +103,18 @@ class TensorWriter:
     """
 
     def __init__(
-        self,
-        path: str | Path,
-        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-        metadata: Mapping[str, str] | None = None,
+        self, path: str | Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
     ) -> None:
         self.path = Path(path)
         alignment = {dtype: position for position, dtype in enumerate(DTYPES.values())}
-        order = sorted(tensors, key=lambda name: (alignment[tensors[name][0]], name))
+        order = sorted(tensors, key=lambda name: (alignment[tensors[name].dtype], name))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
         self._entries: dict[str, tuple[TensorInfo, int]] = {}
         position = 0
         for name in order:
-            dtype, shape = tensors[name]
-            info = TensorInfo(dtype, tuple(shape))
+            info = tensors[name]
             stop = position + info.bytes
-            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [position, stop]}
+            header[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [position, stop]}
             self._entries[name] = info, position
             position = stop
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
@@ -143,8 +138,6 @@ class TensorWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
         assert kind is not None or not self._missing, f"never written: {sorted(self._missing)[:3]}"

@@ -1,6 +1,6 @@
 """The low-rank layers: nn.Modules and nothing else."""
 
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,6 @@ from welore.errors import WeLoreError
 from welore.layers.block_grid import Grid, block_shape
 from welore.layers.storage_forms import FACTORED, PIVOTED
 from welore.linalg.interpolative import pivoted
-
-Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class LowRankLayer(nn.Module):
@@ -54,6 +52,13 @@ class LowRankLayer(nn.Module):
     def check(self, name: str) -> None:
         """Raise WeLoreError if loaded tensors contradict each other; name: of the layer."""
 
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; what decoding has laid by column is laid by row again to be trained."""
+        for parameter in self.parameters():
+            if mode and not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+        return super().train(mode)
+
     def extra_repr(self) -> str:
         """Shapes, as nn.Linear prints them."""
         return _shapes(self, f"rank={self.rank}")
@@ -91,10 +96,6 @@ class LowRankLinear(LowRankLayer):
         y = self.A(self.B(x))
         return y if self.bias is None else y + self.bias
 
-    def train(self, mode: bool = True) -> Self:
-        """As of any module; what decoding has laid by column is laid by row again to be trained."""
-        return _lay_by_row_to_train(super().train(mode), self.A)
-
 
 class PivotedLinear(LowRankLayer):
     """y = cat(z, C z)[order] + b with z = P x: r rows of a rank-r matrix W, and the others as combinations of them.
@@ -123,8 +124,7 @@ class PivotedLinear(LowRankLayer):
     @staticmethod
     def pack(A: Tensor, B: Tensor) -> tuple[Tensor, ...]:
         """P, C and order: see linalg.interpolative."""
-        rows = pivoted(A, B)
-        return rows.P, rows.C, rows.order
+        return pivoted(A, B)
 
     @staticmethod
     def unpack(*parts: Tensor) -> Tensor:
@@ -149,10 +149,6 @@ class PivotedLinear(LowRankLayer):
         # gather with a stretched index: on a CPU several times as fast, both ways, as index_select or y[..., order].
         y = y.gather(-1, self.order.long().expand(y.shape))
         return y if self.bias is None else y + self.bias
-
-    def train(self, mode: bool = True) -> Self:
-        """As of any module; what decoding has laid by column is laid by row again to be trained."""
-        return _lay_by_row_to_train(super().train(mode), self.C)
 
 
 class SplitLinear(nn.Module):
@@ -235,9 +231,3 @@ def _lay_by_column(tall: nn.Linear, x: Tensor) -> None:
 
 def _by_row(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
     state[prefix + "weight"] = state[prefix + "weight"].contiguous()
-
-
-def _lay_by_row_to_train(layer: Layer, tall: nn.Linear) -> Layer:
-    if layer.training and not tall.weight.is_contiguous():
-        tall.weight.data = tall.weight.data.contiguous()
-    return layer

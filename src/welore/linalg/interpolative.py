@@ -7,7 +7,7 @@ Any r independent rows will do in exact arithmetic. In bfloat16 the rounding of 
 rows multiplied by C, so the rows are chosen such that no combination has a large coefficient.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +21,7 @@ from welore.linalg import _lapack as lapack
 LARGEST = 1.01  # no |C| above this
 
 
-@dataclass(frozen=True)
-class Pivoted:
+class Pivoted(NamedTuple):
     """P (r, n), C (m - r, r) and order (m,), int32: W = cat(P, C P)[order].
 
     The pivots, and the other rows, each stand in the order that they have in W.
@@ -31,11 +30,6 @@ class Pivoted:
     P: Tensor
     C: Tensor
     order: Tensor
-
-    @property
-    def pivots(self) -> Tensor:
-        """The rows (r,) of W that P holds, ascending."""
-        return torch.argsort(self.order)[: len(self.P)]
 
 
 def pivoted(A: Tensor, B: Tensor) -> Pivoted:
@@ -46,7 +40,7 @@ def pivoted(A: Tensor, B: Tensor) -> Pivoted:
     find a good submatrix; on the matrices of SmolLM2 none to six changes). An A of lower rank than r is no trouble:
     the superfluous pivots are kept and not used.
     """
-    (m, r), n = A.shape, B.shape[1]
+    m, r = A.shape
     if B.shape[0] != r or r > m:
         raise WeLoreError(f"factors of shapes {tuple(A.shape)} and {tuple(B.shape)} are no A (m, r), B (r, n), r <= m")
     left = A.to("cpu", torch.float64, copy=True, memory_format=torch.contiguous_format)
@@ -57,7 +51,6 @@ def pivoted(A: Tensor, B: Tensor) -> Pivoted:
     C = C[np.ix_(others, pivots)]
     rows = np.concatenate([rows[:r][pivots], rows[r:][others]])
     P = left[torch.from_numpy(rows[:r])] @ B.to("cpu", torch.float64)
-    assert P.shape == (r, n)
     return Pivoted(
         P.to(A.device, A.dtype),
         torch.from_numpy(C).to(A.device, A.dtype),

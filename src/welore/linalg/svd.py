@@ -5,10 +5,8 @@ Shapes: W (m, n) = (out_features, in_features), k = min(m, n), A (m, r), B (r, n
 Which approximation is best depends on the norm: the plain one (Frobenius), or a Metric that weighs what enters and
 what leaves the matrix.
 
-Everything starts from the Gram matrix of the shorter side, (k, k), and its reduction to tridiagonal form, which
-costs a fraction of an SVD and serves both the values and the factors. Values need float64 there: squares lose
-half the digits, and min-max normalisation subtracts sigma_min. Factors do not: an error in a singular vector
-enters ||W - A B|| only squared, so float32 is enough, and is checked.
+Everything starts from the Gram matrix of the shorter side, (k, k), reduced to tridiagonal form; where float64 is
+needed, and where float32 is enough and is checked: docs/concepts/decomposition.md.
 """
 
 from collections.abc import Mapping
@@ -96,16 +94,15 @@ def reduce(W: Tensor, metric: Metric | None = None) -> Reduction:
     """
     m, n = W.shape
     if metric is not None:
-        gram = np.asfortranarray(_scaled_gram(W.cpu(), metric).numpy())
-        return Reduction(*lapack.tridiagonalise(gram), gram)
+        scaled = np.asfortranarray(_scaled_gram(W.cpu(), metric).numpy())
+        return Reduction(*lapack.tridiagonalise(scaled), scaled)
     gram = np.zeros((min(m, n), min(m, n)), order="F")
     rows = W.T if m <= n else W
     # A fresh copy, always laid out alike: the same W gives the same bits wherever it came from.
     copy = torch.empty(BLOCK, min(m, n), dtype=torch.float64)
     for block in rows.split(BLOCK):
         lapack.add_gram(gram, copy[: len(block)].copy_(block).numpy())
-    diagonal, off_diagonal, tau = lapack.tridiagonalise(gram)
-    return Reduction(diagonal, off_diagonal, tau, gram)
+    return Reduction(*lapack.tridiagonalise(gram), gram)
 
 
 def singular_values(W: Tensor, metric: Metric | None = None) -> NDArray[np.float64]:
@@ -131,11 +128,7 @@ class Factors:
 
 
 def factorise(
-    W: Tensor,
-    rank: int,
-    optimum: float | None = None,
-    reduction: Reduction | None = None,
-    metric: Metric | None = None,
+    W: Tensor, rank: int, optimum: float | None = None, reduction: Reduction | None = None, metric: Metric | None = None
 ) -> Factors:
     """A = U_r sqrt(S_r) and B = sqrt(S_r) V_r^T: the best approximation A B of W of rank `rank`.
 
@@ -154,36 +147,27 @@ def factorise(
     if metric is not None:
         return _factorise_scaled(W, rank, metric, optimum, reduction, precision)
     W = W.to(precision, copy=True, memory_format=torch.contiguous_format)
-    A, B = _project(W, _vectors(W, rank, reduction, precision))
-    if optimum is None:
-        return Factors(A, B)
-    excess = residual(W, A, B) - optimum**2
-    if abs(excess) <= EXCESS:
-        return Factors(A, B, excess)
-    del A, B
-    side = _vectors(W, rank, None, torch.float64)
-    W = W.double()
-    A, B = _project(W, side)
-    excess = residual(W, A, B) - optimum**2
-    if abs(excess) > EXCESS:
-        raise WeLoreError(f"rank {rank} leaves {excess:+.1e} more of ||W||^2 than the plan says: other weights?")
-    return Factors(A.to(precision), B.to(precision), excess, repaired=True)
+    for repaired in (False, True):
+        W = W.double() if repaired else W
+        A, B = _project(W, _vectors(W, rank, reduction, W.dtype))
+        excess = 0.0 if optimum is None else residual(W, A, B) - optimum**2
+        if abs(excess) <= EXCESS:
+            return Factors(A.to(precision), B.to(precision), excess, repaired)
+        del A, B
+        reduction = None
+    raise WeLoreError(f"rank {rank} leaves {excess:+.1e} more of ||W||^2 than the plan says: other weights?")
 
 
 def _factorise_scaled(
-    W: Tensor,
-    rank: int,
-    metric: Metric,
-    optimum: float | None,
-    reduction: Reduction | None,
-    precision: torch.dtype,
+    W: Tensor, rank: int, metric: Metric, optimum: float | None, reduction: Reduction | None, precision: torch.dtype
 ) -> Factors:
     """`factorise` in the norm of a metric: vectors in float32, all else in float64."""
     double, short, long = metric.sides(W)
     half, back = _roots(short)
     for vectors_in in (torch.float32, torch.float64):
         if not _by_lapack(W):
-            vectors, total = _scaled_vectors(W, metric, rank)
+            values, vectors = torch.linalg.eigh(_scaled_gram(W, metric))
+            vectors, total = vectors.flip(1)[:, :rank], float(values.sum())
         else:
             reduction = reduction or reduce(W, metric)
             kind = np.float32 if vectors_in == torch.float32 else np.float64
@@ -254,12 +238,6 @@ def _roots(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _floored(values: Tensor) -> Tensor:
     largest = float(values.max())
     return values.clamp(min=largest * 1e-12) if largest > 0 else torch.ones_like(values)
-
-
-def _scaled_vectors(W: Tensor, metric: Metric, rank: int) -> tuple[Tensor, float]:
-    """The first singular vectors (k, rank) of the scaled W on its shorter side, where W is, and its squared norm."""
-    values, vectors = torch.linalg.eigh(_scaled_gram(W, metric))
-    return vectors.flip(1)[:, :rank], float(values.sum())
 
 
 def _vectors(W: Tensor, rank: int, reduction: Reduction | None, precision: torch.dtype) -> Tensor:

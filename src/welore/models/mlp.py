@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -122,16 +122,15 @@ def outputs_per_neuron(model: "PreTrainedModel") -> dict[str, int]:
     return {up.name: mlp.copies(up) for mlp in find_mlps(model, find_targets(model)) for up in mlp.up_layers}
 
 
-def pad_neurons(layer: nn.Module, values: Tensor, copies: int) -> Tensor:
+def pad_neurons(layer: Any, values: Tensor, copies: int) -> Tensor:
     """Weight or bias of a layer that has lost neurons, as the dense `layer` holds it: zeros stand for what is gone.
 
     copies: see `outputs_per_neuron`; 1 for other layers. A tensor of the dense shape is returned as it is.
     """
-    dense, kind = (layer.weight if values.ndim > 1 else layer.bias), known_kind(layer)
-    assert isinstance(dense, Tensor)
+    matrix, kind = values.ndim > 1, known_kind(layer)
+    dense = layer.weight if matrix else layer.bias
     if values.shape == dense.shape:
         return values
-    matrix = values.ndim > 1
     padded = values.new_zeros(kind.shape(layer) if matrix else dense.shape)
     some = (kind.matrix(values) if matrix else values).unflatten(0, (copies, -1))
     padded.unflatten(0, (copies, -1))[(slice(None), *(slice(size) for size in some.shape[1:]))] = some

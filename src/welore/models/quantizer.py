@@ -139,7 +139,9 @@ class WeLoreQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
         step_aside(model)
-        check_layers(model)
+        for name, layer in model.named_modules():
+            if isinstance(layer, LowRankLayer):
+                layer.check(name)
         if config.ranks is None:
             del model.config.quantization_config
             welore.compress(model, config=config.compression, tokenizer=_tokenizer(model, config.compression))
@@ -212,10 +214,3 @@ def check_factors(config: WeLoreConfig, files: Sequence[str | Path], prefix: str
         parts = {part: shape_of(f"{name}.{part}") for part in form.parts}
         if not form.check(parts, rank):
             raise WeLoreError(f"config.json gives {name} rank {rank}, its tensors are {parts}: it is damaged")
-
-
-def check_layers(model: nn.Module) -> None:
-    """Raise WeLoreError if the tensors of a low-rank layer contradict each other."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, LowRankLayer):
-            layer.check(name)

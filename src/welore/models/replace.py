@@ -4,10 +4,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from welore.errors import WeLoreError
-from welore.layers.block_grid import Grid, block_names
+from welore.layers.block_grid import block_names
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.mlp import resize_layers
@@ -27,22 +27,14 @@ def replace_module(model: nn.Module, name: str, rank: int, form: str = FACTORED)
     return _exchanged(model, name, lambda n, m, **like: FORMS[form].layer(n, m, rank, **like))
 
 
-def split_module(model: nn.Module, name: str, grid: Grid) -> SplitLinear:
-    """Put a layer of (uninitialised) dense blocks in the place of the linear layer `name`; its bias is kept."""
-    return _exchanged(model, name, lambda n, m, **like: SplitLinear(n, m, grid, **like))
-
-
 def _exchanged(model: nn.Module, name: str, make: Callable[..., Layer]) -> Layer:
     if not has_module(model, name):
         raise WeLoreError(f"config.json gives a rank to {name}, but {type(model).__name__} has no such layer")
-    old = model.get_submodule(name)
-    weight, bias = old.weight, old.bias
-    assert isinstance(weight, Tensor)
+    old: Any = model.get_submodule(name)
     m, n = known_kind(old).shape(old)
-    new = make(n, m, device=weight.device, dtype=weight.dtype)
-    if bias is not None:
-        assert isinstance(bias, nn.Parameter)
-        new.bias = bias
+    new = make(n, m, device=old.weight.device, dtype=old.weight.dtype)
+    if old.bias is not None:
+        new.bias = old.bias
     new.train(old.training)
     model.set_submodule(name, new)
     return new
@@ -52,14 +44,13 @@ def build_layer(model: nn.Module, layer: str, config: "WeLoreConfig") -> None:
     """Put the (uninitialised) layer that a compression describes in the place of a dense one; its bias is kept."""
     if layer in config.shapes:
         resize_layers(model, {submodule_name(model, layer): config.shapes[layer]})
-    names = [layer]
-    if layer in config.split:
-        split_module(model, submodule_name(model, layer), config.split[layer])
-        names = block_names(layer, config.split[layer])
+    names, ranks, grid = [layer], config.ranks or {}, config.split.get(layer)
+    if grid is not None:
+        names = block_names(layer, grid)
+        _exchanged(model, submodule_name(model, layer), lambda n, m, **like: SplitLinear(n, m, grid, **like))
     for name in names:
-        if name in (config.ranks or {}):
-            form = config.forms.get(name, FACTORED)
-            replace_module(model, submodule_name(model, name), (config.ranks or {})[name], form)
+        if name in ranks:
+            replace_module(model, submodule_name(model, name), ranks[name], config.forms.get(name, FACTORED))
 
 
 def restore_layer(model: nn.Module, name: str, dense: nn.Module) -> None:

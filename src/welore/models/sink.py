@@ -3,14 +3,15 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from welore.config import SHARD_SIZE
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory
-from welore.io.checkpoint import SHARD_SIZE, OutputTensors, write_config, write_weights
+from welore.io.checkpoint import OutputTensors, write_config, write_weights
 from welore.io.progress import Progress
 from welore.models.replace import build_layer, restore_layer, sizes
 from welore.models.skeleton import dense_skeleton
@@ -22,31 +23,14 @@ if TYPE_CHECKING:
     from welore.models.quantizer import WeLoreConfig
 
 
-class TensorSink(Protocol):
-    """Takes the tensors of a result.
-
-    directory: where other files of the result are to be written, None where nothing is.
-    """
-
-    directory: Path | None
-
-    def write(self, outputs: "Sequence[OutputTensors]", config: "WeLoreConfig | None", progress: Progress) -> int:
-        """Write all tensors and the configuration; returns the bytes of the weights.
-
-        config: of a compressed result; None for a dense one.
-        """
-
-
 class DirectorySink:
     """A checkpoint directory, written one tensor at a time. source: the directory of the original model."""
 
     def __init__(self, source: Path, directory: Path, max_shard_size: str = SHARD_SIZE) -> None:
-        self.source, self.max_shard_size = source, max_shard_size
-        self.directory: Path | None = directory
+        self.source, self.directory, self.max_shard_size = source, directory, max_shard_size
 
-    def write(self, outputs: "Sequence[OutputTensors]", config: "WeLoreConfig | None", progress: Progress) -> int:
-        """Write the weights, config.json and the small files of the original."""
-        assert self.directory is not None
+    def write(self, outputs: Sequence[OutputTensors], config: "WeLoreConfig | None", progress: Progress) -> int:
+        """Write the weights, config.json (config: None for a dense result) and the small files; returns their bytes."""
         size = write_weights(self.directory, outputs, self.max_shard_size, progress)
         write_config(self.source, self.directory, None if config is None else config.to_dict())
         return size
@@ -60,7 +44,7 @@ class ModelSink:
     ) -> None:
         self.model, self.directory, self.max_shard_size = model, directory, max_shard_size
 
-    def write(self, outputs: "Sequence[OutputTensors]", config: "WeLoreConfig | None", progress: Progress) -> int:
+    def write(self, outputs: Sequence[OutputTensors], config: "WeLoreConfig | None", progress: Progress) -> int:
         """Exchange the layers that the outputs change; tensors that are copied stay where they are."""
         layers: dict[str, list[OutputTensors]] = {}
         for output in outputs:
@@ -91,6 +75,9 @@ class ModelSink:
         layer, _, part = name.rpartition(".")
         tensor = getattr(self.model.get_submodule(layer), part)
         tensor.copy_(flat.reshape(tensor.shape))
+
+
+TensorSink = DirectorySink | ModelSink  # directory: where other files of the result go, None where nothing is written
 
 
 @contextmanager

@@ -145,11 +145,7 @@ class CheckpointSource(TensorSource):
     """
 
     def __init__(
-        self,
-        directory: Path,
-        name: str | None = None,
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
+        self, directory: Path, name: str | None = None, include: Sequence[str] = (), exclude: Sequence[str] = ()
     ) -> None:
         self.directory, self.name = Path(directory), name or str(directory)
         self.include, self.exclude = tuple(include), tuple(exclude)
@@ -242,10 +238,7 @@ class OverlaySource(TensorSource):
     """
 
     def __init__(
-        self,
-        base: TensorSource,
-        shapes: Mapping[str, tuple[int, int]],
-        overrides: Mapping[str, Callable[[], Tensor]],
+        self, base: TensorSource, shapes: Mapping[str, tuple[int, int]], overrides: Mapping[str, Callable[[], Tensor]]
     ) -> None:
         self.base, self.overrides = base, dict(overrides)
         self.name, self.include, self.exclude = base.name, base.include, base.exclude

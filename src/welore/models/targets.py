@@ -55,15 +55,13 @@ class WeightKind:
         """The weight or the bias of a layer for some of its outputs. rows: (count,), indices."""
         return parameter.index_select(1 if self.transposed and parameter.ndim == 2 else 0, rows)
 
-    def resized(self, layer: nn.Module, shape: tuple[int, int]) -> nn.Module:
+    def resized(self, layer: Any, shape: tuple[int, int]) -> Any:
         """A copy of the layer with an uninitialised W (m, n), of its class, with what else it knows."""
-        m, n = shape
-        weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor)
+        (m, n), weight, bias = shape, layer.weight, layer.bias
         new = copy.copy(layer)
         new._parameters = dict(layer._parameters)
         new.weight = nn.Parameter(weight.new_empty(self.stored_shape(shape)), requires_grad=weight.requires_grad)
-        if isinstance(bias, nn.Parameter):
+        if bias is not None:
             new.bias = nn.Parameter(bias.new_empty(m), requires_grad=bias.requires_grad)
         vars(new).update(zip(self.sizes, (n, m), strict=True))
         return new
@@ -84,9 +82,8 @@ def kind_of(layer: nn.Module) -> WeightKind | None:
     """How a layer stores its matrix; None if it is no linear map. It may be a subclass of a linear layer."""
     for base, kind in _kinds().items():
         if isinstance(layer, base):
-            if base is LowRankLayer or type(layer).forward is base.forward or _is_linear_map(layer, kind):
-                return kind
-            return None
+            known = base is LowRankLayer or type(layer).forward is base.forward
+            return kind if known or _is_linear_map(layer, kind) else None
     return None
 
 
@@ -202,7 +199,8 @@ def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude:
     include, exclude = tuple(include), tuple(exclude)
     blocks, _ = decoder_blocks(model)
     tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
-    experts = _expert_counts(model)
+    settings: Any = model.config.get_text_config(decoder=True)
+    experts = {getattr(settings, key, None) for key in EXPERT_COUNTS}
     names = []
     targets = []
     for name, module in model.named_modules():
@@ -230,11 +228,6 @@ def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude:
 
 def _matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(f".{name}.", f"{head}.{pattern}.{tail}") for head in ("", "*") for tail in ("", "*"))
-
-
-def _expert_counts(model: "PreTrainedModel") -> set[int]:
-    config: Any = model.config.get_text_config(decoder=True)
-    return {count for key in EXPERT_COUNTS if (count := getattr(config, key, None))}
 
 
 # --- counting --------------------------------------------------------------------------------------------------------
