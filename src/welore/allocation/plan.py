@@ -192,8 +192,7 @@ class Plan:
             grids = read_grids(content.get("grids", {}))
             names = {matrix["name"] for matrix in content["matrices"]}
             for layer, grid in grids.items():
-                lost = set(block_names(layer, grid)) - names
-                if lost:
+                if lost := set(block_names(layer, grid)) - names:
                     raise WeLoreError(f"{path} splits {layer} and says nothing of {min(lost)}: make it again")
             return cls(
                 model=Identity(content["model"]["name"], content["model"]["fingerprint"]),

@@ -1,8 +1,6 @@
-"""allocate: spectra and a target -> the rank of every matrix, a plan.
+"""allocate: spectra and a target -> the rank of every matrix, a plan (docs/concepts/ranks.md). numpy only.
 
 A strategy (strategies.STRATEGIES) gives every singular value a score, and ONE level cuts the scores of the whole model.
-The level that meets the target is solved exactly: all scores are pooled and sorted once, and rank reduction and stored
-parameters are running sums along that order. numpy only.
 """
 
 from collections.abc import Sequence
@@ -53,7 +51,9 @@ def allocate(
 
     Source: WeLore (arXiv 2407.11239), section 4.1.
     """
-    config = with_target(config, keep=keep, rank_reduction=rank_reduction, threshold=threshold)
+    targets: dict[str, Any] = {"keep": keep, "rank_reduction": rank_reduction, "threshold": threshold}
+    targets = {name: float(value) for name, value in targets.items() if value is not None}
+    config = replace(config or AllocationConfig(), **targets)
     (name, value), (strategy, rule) = config.target, resolve(config, spectra.scaling)
     shapes = [spectra.shapes[name] for name in spectra.values]
     scores = STRATEGIES[strategy].scores(spectra, rule.storage)
@@ -62,7 +62,9 @@ def allocate(
         np.full_like(s, top) if n in spectra.unreached else _in_groups(s, config.rank_multiple, top)
         for n, s in zip(spectra.values, scores, strict=True)
     ]
-    level = value if name == "threshold" else _solve(scores, shapes, _pruned_numel(spectra), (name, value), rule)
+    layers = ((layer_of(matrix, spectra.grids), m * n) for matrix, (m, n) in spectra.shapes.items())
+    pruned = sum(dense_numel(numel, layer, spectra.neurons) - numel for layer, numel in layers)
+    level = value if name == "threshold" else _solve(scores, shapes, pruned, (name, value), rule)
     allocations = []
     for (matrix, sigma), shape, s in zip(spectra.values.items(), shapes, scores, strict=True):
         rank = max(min(config.rank_multiple, len(s)), int((s >= level).sum()))
@@ -85,12 +87,6 @@ def allocate(
         grids=spectra.grids,
         neurons=spectra.neurons,
     )
-
-
-def with_target(config: AllocationConfig | None, **targets: float | None) -> AllocationConfig:
-    """The config with the targets that are given beside it."""
-    given: dict[str, Any] = {name: float(value) for name, value in targets.items() if value is not None}
-    return replace(config or AllocationConfig(), **given)
 
 
 @dataclass(frozen=True)
@@ -151,12 +147,6 @@ def _require_between(name: str, target: float, low: float, high: float, rule: Ru
             f"{name} {target:g} cannot be reached: for this model and min_ratio {rule.min_ratio} it lies between "
             f"{low:.4f} and {high:.4f}"
         )
-
-
-def _pruned_numel(spectra: Spectra) -> int:
-    """Parameters of the dense model's targeted matrices that were pruned with neurons."""
-    layers = ((layer_of(name, spectra.grids), m * n) for name, (m, n) in spectra.shapes.items())
-    return sum(dense_numel(numel, layer, spectra.neurons) - numel for layer, numel in layers)
 
 
 def _in_groups(scores: Values, size: int, top: float) -> Values:

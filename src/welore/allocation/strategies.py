@@ -1,8 +1,6 @@
 """How singular values of different matrices are compared: a strategy gives every one of them a score.
 
-One level then cuts the scores of the whole model (`solver.allocate`). Functions of arrays: sigma (k,) descending of
-every matrix in, scores (k,) not ascending out. If the unit of the spectra is "loss", squares are predicted losses that
-can be added up over the model; if it is "relative", they tell only which share of one matrix is lost.
+Functions of arrays: sigma (k,) descending of every matrix in, scores (k,) not ascending out.
 """
 
 import itertools
@@ -44,8 +42,7 @@ def uniform(spectra: Spectra, storage: str) -> Scores:
 def owl(spectra: Spectra, storage: str) -> Scores:
     """Uniform inside a block; blocks with more outliers keep more. OWL, arXiv 2310.05175, section 3.
 
-    The fraction removed from a block is that of the model plus at most OWL_SPREAD, less for more outliers; the mean
-    over the blocks is kept. Here an outlier is counted against the mean of its matrix, there of its block.
+    Here an outlier is counted against the mean of its matrix, there of its block.
     """
     if not spectra.outliers:
         raise WeLoreError("strategy owl needs outliers, which are counted from statistics: give --statistics")
@@ -69,10 +66,8 @@ def energy(spectra: Spectra, storage: str) -> Scores:
 def waterfill(spectra: Spectra, storage: str) -> Scores:
     """The loss avoided per stored number, so that one price for all matrices minimises the sum of losses.
 
-    The loss of a matrix at rank r is the sum of the losses of the removed values: measured ones if there are any, else
-    their squares; in relative units, as a share of the squared norm. It falls along a curve over the numbers stored.
-    The corners of the curve's lower convex hull, which ends at the dense matrix (no loss), are optimal at some price.
-    The score is the slope of the hull: all values between two corners share one score and are removed together.
+    The loss at rank r is the sum over the removed values: measured losses if there are any, else squares; in relative
+    units, as a share of the squared norm. The score is the slope of the lower convex hull of loss over numbers stored.
     """
     scores = []
     for name, sigma in spectra.values.items():

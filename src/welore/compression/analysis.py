@@ -93,8 +93,7 @@ def shared_workspace(
 
     key: what else its content depends on, as JSON, beside the weights, the device and the version of this package.
     """
-    identity = [source.state, version("welore"), context.device.type, *key]
-    workspace = Workspace(directory, json.dumps(identity))
+    workspace = Workspace(directory, json.dumps([source.state, version("welore"), context.device.type, *key]))
     if context.processes.is_main:
         workspace.open()
     context.processes.wait()
@@ -121,7 +120,6 @@ def analyze_source(
 ) -> Spectra:
     """Singular values of every targeted matrix, taken from the workspace if they are there already.
 
-    grids: layer -> grid of the layers that are split in blocks. neurons: those that are left of pruned MLPs.
     keep_reductions: store what the factors need of the decomposition, too; on the CPU only.
     """
     workspace = context.workspace
@@ -170,11 +168,7 @@ def analyze_source(
 
 
 def _losses(scaling: str, statistics: Statistics | None, targets: Sequence[Target]) -> dict[str, NDArray[np.float64]]:
-    """The measured losses of all matrices that the statistics have reached, or of none.
-
-    Measured losses cannot be compared with predicted ones. There are none if they were measured along other
-    directions than those of the factors (another split, another scaling).
-    """
+    """The measured losses of all matrices that were reached, or of none: predicted ones do not compare with them."""
     if statistics is None or not scaling_of(scaling).measured:
         return {}
     reached = [t.name for t in targets if statistics.counts.get(t.layer)]

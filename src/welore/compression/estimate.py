@@ -1,7 +1,7 @@
 """estimate: what `compress` will need, from shapes alone: sizes, and time, memory and disk of every stage.
 
-The formulas count floating-point operations. Their rate is measured on the device at hand, by a few products of
-matrices. Times are right within a factor of two or so; memory and disk are upper bounds.
+Floating-point operations are counted, and their rate is measured. Times are right within a factor of two or so; memory
+and disk are upper bounds.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from welore.io.context import RunContext
 from welore.models.load import fastest
 from welore.models.mlp import find_mlps
 from welore.models.skeleton import decoder_blocks
-from welore.models.source import TensorSource, open_source
+from welore.models.source import open_source
 from welore.models.targets import Target, in_blocks
 
 if TYPE_CHECKING:
@@ -118,60 +118,44 @@ def estimate(
     config = config if keep is None else dataclasses.replace(config, keep=keep)
     source = open_source(model, context, include=config.include, exclude=config.exclude)
     job = make_job(source, config, calibration, recovery, None, statistics, context)
-    shape, rates = _ModelShape.of(source), _rates(context.device)
-    stages = _Costs(source, job, shape, context, rates).stages()
+    costs = _Costs(job)
     dense_bytes = sum(source.info(name).bytes for name in source.names())
-    removed = None if config.keep is None else round((1 - config.keep) * shape.targeted)
+    removed = None if config.keep is None else round((1 - config.keep) * costs.targeted)
     name, target = config.target
     return Estimate(
         model=source.name,
         device=str(context.device),
         target={name: target},
-        dense_parameters=shape.parameters,
+        dense_parameters=costs.parameters,
         dense_bytes=dense_bytes,
-        parameters=None if removed is None else shape.parameters - removed,
+        parameters=None if removed is None else costs.parameters - removed,
         bytes=None if removed is None else dense_bytes - removed * source.dtype(source.targets[0]).itemsize,
-        rates=rates,
-        stages=tuple(stages),
+        rates=costs.rates,
+        stages=tuple(costs.stages()),
     )
 
 
-@dataclass(frozen=True)
-class _ModelShape:
-    """Sizes of a decoder: parameters, those in targeted matrices, layers, hidden size, bytes of its statistics."""
+class _Costs:
+    """The formulas, with everything that they rest on."""
 
-    parameters: int
-    targeted: int
-    layers: int
-    hidden: int
-    statistics_bytes: int
-
-    @classmethod
-    def of(cls, source: TensorSource) -> "_ModelShape":
+    def __init__(self, job: Job) -> None:
+        self.job, self.context, self.rates = job, job.context, _rates(job.context.device)
+        self.source = source = job.source
+        self.parameters = sum(p.numel() for p in source.skeleton.parameters())
+        self.targeted = sum(math.prod(target.shape) for target in source.targets)
+        self.layers = len(decoder_blocks(source.skeleton)[1])
+        self.hidden = source.skeleton.config.get_text_config(decoder=True).hidden_size
+        self.blocks = in_blocks(source.targets, job.grids)
+        self.on_cpu = job.context.device.type == "cpu"
+        self.stored = (1.0 if job.config.keep is None else job.config.keep) * self.targeted
+        self.tokens, self.length = job.calibration.num_tokens, job.calibration.max_length or MAX_LENGTH
         groups: dict[str, list[Target]] = {}
         for target in source.targets:
             groups.setdefault(target.name.rpartition(".")[0], []).append(target)
         moments = sum(target.shape[0] ** 2 for target in source.targets)
         for group in groups.values():  # the last of a module reads an input of its own, the others share one
             moments += sum(n**2 for n in {t.shape[1] for t in group[:-1]}) + group[-1].shape[1] ** 2
-        return cls(
-            parameters=sum(p.numel() for p in source.skeleton.parameters()),
-            targeted=sum(math.prod(target.shape) for target in source.targets),
-            layers=len(decoder_blocks(source.skeleton)[1]),
-            hidden=source.skeleton.config.get_text_config(decoder=True).hidden_size,
-            statistics_bytes=4 * moments,
-        )
-
-
-@dataclass(frozen=True)
-class _Costs:
-    """The formulas, with everything that they rest on."""
-
-    source: TensorSource
-    job: Job
-    shape: _ModelShape
-    context: RunContext
-    rates: dict[str, float]
+        self.statistics_bytes = 4 * moments
 
     def stages(self) -> list[Stage]:
         """All stages that the settings ask for."""
@@ -184,52 +168,35 @@ class _Costs:
             stages.append(self._pruning())
         if job.recovery is not None:
             stages.append(self._recovery(job.recovery))
-        size = itemsize * (self._stored + self.shape.parameters - self.shape.targeted)
-        largest = max(math.prod(target.shape) for target in self._blocks)
+        size = itemsize * (self.stored + self.parameters - self.targeted)
+        largest = max(math.prod(target.shape) for target in self.blocks)
         return [*stages, Stage("writing", size / DISK_RATE, 3 * 4 * largest, size)]
 
-    @property
-    def _blocks(self) -> list[Target]:
-        return in_blocks(self.source.targets, self.job.grids)
-
-    @property
-    def _on_cpu(self) -> bool:
-        return self.context.device.type == "cpu"
-
-    @property
-    def _stored(self) -> float:
-        return (1.0 if self.job.config.keep is None else self.job.config.keep) * self.shape.targeted
-
-    @property
-    def _tokens(self) -> int:
-        return self.job.calibration.num_tokens
-
     def _text(self) -> Stage:
-        length = self.job.calibration.max_length or MAX_LENGTH
-        steps = math.ceil(self._tokens / length / WRITING_BATCH) * length
-        seconds = 2 * self.shape.parameters * self._tokens / (WRITING_SHARE * self.rates["float32"])
-        seconds = seconds if self._on_cpu else max(seconds, steps * self.shape.layers * LAUNCHES)
-        return Stage("text", seconds, (4 if self._on_cpu else 2) * self.shape.parameters, 4 * self._tokens)
+        steps = math.ceil(self.tokens / self.length / WRITING_BATCH) * self.length
+        seconds = 2 * self.parameters * self.tokens / (WRITING_SHARE * self.rates["float32"])
+        seconds = seconds if self.on_cpu else max(seconds, steps * self.layers * LAUNCHES)
+        return Stage("text", seconds, (4 if self.on_cpu else 2) * self.parameters, 4 * self.tokens)
 
     def _statistics(self) -> Stage:
-        s, hidden = self.shape, 4 * self._tokens * self.shape.hidden
-        operations = 6 * s.targeted * self._tokens + 0.65 * 2 * self._tokens * s.statistics_bytes / 4
-        seconds = operations / self.rates["float32"] + 4 * s.statistics_bytes / DISK_RATE
-        outside = 4 * (s.parameters - s.targeted)
-        memory = (2 * s.statistics_bytes + 4 * s.targeted) / s.layers + outside + 3 * hidden
-        return Stage("statistics", seconds, memory, (s.layers + 1) * hidden + 2 * s.statistics_bytes)
+        hidden = 4 * self.tokens * self.hidden
+        operations = 6 * self.targeted * self.tokens + 0.65 * 2 * self.tokens * self.statistics_bytes / 4
+        seconds = operations / self.rates["float32"] + 4 * self.statistics_bytes / DISK_RATE
+        outside = 4 * (self.parameters - self.targeted)
+        memory = (2 * self.statistics_bytes + 4 * self.targeted) / self.layers + outside + 3 * hidden
+        return Stage("statistics", seconds, memory, (self.layers + 1) * hidden + 2 * self.statistics_bytes)
 
     def _decompositions(self) -> Stage:
         scaled = self.job.scaling != NONE
         a, b = SCALED if scaled else PLAIN
-        sides = [(min(t.shape), max(t.shape)) for t in self._blocks]
-        if self._on_cpu:
+        sides = [(min(t.shape), max(t.shape)) for t in self.blocks]
+        if self.on_cpu:
             seconds = sum(a * k**3 + b * k * long**2 for k, long in sides) / self.rates["float64"]
         else:
             unit, size, power = EIGENPROBLEM
             seconds = sum((4 if scaled else 2) * unit * (k / size) ** power for k, _ in sides)
         one = max((24 * (k * k + n * n) if scaled else 12 * k * k) + 24 * k * n for k, n in sides)
-        disk = sum(4 * k * k for k, _ in sides) * self._on_cpu + 4 * self._stored
+        disk = sum(4 * k * k for k, _ in sides) * self.on_cpu + 4 * self.stored
         return Stage("decompositions", seconds, self.context.workers * one, disk)
 
     def _pruning(self) -> Stage:
@@ -240,16 +207,15 @@ class _Costs:
         return Stage("mlp pruning", seconds, memory, sum(4 * d * f for d, f in shapes))
 
     def _recovery(self, training: RecoveryConfig) -> Stage:
-        s, factors = self.shape, TRAINED * self._stored
-        length = self.job.calibration.max_length or MAX_LENGTH
-        windows = (self._tokens if training.dataset == SELF else training.num_tokens or 0) // length
+        factors = TRAINED * self.stored
+        windows = (self.tokens if training.dataset == SELF else training.num_tokens or 0) // self.length
         steps = max(1, (windows - max(1, windows // 10)) // training.batch_size)
         steps = min(training.max_steps, steps) if training.dataset == SELF else steps
-        tokens = training.batch_size * length
-        operations = steps * tokens * (6 * self._stored + 2 * s.parameters)
+        tokens = training.batch_size * self.length
+        operations = steps * tokens * (6 * self.stored + 2 * self.parameters)
         rate = self.rates[str(fastest(self.context.device)["dtype"])]
-        frozen = 2 * (self._stored - factors + s.parameters - s.targeted) + 2 * s.targeted
-        activations = tokens * s.layers * 60 * s.hidden
+        frozen = 2 * (self.stored - factors + self.parameters - self.targeted) + 2 * self.targeted
+        activations = tokens * self.layers * 60 * self.hidden
         return Stage("recovery", operations / rate, 18 * factors + frozen + activations, 3 * 12 * factors)
 
 

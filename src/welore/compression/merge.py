@@ -99,18 +99,16 @@ def _merged(source: TensorSource, config: WeLoreConfig, context: RunContext) -> 
 
     parts = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form].parts}
     parts |= {f"{name}.weight" for layer, grid in split.items() for name in block_names(layer, grid)}
-    changed = set(config.layers)
-    outputs = []
+    changed, outputs = set(config.layers), []
     for name in source.names():
         layer = name.rpartition(".")[0]
         if name in parts:
             continue
-        if layer not in changed:
+        if layer in changed:
+            info = TensorInfo(source.info(name).dtype, tuple(skeleton.get_parameter(name).shape))
+            outputs.append(OutputTensors({name: info}, partial(make, name, info.dtype), layer))
+        else:
             outputs.append(source.copied(name))
-            continue
-        dtype = source.info(name).dtype
-        shape = tuple(skeleton.get_parameter(name).shape)
-        outputs.append(OutputTensors({name: TensorInfo(dtype, shape)}, partial(make, name, dtype), layer))
     return outputs
 
 

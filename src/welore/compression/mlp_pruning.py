@@ -1,15 +1,11 @@
-"""MLP pruning: neurons that are taken out before factorisation.
+"""MLP pruning: neurons that are taken out before factorisation (docs/concepts/mlp-pruning.md).
 
-Factorisation costs every neuron of an MLP a little accuracy. Below some 75 % of the parameters it costs less to take
-some neurons out: a row of each up layer (gate and up) and a column of the down layer, whose other columns are refitted.
-The loss of that, and the refitted columns, are Optimal Brain Surgeon's answer (Hassibi & Stork 1993) for columns, in
-the norm of K-FAC.
+A neuron is a row of each up layer (gate and up) and a column of the down layer, whose other columns are refitted.
 """
 
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -30,8 +26,9 @@ from welore.models.targets import Target
 WORTH = 0.4  # the loss of pruning is predicted two and a half times worse than that of factorisation (research/LOG.md)
 LEAST = 0.05  # of all neurons: fewer are not worth layers of another size
 
-
-# --- which neurons --------------------------------------------------------------------------------------------------
+# Gives "W", the down layer's matrix (d, count) of the neurons that are left, and "stronger", (count,): the ratio of the
+# weight of every neuron in the outputs, with that matrix over with the dense one.
+Refitted = Callable[[], dict[str, Tensor]]
 
 
 def select_neurons(
@@ -43,7 +40,8 @@ def select_neurons(
     the price of the numbers that they store (the threshold of a plan by water-filling). An MLP that no token of the
     statistics has reached keeps all.
     """
-    mlps = [mlp for mlp in find_mlps(source.skeleton, source.targets) if _reached(mlp, statistics)]
+    mlps = find_mlps(source.skeleton, source.targets)
+    mlps = [mlp for mlp in mlps if all(statistics.counts.get(layer.name) for layer in mlp.layers)]
     if not mlps:
         if share:
             raise WeLoreError(f"{source.name} has no MLP whose neurons could be taken out: leave mlp_pruning out")
@@ -93,44 +91,29 @@ def _cheapest(losses: Mapping[str, NDArray[np.float64]], wanted: int) -> dict[st
     return {name: int((values <= level).sum()) for name, values in losses.items()}
 
 
-# --- without them ---------------------------------------------------------------------------------------------------
+def _overrides(source: TensorSource, mlp: Mlp, indices: Tensor, refitted: Refitted) -> dict[str, Callable[[], Tensor]]:
+    """Name of a tensor of the pruned layers -> a function that makes it, as it is stored."""
+
+    def rows_of(name: str, up: Target) -> Tensor:
+        parameter = source.tensor(name)
+        return up.kind.take_rows(parameter, mlp.rows(up, indices).to(parameter.device))
+
+    down, names = mlp.down_layer, set(source.names())
+    made: dict[str, Callable[[], Tensor]] = {f"{down.name}.weight": lambda: down.kind.stored(refitted()["W"])}
+    for up in mlp.up_layers:
+        for name in names & {f"{up.name}.weight", f"{up.name}.bias"}:
+            made[name] = partial(rows_of, name, up)
+    return made
 
 
-@dataclass(frozen=True)
-class PrunedMlp:
-    """An MLP of which some neurons are left.
-
-    indices: of those neurons, (count,). refitted: gives "W", the down layer's matrix (d, count), and "stronger",
-    (count,): the ratio of the weight of every neuron in the outputs, with that matrix over with the dense one.
-    """
-
-    mlp: Mlp
-    indices: Tensor
-    refitted: Callable[[], dict[str, Tensor]]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Layer -> its shape (m, n) after pruning."""
-        return self.mlp.shapes(len(self.indices))
-
-    def overrides(self, source: TensorSource, names: set[str]) -> dict[str, Callable[[], Tensor]]:
-        """Name of a tensor of the pruned layers -> a function that makes it, as it is stored."""
-        down = self.mlp.down_layer
-        made: dict[str, Callable[[], Tensor]] = {f"{down.name}.weight": lambda: down.kind.stored(self.refitted()["W"])}
-        for up in self.mlp.up_layers:
-            for name in names & {f"{up.name}.weight", f"{up.name}.bias"}:
-                made[name] = partial(_rows_of, source, name, up, self.mlp.rows(up, self.indices))
-        return made
-
-    def selections(self, statistics: Statistics) -> dict[str, Selection]:
-        """Name of a statistic -> the part of it that is left."""
-        inputs = statistics.shared[self.mlp.down_layer.name]
-        selections = dict.fromkeys((f"{inputs}.inputs", f"{inputs}.magnitudes"), Selection(self.indices))
-        gains = self.refitted()["stronger"]
-        for up in self.mlp.up_layers:
-            rows = self.mlp.rows(up, self.indices)
-            selections[f"{up.name}.outputs"] = Selection(rows, gains.repeat(self.mlp.copies(up)))
-        return selections
+def _selections(statistics: Statistics, mlp: Mlp, indices: Tensor, refitted: Refitted) -> dict[str, Selection]:
+    """Name of a statistic -> the part of it that is left."""
+    inputs = statistics.shared[mlp.down_layer.name]
+    selections = dict.fromkeys((f"{inputs}.inputs", f"{inputs}.magnitudes"), Selection(indices))
+    gains = refitted()["stronger"]
+    for up in mlp.up_layers:
+        selections[f"{up.name}.outputs"] = Selection(mlp.rows(up, indices), gains.repeat(mlp.copies(up)))
+    return selections
 
 
 def prune(
@@ -142,27 +125,31 @@ def prune(
     matrices do not hold any more, so the statistics have none.
     """
     mlps = {mlp.name: mlp for mlp in find_mlps(source.skeleton, source.targets)}
-    for name, mlp in neurons.items():
-        if name not in mlps or mlps[name].width != mlp.width:
+    for name, remaining in neurons.items():
+        if name not in mlps or mlps[name].width != remaining.width:
             raise WeLoreError(f"the plan takes neurons out of {name}, which this model does not have in that size")
-    indices = {name: torch.tensor(mlp.indices) for name, mlp in neurons.items()}
+    indices = {name: torch.tensor(remaining.indices) for name, remaining in neurons.items()}
 
     def compute(mlp: Mlp) -> dict[str, Tensor]:
         return _refitted(source, statistics, context, mlp, indices[mlp.name])
 
-    _share([mlps[name] for name in neurons], compute, context, "neurons refitted")
-    pruned = [PrunedMlp(mlps[name], indices[name], partial(compute, mlps[name])) for name in neurons]
-    names = set(source.names())
-    shapes = {layer: shape for mlp in pruned for layer, shape in mlp.shapes.items()}
-    overrides = {name: make for mlp in pruned for name, make in mlp.overrides(source, names).items()}
-    selections = {name: part for mlp in pruned for name, part in mlp.selections(statistics).items()}
+    pruned = [mlps[name] for name in neurons]
+    _share(pruned, compute, context, "neurons refitted")
+    shapes: dict[str, tuple[int, int]] = {}
+    overrides: dict[str, Callable[[], Tensor]] = {}
+    selections: dict[str, Selection] = {}
+    for mlp in pruned:
+        stay, refitted = indices[mlp.name], partial(compute, mlp)
+        shapes |= mlp.shapes(len(stay))
+        overrides |= _overrides(source, mlp, stay, refitted)
+        selections |= _selections(statistics, mlp, stay, refitted)
     return OverlaySource(source, shapes, overrides), statistics.select(shapes, selections)
 
 
 def _refitted(
     source: TensorSource, statistics: Statistics, context: RunContext, mlp: Mlp, indices: Tensor
 ) -> dict[str, Tensor]:
-    """W and gains of PrunedMlp; from the workspace if they are there."""
+    """W and gains of Refitted; from the workspace if they are there."""
     assert context.workspace is not None
     workspace, key = context.workspace, f"{mlp.name}.refit-{hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16]}"
     stored = workspace.fetch(key)
@@ -174,18 +161,6 @@ def _refitted(
         stored = {"W": made.to(W.dtype).cpu(), "stronger": gains.cpu()}
         workspace.store(key, stored)
     return stored
-
-
-def _rows_of(source: TensorSource, name: str, up: Target, rows: Tensor) -> Tensor:
-    parameter = source.tensor(name)
-    return up.kind.take_rows(parameter, rows.to(parameter.device))
-
-
-# --- both ------------------------------------------------------------------------------------------------------------
-
-
-def _reached(mlp: Mlp, statistics: Statistics) -> bool:
-    return all(statistics.counts.get(layer.name) for layer in mlp.layers)
 
 
 def _problem(

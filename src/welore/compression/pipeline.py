@@ -1,14 +1,7 @@
-"""compress: a model -> a smaller model, in six steps.
+"""compress: a model -> a smaller model, in six steps (docs/concepts).
 
-1. statistics: how much every direction of every matrix matters, from a text.
-2. spectra: the singular values of the scaled matrices.
-3. plan: the rank of every matrix, after pruning of the MLPs if that is worth it.
-4. factors: the low-rank matrices.
-5. recovery: a short training of the factors.
-6. result: a checkpoint, or the model in memory.
-
-The memory of steps 2, 3, 4 and 6 is bounded by the matrices in work, never by the model. Nothing is written under its
-final name before it is complete. A killed run continues where it was.
+Memory is bounded by the matrices in work, never by the model, but for statistics and recovery. Nothing is written under
+its final name before it is complete. A killed run continues where it was.
 """
 
 import json
@@ -24,16 +17,16 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from torch import Tensor, nn
 
+from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate, check_reachable
-from welore.allocation.spectra import Spectra
 from welore.calibration.collect import calibrate
 from welore.calibration.statistics import Statistics
 from welore.compression.analysis import analyze_source, grids_of, open_statistics, shared_workspace, summary
 from welore.compression.factorize import factor_matrices, stored_factors
 from welore.compression.mlp_pruning import prune, select_neurons
 from welore.compression.presets import PRESETS, resolve, resolve_calibration
-from welore.compression.recovery import Recovery, own_windows, recover, recovery_text, resolve_recovery
+from welore.compression.recovery import Recovery, recover, recovery_text, resolve_recovery
 from welore.compression.result import CompressionResult
 from welore.compression.writing import write_compressed
 from welore.config import (
@@ -67,8 +60,10 @@ Directory = str | Path
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that was asked for, complete: no None stands for a default any more."""
+    """The weights, and everything that was asked for, complete: no None stands for a default any more."""
 
+    source: TensorSource
+    context: RunContext
     config: CompressionConfig
     calibration: CalibrationConfig
     recovery: RecoveryConfig | None
@@ -137,14 +132,13 @@ def compress(
         require_free(output_dir, overwrite=context.overwrite)
     source = _source(model, output_dir, config, context)
     job = make_job(source, config, calibration, recovery, plan, statistics, context)
-    job = replace(job, recovery_text=_recovery_text(source, job, context))
-    with _workspace(source, output_dir, job, context) as context:
-        known = _statistics(source, job, context)
-        spectra = _spectra(source, known, job, context)
-        plan, smaller, known = _plan(source, known, spectra, job, context)
-        quality = factor_matrices(smaller, plan, known, context)
-        recovered = _recovery(smaller, plan, known, job, context)
-        return _result(smaller, plan, recovered, quality, started, job, output_dir, context)
+    job = replace(job, recovery_text=_recovery_text(job))
+    with _workspace(job, output_dir) as context:
+        job = replace(job, context=context)
+        plan, smaller, known = _plan(job, _statistics(job))
+        numbers = factor_matrices(smaller, plan, known, context)
+        recovered = _recovery(job, smaller, plan, known)
+        return _result(job, smaller, plan, recovered, numbers, output_dir, started)
 
 
 # --- before the work ------------------------------------------------------------------------------------------------
@@ -160,7 +154,6 @@ def _config_of_plan(plan: Plan, config: CompressionConfig) -> CompressionConfig:
 
 
 def _source(model: Any, output_dir: Directory | None, config: CompressionConfig, context: RunContext) -> TensorSource:
-    """The weights; WeLoreError if the result of a model in a directory has nowhere to go."""
     if isinstance(model, nn.Module):
         if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
             raise WeLoreError("this model is spread over several devices: load it on one to compress it in memory")
@@ -191,8 +184,8 @@ def make_job(
         _check_plan(plan, source, known)
         grids = dict(plan.grids)
     calibration = resolve_calibration(calibration, config)
-    job = Job(config, calibration, None, plan, known, grids)
-    windows = own_windows(known)
+    job = Job(source, context, config, calibration, None, plan, known, grids)
+    windows = known.generated[0] if known and known.generated else 0
     if job.collects and calibration.dataset == SELF:
         windows = -(-calibration.num_tokens // (calibration.max_length or MAX_LENGTH))
     preset = PRESETS.get(config.preset or "")
@@ -202,13 +195,12 @@ def make_job(
     return replace(job, recovery=training)
 
 
-def _recovery_text(source: TensorSource, job: Job, context: RunContext) -> Tensor | None:
+def _recovery_text(job: Job) -> Tensor | None:
     """Windows of the text that people wrote for the recovery; None if the model writes it, or there is none."""
     if job.recovery is None or job.recovery.dataset == SELF:
         return None
-    model_config, tokenizer = source.skeleton.config, _tokenizer(source, context)
-    options = TextOptions.of(job.calibration, context)
-    return recovery_text(job.recovery, model_config, tokenizer, job.calibration.seed, options)
+    options, model_config = TextOptions.of(job.calibration, job.context), job.source.skeleton.config
+    return recovery_text(job.recovery, model_config, _tokenizer(job), job.calibration.seed, options)
 
 
 def _check_target(source: TensorSource, config: CompressionConfig, grids: Any, known: Statistics | None) -> None:
@@ -235,18 +227,16 @@ def _check_plan(plan: Plan, source: TensorSource, statistics: Statistics | None)
         raise WeLoreError("the plan was made with other statistics: give those, or make the plan again")
 
 
-def _tokenizer(source: TensorSource, context: RunContext) -> Any:
-    if isinstance(source, CheckpointSource):
-        return context.tokenizer or read_tokenizer(source.directory)
-    if context.tokenizer is None:
+def _tokenizer(job: Job) -> Any:
+    if job.context.tokenizer is None and isinstance(job.source, CheckpointSource):
+        return read_tokenizer(job.source.directory)
+    if job.context.tokenizer is None:
         raise WeLoreError("a model in memory needs its tokenizer to read or write a text: pass it as tokenizer=...")
-    return context.tokenizer
+    return job.context.tokenizer
 
 
 @contextmanager
-def _workspace(
-    source: TensorSource, output_dir: Directory | None, job: Job, context: RunContext
-) -> Iterator[RunContext]:
+def _workspace(job: Job, output_dir: Directory | None) -> Iterator[RunContext]:
     """The context with a workspace: OUTPUT_DIR.work, or for a model in memory a temporary directory beside the output.
 
     Nothing tells whether weights in memory are those of an earlier run, so their work never continues.
@@ -255,35 +245,30 @@ def _workspace(
     if not isinstance(job.calibration.dataset, str | Path | Mapping):
         rests_on["unique"] = uuid.uuid4().hex  # nor whether objects in memory are the same
     key = job.scaling, job.grids, rests_on
-    if isinstance(source, CheckpointSource):
-        with shared_workspace(_beside(output_dir), source, context, *key) as context:
+    if isinstance(job.source, CheckpointSource):
+        path = Path(output_dir or "").resolve()  # which may be "." or end in a slash
+        with shared_workspace(path.with_name(path.name + ".work"), job.source, job.context, *key) as context:
             yield context
         return
     parents = [] if output_dir is None else [path for path in Path(output_dir).resolve().parents if path.is_dir()]
     with (
         tempfile.TemporaryDirectory(prefix="welore-", dir=parents[0] if parents else None) as directory,
-        shared_workspace(Path(directory, "work"), source, context, *key) as context,
+        shared_workspace(Path(directory, "work"), job.source, job.context, *key) as context,
     ):
         yield context
-
-
-def _beside(output_dir: Directory | None) -> Path:
-    """OUTPUT_DIR.work, also if the directory is "." or ends in a slash."""
-    path = Path(output_dir or "").resolve()
-    return path.with_name(path.name + ".work")
 
 
 # --- the six steps --------------------------------------------------------------------------------------------------
 
 
-def _statistics(source: TensorSource, job: Job, context: RunContext) -> Statistics | None:
+def _statistics(job: Job) -> Statistics | None:
     """1. The statistics that are given, or collected by the process that leads; None if nothing needs them."""
     if not job.collects:
         return job.statistics
+    context, original = job.context, job.source.original
     assert context.workspace is not None
     path = context.workspace.directory / "calibration.safetensors"
     if context.processes.is_main and not path.is_file():
-        original = source.original
         calibrate(
             original.directory if isinstance(original, CheckpointSource) else original.skeleton,
             job.calibration,
@@ -291,23 +276,15 @@ def _statistics(source: TensorSource, job: Job, context: RunContext) -> Statisti
             device=str(context.device),
             progress=context.progress,
             cache_dir=context.cache_dir,
-            tokenizer=_tokenizer(source, context),
+            tokenizer=_tokenizer(job),
         )
     context.processes.wait()
     return Statistics.load(path)
 
 
-def _spectra(source: TensorSource, statistics: Statistics | None, job: Job, context: RunContext) -> Spectra | None:
-    """2. The spectra of all matrices; None if the plan is given, or if neurons go first whatever the spectra are."""
-    if job.plan is not None or job.config.mlp_pruning not in (0, AUTO):
-        return None
-    return _analyzed(source, statistics, job, context)
-
-
-def _plan(
-    source: TensorSource, statistics: Statistics | None, spectra: Spectra | None, job: Job, context: RunContext
-) -> tuple[Plan, TensorSource, Statistics | None]:
-    """3. The plan; the weights and the statistics without the neurons that it prunes."""
+def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, Statistics | None]:
+    """2 and 3. The plan, from spectra; the weights and the statistics without the neurons that it prunes."""
+    source, context = job.source, job.context
     if job.plan is not None:
         if not job.plan.neurons:
             return job.plan, source, statistics
@@ -317,91 +294,85 @@ def _plan(
         if shapes != {a.name: a.shape for a in job.plan.allocations}:
             raise WeLoreError("the plan's matrices are not those that its neurons leave: make it again")
         return job.plan, smaller, statistics
-    plan = None if spectra is None else allocate(spectra, job.config)
-    if statistics is None or job.config.mlp_pruning == 0:
+    pruning = job.config.mlp_pruning
+    plan = _allocated(job, source, statistics, {}) if pruning in (0, AUTO) else None
+    if statistics is None or pruning == 0:
         assert plan is not None
         return plan, source, statistics
-    share = None if job.config.mlp_pruning == AUTO else float(job.config.mlp_pruning or 0)
-    price = None if plan is None else plan.threshold
+    share, price = (float(pruning or 0), None) if plan is None else (None, plan.threshold)
     neurons = select_neurons(source, statistics, context, share=share, price=price)
     if plan is not None and not neurons:
         return plan, source, statistics
     smaller, statistics = prune(source, statistics, neurons, context)
-    spectra = _analyzed(smaller, statistics, job, context, neurons=neurons)
-    return allocate(spectra, job.config), smaller, statistics
+    return _allocated(job, smaller, statistics, neurons), smaller, statistics
 
 
-def _analyzed(
-    source: TensorSource, statistics: Statistics | None, job: Job, context: RunContext, **neurons: Any
-) -> Spectra:
+def _allocated(job: Job, source: TensorSource, statistics: Statistics | None, neurons: dict[str, Neurons]) -> Plan:
+    """The plan for these weights. A CPU stores their reductions for the factors, if they fit beside the result."""
+    context = job.context
+    assert context.workspace is not None
     grids = grids_of(source, bool(job.config.split))
-    return analyze_source(
+    shapes = [target.shape for target in in_blocks(source.targets, grids)]
+    needed = sum(4 * min(shape) ** 2 + 4 * shape[0] * shape[1] for shape in shapes)
+    fit = shutil.disk_usage(context.workspace.directory).free > 1.2 * needed
+    spectra = analyze_source(
         source,
         statistics,
         context,
         scaling=job.scaling,
         grids=grids,
-        keep_reductions=context.device.type == "cpu" and _reductions_fit(source, grids, context),
-        **neurons,
+        neurons=neurons,
+        keep_reductions=fit and context.device.type == "cpu",
     )
+    return allocate(spectra, job.config)
 
 
-def _reductions_fit(source: TensorSource, grids: Any, context: RunContext) -> bool:
-    """Whether the reductions of all matrices, 4 k^2 bytes each, fit beside the result; else they are made again."""
-    assert context.workspace is not None
-    shapes = [target.shape for target in in_blocks(source.targets, grids)]
-    needed = sum(4 * min(shape) ** 2 + 4 * shape[0] * shape[1] for shape in shapes)
-    return shutil.disk_usage(context.workspace.directory).free > 1.2 * needed
-
-
-def _recovery(
-    source: TensorSource, plan: Plan, statistics: Statistics | None, job: Job, context: RunContext
-) -> Recovery:
+def _recovery(job: Job, source: TensorSource, plan: Plan, statistics: Statistics | None) -> Recovery:
     """5. The training of the factors, by the process that leads."""
-    if job.recovery is None or not plan.ranks or not context.processes.is_main:
+    if job.recovery is None or not plan.ranks or not job.context.processes.is_main:
         return Recovery()
     windows = job.recovery_text
     if windows is None and statistics is not None:
         windows = statistics.generated_text()
     assert windows is not None
-    teacher = _dense_directory(source, context)
-    return recover(source, plan, windows, job.recovery, context, seed=job.calibration.seed, teacher=teacher)
+    teacher = _dense_directory(job)
+    return recover(source, plan, windows, job.recovery, job.context, seed=job.calibration.seed, teacher=teacher)
 
 
-def _dense_directory(source: TensorSource, context: RunContext) -> Path:
+def _dense_directory(job: Job) -> Path:
     """The directory of the dense model; one in memory is saved with the unfinished work."""
-    original: Any = source.original
-    if isinstance(original, CheckpointSource):
-        return original.directory.resolve()
-    assert context.workspace is not None
-    directory = context.workspace.directory / "dense"
+    source: Any = job.source
+    if isinstance(source, CheckpointSource):
+        return source.directory.resolve()
+    assert job.context.workspace is not None
+    directory = job.context.workspace.directory / "dense"
     if not directory.is_dir():
         with atomic_directory(directory) as unfinished:
-            original.model.save_pretrained(unfinished)
-            _tokenizer(original, context).save_pretrained(unfinished)
+            source.model.save_pretrained(unfinished)
+            _tokenizer(job).save_pretrained(unfinished)
     return directory
 
 
 def _result(
+    job: Job,
     source: TensorSource,
     plan: Plan,
     recovered: Recovery,
-    quality: dict[str, Any],
-    started: float,
-    job: Job,
+    numbers: dict[str, Any],
     output_dir: Directory | None,
-    context: RunContext,
+    started: float,
 ) -> CompressionResult:
     """6. The checkpoint, or the model with other layers, written by the process that leads."""
+    context = job.context
     assert context.workspace is not None
     record = None
     if context.processes.is_main:
         size = job.config.max_shard_size
         with open_sink(source, output_dir, max_shard_size=size, overwrite=context.overwrite) as sink:
-            factors = stored_factors(context.workspace, recovered.open())
-            sizes = write_compressed(source, plan, factors, sink, context.progress)
-            numbers = quality | recovered.numbers | sizes | {"seconds": time.perf_counter() - started}
-            record = _record(plan, job, recovered, numbers)
+            trained = None if recovered.directory is None else CheckpointSource(recovered.directory)
+            factors = stored_factors(context.workspace, trained)
+            numbers |= recovered.numbers | write_compressed(source, plan, factors, sink, context.progress)
+            record = _record(plan, job, recovered, numbers | {"seconds": time.perf_counter() - started})
             if sink.directory is not None:
                 record.save(sink.directory / RECORD)
     context.processes.wait()

@@ -54,21 +54,20 @@ def preset_of(config: CompressionConfig) -> PresetName | None:
 def resolve(config: CompressionConfig, *, has_statistics: bool) -> CompressionConfig:
     """The config with every None filled in; WeLoreError for settings that no model could satisfy.
 
-    A field that is given overrides the preset's. has_statistics: whether statistics are given, from which neurons can
-    be chosen even if the scaling needs none.
+    has_statistics: whether statistics are given, by which neurons can be chosen even if the scaling needs none.
     """
     name = preset_of(config)
     preset = PRESETS.get(name or "", PLAIN)
     scaling = config.scaling or preset.scaling
     block_split = scaling_of(scaling).block_split
     split = preset.split if config.split is None else config.split
-    strategy = config.strategy or preset.strategy
     pruning = preset.mlp_pruning if config.mlp_pruning is None else config.mlp_pruning
     if pruning == AUTO and scaling == NONE and not has_statistics:
         pruning = 0.0
     assert config.target  # raises unless there is exactly one
-    filled = replace(config, strategy=strategy, storage=config.storage or preset.storage)
-    strategy, rule = resolve_allocation(filled, scaling)
+    strategy, rule = resolve_allocation(
+        replace(config, strategy=config.strategy or preset.strategy, storage=config.storage or preset.storage), scaling
+    )
     return replace(
         config,
         preset=name,

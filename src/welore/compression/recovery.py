@@ -1,8 +1,4 @@
-"""Recovery: the factors learn from the dense model for a few dozen steps.
-
-Every matrix is factorised as if the others were dense. Their errors add up to a small, systematic one, of which a short
-training removes more than half. A longer training is `finetune --distill`.
-"""
+"""Recovery: the factors learn from the dense model for a few dozen steps. A longer training is `finetune --distill`."""
 
 import dataclasses
 import hashlib
@@ -18,7 +14,6 @@ from torch import Tensor
 
 from welore.allocation.neurons import as_json
 from welore.allocation.plan import Plan
-from welore.calibration.statistics import Statistics
 from welore.compression.factorize import stored_factors
 from welore.compression.writing import write_compressed
 from welore.config import MAX_LENGTH, SELF, FinetuneConfig, RecoveryConfig
@@ -46,18 +41,14 @@ class Recovery:
     settings: dict[str, Any] | None = None
     numbers: dict[str, Any] = field(default_factory=dict)
 
-    def open(self) -> CheckpointSource | None:
-        """The checkpoint, or None."""
-        return None if self.directory is None else CheckpointSource(self.directory)
-
 
 def resolve_recovery(
     recovery: RecoveryConfig | str | None, own_windows: int, context: RunContext, *, preset: bool
 ) -> RecoveryConfig | None:
     """The config of the training, or None for no training.
 
-    recovery: a config, None, or "auto": on the model's own text, if the preset has a recovery and there is such a text.
-    own_windows: windows that the model wrote or will write; two are the least to train on and to hold out.
+    "auto": on the model's own text, if the preset has a recovery and there is such a text. own_windows: windows that
+    the model wrote or will write; two are the least to train on and to hold out.
     """
     if isinstance(recovery, str):
         recovery = RecoveryConfig() if preset and own_windows > 1 else None
@@ -75,10 +66,7 @@ def resolve_recovery(
 
 
 def recovery_text(config: RecoveryConfig, model_config: Any, tokenizer: Any, seed: int, options: TextOptions) -> Tensor:
-    """Windows of the texts of a recovery, token ids (count, length), at least two.
-
-    They are drawn as for calibration. Those of several texts are shuffled: the tenth that is held out is of all.
-    """
+    """At least two windows, token ids (count, length), shuffled: the tenth that is held out is of all texts."""
     length = min(MAX_LENGTH, context_length(model_config) or MAX_LENGTH)
     assert config.num_tokens is not None
     counts, texts = draw(config.dataset, config.num_tokens, tokenizer, length, seed=seed, options=options)
@@ -103,13 +91,10 @@ def recover(
     seed: int,
     teacher: Path,
 ) -> Recovery:
-    """Train the factors of the model that `plan` makes of `source`, on these windows, from the dense model.
+    """Train the factors of the model that `plan` makes of `source`; they stay as they are if that fails or does harm.
 
-    If the training fails or does harm, the factors stay as they are. Everything lies in the workspace: a killed
-    training continues, and one that was begun with other settings begins anew. windows: token ids (count, length), at
-    least two, a tenth of which is held out; the others are read once. teacher: the directory of the dense model. On a
-    text of the model's own the teacher alone is the loss, because the text says nothing that the teacher does not, and
-    `max_steps` are enough.
+    A killed training continues in the workspace; one that was begun with other settings begins anew. windows: token ids
+    (count, length), at least two. teacher: the directory of the dense model.
     """
     assert context.workspace is not None
     training = _training(teacher, windows, config, seed, context)
@@ -125,16 +110,21 @@ def recover(
     write_windows(directory / WRITTEN, windows)
     training = dataclasses.replace(training, dataset=str(directory / WRITTEN))
     rate = config.learning_rate or learning_rate(compressed, plan, training.max_steps or 1, config)
+    text = str(config.dataset) if isinstance(config.dataset, str | Path) else type(config.dataset).__name__
     try:
         run, record = _without_harm(compressed, directory, rate, training, config, context)
     except (WeLoreError, torch.OutOfMemoryError) as error:
-        return Recovery(settings={"text": _name(config), "failed": str(error)}, numbers={"healed": False})
-    settings, numbers = _summary(record, config)
-    return Recovery(run / MODEL if run else None, {"text": _name(config)} | settings, numbers)
-
-
-def _name(config: RecoveryConfig) -> str:
-    return str(config.dataset) if isinstance(config.dataset, str | Path) else type(config.dataset).__name__
+        return Recovery(settings={"text": text, "failed": str(error)}, numbers={"healed": False})
+    settings, losses = record.settings, _losses(record)
+    names = ["max_steps", "batch_size", "max_length", "learning_rate", "warmup_steps", "dtype", "seed"]
+    names.append("distill_weight")
+    numbers = {
+        "healed": is_sound(losses, config.tolerance),
+        "healing_tokens": settings["max_steps"] * settings["batch_size"] * settings["max_length"],  # before a kill, too
+        "healing_seconds": record.numbers["seconds"],
+        "held_out_loss": losses,
+    }
+    return Recovery(run / MODEL if run else None, {"text": text} | {name: settings[name] for name in names}, numbers)
 
 
 def _training(teacher: Path, windows: Tensor, config: RecoveryConfig, seed: int, context: RunContext) -> FinetuneConfig:
@@ -183,18 +173,14 @@ def _without_harm(
             if share == config.fallbacks[-1]:
                 raise
         else:
-            if is_sound(record, config.tolerance):
+            if is_sound(_losses(record), config.tolerance):
                 return run, record
         shutil.rmtree(run / MODEL, ignore_errors=True)
     return None, record
 
 
 def learning_rate(compressed: Path, plan: Plan, steps: int, config: RecoveryConfig) -> float:
-    """The peak learning rate: in proportion to the share of parameters removed and to the size of the factors.
-
-    A model that has lost little takes a larger rate in a run of more than `max_steps` steps: with the square root of
-    their number, up to the rate of `largest_share` (research/LOG.md).
-    """
+    """The peak learning rate, by the parameters removed, the steps and the size of the factors (docs/method.md)."""
     squares, count = 0.0, 0
     source = CheckpointSource(compressed)
     for name, form in plan.forms.items():
@@ -206,34 +192,12 @@ def learning_rate(compressed: Path, plan: Plan, steps: int, config: RecoveryConf
     return config.relative_learning_rate * max(removed, longer) * math.sqrt(squares / count)
 
 
-def is_sound(record: Record, tolerance: float) -> bool:
-    """Whether the training did no harm: the held-out loss has not grown by more than a share of what was lost.
-
-    It need not fall: the statistics rest on that text, too, so the compressed model is flattered there by as much as a
-    model that has lost little can win.
-    """
-    losses = _losses(record)
+def is_sound(losses: dict[str, float], tolerance: float) -> bool:
+    """Whether the training did no harm: the held-out loss has not grown by more than a share of what was lost."""
     return losses["healed"] <= losses["cut"] + tolerance * max(0.0, losses["cut"] - losses["dense"])
-
-
-def _summary(record: Record, config: RecoveryConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings and numbers of the training, for the record of the compression."""
-    settings, numbers = record.settings, record.numbers
-    names = ("max_steps", "batch_size", "max_length", "learning_rate", "warmup_steps", "dtype", "seed")
-    return {name: settings[name] for name in (*names, "distill_weight")}, {
-        "healed": is_sound(record, config.tolerance),
-        "healing_tokens": settings["max_steps"] * settings["batch_size"] * settings["max_length"],  # before a kill, too
-        "healing_seconds": numbers["seconds"],
-        "held_out_loss": _losses(record),
-    }
 
 
 def _losses(record: Record) -> dict[str, float]:
     """Losses on the held-out text: of the compressed model, of the recovered one, of the dense one."""
     evaluation = record.numbers["evaluation"]
     return {"cut": evaluation[0][1], "healed": evaluation[-1][1], "dense": record.numbers["teacher_eval_loss"]}
-
-
-def own_windows(statistics: Statistics | None) -> int:
-    """How many windows of the statistics' text the model wrote."""
-    return statistics.generated[0] if statistics and statistics.generated else 0

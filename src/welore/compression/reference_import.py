@@ -37,22 +37,17 @@ def import_singular_values(
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    cache_dir: str | Path | None = None,
-    revision: str | None = None,
+    **options: Unpack[RunOptions],
 ) -> Spectra:
-    """Spectra of MODEL from a torch file {layer index: {"self_attn.q_proj": values (k,), ...}}.
-
-    Raises WeLoreError if a targeted matrix is missing there or has another number of values.
-    """
+    """Spectra of MODEL from a torch file {layer index: {"self_attn.q_proj": values (k,), ...}}."""
     content = _load(path)
-    weights = open_source(
-        model, RunContext.create(cache_dir=cache_dir, revision=revision), include=include, exclude=exclude
-    )
+    weights = open_source(model, RunContext.create(**options), include=include, exclude=exclude)
     blocks, _ = decoder_blocks(weights.skeleton)
     values = {}
     for target in weights.targets:
         layer, _, kind = target.name.removeprefix(blocks + ".").partition(".")
-        stored = _entry(content, layer, kind)
+        entry = content.get(int(layer), content.get(layer)) if layer.isdigit() else None  # by number or by text
+        stored = entry.get(kind) if isinstance(entry, Mapping) else None
         if not isinstance(stored, Tensor):
             raise WeLoreError(f"{path} has no singular values of layer {layer}, {kind}")
         sigma = np.sort(stored.detach().to(torch.float64).flatten().numpy())[::-1].copy()
@@ -76,7 +71,6 @@ def import_checkpoint(
     """Write a checkpoint of ours from a state dict whose LRCs are `NAME.U.weight` (m, r), `NAME.V.weight` (r, n).
 
     model: gives the configuration and the tokenizer; its own weights are not read. U becomes A, V becomes B.
-    Raises WeLoreError if a parameter of the model is missing or has the wrong shape.
     """
     context = RunContext.create(**options)
     require_free(output_dir, overwrite=context.overwrite)
@@ -119,11 +113,8 @@ def _plan_import(
                 raise WeLoreError(f"{path} has neither {name} nor its factors {module}.U.weight and {module}.V.weight")
             _check_shape(path, name, tensor, tuple(parameter.shape))
             parts = {name: tensor}
-        steps.append(
-            OutputTensors(
-                {key: TensorInfo(t.dtype, tuple(t.shape)) for key, t in parts.items()}, partial(_checked, parts)
-            )
-        )
+        infos = {key: TensorInfo(t.dtype, tuple(t.shape)) for key, t in parts.items()}
+        steps.append(OutputTensors(infos, partial(_checked, parts)))
     allocations = tuple(
         Allocation(name, t.shape, ranks.get(name, min(t.shape)), name in ranks, 0.0) for name, t in targets.items()
     )
@@ -141,12 +132,6 @@ def _checked(parts: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
 def _check_shape(path: str | Path, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise WeLoreError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {shape}")
-
-
-def _entry(content: Mapping[Any, Any], layer: str, kind: str) -> Any:
-    """Layers may be counted by numbers or by text."""
-    entry = content.get(int(layer), content.get(layer)) if layer.isdigit() else None
-    return entry.get(kind) if isinstance(entry, Mapping) else None
 
 
 def _load(path: str | Path) -> Mapping[Any, Any]:

@@ -10,12 +10,7 @@ from welore.records import Record
 
 @dataclass(frozen=True, repr=False)
 class CompressionResult:
-    """A smaller model, and how it was made.
-
-    parameter_ratio: stored parameters of the targeted matrices over those of the dense model.
-    rank_reduction: ERR, removed ranks over all ranks of the targeted matrices.
-    bytes: size of the weights. output_dir: where they lie; None for a model that was changed in memory only.
-    """
+    """A smaller model, and how it was made. output_dir: None for a model that was changed in memory only."""
 
     plan: Plan
     record: Record
@@ -28,7 +23,7 @@ class CompressionResult:
 
     @property
     def rank_reduction(self) -> float:
-        """Effective rank reduction (ERR)."""
+        """ERR: removed ranks over all ranks of the targeted matrices."""
         return float(self.record.numbers["rank_reduction"])
 
     @property
