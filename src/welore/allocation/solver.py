@@ -122,10 +122,7 @@ def resolve(config: AllocationConfig, scaling: str) -> tuple[StrategyName, Rule]
 
 
 def check_reachable(config: AllocationConfig, scaling: str, shapes: Sequence[Shape], pruned: float = 0) -> None:
-    """Raise WeLoreError for a target that no ranks of matrices with these shapes reach, whatever their values are.
-
-    pruned: largest share of an MLP that is taken out before factorisation.
-    """
+    """Raise WeLoreError for a target that no ranks of these shapes reach; pruned: largest share taken out of an MLP."""
     (name, target), (_, rule) = config.target, resolve(config, scaling)
     if name == "threshold":
         return
@@ -166,12 +163,9 @@ def _tail(sigma: Values, rank: int) -> float:
 
 
 def _solve(scores: Scores, shapes: list[Shape], pruned: int, target: tuple[str, float], rule: Rule) -> float:
-    """The level at which rank reduction (or the parameter ratio) comes closest to the target.
+    """The level at which rank reduction (or the parameter ratio) comes closest to the target; running sums over scores.
 
-    Every level between two neighbouring pooled scores gives the same plan, so there are as many plans as distinct
-    scores. A matrix goes from rank k - j + 1 to k - j at its j-th smallest score. The ranks removed and the parameters
-    stored change there by an increment, and the curves are cumulative sums. pruned: parameters of the dense matrices
-    that were pruned with neurons.
+    A matrix goes from rank k - j + 1 to k - j at its j-th smallest score. pruned: parameters that went with neurons.
     """
     pooled, removed, numbers = [], [], []
     for s, shape in zip(scores, shapes, strict=True):

@@ -83,11 +83,9 @@ class Spectra:
             "grids": json.dumps(dict(self.grids)),
             "neurons": json.dumps(as_json(self.neurons)),
         }
+        arrays = {**self.values, **{name + LOSSES: losses for name, losses in self.losses.items()}}
         with atomic_write(path) as partial:
-            arrays = {name: np.ascontiguousarray(v) for name, v in self.values.items()}
-            save_file(
-                arrays | {name + LOSSES: np.ascontiguousarray(v) for name, v in self.losses.items()}, partial, metadata
-            )
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "Spectra":

@@ -121,8 +121,7 @@ def prune(
 ) -> tuple[TensorSource, Statistics]:
     """The weights and the statistics with these neurons only; WeLoreError if the model has no such MLPs.
 
-    Both are views: tensors of smaller layers are made when they are read. Losses that were measured along the dense
-    matrices do not hold any more, so the statistics have none.
+    Tensors of smaller layers are made when they are read. The statistics have no measured losses any more.
     """
     mlps = {mlp.name: mlp for mlp in find_mlps(source.skeleton, source.targets)}
     for name, remaining in neurons.items():

@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -245,17 +245,15 @@ def _workspace(job: Job, output_dir: Directory | None) -> Iterator[RunContext]:
     if not isinstance(job.calibration.dataset, str | Path | Mapping):
         rests_on["unique"] = uuid.uuid4().hex  # nor whether objects in memory are the same
     key = job.scaling, job.grids, rests_on
-    if isinstance(job.source, CheckpointSource):
-        path = Path(output_dir or "").resolve()  # which may be "." or end in a slash
-        with shared_workspace(path.with_name(path.name + ".work"), job.source, job.context, *key) as context:
-            yield context
-        return
-    parents = [] if output_dir is None else [path for path in Path(output_dir).resolve().parents if path.is_dir()]
-    with (
-        tempfile.TemporaryDirectory(prefix="welore-", dir=parents[0] if parents else None) as directory,
-        shared_workspace(Path(directory, "work"), job.source, job.context, *key) as context,
-    ):
-        yield context
+    output = None if output_dir is None else Path(output_dir).resolve()  # it may be "." or end in a slash
+    with ExitStack() as stack:
+        if output is not None and isinstance(job.source, CheckpointSource):
+            directory = output.with_name(output.name + ".work")
+        else:
+            parent = None if output is None else next(path for path in output.parents if path.is_dir())
+            temporary = tempfile.TemporaryDirectory(prefix="welore-", dir=parent)
+            directory = Path(stack.enter_context(temporary), "work")
+        yield stack.enter_context(shared_workspace(directory, job.source, job.context, *key))
 
 
 # --- the six steps --------------------------------------------------------------------------------------------------

@@ -81,16 +81,13 @@ def resolve(config: CompressionConfig, *, has_statistics: bool) -> CompressionCo
 
 
 def resolve_calibration(calibration: CalibrationConfig | None, config: CompressionConfig) -> CalibrationConfig:
-    """How statistics are collected; fields of `calibration` that have their defaults follow the preset.
-
-    On text that the model writes no losses are measured: a quarter of it is too little, and makes the result worse.
-    """
+    """How statistics are collected; fields of `calibration` that have their defaults follow the preset."""
     given, default = calibration or CalibrationConfig(), CalibrationConfig()
     tokens = PRESETS.get(config.preset or "", PLAIN).num_tokens
     return replace(
         given,
         num_tokens=tokens if given.num_tokens == default.num_tokens else given.num_tokens,
-        measure_losses=0 if given.dataset == SELF else given.measure_losses,
+        measure_losses=0 if given.dataset == SELF else given.measure_losses,  # a quarter of such a text is too little
         split=bool(config.split),
         include=config.include,
         exclude=config.exclude,
