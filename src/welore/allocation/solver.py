@@ -33,18 +33,16 @@ def allocate(
 ) -> Plan:
     """Choose the rank of every matrix, so that the model comes as close as possible to one target.
 
-    A matrix that no token of the statistics has reached stays dense.
-
     Args:
         spectra: Singular values of the targeted matrices, from `analyze`.
-        config: Target and method; by default the paper's for plain spectra (scaling none): strategy welore, storage
-            factored; for those of scaled matrices strategy waterfill, storage auto.
+        config: Target and method; by default the paper's for plain spectra (scaling none), strategy welore and storage
+            factored; for those of scaled matrices strategy waterfill and storage auto.
         keep: The target in place of one in the config: stored parameters of the targeted matrices over dense ones.
         rank_reduction: The target as effective rank reduction (ERR), 0 to 1.
         threshold: The target as the level itself; of strategy welore the paper's threshold.
 
     Returns:
-        The plan, with the ranks and the target that they achieve.
+        The plan: ranks, and the target that they achieve. A matrix that no token of the statistics reached stays dense.
 
     Raises:
         WeLoreError: If there is not exactly one target, or no level reaches it.
@@ -52,21 +50,18 @@ def allocate(
     Source: WeLore (arXiv 2407.11239), section 4.1.
     """
     targets: dict[str, Any] = {"keep": keep, "rank_reduction": rank_reduction, "threshold": threshold}
-    targets = {name: float(value) for name, value in targets.items() if value is not None}
-    config = replace(config or AllocationConfig(), **targets)
+    config = replace(config or AllocationConfig(), **{n: v for n, v in targets.items() if v is not None})
     (name, value), (strategy, rule) = config.target, resolve(config, spectra.scaling)
-    shapes = [spectra.shapes[name] for name in spectra.values]
     scores = STRATEGIES[strategy].scores(spectra, rule.storage)
     top = max(float(s[0]) for s in scores)
     scores = [
         np.full_like(s, top) if n in spectra.unreached else _in_groups(s, config.rank_multiple, top)
         for n, s in zip(spectra.values, scores, strict=True)
     ]
-    layers = ((layer_of(matrix, spectra.grids), m * n) for matrix, (m, n) in spectra.shapes.items())
-    pruned = sum(dense_numel(numel, layer, spectra.neurons) - numel for layer, numel in layers)
-    level = value if name == "threshold" else _solve(scores, shapes, pruned, (name, value), rule)
+    level = value if name == "threshold" else _solve(scores, spectra, (name, value), rule)
     allocations = []
-    for (matrix, sigma), shape, s in zip(spectra.values.items(), shapes, scores, strict=True):
+    for (matrix, sigma), s in zip(spectra.values.items(), scores, strict=True):
+        shape = spectra.shapes[matrix]
         rank = max(min(config.rank_multiple, len(s)), int((s >= level).sum()))
         factored = bool(rule.factored(np.array([rank]), shape)[0])
         form = form_of(*shape, rank, rule.storage) if factored else FACTORED
@@ -162,11 +157,12 @@ def _tail(sigma: Values, rank: int) -> float:
     return float(np.sqrt((sigma[rank:] ** 2).sum() / total)) if total else 0.0
 
 
-def _solve(scores: Scores, shapes: list[Shape], pruned: int, target: tuple[str, float], rule: Rule) -> float:
+def _solve(scores: Scores, spectra: Spectra, target: tuple[str, float], rule: Rule) -> float:
     """The level at which rank reduction (or the parameter ratio) comes closest to the target; running sums over scores.
 
-    A matrix goes from rank k - j + 1 to k - j at its j-th smallest score. pruned: parameters that went with neurons.
+    A matrix goes from rank k - j + 1 to k - j at its j-th smallest score.
     """
+    shapes = [spectra.shapes[name] for name in spectra.values]
     pooled, removed, numbers = [], [], []
     for s, shape in zip(scores, shapes, strict=True):
         k = min(shape)
@@ -180,6 +176,8 @@ def _solve(scores: Scores, shapes: list[Shape], pruned: int, target: tuple[str, 
 
     full = sum(min(shape) for shape in shapes)
     dense = sum(m * n for m, n in shapes)
+    layers = ((layer_of(name, spectra.grids), m * n) for name, (m, n) in zip(spectra.values, shapes, strict=True))
+    unpruned = sum(dense_numel(numel, layer, spectra.neurons) for layer, numel in layers)
     removed_after = np.concatenate([[0], np.cumsum(np.concatenate(removed)[order])])
     stored_after = dense + np.concatenate([[0], np.cumsum(np.concatenate(numbers)[order])])
 
@@ -190,7 +188,7 @@ def _solve(scores: Scores, shapes: list[Shape], pruned: int, target: tuple[str, 
     lower = np.concatenate([upper[:1], events])
     reachable = np.concatenate([[0], 1 + np.flatnonzero(upper[1:] > lower[1:])])
     name, value = target
-    curve = (removed_after / full if name == "rank_reduction" else stored_after / (dense + pruned))[reachable]
+    curve = (removed_after / full if name == "rank_reduction" else stored_after / unpruned)[reachable]
     _require_between(name, value, curve.min(), curve.max(), rule)
     best = reachable[int(np.argmin(np.abs(curve - value)))]
     middle = (lower[best] + upper[best]) / 2
