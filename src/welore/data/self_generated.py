@@ -1,12 +1,8 @@
 """Text that the model itself writes: calibration without data.
 
 Windows are filled by sampling, many at once, with a cache of keys and values. A text begins with an opening (OPENINGS)
-and ends with the model's end token; then the next one begins in the same window, as in packed training.
-
-The loop is our own, with the warpers of transformers, instead of `generate`. For texts that fill their window both
-take the same time (SmolLM2, 4,096 tokens: 52 and 53 processor seconds). `generate` goes on with a row that has ended
-until the longest one ends: with 8 chats it computes 4.4 times the tokens that it returns. It would also make a text
-depend on the batch size, and read penalties and end tokens from generation_config.json.
+and ends with the model's end token; then the next one begins in the same window, as in packed training. Why not by
+`generate`: docs/concepts/statistics.md.
 """
 
 from collections.abc import Callable, Sequence

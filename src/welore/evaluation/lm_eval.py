@@ -10,11 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from welore.config import RunOptions, require_at_least
-from welore.errors import WeLoreError, choose, did_you_mean, first_line
+from welore.config import DtypeName, RunOptions, require_at_least, require_choice
+from welore.errors import WeLoreError, did_you_mean, first_line
 from welore.io.context import RunContext
 from welore.io.progress import silent
-from welore.models.load import DTYPES, LoadedModel, evaluating, load_model, warn_if_slow
+from welore.models.load import LoadedModel, evaluating, load_model, warn_if_slow
 from welore.records import Record
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def evaluate_tasks(
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise WeLoreError("tasks of lm-eval need the package lm-eval: pip install 'welore[eval]'")
-    choose("dtype", dtype, DTYPES)
+    require_choice("dtype", dtype, DtypeName)
     require_at_least(1, batch_size=batch_size, limit=limit)
     context = RunContext.create(**options)
     directory = None if tasks_dir is None else str(tasks_dir)

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 import welore.models.quantizer  # noqa: F401 - from_pretrained must know compressed checkpoints
-from welore.errors import WeLoreError, choose, first_line
+from welore.config import AUTO
+from welore.errors import WeLoreError, first_line
 from welore.io.checkpoint import RECORD, weight_files
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
@@ -23,16 +24,8 @@ from welore.records import Record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES: dict[str, Any] = {
-    "auto": "auto",
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
-INSTRUCTIONS = {  # of x86 processors
-    torch.bfloat16: ("avx512_bf16", "amx_bf16"),
-    torch.float16: ("avx512_fp16", "amx_fp16"),
-}
+# Instructions of x86 processors.
+INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
 LOG = logging.getLogger(__name__)
 
 
@@ -64,17 +57,16 @@ def load_model(
 ) -> LoadedModel:
     """Load MODEL (hub id, directory, .gguf file) on the context's device, or take a model in memory as it is.
 
-    A model in memory stays on its device and in its dtype, and needs the context's tokenizer. dtype: a name of
-    DTYPES; "auto" is that of the checkpoint. label: a name for tables. attention: as in `load`.
+    A model in memory stays on its device and in its dtype, and needs the context's tokenizer. dtype: a name; "auto" is
+    that of the checkpoint. label: a name for tables. attention: as in `load`.
     """
-    torch_dtype = choose("dtype", dtype, DTYPES)
     if isinstance(model, nn.Module):
         if context.tokenizer is None:
             raise WeLoreError("a model in memory needs its tokenizer: pass it as tokenizer=...")
         name = model.config.name_or_path or "model in memory"
         return LoadedModel(model, context.tokenizer, {"model": name, "label": label, "compression": None})
     directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
-    loaded, tokenizer = load(directory, torch_dtype, context.device, attention)
+    loaded, tokenizer = load(directory, dtype if dtype == AUTO else getattr(torch, dtype), context.device, attention)
     inputs = {"model": str(model), "label": label, "compression": compression_of(directory)}
     return LoadedModel(loaded, tokenizer, inputs, directory)
 
@@ -104,20 +96,15 @@ def load(
     """
     from transformers import AutoModelForCausalLM
 
+    auto: Any = AutoModelForCausalLM
     weight_files(directory)
     config_of(directory)
     tokenizer = read_tokenizer(directory)
+    checks: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        model, report = auto.from_pretrained(directory, dtype=dtype, attn_implementation=attention, **checks)
     except (ValueError, ImportError, OSError, SafetensorError) as error:
         raise WeLoreError(f"{directory} cannot be loaded: {first_line(error)}") from error
-    model, report = loaded
     random = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if random:
         raise WeLoreError(f"{directory} lacks {random[0]}, or has it in another shape: it would be random numbers")
@@ -136,15 +123,11 @@ def multiplies(dtype: torch.dtype, device: str | torch.device) -> bool | None:
 
 
 def fastest(device: str | torch.device) -> dict[str, Any]:
-    """Settings of `finetune` with which a device trains fastest: dtype, and attention (None: transformers' choice).
-
-    bfloat16 where it is known to be multiplied. On a CPU not with torch's flash kernel, which multiplies it at the
-    speed of float32 (docs/concepts/fine-tuning.md).
-    """
+    """Settings of `finetune` with which a device trains fastest: dtype, and attention (None: transformers' choice)."""
     if not multiplies(torch.bfloat16, device):
         return {"dtype": "float32", "attention": None}
-    on_cpu = torch.device(device).type == "cpu"
-    return {"dtype": "bfloat16", "attention": "eager" if on_cpu else None}
+    # On a CPU torch's flash kernel multiplies bfloat16 at the speed of float32 (docs/concepts/fine-tuning.md).
+    return {"dtype": "bfloat16", "attention": "eager" if torch.device(device).type == "cpu" else None}
 
 
 def warn_if_slow(dtype: torch.dtype, device: str | torch.device) -> None:
