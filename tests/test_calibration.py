@@ -135,7 +135,7 @@ def test_losses_of_components_are_measured(family: str, split: bool, tmp_path: P
     assert found.measured == IDS.numel()
     assert bool(found.grids) == split
     seen = by_hand(model, IDS, seed_of(0, "measured"))
-    weights = welore.models.source.CheckpointSource(model)
+    weights = ModelSource(model)
     for target in in_blocks(weights.targets, found.grids):
         norm, losses = metric("kfac", found, target), found.losses(target.name)
         assert norm is not None

@@ -54,10 +54,9 @@ class Moments:
                 for kind in ("inputs", "magnitudes"):
                     self._sums[name, kind] = self._sums[owner, kind].clone()
         new: dict[tuple[Any, ...], str] = {}
-        for name in tensors:
+        for name, inputs in self._batch.items():
             if name not in self.owner:
                 self.owner[name] = new.setdefault(tensors[name], name)
-        for name, inputs in self._batch.items():
             for x in inputs:
                 rows = x.reshape(-1, x.shape[-1])
                 self.counts[name] += len(rows)
@@ -74,11 +73,9 @@ class Moments:
         return self._sums[name, kind]
 
     def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Kinds and tensors, float32, on the CPU: "inputs" A and "magnitudes" E|x|, if it owns them, and "outputs" G.
+        """Means over `tokens` tokens, float32, on the CPU: inputs A and magnitudes E|x| of the owner, outputs G.
 
-        Means over `tokens` tokens. The sums are deleted. A layer that was never reached gives nothing but "about" (see
-        layerwise.collect_statistics); G is zero where the loss does not depend on the layer. WeLoreError if the model
-        computes NaN or Inf.
+        The sums are deleted. A layer that was never reached gives nothing but "about" (see collect_statistics).
         """
         words = {"inputs": "inputs", "magnitudes": "inputs", "outputs": "output gradients"}
         for kind, word in words.items() if name in self.owner else ():

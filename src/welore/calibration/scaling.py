@@ -40,7 +40,7 @@ class Scaling:
 
 def asvd(statistics: Statistics, target: Target) -> Metric:
     """Columns scaled by E[|x_j|]^alpha. ASVD, arXiv 2312.05821, with its alpha of 0.5."""
-    magnitudes = _known(statistics.magnitudes(target.layer), statistics, target.layer)[target.columns].double()
+    magnitudes = _known(statistics.magnitudes(target.layer), statistics, target)[target.columns].double()
     scale = (magnitudes + DAMPING_INPUTS * magnitudes.mean()) ** ASVD_ALPHA
     return Metric(torch.ones(target.shape[0]), scale**2)
 
@@ -57,10 +57,8 @@ def whitening(statistics: Statistics, target: Target) -> Metric:
 
 def kfac(statistics: Statistics, target: Target) -> Metric:
     """Both sides: the rise of the loss, as far as inputs and gradients are independent."""
-    return Metric(
-        damped(_output_gradients(statistics, target), DAMPING_OUTPUTS),
-        damped(_inputs(statistics, target), DAMPING_INPUTS),
-    )
+    outputs = damped(_output_gradients(statistics, target), DAMPING_OUTPUTS)
+    return Metric(outputs, damped(_inputs(statistics, target), DAMPING_INPUTS))
 
 
 SCALINGS: dict[str, Scaling] = {
@@ -102,15 +100,17 @@ def damped(moments: Tensor, damping: float) -> Tensor:
 
 def _inputs(statistics: Statistics, target: Target) -> Tensor:
     """E[x x^T] of the inputs of W."""
-    return _known(statistics.inputs(target.layer), statistics, target.layer)[target.columns, target.columns].double()
+    return _known(statistics.inputs(target.layer), statistics, target)[target.columns, target.columns].double()
 
 
 def _output_gradients(statistics: Statistics, target: Target) -> Tensor:
     """E[g g^T] of the gradients at the outputs of W."""
-    return _known(statistics.outputs(target.layer), statistics, target.layer)[target.rows, target.rows].double()
+    return _known(statistics.outputs(target.layer), statistics, target)[target.rows, target.rows].double()
 
 
-def _known(statistic: Tensor | None, statistics: Statistics, name: str) -> Tensor:
+def _known(statistic: Tensor | None, statistics: Statistics, target: Target) -> Tensor:
     if statistic is None:
-        raise WeLoreError(f"the statistics of {statistics.model.name} lack {name}: make them with the same targets")
+        raise WeLoreError(
+            f"the statistics of {statistics.model.name} lack {target.layer}: make them with the same targets"
+        )
     return statistic

@@ -143,10 +143,7 @@ def pack(
 
 def digest_of_texts(texts: Iterable[str]) -> str:
     """SHA-256 of texts, in order."""
-    sha = hashlib.sha256()
-    for _ in _digested(texts, sha):
-        pass
-    return sha.hexdigest()
+    return hashlib.sha256(b"".join(text.encode() + b"\0" for text in texts)).hexdigest()
 
 
 def _token_ids(tokenizer: "PreTrainedTokenizerBase", documents: Iterable[str]) -> Iterator[list[int]]:
@@ -158,8 +155,7 @@ def _token_ids(tokenizer: "PreTrainedTokenizerBase", documents: Iterable[str]) -
 def _digested(texts: Iterable[str], sha: Any) -> Iterator[str]:
     """The texts, added to a digest when they are read."""
     for text in texts:
-        sha.update(text.encode())
-        sha.update(b"\0")
+        sha.update(text.encode() + b"\0")
         yield text
 
 
