@@ -1,7 +1,7 @@
 """Where the tensors of a result go: a checkpoint directory, or the model in memory whose layers are exchanged."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,13 +90,10 @@ def open_sink(
     """
     origin: Any = source.original
     on_disk = isinstance(origin, CheckpointSource)
-    if output_dir is None:
-        if on_disk:
-            raise WeLoreError("name the directory to write: output_dir")
-        yield ModelSink(origin.model)
-        return
-    with atomic_directory(output_dir, overwrite=overwrite) as directory:
-        if on_disk:
-            yield DirectorySink(origin.directory, directory, max_shard_size)
-        else:
+    if output_dir is None and on_disk:
+        raise WeLoreError("name the directory to write: output_dir")
+    with nullcontext() if output_dir is None else atomic_directory(output_dir, overwrite=overwrite) as directory:
+        if directory is None or not on_disk:
             yield ModelSink(origin.model, directory, max_shard_size)
+        else:
+            yield DirectorySink(origin.directory, directory, max_shard_size)
