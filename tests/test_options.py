@@ -124,7 +124,7 @@ def test_any_training_argument_goes_by_its_own_name(command: Command, tmp_path: 
 
 def test_public_names_are_the_same_for_the_interpreter_and_for_editors() -> None:
     source = ast.parse(Path(str(welore.__file__)).read_text(encoding="utf-8"))
-    (block,) = (node for node in source.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    (block,) = (node for node in source.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     typed = {alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert typed == welore._MODULE_OF
     assert set(welore.__all__) == {*typed, *(name for name in vars(welore) if name in welore.__all__)}
