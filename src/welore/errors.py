@@ -12,7 +12,11 @@ class WeLoreError(ValueError):
 
 
 class DivergedError(WeLoreError):
-    """A training whose loss is no number: a smaller rate may do."""
+    """Raised when the loss of a training is NaN or infinite; a lower learning rate may help."""
+
+
+class DamagedWeightsError(WeLoreError):
+    """Raised for weights that hold NaN or Inf: work on them is of no use once they are mended."""
 
 
 def choose(kind: str, name: str, table: Mapping[str, Value]) -> Value:

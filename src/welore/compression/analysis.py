@@ -17,7 +17,7 @@ from welore.allocation.spectra import Spectra
 from welore.calibration.scaling import metric, outliers, scaling_of
 from welore.calibration.statistics import Statistics
 from welore.config import KFAC, NONE, RunOptions, current_name
-from welore.errors import WeLoreError
+from welore.errors import DamagedWeightsError, WeLoreError
 from welore.io.checkpoint import check_finite
 from welore.io.context import RunContext
 from welore.io.resume import Workspace
@@ -89,7 +89,9 @@ def open_statistics(statistics: "Statistics | str | Path | None", source: Tensor
 def shared_workspace(
     directory: str | Path, source: TensorSource, context: RunContext, *key: Any
 ) -> Iterator[RunContext]:
-    """The context with a workspace, which all processes share; it is deleted when the block ends well, and only then.
+    """The context with a workspace, which all processes share; it is deleted when the block ends well.
+
+    A mistake of the user leaves what is finished, unless the weights themselves are damaged.
 
     key: what else its content depends on, as JSON, beside the weights, the device and the version of this package.
     """
@@ -99,9 +101,9 @@ def shared_workspace(
     context.processes.wait()
     try:
         yield context.within(workspace)
-    except WeLoreError:
+    except WeLoreError as error:
         if context.processes.is_main:
-            workspace.remove_if_empty()
+            (workspace.remove if isinstance(error, DamagedWeightsError) else workspace.remove_if_empty)()
         raise
     context.processes.wait()
     if context.processes.is_main:

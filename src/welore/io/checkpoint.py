@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from welore.errors import WeLoreError
+from welore.errors import DamagedWeightsError, WeLoreError
 from welore.io.atomic import read_json, write_json
 from welore.io.progress import Progress
 from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
@@ -118,8 +118,8 @@ class CheckpointReader:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Raise WeLoreError if a float tensor holds NaN or Inf."""
+    """Raise DamagedWeightsError if a float tensor holds NaN or Inf."""
     if not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or not tensor.numel():
         return
     if not all(map(math.isfinite, map(float, torch.aminmax(tensor)))):  # NaN is both; no copy as isfinite makes
-        raise WeLoreError(f"{name} holds NaN or Inf: the checkpoint is damaged, nothing was written")
+        raise DamagedWeightsError(f"{name} holds NaN or Inf: the checkpoint is damaged, nothing was written")
