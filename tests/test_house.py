@@ -18,11 +18,8 @@ BANNED = {"found", "kept", "about", "whole", "place"}
 
 # Offences that are still there; a number may only become smaller, and 0 is the aim.
 ALLOWED = {
-    "lines": 15_720 - MAX_LINES,
-    "rooms without a description": 1,
+    "lines": 14_964 - MAX_LINES,
     "long signatures": 1,  # of WeLoreConfig, whose fields transformers reads as keyword arguments
-    "bundles": 2,
-    "sentences": 10,
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

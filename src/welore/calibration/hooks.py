@@ -150,7 +150,7 @@ def _identity(x: Tensor) -> tuple[Any, ...]:
 
 
 def _add_gram(total: Tensor, x: Tensor) -> None:
-    """Add x^T x to the upper triangle of `total` (n, n); x: (tokens, n). What lies below the diagonal is undefined."""
+    """Add x^T x to the upper triangle of `total` (n, n); x: (tokens, n). Below the diagonal it is undefined."""
     x = x.float()
     n = x.shape[1]
     step = n if n <= SMALL else -(-n // PIECES)

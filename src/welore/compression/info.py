@@ -72,7 +72,7 @@ class CheckpointInfo:
             told = {name: self.settings[name] for name in method if self.settings.get(name)}
             lines.append("  " + ", ".join(f"{name} {_short(value)}" for name, value in told.items()))
         lines += [
-            f"  {kind}: {r.matrices} low-rank matrices, rank {r.least} to {r.largest}, mean {r.mean:.0f}"
+            f"  {kind}: {r.matrices} in low rank, ranks {r.least} to {r.largest}, mean {r.mean:.0f}"
             for kind, r in self.ranks.items()
         ]
         if self.made_from:

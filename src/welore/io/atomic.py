@@ -60,7 +60,7 @@ def require_outside(path: str | Path, source: Path) -> None:
 def atomic_directory(path: str | Path, *, overwrite: bool = False, marker: str = "config.json") -> Iterator[Path]:
     """Empty directory `PATH.partial`; takes the name `path` when the block ends well, and is removed when not.
 
-    What a killed run left at `PATH.partial` is removed first. A result that is replaced leaves its name at once,
+    Leftovers of a killed run at `PATH.partial` are removed first. A result that is replaced leaves its name at once,
     as `PATH.replaced`, and is deleted after: at `path` there is never half of anything.
     Raises WeLoreError as `require_free` does.
     """

@@ -1,4 +1,4 @@
-"""What travels through every stage of a verb: device, workers, progress, processes, unfinished work."""
+"""The context that travels through every stage of a verb: device, workers, progress, processes, unfinished work."""
 
 import dataclasses
 import os

@@ -1,4 +1,4 @@
-"""What is decomposed: the matrix of a layer, or one of the equal blocks that it is split in."""
+"""The unit of decomposition: the matrix of a layer, or one of the equal blocks that it is split in."""
 
 from collections.abc import Iterable, Mapping, Sequence
 

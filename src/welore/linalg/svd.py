@@ -58,7 +58,7 @@ class Reduction:
     reflectors: NDArray[Any]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is kept on disk between the values and the factors: 4 k^2 bytes. See `from_tensors`."""
+        """The tensors that lie on disk between the values and the factors: 4 k^2 bytes. See `from_tensors`."""
         return {
             "diagonal": torch.from_numpy(self.diagonal),
             "off_diagonal": torch.from_numpy(self.off_diagonal),

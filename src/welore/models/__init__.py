@@ -1,4 +1,4 @@
-"""What a decoder looks like: its targeted matrices and MLPs, where tensors come from and go to, the loader.
+"""The structure of a decoder: its targeted matrices and MLPs, where tensors come from and go to, the loader.
 
 Import `open_source` from source, `open_sink` from sink, `find_targets` from targets, `load` from load, `WeLoreConfig`
 from quantizer.

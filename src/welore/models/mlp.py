@@ -176,7 +176,7 @@ def _small(module: nn.Module, mlp: Mlp, count: int) -> nn.Module:
 
 @torch.no_grad()
 def _entering(module: nn.Module, layer: str, x: Tensor) -> Tensor:
-    """What enters a layer of the module when it reads x."""
+    """The input of a layer of the module when it reads x."""
     seen: list[Tensor] = []
     module.get_submodule(layer).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     module(x)

@@ -110,7 +110,7 @@ class WeLoreConfig(QuantizationConfigMixin):
         return WeLoreConfig(*fields, include=self.include, exclude=self.exclude)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json holds."""
+        """The content of config.json."""
         content: dict[str, Any] = {"quant_method": METHOD, "version": self.version, "ranks": self.ranks}
         for name in ("forms", "grids", "shapes", "include", "exclude"):
             if getattr(self, name):

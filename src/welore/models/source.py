@@ -202,7 +202,7 @@ class CheckpointSource(TensorSource):
 
     @cached_property
     def prefix(self) -> str:
-        """What the files leave out at the start of every name ("transformer." in old GPT-2 files), mostly ""."""
+        """The prefix that the files leave out of every name ("transformer." in old GPT-2 files), mostly ""."""
         prefix = getattr(self.skeleton, "base_model_prefix", "") + "."
         names = [name for name, _ in self.skeleton.named_parameters() if name.startswith(prefix)]
         stripped = any(name.removeprefix(prefix) in self._files.entries for name in names)

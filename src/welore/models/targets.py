@@ -63,7 +63,8 @@ class WeightKind:
         new.weight = nn.Parameter(weight.new_empty(self.stored_shape(shape)), requires_grad=weight.requires_grad)
         if bias is not None:
             new.bias = nn.Parameter(bias.new_empty(m), requires_grad=bias.requires_grad)
-        vars(new).update(zip(self.sizes, (n, m), strict=True))
+        for name, size in zip(self.sizes, (n, m), strict=True):
+            setattr(new, name, size)
         return new
 
 
