@@ -321,6 +321,9 @@ def take(source: Path, target: Path, root: Path | None = None) -> None:
     record = Record.load(source)
     model = PurePath(record.inputs["model"])
     record.inputs["model"] = model.relative_to(root).as_posix() if root else model.name
+    statistics = (record.inputs.get("compression") or {}).get("statistics") or {}
+    if statistics:
+        statistics["inputs"]["model"] = PurePath(statistics["inputs"]["model"]).name
     if record.settings.get("dataset"):
         record.settings["dataset"] = PurePath(record.settings["dataset"]).name
     if "items" in record.numbers:
