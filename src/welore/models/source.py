@@ -113,9 +113,9 @@ class ModelSource(TensorSource):
         return dense_skeleton(self.model.config, type(self.model))
 
     def names(self) -> Iterator[str]:
-        """Parameters, tied ones once, and buffers."""
-        yield from (name for name, _ in self.model.named_parameters())
-        yield from (name for name, _ in self.model.named_buffers())
+        """Parameters, tied ones once, and the buffers that a checkpoint holds."""
+        stored = self.model.state_dict()
+        yield from (name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers()) if name in stored)
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor."""
