@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
-from welore.errors import WeLoreError, choose, did_you_mean
+from welore.errors import WeLoreError, choose
 
 StrategyName = Literal["welore", "uniform", "owl", "energy", "waterfill"]
 ScalingName = Literal["none", "asvd", "whitening", "kfac"]
@@ -514,15 +514,6 @@ def as_record(config: Any) -> dict[str, Any]:
     if not isinstance(values.get("dataset"), str | Path | Mapping | None):
         values["dataset"] = type(values["dataset"]).__name__
     return {name: _plain(value) for name, value in values.items()}
-
-
-def from_mapping(kind: Any, content: Mapping[str, Any], source: str) -> Any:
-    """An instance of a settings class from a mapping (of a YAML file); WeLoreError for a field that it has not."""
-    names = {f.name for f in dataclasses.fields(kind)}
-    for name in content:
-        if name not in names:
-            raise WeLoreError(f"{source}: {kind.__name__} has no field {name!r}{did_you_mean(name, names)}")
-    return kind(**content)
 
 
 def _plain(value: Any) -> Any:

@@ -85,8 +85,7 @@ def analyze(
             model,
             include=config.include,
             exclude=config.exclude,
-            cache_dir=run.cache_dir,
-            revision=run.revision,
+            **run.options,
         )
     else:
         spectra = analyze(
@@ -185,10 +184,8 @@ def compress(
             reference_checkpoint,
             model,
             output_dir,
-            cache_dir=run.cache_dir,
-            revision=run.revision,
             max_shard_size=config.max_shard_size,
-            overwrite=run.overwrite,
+            **run.options,
         )
     else:
         if preset_of(config) in (None, "paper"):  # no model is run, which would want its blocks again
