@@ -6,6 +6,9 @@ from itertools import pairwise
 from typing import Any
 
 from welore.errors import WeLoreError
+from welore.io.fields import typed
+
+MOST = 1 << 24  # neurons of an MLP, so that a damaged file does not fill the memory
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,10 @@ def as_json(neurons: Mapping[str, Neurons]) -> dict[str, Any]:
     return {name: {"width": mlp.width, "kept": _ranges(mlp.indices)} for name, mlp in neurons.items()}
 
 
-def read_neurons(content: Mapping[str, Any]) -> dict[str, Neurons]:
-    """The mapping that `as_json` wrote; ValueError, TypeError or KeyError for anything else."""
-    return {name: Neurons(int(entry["width"]), _numbers(entry["kept"])) for name, entry in content.items()}
+def read_neurons(content: Any) -> dict[str, Neurons]:
+    """The mapping that `as_json` wrote; KeyError or WeLoreError for anything else."""
+    entries = typed(content, Mapping[str, Mapping[str, Any]], "neurons")
+    return {name: Neurons(typed(e["width"], int, f"width of {name}"), _numbers(e, name)) for name, e in entries.items()}
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:
@@ -48,6 +52,9 @@ def _ranges(numbers: tuple[int, ...]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _numbers(ranges: str) -> tuple[int, ...]:
+def _numbers(entry: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    ranges = typed(entry["kept"], str, f"neurons of {name}")
     runs = [[int(number) for number in run.split("-")] for run in ranges.split(",")]
+    if sum(run[-1] - run[0] + 1 for run in runs) > MOST:
+        raise WeLoreError(f"{name} has more than {MOST} neurons: no MLP has so many")
     return tuple(number for run in runs for number in range(run[0], run[-1] + 1))

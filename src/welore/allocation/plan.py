@@ -1,5 +1,7 @@
 """The rank and the storage form of every targeted matrix of a model: the artefact `plan.json`."""
 
+import reprlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -7,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from welore.allocation.neurons import Neurons, as_json, dense_numel, read_neurons
-from welore.config import NONE, MinRatio, current_name
+from welore.config import NONE, AllocationConfig, MinRatio, ScalingName, current_name
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import read_json, write_json
+from welore.io.fields import refusing, typed
 from welore.layers.block_grid import WHOLE, Grid, block_names, layer_of, read_grids, split_layers
 from welore.layers.storage_forms import DENSE, FACTORED, FORMS
 from welore.records import Identity
@@ -184,45 +187,79 @@ class Plan:
     def load(cls, path: str | Path) -> "Plan":
         """The plan at `path`; WeLoreError if the file is not one or contradicts itself."""
         content = read_json(path)
-        try:
+        with refusing(f"{path} is not a plan of welore", "make one with `welore allocate`"):
+            content = typed(content, Mapping[str, Any], "the file")
             if content["format"] != FORMAT:
-                raise WeLoreError(f"{path} has format {content['format']!r}, this version reads {FORMAT!r}")
-            if not content["matrices"]:
-                raise WeLoreError(f"{path} plans no matrix: make it again with `welore allocate`")
-            grids = read_grids(content.get("grids", {}))
-            names = {matrix["name"] for matrix in content["matrices"]}
-            for layer, grid in grids.items():
-                if lost := set(block_names(layer, grid)) - names:
-                    raise WeLoreError(f"{path} splits {layer} and says nothing of {min(lost)}: make it again")
-            return cls(
-                model=Identity(content["model"]["name"], content["model"]["fingerprint"]),
-                strategy=content["strategy"],
-                target={current_name(name): value for name, value in content["asked"].items()},
-                min_ratio=content["min_ratio"],
-                allow_growth=content["allow_growth"],
-                threshold=content["threshold"],
-                allocations=tuple(_read_allocation(m, path) for m in content["matrices"]),
-                include=tuple(content["include"]),
-                exclude=tuple(content["exclude"]),
-                scaling=current_name(content.get("scaling", NONE)),
-                statistics=content.get("calibration", {}),
-                rank_multiple=content.get("rank_multiple", 1),
-                grids=grids,
-                neurons=read_neurons(content.get("neurons", {})),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise WeLoreError(f"{path} is not a plan of welore ({error!r}): make one with `welore allocate`") from error
+                raise ValueError(f"its format is {reprlib.repr(content['format'])}, this version reads {FORMAT!r}")
+            plan = cls(**_read(content))
+            plan._check_names()
+        return plan
+
+    def _check_names(self) -> None:
+        """Raise WeLoreError for a plan without matrices, with one twice, or with blocks that do not make a layer."""
+        shapes = {a.name: a.shape for a in self.allocations}
+        if not shapes:
+            raise WeLoreError("it plans no matrix")
+        if len(shapes) < len(self.allocations):
+            twice, _ = Counter(a.name for a in self.allocations).most_common(1)[0]
+            raise WeLoreError(f"it names {twice} twice")
+        for layer, grid in self.grids.items():
+            blocks = block_names(layer, grid)
+            if lost := [name for name in blocks if name not in shapes]:
+                raise WeLoreError(f"it splits {layer} and says nothing of {lost[0]}")
+            if layer in shapes or len({shapes[name] for name in blocks}) > 1:
+                raise WeLoreError(f"it splits {layer}, but not in blocks of one shape")
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Raise WeLoreError unless the matrices of the plan are those of a model; shapes: name -> (m, n) of those."""
+        planned = {a.name: a.shape for a in self.allocations}
+        for name in {**shapes, **planned}:
+            mine, theirs = (table.get(name, "none") for table in (planned, shapes))
+            if mine != theirs:
+                raise WeLoreError(
+                    f"the plan gives {name} the shape {mine}, the model has {theirs}: make the plan again with it"
+                )
 
 
-def _read_allocation(entry: Mapping[str, Any], path: str | Path) -> Allocation:
-    (m, n), rank = entry["shape"], entry["kept"]
-    if not all(isinstance(x, int) and x > 0 for x in (m, n, rank)):
-        raise WeLoreError(f"{path}: shape and rank of {entry['name']} must be whole numbers above 0")
+def _read(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a plan in the content of its file; KeyError or WeLoreError for one that is not as it must be."""
+
+    def value(name: str, kind: Any, *default: Any) -> Any:
+        return typed(default[0] if default and name not in content else content[name], kind, name)
+
+    model = value("model", Mapping[str, Any])
+    entries = value("matrices", tuple[Mapping[str, Any], ...])
+    min_ratio, rank_multiple = value("min_ratio", MinRatio), value("rank_multiple", int, 1)
+    AllocationConfig(min_ratio=min_ratio, rank_multiple=rank_multiple)  # checks both
+    return {
+        "model": Identity(*(typed(model[name], str, f"{name} of the model") for name in ("name", "fingerprint"))),
+        "strategy": value("strategy", str),
+        "target": {current_name(name): number for name, number in value("asked", Mapping[str, float]).items()},
+        "min_ratio": min_ratio,
+        "allow_growth": value("allow_growth", bool),
+        "threshold": value("threshold", float),
+        "allocations": tuple(map(_read_allocation, entries)),
+        "include": value("include", tuple[str, ...]),
+        "exclude": value("exclude", tuple[str, ...]),
+        "scaling": typed(current_name(value("scaling", str, NONE)), ScalingName, "scaling"),
+        "statistics": value("calibration", Mapping[str, Any], {}),
+        "rank_multiple": rank_multiple,
+        "grids": read_grids(content.get("grids", {})),
+        "neurons": read_neurons(content.get("neurons", {})),
+    }
+
+
+def _read_allocation(entry: Mapping[str, Any]) -> Allocation:
+    name = typed(entry["name"], str, "the name of a matrix")
+    m, n = typed(entry["shape"], tuple[int, int], f"shape of {name}")
+    rank, factored = typed(entry["kept"], int, f"rank of {name}"), typed(entry["factored"], bool, f"factored of {name}")
     if not 1 <= rank <= min(m, n):
-        raise WeLoreError(f"{path}: rank {rank} of {entry['name']} must lie between 1 and {min(m, n)}")
-    factored = bool(entry["factored"])
+        raise WeLoreError(f"rank {rank} of {name} must lie between 1 and {min(m, n)}")
     form = entry.get("form", FACTORED) if factored else FACTORED  # plans from before there were forms have none
-    choose(f"form of {entry['name']} in {path}:", form, FORMS)
+    choose("form", typed(form, str, f"form of {name}"), FORMS)
     if factored and rank == min(m, n) and not FORMS[form].full_rank:
-        raise WeLoreError(f"{path}: {entry['name']} has full rank {rank}; {form} storage needs a lower one")
-    return Allocation(entry["name"], (m, n), rank, factored, float(entry["relative_error"]), form)
+        raise WeLoreError(f"{name} has full rank {rank}; {form} storage needs a lower one")
+    error = float(typed(entry["relative_error"], float, f"relative_error of {name}"))
+    if error < 0:
+        raise WeLoreError(f"relative_error of {name} is {error}, it must be at least 0")
+    return Allocation(name, (m, n), rank, factored, error, form)

@@ -123,10 +123,7 @@ def prune(
 
     Tensors of smaller layers are made when they are read. The statistics have no measured losses any more.
     """
-    mlps = {mlp.name: mlp for mlp in find_mlps(source.skeleton, source.targets)}
-    for name, remaining in neurons.items():
-        if name not in mlps or mlps[name].width != remaining.width:
-            raise WeLoreError(f"the plan takes neurons out of {name}, which this model does not have in that size")
+    mlps, shapes = _mlps(source, neurons), pruned_shapes(source, neurons)
     indices = {name: torch.tensor(remaining.indices) for name, remaining in neurons.items()}
 
     def compute(mlp: Mlp) -> dict[str, Tensor]:
@@ -134,15 +131,28 @@ def prune(
 
     pruned = [mlps[name] for name in neurons]
     _share(pruned, compute, context, "neurons refitted")
-    shapes: dict[str, tuple[int, int]] = {}
     overrides: dict[str, Callable[[], Tensor]] = {}
     selections: dict[str, Selection] = {}
     for mlp in pruned:
         stay, refitted = indices[mlp.name], partial(compute, mlp)
-        shapes |= mlp.shapes(len(stay))
         overrides |= _overrides(source, mlp, stay, refitted)
         selections |= _selections(statistics, mlp, stay, refitted)
     return OverlaySource(source, shapes, overrides), statistics.select(shapes, selections)
+
+
+def pruned_shapes(source: TensorSource, neurons: Mapping[str, Neurons]) -> dict[str, tuple[int, int]]:
+    """Layer -> its shape with these neurons only; WeLoreError if the model has no such MLPs."""
+    mlps = _mlps(source, neurons)
+    shapes = (mlps[name].shapes(len(remaining.indices)) for name, remaining in neurons.items())
+    return {layer: shape for table in shapes for layer, shape in table.items()}
+
+
+def _mlps(source: TensorSource, neurons: Mapping[str, Neurons]) -> dict[str, Mlp]:
+    mlps = {mlp.name: mlp for mlp in find_mlps(source.skeleton, source.targets)} if neurons else {}
+    for name, remaining in neurons.items():
+        if name not in mlps or mlps[name].width != remaining.width:
+            raise WeLoreError(f"the plan takes neurons out of {name}, which this model does not have in that size")
+    return mlps
 
 
 def _refitted(

@@ -24,7 +24,7 @@ from welore.calibration.collect import calibrate
 from welore.calibration.statistics import Statistics
 from welore.compression.analysis import analyze_source, grids_of, open_statistics, shared_workspace, summary
 from welore.compression.factorize import factor_matrices, stored_factors
-from welore.compression.mlp_pruning import prune, select_neurons
+from welore.compression.mlp_pruning import prune, pruned_shapes, select_neurons
 from welore.compression.presets import PRESETS, resolve, resolve_calibration
 from welore.compression.recovery import Recovery, recover, recovery_text, resolve_recovery
 from welore.compression.result import CompressionResult
@@ -217,6 +217,9 @@ def _check_target(source: TensorSource, config: CompressionConfig, grids: Any, k
 def _check_plan(plan: Plan, source: TensorSource, statistics: Statistics | None) -> None:
     """Raise WeLoreError unless the plan was made for these weights, and its ranks from these statistics."""
     plan.model.check(source.identity, "plan")
+    shapes = pruned_shapes(source, plan.neurons)
+    smaller = [replace(target, shape=shapes.get(target.name, target.shape)) for target in source.targets]
+    plan.check_shapes({target.name: target.shape for target in in_blocks(smaller, plan.grids)})
     if plan.neurons and statistics is None:
         raise WeLoreError("the plan takes neurons out: give the statistics that they were chosen by")
     if plan.scaling == NONE:
@@ -288,9 +291,6 @@ def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, 
             return job.plan, source, statistics
         assert statistics is not None
         smaller, statistics = prune(source, statistics, job.plan.neurons, context)
-        shapes = {target.name: target.shape for target in in_blocks(smaller.targets, job.plan.grids)}
-        if shapes != {a.name: a.shape for a in job.plan.allocations}:
-            raise WeLoreError("the plan's matrices are not those that its neurons leave: make it again")
         return job.plan, smaller, statistics
     pruning = job.config.mlp_pruning
     plan = _allocated(job, source, statistics, {}) if pruning in (0, AUTO) else None

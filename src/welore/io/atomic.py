@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from welore.errors import WeLoreError
+from welore.io.fields import parse_json
 
 
 @contextmanager
@@ -100,6 +101,6 @@ def read_json(path: str | Path) -> Any:
     if not path.is_file():
         raise WeLoreError(f"{path} does not exist")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise WeLoreError(f"{path} is not JSON ({error})") from error

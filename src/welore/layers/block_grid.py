@@ -1,11 +1,14 @@
 """The unit of decomposition: the matrix of a layer, or one of the equal blocks that it is split in."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from welore.errors import WeLoreError
+from welore.io.fields import typed
 
 Grid = tuple[int, int]  # blocks of a matrix, down and across
 WHOLE: Grid = (1, 1)
+MOST_BLOCKS = 1 << 16  # of one matrix, so that a damaged file does not fill the memory
 
 
 def block_names(layer: str, grid: Grid) -> list[str]:
@@ -21,9 +24,13 @@ def block_shape(m: int, n: int, grid: Grid) -> tuple[int, int]:
     return m // down, n // across
 
 
-def read_grids(content: Mapping[str, Sequence[int]]) -> dict[str, Grid]:
-    """Grids as JSON gives them back; ValueError or TypeError if they are something else."""
-    return {layer: (down, across) for layer, (down, across) in content.items()}
+def read_grids(content: Any, most: int = MOST_BLOCKS) -> dict[str, Grid]:
+    """Grids, or shapes, as JSON gives them back; WeLoreError if they are something else. most: blocks, or numbers."""
+    grids: dict[str, Grid] = typed(content, Mapping[str, Grid], "grids")
+    for layer, (down, across) in grids.items():
+        if min(down, across) < 1 or down * across > most:
+            raise WeLoreError(f"{layer} has the sizes {down} and {across}, they must be 1 or more, {most} together")
+    return grids
 
 
 def layer_of(name: str, grids: Mapping[str, Grid]) -> str:

@@ -17,7 +17,7 @@ from welore.errors import WeLoreError, choose
 from welore.layers.low_rank import LowRankLayer
 from welore.models.replace import compression_config
 from welore.models.skeleton import decoder_blocks
-from welore.models.targets import find_targets
+from welore.models.targets import find_targets, in_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -141,7 +141,8 @@ def find_matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrice
     include, exclude = patterns.get("include", ()), patterns.get("exclude", ())
     if plan is not None:
         include, exclude = plan.include, plan.exclude
-    names = [target.name for target in find_targets(model, include, exclude)]
+    targets = find_targets(model, include, exclude)
+    names = [target.name for target in targets]
     factored = {name for name in names if isinstance(model.get_submodule(name), LowRankLayer)}
     if plan is not None:
         if factored:
@@ -150,6 +151,9 @@ def find_matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrice
         missing = factored - set(names)
         if missing:
             raise WeLoreError(f"the plan is for another model: it names {sorted(missing)[0]}, which this one has not")
+        if not plan.neurons:  # else its shapes are those after pruning
+            shapes = {target.name: target.shape for target in in_blocks(targets, plan.grids)}
+            plan.check_shapes({a.name: shapes[a.name] for a in plan.allocations if a.name in shapes})
     return Matrices([n for n in names if n in factored], [n for n in names if n not in factored])
 
 
