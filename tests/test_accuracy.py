@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import welore
+from conftest import build
 from toys import characters, checkpoint
 from welore.config import ScoreConfig
 from welore.errors import WeLoreError
@@ -80,6 +81,21 @@ def test_prompt_longer_than_the_context_keeps_its_end_and_is_counted(tmp_path: P
     assert outputs[0] == outputs[1]
 
 
+def test_tokens_that_the_embedding_does_not_have() -> None:
+    """Padding beyond it, as Llama's tokenizers often have, is never read; a text beyond it is refused."""
+    model, tokenizer, prompts = build("llama", vocab_size=98), characters(), ["Q: short", "Q: a longer one"]
+    expected = answers(model, tokenizer, prompts, 2)
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    assert tokenizer.pad_token_id == 98
+    assert answers(model, tokenizer, prompts, 2) == expected
+    with pytest.raises(WeLoreError, match="tokenizer is another model's: it gives token 9., this model knows 90"):
+        answers(build("llama", vocab_size=90), tokenizer, ["Q: xyz"], 1)
+    with pytest.raises(WeLoreError, match="the tokenizer gives no tokens"):
+        answers(model, tokenizer, [""], 1)
+    with pytest.raises(WeLoreError, match="reads at most 8 tokens at once: a question and its answer need more"):
+        answers(build("llama", vocab_size=98, max_position_embeddings=8), tokenizer, prompts, 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -96,7 +112,5 @@ def test_bad_settings_are_refused_in_one_sentence(tmp_path: Path, settings: dict
 
 
 def test_model_in_memory_needs_its_tokenizer() -> None:
-    from conftest import build
-
     with pytest.raises(WeLoreError, match="needs its tokenizer"):
         score(build("llama"), ScoreConfig("coin_flip", "generated", limit=1))

@@ -104,6 +104,21 @@ def test_documents_are_packed_with_an_end_between_them_and_read_no_further_than_
     assert same.sha256 == found.sha256
 
 
+def test_every_block_begins_with_bos_if_the_tokenizer_opens_texts() -> None:
+    documents = ["abcdefg", "hijklmno"]
+
+    def packed(bos: Any, tokenizer: Any) -> list[str]:
+        return tokenizer.batch_decode(batches.pack(tokenizer, documents, 6, bos=bos)[0])
+
+    for bos in ("auto", "window"):
+        opened = ["<pad>abcde", "<pad>fg</s><pad>h", "<pad>ijklm"]
+        assert packed(bos, characters(opens=True)) == opened
+    assert packed("text", characters(opens=True)) == ["<pad>abcde", "fg</s><pad>hi", "jklmno"]
+    plain = ["abcdef", "g</s>hijk"]
+    assert packed("never", characters(opens=True)) == plain
+    assert [packed(bos, characters()) for bos in ("auto", "text", "never")] == [plain] * 3
+
+
 def test_text_for_a_vocabulary_is_that_of_the_training_part(text: str) -> None:
     assert batches.training_texts(text, 100) == [TEXT[len(TEXT) // 10 :]]
     assert batches.training_texts(["a" * 500, "b" * 500, "c" * 500], 100) == ["a" * 400 + "\n\n" + "b" * 500]

@@ -8,8 +8,10 @@ import pyarrow
 import pytest
 import torch
 from pyarrow import parquet
+from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
+from toys import characters
 from welore.data.text import TextOptions, open_text, read_text
 from welore.data.windows import evaluation_text, stack, windows, write_windows
 from welore.errors import WeLoreError
@@ -40,6 +42,19 @@ def test_empty_lines_of_jsonl_are_no_records(tmp_path: Path) -> None:
     assert read_text(str(tmp_path / "a.jsonl")) == "a\n\nb"
 
 
+def test_byte_order_marks_and_halves_of_a_pair_are_no_text(tmp_path: Path) -> None:
+    """Scraped files are full of both; a tokenizer takes no half of a surrogate pair."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\r\nb")
+    assert read_text(str(tmp_path / "a.txt")) == "a\nb"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "a.jsonl").write_bytes(
+            mark + b'{"text": "\\ufeffa\\ud83d\\ude00b"}\n{"text": "c\\ud83dd\\u0000"}\n'
+        )
+        assert read_text(str(tmp_path / "a.jsonl")) == "a\U0001f600b\n\nc\ufffdd\0"
+    assert read_text(["\ufeffa", "\ud83d"]) == "a\n\n\ufffd"
+    assert list(open_text([{"text": "\ude00"}]).training(9)) == ["\ufffd"]
+
+
 @pytest.mark.parametrize("bad", [{"story": "b"}, {"text": None}, {"text": 3}, {"text": ["b"]}, ["b"], "b", None])
 def test_record_without_text_is_named(tmp_path: Path, bad: Any) -> None:
     path = write(tmp_path / "a.jsonl", [{"text": "a"}, bad, {"text": "c"}])
@@ -68,6 +83,9 @@ def test_row_without_text_is_named(tmp_path: Path, records: list[Any], number: i
         ("a.txt", b" \n\n", r"a\.txt holds no text"),
         ("a.jsonl", b"", r"a\.jsonl holds no text"),
         ("a.jsonl", b'{"text": ""}\n', r"a\.jsonl holds no text"),
+        ("a.txt", b"\xef\xbb\xbf", r"a\.txt holds no text"),
+        ("a.jsonl", b'\n{"n": ' + b"1" * 5000 + b"}", r"a\.jsonl, line 2 is not JSON in UTF-8 \(Exceeds the limit"),
+        ("a.jsonl", b"[" * 10**6, r"a\.jsonl, line 1 is not JSON in UTF-8 \(.*recursion"),
     ],
 )
 def test_file_that_gives_no_text_is_one_sentence(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
@@ -87,6 +105,17 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
     for name in ("a.txt", "a.jsonl", "a.parquet"):
         with pytest.raises(WeLoreError, match=f"{name} does not exist"):
             read_text(str(tmp_path / name))
+
+
+def test_a_directory_and_a_name_that_no_file_can_have_are_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(WeLoreError, match=r"a\.txt is a directory: name a file"):
+        read_text(tmp_path / "a.txt")
+    for name in ("~nobody-of-that-name/a.txt", "a" * 5000, "a\0b", "a" * 300 + ".txt"):
+        with pytest.raises(WeLoreError) as caught:
+            read_text(name)
+        assert len(str(caught.value).splitlines()) == 1
+        assert len(str(caught.value)) < 400 + len(name) % 5000
 
 
 def test_unknown_name_is_answered_with_the_nearest() -> None:
@@ -226,6 +255,22 @@ def test_no_windows_at_all_is_refused(tokenizer: PreTrainedTokenizerFast, limit:
         windows(tokenizer, "w1 w2 w3", 2, limit)
 
 
+def test_every_window_begins_with_bos_if_the_tokenizer_opens_texts() -> None:
+    def cut(bos: Any, tokenizer: Any) -> list[str]:
+        return [tokenizer.decode(window) for window in windows(tokenizer, "abcdefg", 4, bos=bos)]
+
+    opening, plain = characters(opens=True), characters()
+    assert cut("auto", opening) == cut("window", opening) == ["<pad>abc", "<pad>def", "<pad>g"]
+    assert cut("text", opening) == ["<pad>abc", "defg"]
+    assert cut("never", opening) == cut("auto", plain) == cut("text", plain) == ["abcd", "efg"]
+    with pytest.raises(WeLoreError, match="this tokenizer has no BOS token: take 'auto' or 'never'"):
+        cut("window", plain)
+    plain.bos_token = "<pad>"
+    assert cut("window", plain) == cut("window", opening)
+    with pytest.raises(WeLoreError, match="unknown bos 'windows'; did you mean 'window'"):
+        cut("windows", plain)
+
+
 def test_text_of_one_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(WeLoreError, match="shorter than two tokens"):
         windows(tokenizer, "w1", 4)
@@ -250,3 +295,8 @@ def test_given_windows_are_evaluated_as_they_are(tokenizer: PreTrainedTokenizerF
         assert digest == evaluation_text(ids, TextOptions())[1]
     with pytest.raises(WeLoreError, match=r"the dataset is a tensor of shape \(4,\): give token ids"):
         evaluation_text(ids[0], TextOptions())
+    for wrong in (ids.float(), ids[:, :1], ids > 3):  # no number of a token, nothing to predict
+        save_file({"windows": wrong.contiguous()}, tmp_path / "wrong.safetensors")
+        for dataset in (wrong, tmp_path / "wrong.safetensors"):
+            with pytest.raises(WeLoreError, match="is a tensor of shape .*: give token ids"):
+                evaluation_text(dataset, TextOptions())

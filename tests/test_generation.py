@@ -100,10 +100,7 @@ def test_a_text_begins_as_asked() -> None:
 
 
 def test_the_opening_token_of_a_tokenizer_comes_first() -> None:
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = characters()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
+    tokenizer = characters(opens=True)
     for first in ("vocabulary", "word"):
         opening, token = OPENINGS[first](tokenizer)(0.3)
         assert opening == 0
@@ -153,6 +150,46 @@ def test_a_model_that_computes_nan_is_refused() -> None:
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(WeLoreError, match="the model computes NaN or Inf"):
         generate(model, characters(), num_tokens=6, max_length=3)
+
+
+def test_rows_of_the_output_layer_that_stand_for_no_token_are_never_drawn() -> None:
+    """A vocabulary is often padded to a multiple of 64 or 128."""
+    model, size = build("llama", vocab_size=512), len(ALPHABET) + 2
+    found = generate(model, characters(), num_tokens=400, max_length=20)
+    assert int(found.max()) < size
+    with torch.inference_mode():
+        cumulated = model(found).logits[0, :, :size].double().softmax(-1).cumsum(-1)
+    uniform = torch.rand((20, 20), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    after = [at for at in range(1, 20) if found[0, at - 1] != END]
+    assert [int(found[0, at]) for at in after] == [int((cumulated[at - 1] <= uniform[0, at]).sum()) for at in after]
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_the_model_writes() -> None:
+    for model in (build("llama", vocab_size=50), writer()):
+        tokenizer = characters() if len(model.model.embed_tokens.weight) == 50 else characters(opens=True)
+        tokenizer.add_tokens(["<extra>"])  # special words beyond the embedding never begin a text
+        if len(model.model.embed_tokens.weight) == 50:
+            with pytest.raises(WeLoreError, match="it gives token 97, this model knows 50"):
+                generate(model, tokenizer, num_tokens=6, max_length=3)
+        else:
+            assert generate(model, tokenizer, num_tokens=6, max_length=3).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ raise_exception('no\nsystem') }}", "template of this tokenizer cannot be used: no"),
+        ("{% for m in messages %}", "template of this tokenizer cannot be used: "),
+        ("hello", "the chat template has nothing before the user's words"),
+        ("{{ messages[0]['content'] }}", "the chat template has nothing before the user's words"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_one_sentence(template: str, message: str) -> None:
+    tokenizer = characters()
+    tokenizer.chat_template = template
+    with pytest.raises(WeLoreError, match=message) as caught:
+        OPENINGS["chat"](tokenizer)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_tokenizer_without_first_and_end_token_is_refused() -> None:

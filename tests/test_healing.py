@@ -247,6 +247,11 @@ def test_what_cannot_heal_is_refused_before_anything_is_written(source: Path, ow
         compress(source, tmp_path / "out", keep=0.6, preset="paper", recovery=RecoveryConfig())
     with pytest.raises(WeLoreError, match="cannot be mixed"):
         compress(source, tmp_path / "out", recovery=RecoveryConfig(dataset="self,pydoc"), **how)
+    with pytest.raises(WeLoreError, match="tokenizer is another model's: it gives token 96, this model knows 96"):
+        larger = read_tokenizer(source)
+        larger.add_tokens(["w96"])
+        text = RecoveryConfig(dataset=["w96 " * 9999], num_tokens=500)
+        compress(source, tmp_path / "out", keep=0.6, statistics=own, recovery=text, tokenizer=larger)
     with pytest.raises(WeLoreError, match="--recovery none"):
         compress(source, tmp_path / "out", keep=0.6, statistics=own, processes=Processes(0, 2))
     assert not (tmp_path / "out").exists()

@@ -204,6 +204,30 @@ def test_a_damaged_field_is_refused(name: str, change: dict[str, Any], message: 
         TASKS[name].item(record(name, 1) | change, "file, record 1")
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("object_tracking", {"multiple_choice_targets": ["a"], "multiple_choice_scores": [1, 0]}),
+        ("object_tracking", {"multiple_choice_targets": [["a"]], "multiple_choice_scores": [1]}),
+        ("object_tracking", {"target_scores": {str(n): int(n == 11) for n in range(12)}}),
+        ("commonsense_qa", {"question": "?", "choices": {"label": ["A"], "text": ["a", "b"]}}),
+    ],
+)
+def test_a_record_of_another_form_is_named(name: str, change: dict[str, Any]) -> None:
+    content = {"inputs": "Who?", "question": "Who?", "answerKey": "A"} | change
+    if "target_scores" in change:
+        content["input"] = "Who?"
+    with pytest.raises(WeLoreError, match="file, record 1: it has not the form of"):
+        TASKS[name].item(content, "file, record 1")
+
+
+def test_marks_and_halves_of_pairs_are_no_part_of_a_question(tmp_path: Path) -> None:
+    plain = {"Body": "Ann has 2 pears", "Question": "How many?", "Answer": 2}
+    odd = plain | {"Body": "\ufeffAnn has 2 pears", "Question": "How \ud83d many?"}
+    (tmp_path / "SVAMP.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([odd] * 4).encode())
+    assert items(TASKS["svamp"], "evaluation", tmp_path)[0].prompt.startswith("Q: Ann has 2 pears. How \ufffd many?")
+
+
 def test_the_training_file_is_not_taken_for_evaluation(tmp_path: Path) -> None:
     write(tmp_path, "boolq", [record("boolq", 1)])
     with pytest.raises(WeLoreError, match="training items are never scored"):
@@ -219,6 +243,11 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "SVAMP.json").write_text("[")
     with pytest.raises(WeLoreError, match="is not JSON"):
         items(svamp, "train", tmp_path)
+    for content in (b"\xff\xfe[\0]\0x", b"[" * 10**6, b"[" + b"1" * 5000 + b"]"):
+        (tmp_path / "SVAMP.json").write_bytes(content)
+        with pytest.raises(WeLoreError, match=r"SVAMP.json is not JSON in UTF-8") as caught:
+            items(svamp, "train", tmp_path)
+        assert "\n" not in str(caught.value)
     (tmp_path / "SVAMP.json").write_text("[]")
     with pytest.raises(WeLoreError, match="holds no train items"):
         items(svamp, "train", tmp_path)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_propagation, enable_propagation
 
 import welore
-from conftest import allocate, compress
+from conftest import allocate, build, compress
 from toys import characters, checkpoint, finetuned, weights
 from welore.config import EvaluationConfig
 from welore.errors import WeLoreError
@@ -457,9 +457,9 @@ def test_what_a_teacher_wrote_is_read_by_another_run(model: Path, dense: Path, t
     flat = tmp_path / "flat.safetensors"
     save_file({"windows": torch.full((48,), 1)}, flat)
     cases = [
-        ({"dataset": str(flat)}, r"is no file of windows: its tensor has the shape \(48,\)"),
+        ({"dataset": str(flat)}, r"is a tensor of shape \(48,\): give token ids"),
         ({"dataset": str(written), "max_length": 32}, "has windows of 48 tokens, not of 32"),
-        ({"dataset": str(other)}, "has token 1000000, this model knows .*: another model wrote it"),
+        ({"dataset": str(other)}, "tokenizer is another model's: it gives token 1000000, this model knows 98"),
         ({"dataset": str(dense / "model.safetensors")}, "is no file of windows"),
         ({"dataset": "nowhere.safetensors"}, "is no file of windows"),
     ]
@@ -551,6 +551,21 @@ def test_impossible_settings_are_refused_before_anything_is_written(
     with pytest.raises(WeLoreError, match=message):
         finetuned(model, tmp_path / "run", **SHORT | {"dataset": text} | settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_tokens_that_the_embedding_does_not_have_are_refused_and_padding_is_never_read(tmp_path: Path) -> None:
+    tokenizer, questions = (
+        characters(),
+        {"task": "coin_flip", "task_dataset": "generated"} | SHORT | {"max_length": 300},
+    )
+    model, words = build("llama", vocab_size=90, max_position_embeddings=512), ["the quick brown fox xyz " * 40] * 9
+    for data in (questions, SHORT | {"dataset": words}):
+        with pytest.raises(WeLoreError, match="tokenizer is another model's: it gives token 9., this model knows 90"):
+            finetuned(model, tmp_path / "run", "full", tokenizer=tokenizer, **data)
+        assert not (tmp_path / "run").exists()
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    model = build("llama", vocab_size=98, max_position_embeddings=512)
+    finetuned(model, tmp_path / "run", "full", tokenizer=tokenizer, **questions)
 
 
 def test_a_method_with_nothing_to_train_is_refused(dense: Path, model: Path, text: str, tmp_path: Path) -> None:

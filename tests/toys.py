@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import welore
@@ -19,12 +19,14 @@ from welore.training.finetune import finetune
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 
 
-def characters() -> PreTrainedTokenizerFast:
-    """Every printable character is a token; 0 is padding, 1 the end."""
+def characters(*, opens: bool = False) -> PreTrainedTokenizerFast:
+    """Every printable character is a token; 0 is padding, 1 the end. opens: token 0 comes in front of every text."""
     vocabulary = {"<pad>": 0, "</s>": 1} | {c: i for i, c in enumerate(ALPHABET, start=2)}
     letters = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     letters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     letters.decoder = decoders.Fuse()
+    if opens:
+        letters.post_processor = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 0)])
     return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="</s>")
 
 

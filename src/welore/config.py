@@ -20,6 +20,7 @@ PresetName = Literal["best", "fast", "paper"]
 MethodName = Literal["lrc", "nlrc", "full", "lora", "galore"]
 TaskName = Literal["commonsense_qa", "svamp", "boolq", "coin_flip", "object_tracking", "strategy_qa"]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+BosName = Literal["auto", "window", "text", "never"]
 OpeningName = Literal["vocabulary", "word", "nothing", "chat"]
 TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
 ExportFormat = Literal["dense"]
@@ -35,6 +36,7 @@ SELF = "self"  # a dataset: text that the model (of a fine-tuning, its teacher) 
 SHARD_SIZE = "5GB"
 NUM_TOKENS, MAX_LENGTH = 65_536, 512  # of calibration
 LEAST_PROBES = 4  # of a pre-training, to describe its course
+BOS = "Begin every window with BOS (window), only a text (text), nothing (never); auto: as the tokenizer's family does."
 
 # A text: a name, a hub id, a file, several of them with weights ("wikitext2:1,my.txt:2"), a list of strings, a
 # datasets.Dataset, or windows of token ids (count, length).
@@ -211,6 +213,7 @@ class CalibrationConfig:
     )
     dataset_split: str | None = option(None, "Split of a hub data set.", panel="Calibration", shown="train")
     text_column: str = option("text", "Column or field of the text.", panel="Calibration")
+    bos: BosName = option("auto", BOS, panel="Calibration")
     num_tokens: int = option(NUM_TOKENS, "Tokens to read, rounded up to whole windows.", panel="Calibration")
     max_length: int | None = option(
         None, "Tokens of a window.", panel="Calibration", shown="512, or what the model reads"
@@ -306,6 +309,7 @@ class EvaluationConfig:
     dtype: DtypeName = option("auto", "Data type of the weights; auto is that of the checkpoint.", panel="Text")
     dataset_split: str | None = option(None, "Split of a hub data set.", panel="Text", shown="test")
     text_column: str = option("text", "Column or field of the text.", panel="Text")
+    bos: BosName = option("auto", BOS, panel="Text")
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DtypeName)
@@ -345,6 +349,7 @@ class FinetuneConfig:
     )
     dataset_split: str | None = option(None, "Split of a hub data set.", panel="Data", shown="train")
     text_column: str = option("text", "Column or field of the text.", panel="Data")
+    bos: BosName = option("auto", BOS, panel="Data")
     task: TaskName | None = option(None, "A task to learn in place of a text.", panel="Data")
     task_dataset: str | Path | None = option(
         None, "The task's original file, or 'generated'.", panel="Data", shown="the hub's data set"
@@ -453,6 +458,7 @@ class PretrainConfig:
     dataset: Dataset | None = option(None, "A text to train on.", panel="Data")
     dataset_split: str | None = option(None, "Split of a hub data set.", panel="Data", shown="train")
     text_column: str = option("text", "Column or field of the text.", panel="Data")
+    bos: BosName = option("auto", BOS, panel="Data")
     tokenizer: str | None = option(
         None, "Hub model or directory to take the tokenizer from.", panel="Model", shown="a BPE of the text"
     )

@@ -24,7 +24,7 @@ from welore.config import KFAC, MAX_LENGTH, SELF, CalibrationConfig, Dataset, Ru
 from welore.data.mixture import Source, draw, parse_mixture, seed_of
 from welore.data.self_generated import generate_text
 from welore.data.text import TextOptions
-from welore.data.windows import digest, given_windows
+from welore.data.windows import digest, given_windows, require_known_tokens
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.resume import Workspace
@@ -33,7 +33,7 @@ from welore.linalg.svd import Factors, factorise
 from welore.models.copies import generation_copy
 from welore.models.load import load_model
 from welore.models.mlp import long_matrices
-from welore.models.skeleton import context_length, require_context_length, require_known_tokens
+from welore.models.skeleton import context_length, require_context_length
 from welore.models.source import ModelSource, TensorSource, open_source
 from welore.models.targets import Target, in_blocks
 from welore.records import Record
@@ -100,6 +100,7 @@ def _calibrate(model: Any, config: CalibrationConfig, path: Path, context: RunCo
     config = _complete(config, net)
     length, texts = config.max_length or MAX_LENGTH, TextOptions.of(config, context)
     counts, sources = draw(config.dataset, config.num_tokens, tokenizer, length, seed=config.seed, options=texts)
+    require_known_tokens(net, *[source.windows for source in sources])
     with _workspace(path, weights, config, context, sources) as workspace:
         job = _Job(weights, targets, net, config, context.within(workspace), workspace)
         started = time.perf_counter()
@@ -107,7 +108,6 @@ def _calibrate(model: Any, config: CalibrationConfig, path: Path, context: RunCo
             sources.append(_own_text(job, tokenizer, counts[SELF]))
         seconds = time.perf_counter() - started
         ids = torch.cat([source.windows for source in sources])
-        require_known_tokens(net, ids)
         statistics = _collect(job, sources, ids, seconds)
         if SELF in counts:
             statistics = replace(statistics, generated=(counts[SELF], length))

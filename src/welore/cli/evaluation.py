@@ -48,8 +48,11 @@ def evaluate(
         raise WeLoreError("--limit and --tasks-dir go with --lm-eval; of a text, --num-windows are read")
     if lm_eval is not None and config.dataset != usual.dataset:
         raise WeLoreError("give --dataset or --lm-eval, not both: a text or tasks")
-    if lm_eval is not None and (config.max_length, config.num_windows) != (usual.max_length, usual.num_windows):
-        raise WeLoreError("--max-length and --num-windows go with --dataset; of a task, --limit questions are read")
+    windows = (config.max_length, config.num_windows, config.bos)
+    if lm_eval is not None and windows != (usual.max_length, usual.num_windows, usual.bos):
+        raise WeLoreError(
+            "--max-length, --num-windows and --bos go with --dataset; of a task, --limit questions are read"
+        )
     if output is not None:
         require_writable(output)
     if lm_eval is not None:

@@ -41,6 +41,7 @@ from welore.config import (
     as_record,
 )
 from welore.data.text import TextOptions
+from welore.data.windows import require_known_tokens
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory, require_free, require_outside
 from welore.io.checkpoint import RECORD
@@ -200,7 +201,9 @@ def _recovery_text(job: Job) -> Tensor | None:
     if job.recovery is None or job.recovery.dataset == SELF:
         return None
     options, model_config = TextOptions.of(job.calibration, job.context), job.source.skeleton.config
-    return recovery_text(job.recovery, model_config, _tokenizer(job), job.calibration.seed, options)
+    windows = recovery_text(job.recovery, model_config, _tokenizer(job), job.calibration.seed, options)
+    require_known_tokens(job.source.skeleton, windows)
+    return windows
 
 
 def _check_target(source: TensorSource, config: CompressionConfig, grids: Any, known: Statistics | None) -> None:

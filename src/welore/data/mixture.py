@@ -101,7 +101,7 @@ def draw(
             continue
         text = name if named else dataset
         if is_windows(text):
-            windows = given_windows(text, length, len(tokenizer))
+            windows = given_windows(text, length)
             sha256 = digest(windows)
         else:
             split = blocks_of_text(text, tokenizer, length, tokens=count * length, eval_items=1, options=options)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from welore.config import BosName
 from welore.data.text import TextOptions, open_text
-from welore.data.windows import digest
+from welore.data.windows import Openings, digest
 from welore.errors import WeLoreError
 
 if TYPE_CHECKING:
@@ -72,12 +73,12 @@ def blocks_of_text(
     source, sha = open_text(dataset, options), hashlib.sha256()
     documents = source.training(tokens)
     if source.held_out is not None:
-        held_out, _ = pack(tokenizer, _digested(source.held_out(), sha), length)
-        train, unused = pack(tokenizer, _digested(documents, sha), length)
+        held_out, _ = pack(tokenizer, _digested(source.held_out(), sha), length, bos=options.bos)
+        train, unused = pack(tokenizer, _digested(documents, sha), length, bos=options.bos)
         split = source.split(tokens)
     else:
         enough = blocks_to_write(-(-tokens // length)) * length if tokens else None
-        blocks, unused = pack(tokenizer, _digested(documents, sha), length, enough)
+        blocks, unused = pack(tokenizer, _digested(documents, sha), length, enough, options.bos)
         held_out, train, split = _first_tenth(blocks)
     if not len(train) or not len(held_out):
         raise WeLoreError(
@@ -118,27 +119,34 @@ def blocks_to_write(train_blocks: int) -> int:
 
 
 def pack(
-    tokenizer: "PreTrainedTokenizerBase", documents: Iterable[str], length: int, enough: int | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    documents: Iterable[str],
+    length: int,
+    enough: int | None = None,
+    bos: BosName = "auto",
 ) -> tuple[Tensor, int]:
     """Blocks (count, length), int32, of the documents' tokens, an end token between documents; tokens left over.
 
-    enough: documents after so many tokens are not read.
+    enough: documents after so many tokens are not read. bos: see `windows.Openings`.
     """
-    if length < 2:
-        raise WeLoreError(
-            f"length is {length}: a block needs at least 2 tokens, one to predict from and one to predict"
-        )
+    openings = Openings.of(tokenizer, bos, length)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces: list[Tensor] = []
     total = 0
-    for ids in _token_ids(tokenizer, documents):
+    for tokens in _token_ids(tokenizer, documents):
+        ids = openings.without(tokens, first=not pieces)
         pieces.append(torch.tensor([*end, *ids] if pieces else ids, dtype=torch.int32))
         total += len(pieces[-1])
         if enough is not None and total >= enough:
             break
     stream = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int32)
-    count = len(stream) // length
-    return stream[: count * length].view(count, length), len(stream) - count * length
+    opening = torch.tensor(openings.of_window, dtype=torch.int32)
+    own = length - len(opening)
+    count = len(stream) // own
+    blocks = stream[: count * own].view(count, own)
+    if len(opening):
+        blocks = torch.cat([opening.expand(count, -1), blocks], dim=1)
+    return blocks, len(stream) - count * own
 
 
 def digest_of_texts(texts: Iterable[str]) -> str:

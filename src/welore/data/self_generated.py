@@ -5,6 +5,7 @@ and ends with the model's end token; then the next one begins in the same window
 `generate`: docs/concepts/statistics.md.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from welore.config import MAX_LENGTH, CalibrationConfig, require_at_least
-from welore.errors import WeLoreError, choose
+from welore.data.windows import opening_tokens, require_known_tokens
+from welore.errors import WeLoreError, choose, first_line
 from welore.io.progress import Progress, counted, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LAST = math.nextafter(1, 0)  # the largest number below 1
 MARK = "\N{SNOWMAN}"  # stands for the user's words while a chat template is taken apart
 
 
@@ -37,6 +40,7 @@ def generate_text(
     require_at_least(1, batch_size=batch_size)
     length = config.max_length or MAX_LENGTH
     begin = choose("beginning", config.first, OPENINGS)(tokenizer)
+    require_known_tokens(model, torch.tensor(begin(0.0)), torch.tensor(begin(LAST)))
     windows = -(-config.num_tokens // length)
     # One row of numbers per window: a window does not depend on its batch.
     uniform = torch.rand((windows, length), dtype=torch.float64, generator=torch.Generator().manual_seed(config.seed))
@@ -45,14 +49,14 @@ def generate_text(
     steps = [(start, position) for start in range(0, windows, batch_size) for position in range(length)]
     written = torch.empty((windows, length), dtype=torch.long)
     warp = _warpers(config)
-    ends = _end_tokens(model, tokenizer)
+    ends, size = _end_tokens(model, tokenizer), max(tokenizer.get_vocab().values()) + 1
     batch: _Batch | None = None
     training = model.training
     model.eval()
     try:
         for start, position in counted(progress, steps, "the model writes"):
             if position == 0:
-                batch = _Batch(model, begin, ends, 2 if config.first == "chat" else 1)
+                batch = _Batch(model, begin, ends, 2 if config.first == "chat" else 1, size)
             assert batch is not None
             numbers = uniform[start : start + batch_size, position]
             written[start : start + batch_size, position] = batch.next_tokens(numbers, warp)
@@ -68,7 +72,7 @@ Begin = Callable[[float], list[int]]  # a number in [0, 1) -> the first tokens o
 
 def _any_token(tokenizer: "PreTrainedTokenizerBase") -> Begin:
     """Any token of the vocabulary that is no special one, each as likely."""
-    opening, ordinary = _opening(tokenizer), _ordinary(tokenizer)
+    opening, ordinary = opening_tokens(tokenizer), _ordinary(tokenizer)
     return lambda number: [*opening, ordinary[int(number * len(ordinary))]]
 
 
@@ -79,13 +83,13 @@ def _any_word(tokenizer: "PreTrainedTokenizerBase") -> Begin:
     words = [t for t, p in (marked or pieces).items() if p and p.lstrip("\u0120\u2581")[:1].isalpha()]
     if not words:
         raise WeLoreError("the vocabulary has no token that begins with a letter: take first='vocabulary'")
-    opening = _opening(tokenizer)
+    opening = opening_tokens(tokenizer)
     return lambda number: [*opening, words[int(number * len(words))]]
 
 
 def _from_nothing(tokenizer: "PreTrainedTokenizerBase") -> Begin:
     """The opening token of the tokenizer, or the end token, as if another text had ended: the model goes on."""
-    opening = _opening(tokenizer) or [token for token in [tokenizer.eos_token_id] if token is not None]
+    opening = opening_tokens(tokenizer) or [token for token in [tokenizer.eos_token_id] if token is not None]
     if not opening:
         raise WeLoreError("this tokenizer has neither a first nor an end token: take first='vocabulary'")
     return lambda number: opening
@@ -95,9 +99,13 @@ def _chat(tokenizer: "PreTrainedTokenizerBase") -> Begin:
     """The chat template up to the user's words: the model writes both question and answer."""
     if not getattr(tokenizer, "chat_template", None):
         raise WeLoreError("this tokenizer has no chat template: take another beginning than 'chat'")
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
-    assert isinstance(chat, str)
+    try:
+        chat = str(tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False))
+    except Exception as error:  # a template is a program that comes with a model
+        raise WeLoreError(f"the chat template of this tokenizer cannot be used: {first_line(error)}") from error
     ids: list[int] = tokenizer(chat.partition(MARK)[0], add_special_tokens=False).input_ids
+    if not ids or MARK not in chat:
+        raise WeLoreError("the chat template has nothing before the user's words: take another beginning than 'chat'")
     return lambda number: ids
 
 
@@ -116,11 +124,6 @@ def _ordinary(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [token for token in range(len(tokenizer)) if token not in special]
 
 
-def _opening(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    ids: list[int] = tokenizer("").input_ids
-    return [token for token in ids if token != tokenizer.eos_token_id]
-
-
 def _end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Tokens that end a text (or a turn of a chat)."""
     configured: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -134,11 +137,12 @@ def _end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") 
 class _Batch:
     """Windows that are written together, token by token.
 
-    ends: tokens that end a turn; a text ends with the `turns`-th of them.
+    ends: tokens that end a turn; a text ends with the `turns`-th of them. size: of the vocabulary; rows of the output
+    layer beyond it, which many models have as padding, stand for no token and are never drawn.
     """
 
-    def __init__(self, model: "PreTrainedModel", begin: Begin, ends: set[int], turns: int) -> None:
-        self.model, self.begin, self.ends, self.turns = model, begin, ends, turns
+    def __init__(self, model: "PreTrainedModel", begin: Begin, ends: set[int], turns: int, size: int) -> None:
+        self.model, self.begin, self.ends, self.turns, self.size = model, begin, ends, turns, size
         self.cache: Any = None
         self.last: Tensor | None = None
         self.pending: list[list[int]] = []  # the rest of an opening, of every window
@@ -155,7 +159,7 @@ class _Batch:
             device = self.model.device
             out = self.model(self.last[:, None].to(device), past_key_values=self.cache, use_cache=True)
             self.cache = out.past_key_values
-            cumulated = warp(out.logits[:, -1].float()).softmax(-1).cumsum(-1, dtype=numbers.dtype)
+            cumulated = warp(out.logits[:, -1, : self.size].float()).softmax(-1).cumsum(-1, dtype=numbers.dtype)
             tokens = torch.searchsorted(cumulated, numbers[:, None].to(device) * cumulated[:, -1:], right=True)
             tokens = tokens.squeeze(1).clamp_(max=cumulated.shape[-1] - 1)
             chosen = tokens.where(cumulated[:, -1].isfinite(), -1).tolist()  # the only wait for a GPU

@@ -1,15 +1,15 @@
 """The one door to text: a registered name, hub id, local file, list of strings or datasets.Dataset -> documents."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from welore.config import NONE, SELF
+from welore.config import NONE, SELF, BosName
 from welore.errors import WeLoreError, choose, first_line
 from welore.io.context import RunContext
+from welore.io.text_file import json_lines, local_path, read_plain, require_file, well_formed
 
 C4_DOCUMENTS = 1100  # of the first validation file, as GPTQ and its successors take them
 TOKENS_PER_DOCUMENT = 300  # of C4, cautiously: it has about 480
@@ -24,16 +24,20 @@ Documents = Iterable[str]
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How a data set is read. split: of a hub data set, by default train, or test to evaluate; column: of the text."""
+    """How a data set is read.
+
+    split: of a hub data set, by default train, or test to evaluate. column: of the text. bos: see `windows.Openings`.
+    """
 
     split: str | None = None
     column: str = COLUMN
     cache_dir: str | Path | None = None
+    bos: BosName = "auto"
 
     @classmethod
     def of(cls, config: Any, context: RunContext) -> "TextOptions":
-        """Those of a verb: `dataset_split` and `text_column` of its config, and the cache of its context."""
-        return cls(config.dataset_split, config.text_column, context.cache_dir)
+        """Those of a verb: `dataset_split`, `text_column` and `bos` of its config, and the cache of its context."""
+        return cls(config.dataset_split, config.text_column, context.cache_dir, config.bos)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def open_text(dataset: Any, options: TextOptions = TextOptions()) -> TextSource:
     """
     if not isinstance(dataset, str | Path):
         return _given_documents(dataset, options)
-    name, path = str(dataset), Path(dataset).expanduser()
+    name = str(dataset)
+    path = local_path(name)
     if path.suffix in FILES:
         return _one_document(name, lambda: _file_text(path, options.column))
     if path.exists():
@@ -162,7 +167,7 @@ def hub_rows(
             yield from texts(load_dataset(name, config, split=split, streaming=True).take(limit), name, column)
     except WeLoreError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # datasets reads files of any kind, that anybody may have made
         raise WeLoreError(
             f"the data set {name} cannot be fetched ({first_line(error)}): connect once, or give a local "
             f"{', '.join(FILES)} file or the built-in `pydoc`"
@@ -191,7 +196,7 @@ def _given_documents(dataset: Any, options: TextOptions) -> TextSource:
 
     def documents(tokens: int = 0) -> Documents:
         if isinstance(dataset, Sequence) and all(isinstance(text, str) for text in dataset):
-            return dataset
+            return map(well_formed, dataset)
         return texts(dataset, name, options.column)
 
     return TextSource(name, documents, documents)
@@ -203,39 +208,24 @@ def texts(records: Iterable[Any], name: str | Path, column: str = COLUMN) -> Ite
         text = record.get(column) if isinstance(record, Mapping) else None
         if not isinstance(text, str):
             raise WeLoreError(f"{name}, record {number}: field {column!r} is missing or not a text")
-        yield text
+        yield well_formed(text)
 
 
 def _file_text(path: Path, column: str) -> str:
     """The text of a .txt file as it is; the records of a .jsonl or .parquet file joined by two newlines."""
-    if not path.is_file():
-        raise WeLoreError(f"{path} does not exist")
     if path.suffix == ".txt":
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise WeLoreError(f"{path} is not UTF-8 text ({error})") from error
-    records = _parquet(path, column) if path.suffix == ".parquet" else _jsonl(path)
+        return read_plain(path)
+    records = _parquet(path, column) if path.suffix == ".parquet" else json_lines(path)
     return PARAGRAPH.join(texts(records, path, column))
-
-
-def _jsonl(path: Path) -> Iterator[Any]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise WeLoreError(f"{path}, line {number} is not JSON in UTF-8") from error
 
 
 def _parquet(path: Path, column: str) -> Iterator[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
+    require_file(path)
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(columns=[column]):
                 yield from batch.to_pylist()
-    except (ValueError, OSError) as error:
+    except Exception as error:  # pyarrow reads a file that anybody may have made
         raise WeLoreError(f"{path} cannot be read as parquet: {first_line(error)}") from error

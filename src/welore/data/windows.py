@@ -1,17 +1,19 @@
 """Windows of token ids: cut from a text, written to a file, read back."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from welore.config import BosName, choices
 from welore.data.text import TextOptions, read_text
-from welore.errors import WeLoreError, first_line
+from welore.errors import WeLoreError, choose, first_line
 from welore.io.atomic import atomic_write
+from welore.io.text_file import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,26 +31,75 @@ def evaluation_text(dataset: Any, options: TextOptions) -> tuple[str | Tensor, s
 
 
 def windows(
-    tokenizer: "PreTrainedTokenizerBase", text: str | Tensor, length: int, limit: int | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    text: str | Tensor,
+    length: int,
+    limit: int | None = None,
+    bos: BosName = "auto",
 ) -> list[Tensor]:
     """Non-overlapping windows (length,) of the token ids of the whole text; the last one may be shorter.
 
-    text: windows that are given stay as they are. limit: take only the first windows. A rest of one token predicts
-    nothing and is left out.
+    text: windows that are given stay as they are. limit: take only the first windows. bos: see `Openings`. A rest of
+    one token predicts nothing and is left out.
     """
     if isinstance(text, Tensor):
         return list(text[:limit])
-    if length < 2:
-        raise WeLoreError(
-            f"length is {length}: a window needs at least 2 tokens, one to predict from and one to predict"
-        )
     if limit is not None and limit < 1:
         raise WeLoreError(f"windows is {limit}: it must be at least 1")
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    pieces = [window for window in ids.split(length) if len(window) > 1][:limit]
+    openings = Openings.of(tokenizer, bos, length)
+    ids = torch.tensor(openings.without(tokenizer(text, verbose=False).input_ids, first=True))
+    opening = torch.tensor(openings.of_window, dtype=ids.dtype)
+    pieces = [torch.cat([opening, piece]) for piece in ids.split(length - len(opening))]
+    pieces = [window for window in pieces if len(window) > 1][:limit]
     if not pieces:
         raise WeLoreError("the text is shorter than two tokens")
     return pieces
+
+
+def opening_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens that a tokenizer itself puts in front of a text: Llama's <s>, Gemma's <bos>; for many models none."""
+    ids: list[int] = tokenizer("a").input_ids
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    return next((ids[:at] for at in range(len(ids)) if ids[at : at + len(plain)] == plain), [])
+
+
+@dataclass(frozen=True)
+class Openings:
+    """Where texts that are cut into windows have the token (BOS) that some models expect in front of all they read.
+
+    of_text: the tokenizer's own opening of a text. of_window: the tokens with which every window begins.
+    """
+
+    bos: BosName
+    of_text: list[int]
+    of_window: list[int]
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase", bos: BosName, length: int) -> "Openings":
+        """The openings for windows of `length` tokens.
+
+        bos: "window": every window begins with BOS; "text": a text does if its tokenizer says so; "never"; "auto":
+        "window" if the tokenizer opens texts itself, as those of Llama and Gemma do.
+        """
+        choose("bos", bos, dict.fromkeys(choices(BosName)))
+        own, token = opening_tokens(tokenizer), tokenizer.bos_token_id
+        opening = own if bos in ("auto", "window") else []
+        if bos == "window" and not own:
+            if token is None:
+                raise WeLoreError("bos is 'window', but this tokenizer has no BOS token: take 'auto' or 'never'")
+            opening = [int(token)]
+        if length < max(2, len(opening) + 1):
+            raise WeLoreError(
+                f"length is {length}: a window needs at least {max(2, len(opening) + 1)} tokens, one to predict from "
+                "and one to predict"
+            )
+        return cls(bos, own, opening)
+
+    def without(self, ids: list[int], *, first: bool) -> list[int]:
+        """The tokens of a text without the opening that it is not to have; first: whether a window begins with it."""
+        removed = self.bos == "never" or (first and bool(self.of_window))
+        opened = removed and ids[: len(self.of_text)] == self.of_text
+        return ids[len(self.of_text) :] if opened else ids
 
 
 def is_windows(dataset: Any) -> bool:
@@ -56,18 +107,19 @@ def is_windows(dataset: Any) -> bool:
     return isinstance(dataset, Tensor) or (isinstance(dataset, str | Path) and str(dataset).endswith(WINDOWS))
 
 
-def given_windows(dataset: Tensor | str | Path, length: int | None = None, vocabulary: int | None = None) -> Tensor:
-    """Windows (count, length) of token ids, int64, of a tensor or a file of them.
-
-    length, vocabulary: of the model that is to read a file.
-    """
-    if not isinstance(dataset, Tensor):
-        return _read_windows(dataset, length, vocabulary)
-    if dataset.ndim != 2 or dataset.shape[0] < 1 or dataset.shape[1] < 2 or dataset.is_floating_point():
+def given_windows(dataset: Tensor | str | Path, length: int | None = None) -> Tensor:
+    """Windows (count, length) of token ids, int64, of a tensor or a file of them; length: that a file must have."""
+    name = "the dataset" if isinstance(dataset, Tensor) else str(dataset)
+    ids = dataset if isinstance(dataset, Tensor) else _read_windows(local_path(dataset))
+    no_ids = ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool
+    if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or no_ids:
         raise WeLoreError(
-            f"the dataset is a tensor of shape {tuple(dataset.shape)}: give token ids (windows, length), length >= 2"
+            f"{name} is a tensor of shape {tuple(ids.shape)}: give token ids (windows, length), whole numbers, length "
+            ">= 2"
         )
-    return dataset.cpu().long()
+    if length not in (None, ids.shape[1]) and not isinstance(dataset, Tensor):
+        raise WeLoreError(f"{name} has windows of {ids.shape[1]} tokens, not of {length}")
+    return ids.cpu().long()
 
 
 def write_windows(path: Path, ids: Tensor) -> None:
@@ -77,23 +129,27 @@ def write_windows(path: Path, ids: Tensor) -> None:
             save_file({"windows": ids.to(torch.int32)}, partial)
 
 
-def _read_windows(path: str | Path, length: int | None, vocabulary: int | None) -> Tensor:
+def _read_windows(path: Path) -> Tensor:
     try:
-        ids = load_file(path)["windows"].long()
-    except (OSError, KeyError, SafetensorError) as error:
+        return load_file(path)["windows"]
+    except Exception as error:  # safetensors reads a file that anybody may have made
         raise WeLoreError(f"{path} is no file of windows: {first_line(error)}") from error
-    if ids.dim() != 2 or not ids.numel():
-        raise WeLoreError(f"{path} is no file of windows: its tensor has the shape {tuple(ids.shape)}")
-    if length not in (None, ids.shape[1]):
-        raise WeLoreError(f"{path} has windows of {ids.shape[-1]} tokens, not of {length}")
-    if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-        raise WeLoreError(f"{path} has token {int(ids.max())}, this model knows {vocabulary}: another model wrote it")
-    return ids
 
 
 def digest(ids: Tensor) -> str:
     """SHA-256 of token ids, int64."""
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+
+
+def require_known_tokens(model: Any, *texts: Tensor) -> None:
+    """Raise WeLoreError for a token that the model's embedding does not have, and for a text without tokens."""
+    size = len(model.get_input_embeddings().weight)
+    for ids in texts:
+        if not ids.numel():
+            raise WeLoreError("the tokenizer gives no tokens for a text: copy the original model's tokenizer files")
+        for token in map(int, ids.aminmax()):
+            if not 0 <= token < size:
+                raise WeLoreError(f"the tokenizer is another model's: it gives token {token}, this model knows {size}")
 
 
 def stack(pieces: list[Tensor], batch_size: int) -> list[Tensor]:

@@ -78,7 +78,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 def init_model(size: Size, tokenizer: "PreTrainedTokenizerBase", max_length: int, seed: int) -> LlamaForCausalLM:
     """A Llama with weights from N(0, 0.02), as in the paper: RMSNorm 1e-6, head not tied to the embeddings."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,

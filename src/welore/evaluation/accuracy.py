@@ -10,6 +10,7 @@ import torch
 from scipy.stats import binomtest
 
 from welore.config import RunOptions, ScoreConfig, TaskName, as_record
+from welore.data.windows import require_known_tokens
 from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS, Item, Task, items, majority_rate
 from welore.io.context import RunContext
@@ -109,7 +110,10 @@ def answers(
     context keeps its end.
     """
     room = context_length(model.config)
+    if room is not None and room <= NEW_TOKENS:
+        raise WeLoreError(f"this model reads at most {room} tokens at once: a question and its answer need more")
     encoded: list[list[int]] = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
+    require_known_tokens(model, *map(torch.tensor, encoded))
     inputs = [ids if room is None else ids[-max(1, room - NEW_TOKENS) :] for ids in encoded]
     longest_first = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
     batches = [longest_first[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
@@ -128,8 +132,9 @@ def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", promp
     length = max(map(len, prompts))
     end = model.generation_config.eos_token_id if model.generation_config else None
     end = tokenizer.eos_token_id if end is None else end
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end[0] if isinstance(end, list) else end)
-    pad = 0 if pad is None else pad  # masked out; any token will do
+    known = range(len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
+    usual = (tokenizer.pad_token_id, *(end if isinstance(end, list) else [end]))
+    pad = next((token for token in usual if token in known), 0)  # masked out; any token will do
     ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     greedy = GenerationConfig(

@@ -13,13 +13,13 @@ from torch.nn.functional import cross_entropy
 from welore.config import Dataset, EvaluationConfig, RunOptions, as_record
 from welore.data.packing import IGNORED, Batch
 from welore.data.text import TextOptions
-from welore.data.windows import evaluation_text, stack, windows
+from welore.data.windows import evaluation_text, require_known_tokens, stack, windows
 from welore.errors import WeLoreError
 from welore.evaluation.divergence import divergence
 from welore.io.context import RunContext
 from welore.io.progress import counted
 from welore.models.load import evaluating, load_model, warn_if_slow
-from welore.models.skeleton import context_length, require_context_length, require_known_tokens
+from welore.models.skeleton import context_length, require_context_length
 from welore.records import Record
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def evaluate(
     loaded = load_model(model, context, config.dtype, label)
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
-    pieces = windows(loaded.tokenizer, text, config.max_length, config.num_windows)
+    pieces = windows(loaded.tokenizer, text, config.max_length, config.num_windows, config.bos)
     require_context_length(len(pieces[0]), context_length(net.config))
     require_known_tokens(net, torch.cat(pieces))
     batches = stack(pieces, config.batch_size)
@@ -81,6 +81,7 @@ def evaluate(
     loaded.inputs["text_sha256"] = digest
     if against is not None:
         dense = load_model(against, context, config.dtype, None)
+        require_known_tokens(dense.model, torch.cat(pieces))
         loaded.inputs["against"] = dense.inputs["model"]
         numbers |= divergence(net, dense.model, batches, context.progress)
     return loaded.record("perplexity", as_record(config), numbers)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from welore.errors import WeLoreError, first_line
 
@@ -47,13 +47,6 @@ def require_context_length(length: int, limit: int | None) -> None:
         raise WeLoreError(
             f"length is {length}: this model reads at most {limit} tokens at once, pass --max-length {limit}"
         )
-
-
-def require_known_tokens(model: Any, ids: Tensor) -> None:
-    """Raise WeLoreError for a token that the model's embedding does not have."""
-    largest, size = int(ids.max()), len(model.get_input_embeddings().weight)
-    if largest >= size:
-        raise WeLoreError(f"the tokenizer is another model's: it gives token {largest}, this model knows {size}")
 
 
 def dense_skeleton(config: "PretrainedConfig", kind: Any) -> "PreTrainedModel":

@@ -102,7 +102,7 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
     args, base = run.arguments, run.marked.base
     cast(run.marked.model, getattr(torch, config.dtype))
     objective = _objective(base, run.teacher, config, args)
-    pad = run.tokenizer.pad_token_id or 0
+    pad = min(run.tokenizer.pad_token_id or 0, len(base.get_input_embeddings().weight) - 1)  # never read
     items = shuffled(run.data.train, sequences_read(config, args.world_size), config.seed)
     of_step, size = len(items) // args.max_steps, args.per_device_train_batch_size
     measure = RunCallback(

@@ -11,9 +11,9 @@ from transformers import TrainingArguments, set_seed
 
 from welore.allocation.plan import Plan
 from welore.config import SELF, FinetuneConfig, as_record
-from welore.data.packing import DatasetSplit, blocks_of_text, blocks_of_windows
+from welore.data.packing import Blocks, DatasetSplit, blocks_of_text, blocks_of_windows
 from welore.data.text import TextOptions
-from welore.data.windows import given_windows, is_windows, write_windows
+from welore.data.windows import given_windows, is_windows, require_known_tokens, write_windows
 from welore.errors import WeLoreError, first_line
 from welore.io.atomic import require_outside
 from welore.io.context import RunContext
@@ -106,6 +106,8 @@ def prepare(
             progress = context.progress if leads else silent
             written = write_text(teacher, tokenizer, config, args.device, args.world_size, progress)
         data = blocks_of_windows(written, "the teacher's own text", eval_items=config.max_eval_samples)
+    for part in (data.train, data.evaluation):
+        require_known_tokens(model, *([part.tokens] if isinstance(part, Blocks) else [e["input_ids"] for e in part]))
     digests["data_sha256"] = data.sha256
     if leads:
         begin(out, _identity(config, marked, digests, args.world_size), resume=resume)
@@ -153,7 +155,7 @@ def _data(
         return questions_of_task(config, tokenizer, context.cache_dir)
     length = length_of(config)
     if is_windows(config.dataset):
-        windows = given_windows(config.dataset, length, len(tokenizer))  # type: ignore[arg-type]
+        windows = given_windows(config.dataset, length)  # type: ignore[arg-type]
         if windows.shape[1] != length:
             raise WeLoreError(f"the dataset has windows of {windows.shape[1]} tokens: give that as max_length")
         return blocks_of_windows(windows, "windows of token ids", eval_items=config.max_eval_samples)

@@ -5,7 +5,6 @@ evaluation items are disjoint: `items` cuts them apart, and nothing else reads t
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 from welore.errors import WeLoreError, first_line
 from welore.evaluation.tasks import boolq, coin_flip, commonsense_qa, object_tracking, strategy_qa, svamp
 from welore.evaluation.tasks.task import Item, Task
+from welore.io.text_file import json_lines, local_path, read_json_value
 
 __all__ = ["GENERATED", "TASKS", "Item", "Part", "Task", "items", "majority_rate"]
 
@@ -40,7 +40,7 @@ def items(
     elif str(data) == GENERATED:
         questions = _generated(task, part, seed)
     else:
-        questions = _file_items(task, part, Path(data).expanduser())
+        questions = _file_items(task, part, local_path(data))
     if not questions:
         raise WeLoreError(f"{data or task.hub.name} holds no {part} items of {task.name}")
     return questions
@@ -94,19 +94,10 @@ def _require_part(task: Task, part: Part, path: Path) -> None:
 
 def _records(path: Path) -> Iterator[Mapping[str, Any]]:
     """The records of a .jsonl file, or of a .json file that is a list or has "examples"."""
-    if not path.is_file():
-        raise WeLoreError(f"{path} does not exist")
-    where = str(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            for number, line in enumerate(filter(str.strip, text.split("\n")), start=1):
-                where = f"{path}, record {number}"
-                yield json.loads(line)
-            return
-        content = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise WeLoreError(f"{where} is not JSON ({error})") from error
+    if path.suffix == ".jsonl":
+        yield from json_lines(path)
+        return
+    content = read_json_value(path)
     records = content.get("examples") if isinstance(content, dict) else content
     if not isinstance(records, list):
         raise WeLoreError(f"{path} is neither a list of records nor has a list under 'examples'")
@@ -143,7 +134,7 @@ def _hub_items(task: Task, part: Part, cache_dir: str | Path | None) -> list[Ite
     split = hub.train if part == "train" else hub.evaluation
     try:
         rows = load_dataset(hub.name, hub.subset, split=split, cache_dir=str(cache_dir) if cache_dir else None)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # datasets reads files of any kind
         how = ", or --dataset generated" if task.generate else ""
         raise WeLoreError(
             f"the data set {hub.name} cannot be fetched ({first_line(error)}): connect once, or give the original file "

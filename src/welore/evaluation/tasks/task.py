@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, first_line
+from welore.io.text_file import well_formed
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,13 @@ class Task:
 
     def item(self, content: Mapping[str, Any], where: str) -> Item:
         """The question of one record; `where` (file and record) is named in errors."""
-        question, answer = self.read(Row(content, where))
-        answer = self.normal(answer)
+        try:
+            question, answer = self.read(Row(content, where))
+            answer = self.normal(answer)
+        except WeLoreError:
+            raise
+        except (ValueError, TypeError, LookupError) as error:  # lists of different lengths, choices that are lists
+            raise WeLoreError(f"{where}: it has not the form of {self.name} ({first_line(error)})") from error
         if self.extract(f" {answer}.") != answer:
             raise WeLoreError(f"{where}: {answer!r} is no possible answer of {self.name} ({self.answers})")
         return Item(f"Q: {question}\nA: {self.lead}", answer)
@@ -96,7 +102,7 @@ class Row:
 
     def text(self, name: str) -> str:
         """A text that is not empty."""
-        text = str(self.value(name, str)).strip()
+        text = well_formed(self.value(name, str)).strip()
         if not text:
             raise WeLoreError(f"{self.where}: field {name!r} is empty")
         return text
@@ -117,4 +123,4 @@ def chosen(row: Row, name: str = "target_scores") -> tuple[list[str], int]:
     right = [index for index, score in enumerate(scores.values()) if score == 1]
     if len(right) != 1:
         raise WeLoreError(f"{row.where}: field {name!r} marks {len(right)} answers as right: it must be one")
-    return [str(text).strip() for text in scores], right[0]
+    return [well_formed(str(text)).strip() for text in scores], right[0]
