@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 import welore
+from test_fixtures import FIXTURES
 from welore.allocation.plan import Plan
-from welore.errors import WeLoreError
+from welore.errors import DamagedWeightsError, WeLoreError
 from welore.records import Identity
 
 Change = Callable[[dict[str, Any]], Any]
@@ -111,3 +114,174 @@ def test_plan_of_other_matrices_than_the_models_is_refused_before_the_work(
     damage(content)
     (tmp_path / "plan.json").write_text(json.dumps(content))
     assert "make the plan again" in refused("compress", model, tmp_path / "out", "--plan", tmp_path / "plan.json")
+
+
+# --- spectra and statistics -----------------------------------------------------------------------------------------
+
+Arrays = dict[str, Any]
+
+
+def rewritten(source: Path, path: Path, change: Callable[[Arrays, dict[str, Any]], Any]) -> Path:
+    """The artefact again with other arrays or metadata, which `change` gets as JSON where they are JSON."""
+    with safe_open(source, "np") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    texts = {name for name, text in metadata.items() if text[:1] not in '[{"' and not text.isdigit()}
+    content = {name: text if name in texts else json.loads(text) for name, text in metadata.items()}
+    change(arrays, content)
+    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in content.items()}
+    save_file(arrays, path, metadata)
+    return path
+
+
+def some_spectra(path: Path) -> Path:
+    values = {name: np.array([4.0, 1.0, 0.5]) for name in ("x.a", "x.b.0", "x.b.1")}
+    shapes = dict.fromkeys(values, (3, 5))
+    how: dict[str, Any] = {"grids": {"x.b": (2, 1)}, "outliers": dict.fromkeys(values, 0.1), "losses": dict(values)}
+    welore.Spectra(Identity("m", "f" * 64), values, shapes, scaling="kfac", unreached=("x.a",), **how).save(path)
+    return path
+
+
+SPECTRA: dict[str, Callable[[Arrays, dict[str, Any]], Any]] = {
+    "x.a has values that are NaN": lambda a, m: a.update({"x.a": np.array([np.nan, 1, 0])}),
+    "infinite": lambda a, m: a.update({"x.a": np.array([np.inf, 1, 0])}),
+    "or negative": lambda a, m: a.update({"x.a": np.array([1, 0, -1.0])}),
+    "x.b.1 has values that are": lambda a, m: a.update({"x.b.1": np.array([1e200, 1, 0])}),
+    "the singular values of x.a ascend": lambda a, m: a.update({"x.a": np.array([1, 2, 3.0])}),
+    "x.b.0 has values": lambda a, m: a.update({"x.b.0.losses": np.array([0, np.nan, 0])}),
+    "x.a has values": lambda a, m: a.update({"x.a.losses": np.array([0, -1.0, 0])}),
+    "x.a has 2 values": lambda a, m: a.update({"x.a": np.array([2.0, 1.0])}),
+    "x.a.losses has the dtype int64": lambda a, m: a.update({"x.a.losses": np.array([2, 1, 0])}),
+    "not those that it names": lambda a, m: a.pop("x.a"),
+    "its matrices are not those": lambda a, m: a.update(other=np.ones(3)),
+    "name elsewhere and have no values": lambda a, m: m.update(unreached=["elsewhere"]),
+    "name x.c.0": lambda a, m: m.update(grids={"x.c": [1, 2]}),
+    "outliers of some": lambda a, m: m["outliers"].pop("x.a"),
+    "outliers of x.a": lambda a, m: m["outliers"].update({"x.a": "many"}),
+    "lacks 'fingerprint'": lambda a, m: m.pop("fingerprint"),
+    "shapes of x.a": lambda a, m: m["shapes"].update({"x.a": [3, 5, 1]}),
+    "calibration is": lambda a, m: m.update(calibration=[1]),
+    "scaling is 'sideways'": lambda a, m: m.update(scaling="sideways"),
+    "unit is 'metre'": lambda a, m: m.update(unit="metre"),
+    "include is": lambda a, m: m.update(include={"a": 1}),
+    "nested too deep": lambda a, m: m.update(exclude="[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("sentence", SPECTRA)
+def test_damaged_spectra_are_one_sentence(tmp_path: Path, sentence: str) -> None:
+    good = some_spectra(tmp_path / "good.safetensors")
+    assert welore.Spectra.load(rewritten(good, tmp_path / "same.safetensors", lambda a, m: None)).unit == "loss"
+    bad = rewritten(good, tmp_path / "bad.safetensors", SPECTRA[sentence])
+    with pytest.raises(WeLoreError, match=r"bad\.safetensors holds no spectra that can be \(.*\): make") as caught:
+        welore.Spectra.load(bad)
+    assert sentence in str(caught.value)
+
+
+def test_spectra_in_memory_are_checked_alike() -> None:
+    for values in ([1.0, 2.0], [np.nan, 1.0], [1.0, -1.0], [1.0]):
+        with pytest.raises(WeLoreError):
+            welore.Spectra(Identity("m", "f"), {"a": np.array(values)}, {"a": (2, 3)})
+
+
+def first(arrays: Arrays, ending: str) -> str:
+    return next(name for name in arrays if name.endswith(ending))
+
+
+def owner(arrays: Arrays) -> str:
+    return first(arrays, "q_proj.inputs").removesuffix(".inputs")
+
+
+def spoiled(ending: str, value: float) -> Callable[[Arrays, dict[str, Any]], Any]:
+    return lambda a, m: a[first(a, ending)].__setitem__((0,) * a[first(a, ending)].ndim, value)
+
+
+STATISTICS: dict[str, Callable[[Arrays, dict[str, Any]], Any]] = {
+    "counts of": lambda a, m: m["counts"].update({owner(a): "many"}),
+    "its counts": lambda a, m: m["counts"].pop(owner(a)),
+    "a matrix that tokens reached": lambda a, m: m["counts"].update({owner(a): 0}),
+    "none of its size": lambda a, m: m["shared"].update({owner(a): owner(a).replace("self_attn.q", "mlp.down")}),
+    "has the inputs of elsewhere": lambda a, m: m["shared"].update({owner(a): "elsewhere"}),
+    "its tensors": lambda a, m: a.pop(first(a, ".outputs")),
+    "its tensors are not": lambda a, m: a.update(other=np.ones(2, dtype=np.float32)),
+    "shapes": lambda a, m: m.update(shapes=[]),
+    "a has the sizes 0 and 1": lambda a, m: m.update(grids={"a": [0, 1]}),
+    "measured": lambda a, m: m.update(measured=1.5),
+    "written": lambda a, m: m.update(written=[1]),
+    "lacks 'record'": lambda a, m: m.pop("record"),
+    "settings": lambda a, m: m["record"].update(settings=3),
+}
+TENSORS: dict[str, Callable[[Arrays, dict[str, Any]], Any]] = {
+    "inputs is NaN": spoiled("q_proj.inputs", np.nan),
+    "outputs is NaN, infinite": spoiled("q_proj.outputs", np.inf),
+    "magnitudes is NaN, infinite or negative": spoiled("q_proj.magnitudes", -1),
+    "losses is NaN": spoiled("q_proj.losses", np.nan),
+    "inputs is NaN, infinite or negative": spoiled("q_proj.inputs", -1),
+    "outputs is not symmetric": lambda a, m: a[first(a, "q_proj.outputs")].__setitem__((0, 1), 9.0),
+    "written is NaN": spoiled("written", -1),
+}
+
+
+@pytest.mark.parametrize("sentence", STATISTICS)
+def test_damaged_statistics_are_one_sentence(tmp_path: Path, sentence: str) -> None:
+    bad = rewritten(FIXTURES / "statistics.safetensors", tmp_path / "bad.safetensors", STATISTICS[sentence])
+    with pytest.raises(WeLoreError, match=r"bad\.safetensors holds no statistics that can be \(.*\): make") as caught:
+        welore.Statistics.load(bad)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("sentence", TENSORS)
+def test_tensor_that_is_no_statistic_is_refused_when_it_is_read(tmp_path: Path, sentence: str) -> None:
+    bad = rewritten(FIXTURES / "statistics.safetensors", tmp_path / "bad.safetensors", TENSORS[sentence])
+    statistics = welore.Statistics.load(bad)
+    with pytest.raises(DamagedWeightsError, match=rf"{sentence}.*make the statistics again"):
+        for name in statistics.layout():
+            statistics.store.read(name)
+
+
+def test_statistics_of_other_shapes_than_the_models_are_refused(tmp_path: Path, refused: Any) -> None:
+    def forget(arrays: Arrays, metadata: dict[str, Any]) -> None:
+        name = owner(arrays)
+        for table in ("shapes", "counts", "shared"):
+            metadata[table] = {n: v for n, v in metadata[table].items() if n == name}
+        metadata |= {"grids": {}}
+        for key in set(arrays) - {"written"} - {f"{name}.{k}" for k in ("inputs", "magnitudes", "outputs", "losses")}:
+            del arrays[key]
+
+    bad = rewritten(FIXTURES / "statistics.safetensors", tmp_path / "bad.safetensors", forget)
+    out = tmp_path / "s.safetensors"
+    assert "the statistics have no" in refused("analyze", FIXTURES / "dense", "--statistics", bad, "-o", out)
+
+
+def test_damaged_statistics_leave_nothing_behind(tmp_path: Path, refused: Any) -> None:
+    for ending in ("q_proj.inputs", "down_proj.outputs"):
+        bad = rewritten(FIXTURES / "statistics.safetensors", tmp_path / "bad.safetensors", spoiled(ending, np.nan))
+        out = tmp_path / "s.safetensors"
+        assert "is NaN" in refused("analyze", FIXTURES / "dense", "--statistics", bad, "-o", out)
+
+
+# --- the configuration of a compressed model ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sentence", "settings"),
+    {
+        "ranks is": {"ranks": [3]},
+        "ranks of a": {"ranks": {"a": "3"}},
+        "ranks of b is 3.0": {"ranks": {"b": 3.0}},
+        "the rank of a is 0": {"ranks": {"a": 0}},
+        "forms of a": {"ranks": {}, "forms": {"a": ["pivoted"]}},
+        "unknown form 'x'": {"ranks": {}, "forms": {"a": "x"}},
+        "grids is": {"ranks": {}, "grids": [[2, 1]]},
+        "a has the sizes 0 and 1": {"ranks": {}, "grids": {"a": [0, 1]}},
+        "shapes of a": {"ranks": {}, "shapes": {"a": [2, 1.5]}},
+        "a pattern": {"ranks": {}, "include": "q_proj"},
+        "version": {"version": "1"},
+        "has format 9": {"version": 9},
+        "unknown setting": {"kep": 0.8},
+        "keep is 'a lot'": {"keep": "a lot"},
+        "split is": {"split": "yes"},
+    }.items(),
+)
+def test_damaged_configuration_of_a_compressed_model_is_one_sentence(sentence: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(WeLoreError, match=sentence):
+        welore.WeLoreConfig(**settings)

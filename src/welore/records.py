@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from welore.errors import WeLoreError
 from welore.io.atomic import read_json, write_json
+from welore.io.fields import refusing, typed
 
 PACKAGES = [
     "welore",
@@ -92,15 +93,19 @@ class Record:
     def load(cls, path: str | Path) -> "Record":
         """The record at `path`, with today's names of settings; WeLoreError if the file is not one."""
         content = read_json(path)
-        required = ("kind", "inputs", "settings", "numbers")
-        if not isinstance(content, dict) or not content.keys() >= set(required):
-            raise WeLoreError(f"{path} is not a record of welore: it must hold {', '.join(required)}")
-        known = {f.name for f in dataclasses.fields(cls)}
-        complete: dict[str, Any] = {"versions": {}, "machine": {}, "created": ""} | content
-        if complete["kind"] != "calibration":  # plans compare with these as they are
-            complete["settings"] = _renamed(complete["settings"])
-            complete["inputs"] = _renamed_inputs(complete["kind"], complete["inputs"])
-        return cls(**{name: value for name, value in complete.items() if name in known})
+        with refusing(f"{path} is not a record of welore", "it must hold kind, inputs, settings, numbers"):
+            return cls.of(content)
+
+    @classmethod
+    def of(cls, content: Any) -> "Record":
+        """The record in a JSON value; KeyError or WeLoreError if it is none. Fields of later versions are passed by."""
+        content = {"versions": {}, "machine": {}, "created": ""} | typed(content, dict, "a record")
+        kinds = get_type_hints(cls) | {"versions": dict[str, Any]}  # a field of a record is JSON, whatever is in it
+        values = {name: typed(content[name], kind, name) for name, kind in kinds.items()}
+        if values["kind"] != "calibration":  # plans compare with these as they are
+            values["settings"] = _renamed(values["settings"])
+            values["inputs"] = _renamed_inputs(values["kind"], values["inputs"])
+        return cls(**values)
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name} {_figure(self.numbers[name])}" for name in self._headline())

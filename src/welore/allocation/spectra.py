@@ -8,17 +8,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from welore.allocation.neurons import Neurons, as_json, read_neurons
-from welore.config import NONE, PLAIN, current_name
+from welore.config import NONE, PLAIN, ScalingName, current_name
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_write
-from welore.layers.block_grid import Grid, read_grids
+from welore.io.fields import LARGEST, parse_json, refusing, typed
+from welore.layers.block_grid import Grid, block_names, read_grids
 from welore.linalg.spectrum import Values, normalise
 from welore.records import Identity
 
@@ -62,6 +63,21 @@ class Spectra:
         if not self.unit:
             object.__setattr__(self, "unit", RELATIVE if self.scaling in PLAIN else LOSS)
 
+        for name, values in (*self.values.items(), *self.losses.items()):
+            if name not in self.shapes or values.shape != (min(self.shapes[name]),):
+                raise WeLoreError(f"{name} has {values.size} values, not as many as its shape says")
+            with np.errstate(over="ignore"):  # the squares are summed up by every strategy
+                if not np.isfinite((values**2).sum()) or (values < 0).any():
+                    raise WeLoreError(f"{name} has values that are NaN, infinite or negative")
+        for name, values in self.values.items():
+            if (np.diff(values) > 0).any():
+                raise WeLoreError(f"the singular values of {name} ascend")
+        blocks = [name for layer, grid in self.grids.items() for name in block_names(layer, grid)]
+        if lost := {*self.unreached, *self.outliers, *blocks} - set(self.values):
+            raise WeLoreError(f"the spectra name {min(lost)} and have no values of it")
+        if self.outliers and len(self.outliers) < len(self.values):
+            raise WeLoreError("the spectra have the outliers of some matrices, not of all")
+
     def normalised(self) -> dict[str, Values]:
         """Name -> normalised spectrum s (k,), see `normalise`."""
         return {name: normalise(sigma) for name, sigma in self.values.items()}
@@ -95,32 +111,45 @@ class Spectra:
         try:
             with safe_open(path, "np") as file:
                 metadata = file.metadata() or {}
+                names = set(file.keys())
                 if metadata.get("format") != FORMAT:
                     raise WeLoreError(f"{path} holds no spectra: make them with `welore analyze MODEL -o FILE`")
-                shapes = {name: (s[0], s[1]) for name, s in json.loads(metadata["shapes"]).items()}
-                values = {name: file.get_tensor(name) for name in shapes}
-                losses = {n: file.get_tensor(n + LOSSES) for n in shapes if n + LOSSES in file.keys()}  # noqa: SIM118
-            identity = Identity(metadata["model"], metadata["fingerprint"])
-            include, exclude = (tuple(json.loads(metadata[name])) for name in ("include", "exclude"))
-            return cls(
-                identity,
-                values,
-                shapes,
-                include,
-                exclude,
-                scaling=current_name(metadata.get("scaling", NONE)),
-                statistics=json.loads(metadata.get("calibration", "{}")),
-                outliers=json.loads(metadata.get("outliers", "{}")),
-                losses=losses,
-                unreached=tuple(json.loads(metadata.get("unreached", "[]"))),
-                grids=read_grids(json.loads(metadata.get("grids", "{}"))),
-                neurons=read_neurons(json.loads(metadata.get("neurons", "{}"))),
-                unit=metadata.get("unit", ""),
-            )
+                with refusing(f"{path} holds no spectra that can be", "make it again"):
+                    fields = _read(metadata)
+                    losses = [name for name in fields["shapes"] if name + LOSSES in names]
+                    if not names or names != {*fields["shapes"], *(name + LOSSES for name in losses)}:
+                        raise WeLoreError("its matrices are not those that it names")
+                    values = {name: _read_array(file, name) for name in fields["shapes"]}
+                    measured = {name: _read_array(file, name + LOSSES) for name in losses}
+                    return cls(values=values, losses=measured, **fields)
         except SafetensorError as error:
             raise WeLoreError(f"{path} is not a readable safetensors file ({error})") from error
-        except (KeyError, ValueError) as error:
-            raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
+
+
+def _read(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of spectra in the metadata of a file; KeyError or WeLoreError for one that is not as it must be."""
+
+    def value(name: str, kind: Any, default: str) -> Any:
+        return typed(parse_json(metadata.get(name, default)), kind, name)
+
+    return {
+        "model": Identity(metadata["model"], metadata["fingerprint"]),
+        "shapes": read_grids(parse_json(metadata["shapes"]), "shapes", LARGEST),
+        **{name: value(name, tuple[str, ...], "[]") for name in ("include", "exclude", "unreached")},
+        "scaling": typed(current_name(metadata.get("scaling", NONE)), ScalingName, "scaling"),
+        "unit": typed(metadata.get("unit", ""), Literal["", LOSS, RELATIVE], "unit"),
+        "statistics": value("calibration", Mapping[str, Any], "{}"),
+        "outliers": value("outliers", Mapping[str, float], "{}"),
+        "grids": read_grids(value("grids", Any, "{}")),
+        "neurons": read_neurons(value("neurons", Any, "{}")),
+    }
+
+
+def _read_array(file: Any, name: str) -> Values:
+    array = file.get_tensor(name)
+    if array.dtype.kind != "f":
+        raise WeLoreError(f"{name} has the dtype {array.dtype}, it must be floating point")
+    return np.asarray(array, dtype=np.float64)
 
 
 def block_of(name: str) -> str:

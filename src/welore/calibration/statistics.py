@@ -19,8 +19,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from welore.errors import WeLoreError
+from welore.errors import DamagedWeightsError, WeLoreError
 from welore.io.atomic import atomic_write
+from welore.io.fields import LARGEST, parse_json, refusing, typed
 from welore.io.resume import Workspace
 from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
 from welore.layers.block_grid import Grid, read_grids
@@ -41,6 +42,20 @@ class StatisticsStore(Protocol):
     def read(self, name: str) -> Tensor:
         """The tensor "LAYER.inputs", "LAYER.magnitudes", "LAYER.outputs", "MATRIX.losses" or "written"."""
         ...
+
+
+class FileStore(TensorReader):
+    """The tensors of a file, each checked when it is read."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor; DamagedWeightsError if it cannot be the mean of what its name says."""
+        tensor = super().read(name)
+        diagonal = tensor.diagonal() if tensor.ndim == 2 and name != GENERATED else tensor
+        if not bool(torch.isfinite(tensor).all()) or bool((diagonal < 0).any()):
+            raise DamagedWeightsError(f"{self.path}: {name} is NaN, infinite or negative: make the statistics again")
+        if diagonal is not tensor and not torch.equal(tensor, tensor.T):
+            raise DamagedWeightsError(f"{self.path}: {name} is not symmetric: make the statistics again")
+        return tensor
 
 
 class WorkspaceStore:
@@ -194,29 +209,37 @@ class Statistics:
         path = Path(path)
         if not path.is_file():
             raise WeLoreError(f"{path} does not exist: make it with `welore calibrate MODEL -o {path}`")
-        store = TensorReader(path)
+        store = FileStore(path)
         if store.metadata.get("format") != FORMAT:
             raise WeLoreError(f"{path} holds no statistics: make them with `welore calibrate MODEL -o FILE`")
-        try:
+        with refusing(f"{path} holds no statistics that can be", "make it again"):
             statistics = cls(store=store, **_fields(store.metadata))
-            expected = statistics.layout()
-        except (KeyError, TypeError, ValueError) as error:
-            raise WeLoreError(f"{path} lacks what it should say of its model ({error!r}): make it again") from error
-        if expected != store.entries:
-            raise WeLoreError(f"{path} does not hold the statistics that it names: make it again")
+            if statistics.layout() != store.entries:
+                raise WeLoreError("its tensors are not those that it names")
         return statistics
 
 
 def _fields(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of Statistics in the metadata of a file."""
-    values = {name: json.loads(text) for name, text in metadata.items() if name in (*JSON_FIELDS, GENERATED, "record")}
+    """The fields of Statistics in the metadata of a file; KeyError or WeLoreError for one that is not as it must be."""
+
+    def value(name: str, kind: Any, default: str | None = None) -> Any:
+        text = metadata[name] if default is None else metadata.get(name, default)
+        return typed(parse_json(text), kind, name)
+
+    shapes, counts = read_grids(value("shapes", Any), "shapes", LARGEST), value("counts", Mapping[str, int])
+    shared, measured = value("shared", Mapping[str, str]), value("measured", int, "0")
+    if counts.keys() != shapes.keys() or min([measured, *counts.values()]) < 0:
+        raise WeLoreError("its counts are not those of its matrices")
+    if {name for name, count in counts.items() if count} != shared.keys():
+        raise WeLoreError("a matrix that tokens reached has no inputs, or one that none reached has some")
+    for name, owner in shared.items():
+        if owner not in shared or shapes[owner][1] != shapes[name][1]:
+            raise WeLoreError(f"{name} has the inputs of {owner}, which are none of its size")
     return {
         "model": Identity(metadata["model"], metadata["fingerprint"]),
-        "shapes": {name: (m, n) for name, (m, n) in values["shapes"].items()},
-        "record": Record(**values["record"]),
-        "generated": tuple(values.get(GENERATED) or ()) or None,
-        "measured": values.get("measured", 0),
-        "grids": read_grids(values.get("grids", {})),
-        **{name: values[name] for name in ("counts", "shared")},
-        **{name: tuple(values[name]) for name in ("include", "exclude")},
+        "record": Record.of(value("record", Any)),
+        "generated": value(GENERATED, tuple[int, int] | None, "null"),
+        "grids": read_grids(value("grids", Any, "{}")),
+        **{"shapes": shapes, "counts": counts, "shared": shared, "measured": measured},
+        **{name: value(name, tuple[str, ...]) for name in ("include", "exclude")},
     }

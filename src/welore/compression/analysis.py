@@ -82,6 +82,9 @@ def open_statistics(statistics: "Statistics | str | Path | None", source: Tensor
     known = Statistics.load(statistics) if isinstance(statistics, str | Path) else statistics
     if known is not None:
         known.model.check(source.identity, "statistics")
+        for target in source.targets:
+            if known.shapes.get(target.name) != target.shape:
+                raise WeLoreError(f"the statistics have no {target.name} of shape {target.shape}: make them again")
     return known
 
 

@@ -38,7 +38,10 @@ def typed(value: Any, kind: Any, name: str) -> Any:
     if origin is Literal and any(type(value) is type(a) and value == a for a in args):
         return value
     if origin in (Union, types.UnionType):
-        for member in args:
+        members = [member for member in args if value is None or member is not type(None)]
+        if len(members) == 1:
+            return typed(value, members[0], name)
+        for member in members:
             try:
                 return typed(value, member, name)
             except WeLoreError:

@@ -24,9 +24,12 @@ def block_shape(m: int, n: int, grid: Grid) -> tuple[int, int]:
     return m // down, n // across
 
 
-def read_grids(content: Any, most: int = MOST_BLOCKS) -> dict[str, Grid]:
-    """Grids, or shapes, as JSON gives them back; WeLoreError if they are something else. most: blocks, or numbers."""
-    grids: dict[str, Grid] = typed(content, Mapping[str, Grid], "grids")
+def read_grids(content: Any, name: str = "grids", most: int = MOST_BLOCKS) -> dict[str, Grid]:
+    """Grids, or shapes, as JSON gives them back; WeLoreError if they are something else.
+
+    name: of the field, for the sentence. most: blocks of a layer, or numbers of a matrix.
+    """
+    grids: dict[str, Grid] = typed(content, Mapping[str, Grid], name)
     for layer, (down, across) in grids.items():
         if min(down, across) < 1 or down * across > most:
             raise WeLoreError(f"{layer} has the sizes {down} and {across}, they must be 1 or more, {most} together")

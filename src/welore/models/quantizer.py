@@ -7,7 +7,7 @@ A quantization config and a quantizer named "welore" are registered when transfo
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import welore
 from welore.config import NONE, CompressionConfig
 from welore.errors import WeLoreError, choose
+from welore.io.fields import LARGEST, typed
 from welore.io.safetensors_stream import TensorReader
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
 from welore.layers.low_rank import LowRankLayer
@@ -69,21 +70,25 @@ class WeLoreConfig(QuantizationConfigMixin):
         params: float | None = None,
         **settings: Any,
     ) -> None:
-        if version > VERSION:
+        if typed(version, int, "version") > VERSION:
             raise WeLoreError(f"this checkpoint has format {version}, this welore reads up to {VERSION}: upgrade it")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers lists only its own
-        self.ranks = None if ranks is None else {name: int(rank) for name, rank in ranks.items()}
-        for form in (forms or {}).values():
+        self.ranks: dict[str, int] | None = typed(ranks, Mapping[str, int] | None, "ranks")
+        for name, rank in (self.ranks or {}).items():
+            if rank < 1:
+                raise WeLoreError(f"the rank of {name} is {rank}, it must be at least 1")
+        for form in typed(forms or {}, Mapping[str, str], "forms").values():
             choose("form", form, FORMS)
         self.forms = {name: form for name, form in (forms or {}).items() if form != FACTORED}
         self.grids: dict[str, Grid] = read_grids(grids or {})
-        self.shapes = read_grids(shapes or {})
+        self.shapes = read_grids(shapes or {}, "shapes", LARGEST)
         self.version = 4 if self.shapes else 3 if self.grids else 2 if self.forms else 1
-        self.include, self.exclude = list(include), list(exclude)
-        fields = {field.name: field for field in dataclasses.fields(CompressionConfig)}
+        self.include, self.exclude = (list(typed(p, tuple[str, ...], "a pattern")) for p in (include, exclude))
+        fields, hints = {f.name: f for f in dataclasses.fields(CompressionConfig)}, get_type_hints(CompressionConfig)
+        settings |= {} if params is None else {"keep": params}
         for name in settings:
             choose("setting", name, fields)
-        settings |= {} if params is None else {"keep": params}
+            typed(settings[name], hints[name], name)
         self.compression = CompressionConfig(include=tuple(include), exclude=tuple(exclude), **settings)
 
     @classmethod
