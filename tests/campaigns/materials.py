@@ -3,6 +3,7 @@
 import random
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import zygote
@@ -15,6 +16,7 @@ def words(text: str) -> list[str]:
 
 
 WORDS = words("rain fell on the roofs of an old town and nobody heard it until the river rose over the lower bridge")
+MODEL = ["m", "t.txt"]
 TRAIN = "--max-steps 4 --batch-size 1 --max-length 16 --eval-steps 2 --save-steps 1 --learning-rate 1e-3"
 PRETRAIN = (
     "--size 16/1/1/16 --vocab-size 280 --max-steps 6 --probes 4 --probe-items 1 --max-eval-samples 2 --batch-size 1 "
@@ -24,9 +26,53 @@ CALIBRATE = "--num-tokens 64 --max-length 16 --measure-losses 0"
 EVALUATE = "--max-length 16 --num-windows 2"
 
 
+@dataclass(frozen=True)
+class Verb:
+    """A command that writes, its output, what it reads; a run is resumed by --resume."""
+
+    command: list[str]
+    output: str
+    needs: list[str]
+    resumable: bool = False
+
+    @property
+    def old(self) -> dict[str, str]:
+        """What lies at the output before: copies of these files."""
+        names = {"compress": "small", "finetune": "run"}
+        return {self.output: names[self.command[0]]} if "--overwrite" in self.command else {}
+
+
 def finetune(model: object, out: str, *more: str) -> list[str]:
     """The command of a short fine-tuning."""
     return [*words(f"finetune {model} {out} --dataset t.txt {TRAIN}"), *more]
+
+
+RECOVER = (
+    "compress m out --keep 0.7 --statistics c.safetensors --recovery t.txt --num-tokens 1536 --recovery-max-steps 4 "
+    "--recovery-save-steps 1"
+)
+VERBS = {
+    "analyze": Verb(words("analyze m -o o.safetensors"), "o.safetensors", ["m"]),
+    "scaled": Verb(
+        words("analyze m -o o.safetensors --statistics c.safetensors"), "o.safetensors", ["m", "c.safetensors"]
+    ),
+    "calibrate": Verb(
+        words(f"calibrate m -o o.safetensors --dataset self:1,t.txt:1 {CALIBRATE}"), "o.safetensors", MODEL
+    ),
+    "allocate": Verb(words("allocate s.safetensors --rank-reduction 0.4 -o o.json"), "o.json", ["s.safetensors"]),
+    "compress": Verb(words("compress m out --rank-reduction 0.4"), "out", ["m"]),
+    "workers": Verb(words("compress m out --rank-reduction 0.4 --workers 2"), "out", ["m"]),
+    "overwrite": Verb(words("compress m out --rank-reduction 0.3 --overwrite"), "out", ["m"]),
+    "recover": Verb(words(RECOVER), "out", [*MODEL, "c.safetensors"]),
+    "best": Verb(words("compress m out --keep 0.8 --num-tokens 128 --max-length 32"), "out", ["m"]),
+    "merge": Verb(words("merge small out --max-shard-size 30KB"), "out", ["small"]),
+    "export": Verb(words("export pivoted out --format dense"), "out", ["pivoted"]),
+    "finetune": Verb(finetune("small", "out"), "out", ["small", "t.txt"], resumable=True),
+    "again": Verb(finetune("small", "out", "--overwrite", "--seed", "1"), "out", ["small", "t.txt"], resumable=True),
+    "pretrain": Verb(words(f"pretrain out --dataset t.txt {PRETRAIN}"), "out", ["t.txt"], resumable=True),
+    "evaluate": Verb(words(f"evaluate m --dataset t.txt {EVALUATE} -o o.json"), "o.json", MODEL),
+    "report": Verb(words("report small -o out"), "out", ["small"]),
+}
 
 
 def prepare(home: Home) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import materials
 import zygote
-from materials import CALIBRATE, EVALUATE, PRETRAIN, finetune, words
+from materials import CALIBRATE, EVALUATE, MODEL, PRETRAIN, finetune, words
 from zygote import Outcome, campaign, judge, last_line
 
 JUNK: list[Any] = [
@@ -28,7 +28,6 @@ JUNK: list[Any] = [
     *("x", "", "1", "nan", "../../x", "/etc/passwd", "..", "\0", "\ud800", "%s%n", "x" * 5000, "$\\frac{", "\x1b[31m"),
     *([], {}, [[]], [None], [0], [-1, -1], [1, 2, 3], {"a": 1}, {"": []}, float("nan"), float("inf"), float("-inf")),
 ]
-MODEL = ["m", "t.txt"]
 NAN, INF = float("nan"), float("inf")
 
 
@@ -254,7 +253,7 @@ def reading(model: str, rng: random.Random) -> list[object]:
             words(f"compress {model} out --rank-reduction 0.4"),
             words(f"compress {model} out --rank-reduction 0.4"),
             words(f"evaluate {model} --dataset t.txt {EVALUATE}"),
-            ["calibrate", model, "-o", "o.safetensors", "--dataset", rng.choice(["t.txt", "self"]), *CALIBRATE],
+            words(f"calibrate {model} -o o.safetensors --dataset {rng.choice(['t.txt', 'self'])} {CALIBRATE}"),
             finetune(model, "out"),
             ["info", model],
         ]
@@ -692,20 +691,7 @@ def gguf(at: Path, rng: random.Random) -> Mutation:
     return Mutation([*reading("g.gguf", rng), "--cache-dir", "cache"], how)
 
 
-VERBS: dict[str, list[object]] = {
-    "analyze": words("analyze m -o o.safetensors"),
-    "allocate": words("allocate s.safetensors -o o.json --rank-reduction 0.4"),
-    "calibrate": words(f"calibrate m -o o.safetensors --dataset t.txt {CALIBRATE}"),
-    "compress": words("compress m out --rank-reduction 0.4"),
-    "merge": ["merge", "small", "out"],
-    "export": words("export small out --format dense"),
-    "evaluate": words(f"evaluate m --dataset t.txt {EVALUATE}"),
-    "score": words("score m --task coin_flip --dataset generated --limit 1"),
-    "finetune": finetune("small", "out"),
-    "pretrain": words(f"pretrain out --dataset t.txt {PRETRAIN}"),
-    "info": ["info", "small"],
-    "report": words("report small -o out"),
-}
+MORE = ["score m --task coin_flip --dataset generated --limit 1", "info small", "report small -o out"]
 VALUES = words("""
     -1 0 1 2 0.5 nan inf -inf 1e400 1e308 1e-320 99999999999999999999 2147483648 x .. ../x / /dev/null m
     small ~ ~nosuch/x m/config.json t.txt self none self:0 self:-1 t.txt:nan t.txt:inf t.txt:1e400
@@ -718,12 +704,12 @@ VALUES = words("""
 
 
 def options(at: Path, rng: random.Random) -> Mutation:
-    verb = rng.choice(list(VERBS))
-    names = [name for name in option_names(verb) if name not in ("--help", "--device")]
+    command = rng.choice([*(verb.command for verb in materials.VERBS.values()), *map(words, MORE)])
+    names = [name for name in option_names(command[0]) if name not in ("--help", "--device")]
     more: list[object] = []
     for _ in range(rng.choice([1, 1, 1, 2])):
         more += [rng.choice(names), rng.choice([*VALUES, "", " ", "a\nb", "x" * 300, "\ud800"])]
-    return Mutation([*VERBS[verb], *more], " ".join(map(repr, more)))
+    return Mutation([*command, *more], " ".join(map(repr, more)))
 
 
 def option_names(verb: str) -> list[str]:
@@ -758,7 +744,7 @@ NEEDS: dict[Mutator, list[str]] = {
     settings: [*MODEL, "small"],
     reference: ["m", "reference.pt"],
     gguf: ["g.gguf", "t.txt"],
-    options: [*MODEL, "small", "s.safetensors", "c.safetensors", "p.json"],
+    options: [*MODEL, "small", "pivoted", "s.safetensors", "c.safetensors", "p.json"],
 }
 
 

@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import faulthandler
 import gc
+import hashlib
 import importlib
 import logging
 import os
@@ -33,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 MEMORY, SECONDS = 3 << 30, 30.0  # of a child, beyond the memory of its parent
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "shutil.rmtree"}
 OUTWARD = {"socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "subprocess.Popen"}
+_TIMES = rb"\w*(?:second|memory|peak)\w*|created|resumed_at|timed_steps|tokens|work_bytes|probe_share"
+TIMES = re.compile(rb'"(?:' + _TIMES + rb')": ?(?:"[^"]*"|[-\d.e]+|null)')
 GOOD = {"accepted", "refused", "equal"}
 
 
@@ -85,13 +88,13 @@ class Home:
             "CUDA_VISIBLE_DEVICES": "",
         }
 
-    def fresh(self, *names: str) -> Path:
-        """The empty directory of a case, with copies of these files and directories of `shared`."""
+    def fresh(self, *names: str, **others: str) -> Path:
+        """The empty directory of a case, with copies of these files and directories of `shared`; others: new=old."""
         shutil.rmtree(self.case, ignore_errors=True)
         self.case.mkdir()
-        for name in names:
+        for new, name in [*zip(names, names, strict=True), *others.items()]:
             source = self.shared / name
-            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, self.case / name)
+            (shutil.copytree if source.is_dir() else shutil.copyfile)(source, self.case / new)
         return self.case
 
 
@@ -254,6 +257,8 @@ def _run(command: Any) -> int:
             main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -303,6 +308,24 @@ def last_line(text: str) -> str:
 def tree(directory: Path) -> list[str]:
     """Names of everything below a directory."""
     return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def digest(path: Path) -> dict[str, str]:
+    """Digest of every file at or below a path; times, machines and checkpoints of a trainer are left out."""
+    files = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path] if path.exists() else []
+    names = {p: str(p.relative_to(path)) for p in files}
+    return {name: hashlib.sha256(_timeless(p)).hexdigest() for p, name in names.items() if "checkpoint-" not in name}
+
+
+def _timeless(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.suffix in (".json", ".jsonl", ".html"):
+        return TIMES.sub(b"", data)
+    size = int.from_bytes(data[:8], "little")
+    if path.suffix != ".safetensors" or b"__metadata__" not in data[: 8 + size]:
+        return data
+    header = TIMES.sub(b"", data[8 : 8 + size].replace(b"\\", b""))
+    return header.rstrip() + data[8 + size :]
 
 
 # --- a campaign -----------------------------------------------------------------------------------------------------
