@@ -12,6 +12,7 @@ import faulthandler
 import gc
 import hashlib
 import importlib
+import json
 import logging
 import os
 import pkgutil
@@ -34,8 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 MEMORY, SECONDS = 3 << 30, 30.0  # of a child, beyond the memory of its parent
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "shutil.rmtree"}
 OUTWARD = {"socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "subprocess.Popen"}
-_TIMES = rb"\w*(?:second|memory|peak)\w*|created|resumed_at|timed_steps|tokens|work_bytes|probe_share"
-TIMES = re.compile(rb'"(?:' + _TIMES + rb')": ?(?:"[^"]*"|[-\d.e]+|null)')
+TIMES = re.compile(r"\w*(second|memory|peak)\w*|created|resumed_at|timed_steps|tokens|work_bytes|probe_share")
 GOOD = {"accepted", "refused", "equal"}
 
 
@@ -318,14 +318,25 @@ def digest(path: Path) -> dict[str, str]:
 
 
 def _timeless(path: Path) -> bytes:
+    """The content of a file; of JSON, also in the header of safetensors, without what a clock or a machine says."""
     data = path.read_bytes()
-    if path.suffix in (".json", ".jsonl", ".html"):
-        return TIMES.sub(b"", data)
-    size = int.from_bytes(data[:8], "little")
-    if path.suffix != ".safetensors" or b"__metadata__" not in data[: 8 + size]:
-        return data
-    header = TIMES.sub(b"", data[8 : 8 + size].replace(b"\\", b""))
-    return header.rstrip() + data[8 + size :]
+    if path.suffix in (".json", ".jsonl"):
+        return b"\n".join(_without_times(line) for line in (data.splitlines() if path.suffix == ".jsonl" else [data]))
+    end = 8 + int.from_bytes(data[:8], "little")
+    if path.suffix == ".safetensors" and end <= len(data):
+        return _without_times(data[8:end]) + data[end:]
+    return data
+
+
+def _without_times(text: bytes) -> bytes:
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(inner) for key, inner in value.items() if not TIMES.fullmatch(key)}
+        if isinstance(value, str) and value.startswith("{"):  # a record inside a header
+            return clean(json.loads(value))
+        return list(map(clean, value)) if isinstance(value, list) else value
+
+    return json.dumps(clean(json.loads(text))).encode()
 
 
 # --- a campaign -----------------------------------------------------------------------------------------------------
