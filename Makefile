@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test docs demo benchmarks clean
+.PHONY: install test docs demo benchmarks campaign clean
 
 install: .venv/.installed
 
@@ -30,6 +30,14 @@ demo: install
 benchmarks: demo
 	for name in speed memory scale inference tuning; do HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/$$name.py || exit 1; done
 	$(BIN)/python benchmarks/tables.py --demo demo
+
+# Kills, damaged inputs, faults and odd architectures, BUDGET seconds of each; a failure prints the seed that repeats it.
+BUDGET ?= 600
+SEED ?= 0
+campaign: install
+	status=0; for name in mutations kills faults architectures; do \
+	    HF_HUB_OFFLINE=1 $(BIN)/python tests/campaigns/$$name.py --seed $(SEED) --budget $(BUDGET) || status=1; \
+	done; exit $$status
 
 clean:
 	rm -rf .venv demo build

@@ -17,8 +17,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import materials
 import zygote
@@ -90,12 +91,12 @@ def then_again(name: str, verb: Verb, at: Path, first: Outcome) -> Outcome:
     return Outcome("equal", first.command, first.note)
 
 
-def once_again(name: str) -> "zygote.Any":
+def once_again(name: str) -> Any:
     """The undisturbed run that `pick` has made."""
     return once(name, VERBS[name])
 
 
-def disturbed(name: str, verb: Verb, at: Path, note: str, **how: "zygote.Any") -> Outcome:
+def disturbed(name: str, verb: Verb, at: Path, note: str, **how: Any) -> Outcome:
     """Run under a fault; then see that nobody lost anything, and run again without it."""
     allowed = how.pop("allowed", ())
     before, old = users(at, verb.output), digest(at / verb.output)
@@ -117,14 +118,14 @@ def limit(what: int, value: int) -> Callable[[], None]:
 
 def file_size(rng: random.Random) -> Outcome:
     name, verb, at = pick(rng)
-    size = rng.choice([0, 500, 5_000, 20_000, 60_000, 120_000])
-    zygote_limit = limit(resource.RLIMIT_FSIZE, max(size, 1))
+    size = rng.choice([5_000, 10_000, 20_000, 60_000, 120_000])
+    zygote_limit = limit(resource.RLIMIT_FSIZE, size)
     return disturbed(name, verb, at, f"files of at most {size} bytes", setup=zygote_limit)
 
 
 def memory(rng: random.Random) -> Outcome:
     name, verb, at = pick(rng)
-    size = rng.choice([1, 4, 16, 40, 80])
+    size = rng.choice([8, 16, 40, 80, 160])
     dead = (-signal.SIGABRT, -signal.SIGSEGV, 1)  # C++ code may abort; 1: memory ends in a sentence and that status
     return disturbed(name, verb, at, f"{size} MB of memory", memory=size << 20, allowed=dead)
 
@@ -218,7 +219,7 @@ def odd_output(rng: random.Random) -> Outcome:
         ["--overwrite"] if rng.random() < 0.3 and verb.command[0] in ("compress", "merge", "export", "finetune") else []
     )
     before, kind = users(at, "?"), path.lstat().st_mode if path.is_symlink() or path.exists() else None
-    with mounted(path, "size=4m") if how == "mount" else zygote.contextlib.nullcontext():
+    with mounted(path, "size=4m") if how == "mount" else nullcontext():
         answer = zygote.run([*command, *more], at, seconds=LONG)
         outcome = verdict(verb, [*command, *more], answer, f"output is {how}")
     if how in ("fifo", "device") and path.lstat().st_mode != kind:
@@ -369,7 +370,7 @@ def out_of_memory_in_recovery(rng: random.Random) -> Outcome:
 
         usual, done = Trainer.training_step, 0
 
-        def training_step(*words: "zygote.Any", **named: "zygote.Any") -> "zygote.Any":
+        def training_step(*words: Any, **named: Any) -> Any:
             nonlocal done
             done += 1
             if done == step:

@@ -7,7 +7,6 @@ step in the file system.
 
 import argparse
 import atexit
-import contextlib
 import faulthandler
 import gc
 import hashlib
@@ -112,7 +111,9 @@ def import_everything() -> None:
     for module in pkgutil.walk_packages(welore.__path__, "welore."):
         if module.name != "welore.__main__":
             importlib.import_module(module.name)
-    others = "transformers.trainer accelerate datasets pyarrow.parquet gguf jinja2 matplotlib.backends.backend_svg"
+    others = (
+        "transformers.trainer pydantic accelerate datasets pyarrow.parquet gguf jinja2 matplotlib.backends.backend_svg"
+    )
     for name in [*others.split(), "matplotlib.backends.backend_agg", "scipy.linalg", "safetensors.torch"]:
         importlib.import_module(name)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
@@ -352,14 +353,17 @@ def campaign(cases: dict[str, Case], prepare: Callable[[Home], None], descriptio
     parser.add_argument("--work", type=Path, help="directory for the files of the campaign; made again if it is absent")
     options = parser.parse_args()
     chosen = [name for name in options.only.split(",") if name] or list(cases)
-    with contextlib.ExitStack() as stack:
-        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        home = sys.modules["zygote"].home = Home(work.resolve())  # this file may be the program itself, too
+    work = options.work or Path(tempfile.mkdtemp())
+    home = Home(work.resolve())
+    try:
         import_everything()
         if not (home.shared / "ready").exists():
             prepare(home)
             (home.shared / "ready").touch()
         failures, classes = _rounds(chosen, cases, options)
+    finally:
+        if options.work is None:  # not by a TemporaryDirectory, which a child would remove at its end
+            shutil.rmtree(work, ignore_errors=True)
     _table(classes)
     print(f"{sum(map(sum, (c.values() for c in classes.values())))} cases, {failures} failures", flush=True)
     return int(failures > 0)
