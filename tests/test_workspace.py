@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+import welore
 from conftest import compress
+from welore.config import CalibrationConfig, CompressionConfig
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.parallel import Processes, parallel_map
@@ -174,6 +176,33 @@ def test_work_of_a_model_that_has_changed_since_is_not_used(saved, tmp_path: Pat
     file.write_bytes(content)
     compress(source, tmp_path / "out", rank_reduction=0.4)
     compress(source, tmp_path / "undisturbed", rank_reduction=0.4)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("changed", ["config.json", "tokenizer.json", "text"])
+def test_work_that_rests_on_another_file_is_not_used(saved, tokenizer, tmp_path: Path, changed: str) -> None:
+    source, text = saved("llama"), tmp_path / "text.txt"
+    tokenizer.save_pretrained(source)
+    text.write_text(" ".join(f"w{i * i % 96}" for i in range(3000)))
+    calibration = CalibrationConfig(str(text), num_tokens=128, max_length=32)
+    ours: dict[str, Any] = {"config": CompressionConfig(keep=0.7, preset="fast"), "calibration": calibration}
+
+    def stopping(items: Iterable[tuple[Any, float]], what: str, total: float) -> Iterator[Any]:
+        yield from silent(items, what, total)
+        if what == "singular values":
+            raise Killed
+
+    with pytest.raises(Killed):
+        welore.compress(source, tmp_path / "out", **ours, progress=stopping)
+    path, old, new = {
+        "config.json": (source / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'),
+        "tokenizer.json": (source / "tokenizer.json", '"w4": 4', '"w4": 7'),
+    }.get(changed, (text, "w4 ", "w5 "))
+    content = path.read_text()
+    assert old in content
+    path.write_text(content.replace(old, new))
+    welore.compress(source, tmp_path / "out", **ours)
+    welore.compress(source, tmp_path / "undisturbed", **ours)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
 
 

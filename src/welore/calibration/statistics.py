@@ -22,7 +22,7 @@ from torch import Tensor
 from welore.errors import DamagedWeightsError, WeLoreError
 from welore.io.atomic import atomic_write
 from welore.io.fields import LARGEST, parse_json, refusing, typed
-from welore.io.resume import Workspace
+from welore.io.resume import Workspace, file_states
 from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
 from welore.layers.block_grid import Grid, read_grids
 from welore.models.targets import Target, in_blocks
@@ -156,6 +156,12 @@ class Statistics:
     def generated_text(self) -> Tensor | None:
         """Token ids (windows, length) that the model generated; None where it read other texts only."""
         return None if self.generated is None else self.store.read(GENERATED).long()
+
+    @property
+    def state(self) -> list[Any]:
+        """Another value after any change of the file, for the key of a workspace."""
+        files = [self.store.path] if isinstance(self.store, FileStore) else []
+        return [self.record.inputs, self.record.settings, file_states(files)]
 
     def select(self, shapes: Mapping[str, tuple[int, int]], selections: Mapping[str, Selection]) -> "Statistics":
         """Statistics of smaller matrices: a view, without measured losses, which are those of the original ones.

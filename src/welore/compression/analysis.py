@@ -66,7 +66,7 @@ def analyze(
     known = open_statistics(statistics, source)
     scaling = current_name(scaling or (NONE if known is None else KFAC))
     grids = grids_of(source, scaling_of(scaling).block_split if split is None else split)
-    key = scaling, grids, summary(known)
+    key = scaling, grids, known and known.state
     shared = nullcontext(context) if work_dir is None else shared_workspace(work_dir, source, context, *key)
     with shared as context:
         return analyze_source(source, known, context, scaling=scaling, grids=grids)

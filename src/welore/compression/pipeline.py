@@ -40,12 +40,14 @@ from welore.config import (
     RunOptions,
     as_record,
 )
+from welore.data.mixture import parse_mixture
 from welore.data.text import TextOptions
 from welore.data.windows import require_known_tokens
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory, require_free, require_outside
 from welore.io.checkpoint import RECORD
 from welore.io.context import RunContext
+from welore.io.resume import file_states
 from welore.layers.block_grid import Grid
 from welore.models.load import read_tokenizer
 from welore.models.sink import open_sink
@@ -247,9 +249,11 @@ def _workspace(job: Job, output_dir: Directory | None) -> Iterator[RunContext]:
 
     Nothing tells whether weights in memory are those of an earlier run, so their work never continues.
     """
-    rests_on = summary(job.statistics) or as_record(job.calibration)
-    if not isinstance(job.calibration.dataset, str | Path | Mapping):
-        rests_on["unique"] = uuid.uuid4().hex  # nor whether objects in memory are the same
+    rests_on: list[Any] = job.statistics.state if job.statistics else [as_record(job.calibration)]
+    if isinstance(job.calibration.dataset, str | Path | Mapping):
+        rests_on.append(file_states(parse_mixture(job.calibration.dataset)))
+    else:
+        rests_on.append(uuid.uuid4().hex)  # nor whether objects in memory are the same
     key = job.scaling, job.grids, rests_on
     output = None if output_dir is None else Path(output_dir).resolve()  # it may be "." or end in a slash
     with ExitStack() as stack:

@@ -5,7 +5,7 @@ again. Its name is known beforehand, so that nobody has to look through a direct
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -77,3 +77,9 @@ class Workspace:
 
     def _file(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
+
+
+def file_states(paths: Iterable[str | Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files among these paths, for the key of a workspace: no change goes unseen."""
+    files = [path for path in map(Path, paths) if path.is_file()]
+    return [(path.name, (state := path.stat()).st_size, state.st_mtime_ns) for path in files]

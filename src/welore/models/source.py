@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError, first_line
-from welore.io.checkpoint import CheckpointReader, OutputTensors, check_finite, weight_files
+from welore.io.checkpoint import COPIED, CheckpointReader, OutputTensors, check_finite, weight_files
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
+from welore.io.resume import file_states
 from welore.io.safetensors_stream import TensorInfo
 from welore.models.mlp import resize_layers
 from welore.models.skeleton import config_of, dense_skeleton
@@ -196,9 +197,10 @@ class CheckpointSource(TensorSource):
 
     @property
     def state(self) -> str:  # type: ignore[override]
-        """The fingerprint with the files' sizes and times: any change of a file is another state."""
-        files = [(p.name, (s := p.stat()).st_size, s.st_mtime_ns) for p in weight_files(self.directory)]
-        return f"{self.identity.fingerprint} {files}"
+        """The fingerprint with the weight files' sizes and times, and the bytes of configuration and tokenizer."""
+        small = sorted(p for p in self.directory.iterdir() if p.suffix in COPIED and p.is_file())
+        digest = hashlib.sha256(repr([(p.name, p.read_bytes()) for p in small]).encode()).hexdigest()
+        return f"{self.identity.fingerprint} {file_states(weight_files(self.directory))} {digest}"
 
     @cached_property
     def prefix(self) -> str:
