@@ -20,7 +20,7 @@ from welore.emergence.claims import CLAIMS
 from welore.emergence.pretrain import pretrain
 from welore.emergence.probe import probed_steps
 from welore.emergence.trace import Trace
-from welore.errors import WeLoreError
+from welore.errors import DivergedError, WeLoreError
 from welore.records import Record
 from welore.training.data import collate
 from welore.training.finetune import finetune
@@ -198,6 +198,24 @@ def test_what_cannot_work_is_one_sentence(text: str, tmp_path: Path, changes: di
         "max_eval_samples" not in changes
     ):  # what is held out is known when the text was read, and that is part of the run
         assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("size", "steps"), [("32/2/4/56", 12), ("16/1/2/24", 4)])
+def test_shortest_runs_have_a_record_of_finite_numbers(text: str, tmp_path: Path, size: str, steps: int) -> None:
+    short = {"size": size, "max_steps": steps, "probes": 4, "probe_items": 2, "max_eval_samples": 8, "batch_size": 2}
+    pretrained(tmp_path / "run", text, short)
+    numbers = Record.load(tmp_path / "run" / "pretrain.json").numbers
+    assert all(len(interval) == 3 and None not in interval for interval in numbers["claims"].values())
+    assert all(None not in row.values() for row in numbers["matrices"])
+
+
+def test_training_that_diverges_says_so_and_goes_on_to_the_same_sentence(text: str, tmp_path: Path) -> None:
+    wild = {"size": "16/1/2/24", "learning_rate": 1e30, "warmup_steps": 0, "max_grad_norm": 0.0}
+    with pytest.raises(DivergedError, match="smaller learning_rate"):
+        pretrained(tmp_path / "run", text, wild)
+    with pytest.raises(DivergedError, match="smaller learning_rate"):
+        pretrained(tmp_path / "run", text, wild, resume=True)
+    assert not (tmp_path / "run" / "pretrain.json").exists()
 
 
 def test_fsdp_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,12 @@ def test_number_that_json_lacks_is_refused_and_the_old_record_stays(tmp_path: Pa
     assert names(tmp_path) == ["a.json"]
 
 
+def test_record_with_a_number_that_json_lacks_is_not_lost(tmp_path: Path) -> None:
+    numbers = {"nll": float("nan"), "table": [[1.0, float("inf")]], "more": {"x": float("-inf")}}
+    Record("perplexity", {}, {}, numbers).save(tmp_path / "a.json")
+    assert Record.load(tmp_path / "a.json").numbers == {"nll": None, "table": [[1.0, None]], "more": {"x": None}}
+
+
 @pytest.mark.parametrize("content", [{"kind": "perplexity"}, ["a", "list"], {"kind": "x", "extra": 1}])
 def test_json_that_is_no_record_is_refused(tmp_path: Path, content: object) -> None:
     (tmp_path / "a.json").write_text(json.dumps(content))

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -88,3 +89,11 @@ def test_what_is_no_trace_is_one_sentence(tmp_path: Path) -> None:
     (place / LINES).write_text(json.dumps({"format": "another"}) + "\n")
     with pytest.raises(WeLoreError, match="no trace that this version reads"):
         Trace.load(place)
+
+
+def test_zero_gradient_has_no_energy_anywhere(tmp_path: Path) -> None:
+    matrix = Trace.load(trace(tmp_path / "t")).matrices["model.layers.0.mlp.up_proj"]
+    silent = replace(matrix, gradient=np.zeros_like(matrix.gradient), gradient_energy=np.zeros(6))
+    assert not silent.top1_energy.any()
+    assert not silent.stable_rank.any()
+    assert np.array_equal(matrix.top1_energy, 1 / matrix.stable_rank)

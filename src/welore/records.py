@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import math
 import os
 import platform
 import sys
@@ -86,8 +87,8 @@ class Record:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def save(self, path: str | Path) -> None:
-        """Write the record to `path`, whole or not at all."""
-        write_json(path, dataclasses.asdict(self))
+        """Write the record to `path`, whole or not at all. JSON has no NaN and no infinity: they become null."""
+        write_json(path, _finite(dataclasses.asdict(self)))
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
@@ -124,6 +125,15 @@ class Record:
     def _headline(self) -> list[str]:
         numbers = [name for name, value in self.numbers.items() if isinstance(value, int | float)]
         return [name for name in HEADLINES.get(self.kind, numbers[:3]) if name in numbers]
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with null for every number that is not finite: a result of hours is not lost for one of them."""
+    if isinstance(value, Mapping):
+        return {name: _finite(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _renamed(settings: Any) -> Any:

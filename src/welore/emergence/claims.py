@@ -141,7 +141,7 @@ def _row(allocation: Allocation, position: ModulePosition, trace: Trace) -> dict
     """One matrix in numbers; steps are shares of the run, 0 to 1."""
     matrix = trace.matrices[allocation.name]
     warm = after_warm_up(trace)
-    late = np.ix_(*2 * [trace.steps >= trace.steps[-1] / 2])
+    late = np.ix_(*2 * [trace.steps >= min(trace.steps[-1] / 2, trace.steps[-2])])  # two checkpoints make a pair
     stable_rank = float(np.median(matrix.stable_rank[warm]))
     return {
         "name": allocation.name,

@@ -4,6 +4,7 @@ The gradients are of the mean loss over a batch's tokens, by torch.autograd.grad
 gradients, its random numbers) is not changed.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import TrainerCallback
 
 from welore.emergence.subspace import leading, overlaps
 from welore.emergence.trace import COSINE, OTHER, OVERLAPS, RANKS, SAME, VALUES, Writer, key
-from welore.errors import WeLoreError
+from welore.errors import DivergedError, WeLoreError
 from welore.io.atomic import atomic_write
 from welore.io.context import RunContext
 from welore.linalg.svd import singular_values
@@ -90,6 +91,12 @@ class Probe(TrainerCallback):
             "learning_rate": float(self.trainer.lr_scheduler.get_last_lr()[0]),
             "held_out_loss": self.trainer.held_out_loss(model),
         }
+        numbers = [line["held_out_loss"], *(float(total.sum()) for both in gradients for total in both)]
+        if not all(map(math.isfinite, numbers)):
+            raise DivergedError(
+                f"the model computes NaN or Inf at step {step}: begin again with --overwrite and a smaller "
+                "learning_rate, more warmup_steps or dtype float32"
+            )
         if self.writer is not None:
             self.writer.append(line, self._arrays(self.writer, step, model, gradients))
         self.seconds += time.perf_counter() - started

@@ -65,8 +65,8 @@ class Matrix:
 
     @cached_property
     def top1_energy(self) -> Array:
-        """Share of the gradient's squared norm in its largest singular value, (T,)."""
-        return 1 / self.stable_rank
+        """Share of the gradient's squared norm in its largest singular value, (T,); 0 of a gradient that is zero."""
+        return np.divide(1, self.stable_rank, out=np.zeros_like(self.stable_rank), where=self.stable_rank > 0)
 
     @cached_property
     def stable_rank(self) -> Array:
