@@ -68,7 +68,7 @@ def test_a_teacher_is_loaded_frozen_and_a_model_may_not_be_its_own(tmp_path: Pat
 
 
 def test_the_teacher_writes_whole_windows_from_a_seed() -> None:
-    model = build("llama", vocab_size=97)
+    model = build("llama", vocab_size=98)
     size: dict[str, Any] = {"dataset": "self", "distill": "dense", "self_tokens": 70, "max_length": 16}
     configs = [FinetuneConfig(seed=seed, **size) for seed in (3, 3, 4)]
     first, second, other = (write_text(model, characters(), config, torch.device("cpu")) for config in configs)

@@ -4,12 +4,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils.logging import disable_propagation, enable_propagation
 
 import welore
@@ -17,6 +19,7 @@ from conftest import allocate, build, compress
 from toys import characters, checkpoint, finetuned, weights
 from welore.config import EvaluationConfig
 from welore.errors import WeLoreError
+from welore.training.originals import is_checkpointing
 
 SHORT: dict[str, Any] = {
     "max_steps": 4,
@@ -65,9 +68,14 @@ def teacher(dense: Path, text: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def changed(before: Path, after: Path) -> set[str]:
-    old, new = weights(before), weights(after)
-    assert old.keys() == new.keys()
-    return {name for name in old if not torch.equal(old[name], new[name])}
+    """The tensors that differ in a bit; all have the dtypes that they had."""
+    return differing(weights(before), weights(after))
+
+
+def differing(old: dict[str, torch.Tensor], new: dict[str, torch.Tensor]) -> set[str]:
+    assert {name: t.dtype for name, t in old.items()} == {name: t.dtype for name, t in new.items()}
+    raw = [{name: t.contiguous().view(-1).view(torch.uint8) for name, t in each.items()} for each in (old, new)]
+    return {name for name in old if not torch.equal(raw[0][name], raw[1][name])}
 
 
 FACTORS = (".A.weight", ".B.weight", ".P.weight", ".C.weight")
@@ -78,14 +86,82 @@ def test_lrc_changes_exactly_the_factors(stored: Path, text: str, tmp_path: Path
     model = stored
     record = finetuned(model, tmp_path / "run", dataset=text, **SHORT | {"dtype": dtype})
     result = tmp_path / "run" / "model"
-    if dtype == "bfloat16":  # what is frozen is rounded once, what is trained is compared with its rounded beginning
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
-        model = tmp_path / "rounded"
     factors = {name for name in weights(model) if name.endswith(FACTORS)}
     assert factors
     assert changed(model, result) == factors
     assert record.numbers["trainable_parameters"] == sum(weights(model)[name].numel() for name in factors)
     assert record.numbers["eval_loss"] < record.numbers["evaluation"][0][1]
+
+
+@pytest.mark.parametrize(
+    ("stored_as", "computed_in", "method"),
+    [
+        *(("float16", dtype, method) for dtype in ("float32", "bfloat16") for method in ("lrc", "lora", "full")),
+        ("bfloat16", "float32", "lrc"),
+        ("float32", "bfloat16", "lora"),
+    ],
+)
+def test_what_is_frozen_keeps_every_bit_and_its_dtype(
+    text: str, tmp_path: Path, stored_as: str, computed_in: str, method: str
+) -> None:
+    """In a directory, whose norms have another dtype than the rest, and in memory; what is trained keeps its dtype."""
+    model = checkpoint(tmp_path / "model", tie_word_embeddings=True)
+    half = {n: t.to(getattr(torch, stored_as)) if t.is_floating_point() else t for n, t in weights(model).items()}
+    half |= {name: tensor.float() for name, tensor in half.items() if name.endswith("norm.weight")}
+    half["model.rotary.buffer"] = torch.full((3,), 0.1)  # a tensor that the model does not know
+    save_file(half, model / "model.safetensors", {"format": "pt"})
+    settings = json.loads((model / "config.json").read_text()) | {"dtype": stored_as}
+    (model / "config.json").write_text(json.dumps(settings))
+    expected = {
+        "lrc": {name for name in half if name.endswith(FACTORS)},
+        "lora": {name for name, t in half.items() if "proj" in name and t.numel() and t.is_floating_point()},
+        "full": {name for name, t in half.items() if t.numel() and t.is_floating_point() and "rotary" not in name},
+    }[method]
+    how = SHORT | {"dtype": computed_in, "dataset": text, "learning_rate": 0.1, "max_grad_norm": 0.0}
+    how |= {"max_steps": 2, "eval_steps": 0}
+    finetuned(model, tmp_path / "run", method, **how)
+    assert changed(model, tmp_path / "run" / "model") == expected
+    assert json.loads((tmp_path / "run/model/config.json").read_text()) == settings
+
+    memory: Any = AutoModelForCausalLM.from_pretrained(model)
+    before = {name: tensor.clone() for name, tensor in memory.state_dict().items()}
+    finetuned(memory, tmp_path / "memory", method, tokenizer=characters(), **how)
+    assert differing(before, dict(memory.state_dict())) - {"lm_head.weight"} == expected
+    saved = weights(tmp_path / "memory" / "model")
+    assert differing(saved, {name: memory.state_dict()[name] for name in saved}) == set()
+
+
+def test_a_model_in_memory_is_given_back_as_it_was(text: str, tmp_path: Path) -> None:
+    """Also after an error: only what is trained has other numbers."""
+
+    class Broken(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise ZeroDivisionError
+
+    def train(method: str, **settings: Any) -> None:
+        model: Any = build("llama", vocab_size=98, max_position_embeddings=512)
+        model.train().model.layers[0].eval()
+        model.model.norm.weight.requires_grad_(False)
+        model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+        state, names = {n: t.clone() for n, t in model.state_dict().items()}, [n for n, _ in model.named_modules()]
+        with pytest.raises(ZeroDivisionError) if "callbacks" in settings else nullcontext():
+            finetuned(model, tmp_path / method, method, tokenizer=characters(), dataset=text, **SHORT | settings)
+        assert [name for name, _ in model.named_modules()] == names
+        assert [module.training for module in (model, *model.model.layers)] == [True, False, True]
+        assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["model.norm.weight"]
+        assert [name for name, p in model.named_parameters() if p.grad is not None] == ["lm_head.weight"]
+        assert "forward" not in model.__dict__
+        assert not is_checkpointing(model)
+        assert not any(module._forward_hooks for module in model.modules())
+        assert model(torch.tensor([[5, 6]])).logits.dtype is torch.float32
+        if "callbacks" not in settings:
+            assert differing(state, dict(model.state_dict()))
+        elif method == "lora":
+            assert not differing(state, dict(model.state_dict()))
+
+    for method in ("full", "lora"):
+        train(method, gradient_checkpointing=True, dtype="bfloat16")
+        train(method, gradient_checkpointing=True, dtype="bfloat16", callbacks=[Broken()], overwrite=True)
 
 
 def test_what_is_computed_in_bfloat16_can_be_saved_unrounded(stored: Path, text: str, tmp_path: Path) -> None:
@@ -443,8 +519,6 @@ def test_the_teacher_writes_what_the_steps_read_and_a_tenth_more(model: Path, de
 
 @pytest.mark.slow
 def test_what_a_teacher_wrote_is_read_by_another_run(model: Path, dense: Path, text: str, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     first = finetuned(model, tmp_path / "first", dataset="self", distill=dense, **SHORT)
     written = tmp_path / "first/written.safetensors"
     second = finetuned(model, tmp_path / "second", dataset=str(written), distill=dense, **SHORT)

@@ -363,7 +363,7 @@ class FinetuneConfig:
     seed: int = option(0, "Random seed.", panel="Training")
     dtype: DtypeName = option("auto", "Data type of the computation; what is trained stays float32.", panel="Training")
     save_dtype: DtypeName | None = option(
-        None, "Data type of the result.", panel="Output", shown="that of the computation"
+        None, "Data type of the result.", panel="Output", shown="of every tensor its own"
     )
     attention: str | None = option(
         None, "sdpa, eager, flash_attention_2, ...", panel="Training", shown="what transformers chooses"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,6 +16,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from welore.allocation.plan import Plan
 from welore.config import Dataset, FinetuneConfig, RunOptions, as_record
+from welore.io.atomic import atomic_directory
+from welore.io.checkpoint import PLAN, RECORD
 from welore.io.context import RunContext
 from welore.io.progress import silent
 from welore.models.load import warn_if_slow
@@ -24,8 +27,9 @@ from welore.training.arguments import check_launch, resolve_defaults, sequences_
 from welore.training.data import collate, shuffled
 from welore.training.methods import known_warnings, state_classes
 from welore.training.objective import Objective
+from welore.training.originals import borrowed
 from welore.training.preparation import Prepared, cast, prepare
-from welore.training.run_dir import TUNED, gathered, save_result
+from welore.training.run_dir import MODEL, TUNED, gathered
 from welore.training.teacher import share_frozen
 from welore.training.trainer import FinetuneTrainer, RunCallback, peak_memory
 
@@ -53,7 +57,8 @@ def finetune(
     The defaults are the paper's (section 4): continual fine-tuning takes 10,000 steps of 4 x 1024 tokens, a task 1,000
     of 8 x 512; AdamW; a cosine to a tenth of the learning rate after a warm-up of one step in twenty. A step reads
     batch_size x gradient_accumulation_steps x processes sequences. On a GPU the computation is in bfloat16 and what is
-    trained stays in float32; on a CPU all is float32. With `distill` the loss is KL(teacher || model) over the
+    trained stays in float32; on a CPU all is float32. In the result every tensor has its dtype of before, and frozen
+    ones have every bit. With `distill` the loss is KL(teacher || model) over the
     vocabulary at every predicted token; evaluation is the text's cross-entropy in any case.
 
     Args:
@@ -80,15 +85,12 @@ def finetune(
     config = resolve_defaults(config, context.device)
     check_launch(os.environ, config.method, context.device.type, config.distill)
     warn_if_slow(getattr(torch, config.dtype), context.device)
-    run = prepare(model, config, plan, Path(output_dir), context, resume=resume)
-    started = time.perf_counter()
-    numbers = _train(run, config, callbacks, context)
-    tuned = run.marked.merged()
-    tuned.to(getattr(torch, config.save_dtype or config.dtype))
-    state = gathered(tuned)
-    if run.leads:
-        save_result(Path(output_dir), tuned, state, run.tokenizer, run.directory)
-    numbers |= {"seconds": time.perf_counter() - started, "resumed_at": run.resumed_at or 0} | sizes(tuned)
+    with borrowed(model) if isinstance(model, nn.Module) else nullcontext():
+        run = prepare(model, config, plan, Path(output_dir), context, resume=resume)
+        started = time.perf_counter()
+        numbers = _train(run, config, callbacks, context)
+        numbers |= _save(run, Path(output_dir), config.save_dtype and getattr(torch, config.save_dtype))
+        numbers |= {"seconds": time.perf_counter() - started, "resumed_at": run.resumed_at or 0}
     inputs = run.inputs | {"label": label, "split": run.data.split}
     record = Record("finetune", inputs, as_record(config) | {"processes": run.arguments.world_size}, numbers)
     if run.leads:
@@ -100,7 +102,7 @@ def finetune(
 def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context: RunContext) -> dict[str, Any]:
     """Run the Trainer; the numbers of the record."""
     args, base = run.arguments, run.marked.base
-    cast(run.marked.model, getattr(torch, config.dtype))
+    cast(run.marked.model, getattr(torch, config.dtype), mapped=run.originals.directory is not None)
     objective = _objective(base, run.teacher, config, args)
     pad = min(run.tokenizer.pad_token_id or 0, len(base.get_input_embeddings().weight) - 1)  # never read
     items = shuffled(run.data.train, sequences_read(config, args.world_size), config.seed)
@@ -133,12 +135,38 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
         _set_up(base),
     ):
         trainer.train(resume_from_checkpoint=None if run.last is None else str(run.last))
-    tokens = sum(map(measure.tokens, range(run.resumed_at or 0, trainer.state.global_step)))
+    tokens = sum(map(measure.tokens, range(trainer.state.global_step)))  # of the run, also of what was resumed
     numbers = _numbers(run, trainer) | measure.numbers() | {"tokens": tokens}
     numbers["logits_in_pieces"] = objective is not None and objective.chunked
     if run.teacher is not None:
         numbers |= _numbers_of_teacher(run.teacher, base, trainer if config.eval_steps else None)
     return numbers
+
+
+def _save(run: Prepared, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Write the tuned model, whole or not at all; plan and compression record come along. Returns its sizes."""
+    tuned, source = run.originals.merged(run.marked), run.originals.directory
+    state = gathered(tuned)
+    own = dict(tuned.named_parameters())
+    first = {id(parameter): name for name, parameter in own.items()}
+    names = {name: first[id(parameter)] for name, parameter in tuned.named_parameters(remove_duplicate=False)}
+    now = state or {name: parameter.data for name, parameter in own.items()}
+    trained = {name: now[once] for name, once in names.items() if once in run.trained and run.leads}
+    for name, parameter in own.items():
+        parameter.data = run.originals.restored(name, parameter.data, run.trained, dtype)
+    if state is not None:
+        state = {n: run.originals.restored(n, tensor, run.trained, dtype) for n, tensor in state.items()}
+    if run.leads:
+        with atomic_directory(out / MODEL, overwrite=True) as unfinished:
+            if source is None:
+                tuned.save_pretrained(unfinished, state_dict=state)
+                run.tokenizer.save_pretrained(unfinished)
+            else:
+                run.originals.write(unfinished, tuned, trained, dtype)
+            for name in (PLAN, RECORD):
+                if source is not None and (source / name).is_file():
+                    shutil.copyfile(source / name, unfinished / name)
+    return sizes(tuned)
 
 
 def _objective(

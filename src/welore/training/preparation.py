@@ -25,6 +25,7 @@ from welore.training.activations import keep_wide_products
 from welore.training.arguments import length_of, sequences_read, training_arguments
 from welore.training.data import questions_of_task
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable
+from welore.training.originals import Originals
 from welore.training.run_dir import CHECKPOINTS, WRITTEN, begin, check_out, fingerprint, last_checkpoint
 from welore.training.teacher import load_teacher, write_text
 from welore.training.trainer import FinetuneTrainer
@@ -41,7 +42,7 @@ class Prepared:
     """A run that can begin, or go on after the checkpoint `last`.
 
     inputs: of the record: the model's name, the settings of its compression, the digests of model, teacher and data.
-    directory: of the model; None if it was in memory.
+    originals: the model before its training; trained: names of the parameters that this changes.
     """
 
     arguments: TrainingArguments
@@ -49,7 +50,8 @@ class Prepared:
     tokenizer: "PreTrainedTokenizerBase"
     data: DatasetSplit
     inputs: dict[str, Any]
-    directory: Path | None
+    originals: Originals
+    trained: set[str]
     teacher: "PreTrainedModel | None"
     last: Path | None
 
@@ -82,6 +84,7 @@ def prepare(
         check_out(out, resume=resume, overwrite=context.overwrite)
     loaded = _loaded(source, out, config, context)
     model, tokenizer = loaded.model, loaded.tokenizer
+    originals = Originals.of(model, loaded.directory)
     teacher = None
     if config.distill is not None:
         teacher = load_teacher(config, loaded, context)
@@ -113,7 +116,8 @@ def prepare(
         begin(out, _identity(config, marked, digests, args.world_size), resume=resume)
         if written is not None:
             write_windows(out / WRITTEN, written)
-    return Prepared(args, marked, tokenizer, data, loaded.inputs | digests, loaded.directory, teacher, last)
+    inputs, trained = loaded.inputs | digests, originals.trained(marked)
+    return Prepared(args, marked, tokenizer, data, inputs, originals, trained, teacher, last)
 
 
 def _identity(config: FinetuneConfig, marked: MarkedModel, digests: dict[str, Any], processes: int) -> dict[str, Any]:
@@ -169,13 +173,13 @@ def _data(
     )
 
 
-def cast(model: Any, dtype: torch.dtype) -> None:
+def cast(model: Any, dtype: torch.dtype, *, mapped: bool = True) -> None:
     """Put trained parameters in float32 and frozen ones in `dtype`; tied weights stay tied.
 
     Where dtypes are mixed everything is copied, the empty tombstones and the orders too: one tensor that still lies
-    in the mapped file keeps all of the file in memory.
+    in the mapped file keeps all of the file in memory. mapped: whether there is such a file.
     """
-    copy = dtype is not torch.float32
+    copy = mapped and dtype is not torch.float32
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype, copy=copy)
     for module in model.modules():

@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from welore.errors import WeLoreError
-from welore.io.atomic import atomic_directory, read_json, require_free, write_json
-from welore.io.checkpoint import PLAN, RECORD
+from welore.io.atomic import read_json, require_free, write_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 RUN, TUNED, CHECKPOINTS, MODEL = "run.json", "finetune.json", "checkpoints", "model"
 WRITTEN = "written.safetensors"
@@ -81,25 +80,6 @@ def gathered(model: "PreTrainedModel") -> dict[str, Tensor] | None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors: dict[str, Any] = get_model_state_dict(model, options=options)
     return {name: tensor for name, tensor in tensors.items() if name in once}
-
-
-def save_result(
-    out: Path,
-    model: "PreTrainedModel",
-    state: dict[str, Tensor] | None,
-    tokenizer: "PreTrainedTokenizerBase",
-    source: Path | None,
-) -> None:
-    """Write the tuned model, whole or not at all; plan and compression record come along.
-
-    state: its tensors, where the model itself has only a part of them (see gathered).
-    """
-    with atomic_directory(out / MODEL, overwrite=True) as unfinished:
-        model.save_pretrained(unfinished, state_dict=state)
-        tokenizer.save_pretrained(unfinished)
-        for name in (PLAN, RECORD):
-            if source is not None and (source / name).is_file():
-                shutil.copyfile(source / name, unfinished / name)
 
 
 def fingerprint(model: "PreTrainedModel") -> str:

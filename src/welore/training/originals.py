@@ -1,0 +1,138 @@
+"""The model before its training: frozen tensors stay so bit for bit, and a model in memory gets all else back."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from welore.io.atomic import read_json, write_json
+from welore.io.checkpoint import CheckpointReader, OutputTensors, write_config, write_weights
+from welore.io.progress import silent
+from welore.io.safetensors_stream import TensorInfo
+from welore.models.source import CheckpointSource
+
+if TYPE_CHECKING:
+    from welore.training.methods import MarkedModel
+
+
+@dataclass(frozen=True)
+class Originals:
+    """The parameters of a model before its training.
+
+    directory: of its checkpoint; None for a model in memory, of which `data` holds the tensors. names: of the
+    parameters, by their id. dtypes: by their names.
+    """
+
+    directory: Path | None
+    names: Mapping[int, str]
+    dtypes: Mapping[str, torch.dtype]
+    data: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module, directory: Path | None) -> "Originals":
+        """Those of a model that nothing has been done to yet."""
+        named = dict(model.named_parameters())
+        data = {name: p.data for name, p in named.items()} if directory is None else {}
+        return cls(directory, {id(p): name for name, p in named.items()}, {n: p.dtype for n, p in named.items()}, data)
+
+    def trained(self, marked: "MarkedModel") -> set[str]:
+        """The names of the parameters that a training changes: those it trains, and those that get adapters."""
+        named = marked.model.named_parameters()
+        changed = {id(p) for name, p in named if p.requires_grad or name.endswith(".base_layer.weight")}
+        return {self.names[key] for key in changed & self.names.keys()}
+
+    def merged(self, marked: "MarkedModel") -> Any:
+        """The ordinary model: adapters are added to the weights as they were, in float32, whatever was computed in."""
+        if not hasattr(marked.model, "merge_and_unload"):
+            return marked.model
+        for layer in marked.model.modules():
+            if hasattr(layer, "merged_adapters"):
+                weight = layer.get_base_layer().weight
+                weight.data = self._original(self.names[id(weight)], weight.data).to(weight.device, torch.float32)
+                layer.merge()
+                weight.requires_grad_()  # it has been trained
+        return marked.model.unload()
+
+    def restored(self, name: str, now: Tensor, trained: set[str], dtype: torch.dtype | None) -> Tensor:
+        """A parameter after the training, in `dtype` or its own; a frozen one of a model in memory as it was."""
+        if name not in self.dtypes:
+            return now  # a buffer
+        before = now if name in trained else self.data.get(name, now)
+        return before.to(now.device, dtype or self.dtypes[name])
+
+    def write(self, directory: Path, model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
+        """Write the checkpoint of a model from a directory: `tensors` are new, all others are copied.
+
+        tensors: the trained ones by all their names in the model. dtype: of all of them; None: of each as it was.
+        """
+        from transformers.core_model_loading import revert_weight_conversion
+
+        assert self.directory is not None
+        new = dict(revert_weight_conversion(model, dict(tensors)))
+        source, prefix = CheckpointReader(self.directory), CheckpointSource(self.directory).prefix
+        outputs = []
+        for key, info in source.entries.items():
+            kind = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
+            name = key if key in new else prefix + key
+            outputs.append(_output(key, TensorInfo(kind, info.shape), new.get(name), source))
+        write_weights(directory, outputs, "50GB", silent)
+        config = read_json(self.directory / "config.json")
+        write_config(self.directory, directory, config.get("quantization_config"))
+        if dtype is not None:
+            config = read_json(directory / "config.json")
+            config.pop("torch_dtype", None)  # its older name
+            write_json(directory / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+
+    def _original(self, name: str, now: Tensor) -> Tensor:
+        """A frozen parameter as it was before the training rounded it."""
+        if self.directory is None:
+            return self.data[name]
+        source = CheckpointSource(self.directory)
+        return source.tensor(name) if name in set(source.names()) else now
+
+
+def _output(key: str, info: TensorInfo, new: Tensor | None, source: CheckpointReader) -> OutputTensors:
+    if new is None:
+        return OutputTensors({key: info}, lambda: {key: (chunk.to(info.dtype) for chunk in source.chunks(key))})
+    return OutputTensors({key: info}, lambda: {key: [new.detach().to(info.dtype).flatten()]})
+
+
+def is_checkpointing(model: Any) -> bool:
+    """Whether a model computes activations again in the backward pass; its attribute has an older and a newer name."""
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    return bool(next((getattr(model, name) for name in names if hasattr(type(model), name)), False))
+
+
+@contextmanager
+def borrowed(model: Any) -> Iterator[None]:
+    """A model in memory, whose trained parameters alone are changed afterwards, also by an error or Ctrl-C.
+
+    Modules, their modes, dtypes, gradients, what requires them and how the model is called are again what they were.
+    """
+    modules = [(m, dict(m._modules), m.training, set(m._forward_hooks)) for m in model.modules()]
+    parameters = [(p, p.data, p.requires_grad, p.grad) for p in model.parameters()]
+    attributes, checkpointing = dict(model.__dict__), is_checkpointing(model)
+    for parameter, *_ in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        if is_checkpointing(model) and not checkpointing:
+            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+        for module, children, training, hooks in modules:
+            module._modules.update(children)
+            for key in module._forward_hooks.keys() - hooks:
+                del module._forward_hooks[key]
+            module.training = training
+        for name in ("forward", "_original_forward", "peft_config"):  # of accelerate's mixed precision, of peft
+            model.__dict__.pop(name, None)
+            model.__dict__.update({name: attributes[name]} if name in attributes else {})
+        for parameter, data, required, gradient in parameters:
+            parameter.grad = None
+            parameter.data = (parameter.data if parameter.requires_grad else data).to(parameter.device, data.dtype)
+            parameter.requires_grad_(required)
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
