@@ -1,5 +1,6 @@
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from conftest import FAMILIES, MIXTURES, build, logits
+import welore
+from conftest import FAMILIES, MIXTURES, build, compress, logits
 from welore.errors import WeLoreError
-from welore.io.checkpoint import OutputTensors
+from welore.io.checkpoint import CheckpointReader, OutputTensors
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.progress import silent
-from welore.io.safetensors_stream import TensorInfo
+from welore.io.safetensors_stream import DTYPES, TensorInfo
+from welore.models.load import load
 from welore.models.quantizer import WeLoreConfig
 from welore.models.sink import open_sink
 from welore.models.source import CheckpointSource, ModelSource, OverlaySource, TensorSource, open_source
@@ -228,6 +231,11 @@ def test_files_without_the_first_component_of_names_are_read(saved) -> None:
     assert len(checkpoint.targets) == 8
 
 
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def break_weight(directory: Path, value: float) -> None:
     tensors = load_file(directory / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
@@ -270,6 +278,212 @@ def test_config_that_contradicts_the_weights_is_refused(saved) -> None:
     checkpoint = CheckpointSource(directory)
     with pytest.raises(WeLoreError, match=r"has shape .* config.json says"):
         _ = checkpoint.targets
+
+
+def test_the_single_file_is_read_beside_an_older_index(saved) -> None:
+    directory = saved("llama", shard="20KB")
+    build("llama").float().save_pretrained(directory / "other")
+    new = {name: tensor + 1 for name, tensor in load_file(directory / "other" / "model.safetensors").items()}
+    save_file(new, directory / "model.safetensors", {"format": "pt"})
+    name = "model.layers.0.mlp.up_proj.weight"
+    read = AutoModelForCausalLM.from_pretrained(directory).get_parameter(name)
+    assert torch.equal(CheckpointSource(directory).tensor(name), read)
+    assert torch.equal(read, new[name])
+
+
+def test_weights_under_the_name_that_the_configuration_gives_are_read(saved, tmp_path: Path) -> None:
+    directory = saved("llama")
+    (directory / "model.safetensors").rename(directory / "other.safetensors")
+    edit_config(directory, transformers_weights="other.safetensors")
+    compress(directory, tmp_path / "small", rank_reduction=0.4)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
+LOST = ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight", "model.layers.1.input_layernorm.weight"]
+
+
+@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize("shape", [None, (3, 3)])
+def test_checkpoint_without_a_tensor_is_refused_before_any_work(
+    saved, name: str, shape: tuple[int, int] | None
+) -> None:
+    directory = saved("llama", tie_word_embeddings=False)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[name]
+    save_file(tensors | ({name: torch.ones(shape)} if shape else {}), directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeLoreError, match=f"lacks {name}|has {name} in another shape"):
+        open_source(directory, RunContext.create())
+    with pytest.raises(WeLoreError, match=f"lacks {name}|has {name} in another shape"):
+        load(directory, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("layers", "sentence"), [(3, r"lacks model\.layers\.2"), (1, r"holds model\.layers\.1.* 1 layers")]
+)
+def test_other_layers_than_the_configuration_counts_are_refused(saved, layers: int, sentence: str) -> None:
+    directory = saved("llama")
+    edit_config(directory, num_hidden_layers=layers)
+    with pytest.raises(WeLoreError, match=sentence):
+        open_source(directory, RunContext.create())
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
+def test_whole_checkpoints_of_every_family_are_read(saved, family: str, capfd: pytest.CaptureFixture[str]) -> None:
+    directory = saved(family)
+    capfd.readouterr()
+    open_source(directory, RunContext.create())
+    assert "REPORT" not in capfd.readouterr().err
+
+
+def test_expert_that_is_lost_is_missed(saved) -> None:
+    """It is stored under another name than the model's, and is one of many that make one tensor."""
+    directory = saved("mixtral")
+    tensors = load_file(directory / "model.safetensors")
+    del tensors["model.layers.0.block_sparse_moe.experts.1.w2.weight"]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeLoreError, match=r"experts\.down_proj in another shape"):
+        open_source(directory, RunContext.create())
+
+
+@pytest.mark.parametrize(
+    "verb", [lambda d: open_source(d, RunContext.create()), lambda d: load(d, "auto", "cpu"), welore.info]
+)
+def test_adapter_beside_the_weights_is_refused(saved, verb: Callable[[Path], object]) -> None:
+    directory = saved("llama")
+    (directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(WeLoreError, match=r"holds a LoRA adapter .*merge_and_unload"):
+        verb(directory)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "x"},
+        {"num_hidden_layers": "2"},
+        {"num_hidden_layers": 1 << 40},
+        {"vocab_size": [1]},
+        {"vocab_size": 1 << 50},
+        {"head_dim": 1 << 40},
+        {"max_position_embeddings": {"a": 1}},
+        {"hidden_act": "nosuch"},
+        {"num_attention_heads": 0},
+        {"dtype": "float99"},
+        {"model_type": [1]},
+        {"model_type": "nosuch"},
+        {"rms_norm_eps": None},
+        {"rope_parameters": {"rope_type": "nosuch"}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": "1"}},
+        {"pad_token_id": 1 << 40},
+        {"quantization_config": 5},
+        {"transformers_weights": 5},
+        {"tie_word_embeddings": {}},
+        {"attention_bias": "yes"},
+    ],
+    ids=str,
+)
+def test_damaged_configuration_is_one_sentence(saved, change: dict[str, object]) -> None:
+    directory = saved("llama")
+    edit_config(directory, **change)
+    with pytest.raises(WeLoreError) as refusal:
+        open_source(directory, RunContext.create())
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(WeLoreError):
+        load(directory, "auto", "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "text", ["5", "[]", "null", "[" * 100_000, '{"a": ' + "1" * 5000 + "}", "{"]
+)
+def test_damaged_json_is_one_sentence_that_names_the_file(saved, name: str, text: str) -> None:
+    directory = saved("llama", shard="20KB")
+    (directory / name).write_text(text)
+    with pytest.raises(WeLoreError, match=name):
+        open_source(directory, RunContext.create())
+
+
+@pytest.mark.parametrize("value", [5, None, [], "a" * 300, "config.json", "nowhere.safetensors"])
+def test_damaged_index_is_one_sentence(saved, value: object) -> None:
+    directory = saved("llama", shard="20KB")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.norm.weight"] = value
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(WeLoreError, match=r"weight_map|lacks|cannot be read"):
+        open_source(directory, RunContext.create())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
+def test_matrix_of_a_dtype_that_nobody_multiplies_is_refused(saved, dtype: torch.dtype) -> None:
+    directory, name = saved("llama"), "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {name: tensors[name].to(dtype)}, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeLoreError, match=f"{name} has dtype"):
+        _ = open_source(directory, RunContext.create()).targets
+
+
+def test_tensor_of_an_odd_dtype_that_no_layer_uses_is_copied(saved, tmp_path: Path) -> None:
+    directory = saved("llama")
+    odd = {
+        f"odd.{name}": torch.arange(8, dtype=torch.uint8).view(dtype)
+        for name, dtype in DTYPES.items()
+        if name != "BOOL"
+    }
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | odd, directory / "model.safetensors", {"format": "pt"})
+    compress(directory, tmp_path / "small", rank_reduction=0.4)
+    welore.merge(tmp_path / "small", tmp_path / "dense")
+    reader = CheckpointReader(tmp_path / "dense")
+    for name, tensor in odd.items():
+        assert reader.entries[name].dtype == tensor.dtype
+        assert torch.equal(reader.read(name).view(torch.uint8), tensor.view(torch.uint8))
+
+
+# --- code beside a model ---------------------------------------------------------------------------------------------
+
+CODE = """
+import pathlib
+pathlib.Path(__file__).with_name("ran").touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def coded(saved) -> Path:
+    """A model of a type of its own, whose classes lie beside it."""
+    directory = saved("llama")
+    (directory / "own_code.py").write_text(CODE)
+    edit_config(
+        directory,
+        model_type="own",
+        auto_map={"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.Own"},
+    )
+    return directory
+
+
+def test_code_of_a_model_is_not_run_and_nobody_is_asked(coded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
+    for verb in (lambda: open_source(coded, RunContext.create()), lambda: load(coded, "auto", "cpu")):
+        with pytest.raises(WeLoreError, match="Python code, which is not run.*--trust-remote-code"):
+            verb()
+
+
+def test_code_of_a_model_is_run_where_it_is_trusted_and_copied_to_the_result(
+    coded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: torch.Tensor
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (coded / "additional_chat_templates").mkdir()
+    (coded / "additional_chat_templates" / "tool.jinja").write_text("{}")
+    compress(coded, tmp_path / "small", threshold=0.0, trust_remote_code=True)
+    welore.merge(tmp_path / "small", tmp_path / "dense", trust_remote_code=True)
+    expected = logits(AutoModelForCausalLM.from_pretrained(coded, trust_remote_code=True), tokens)
+    for result in ("small", "dense"):
+        assert (tmp_path / result / "additional_chat_templates" / "tool.jinja").is_file()
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / result, trust_remote_code=True)
+        assert torch.allclose(logits(again, tokens), expected, atol=1e-5)
 
 
 def test_pickled_weights_are_not_read(saved) -> None:

@@ -10,7 +10,11 @@ from welore.io.safetensors_stream import CHUNK, DTYPES, TensorInfo, TensorReader
 
 def some_tensors() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    tensors = {f"t.{name}": (torch.randn(7, 5) * 3).to(dtype) for name, dtype in DTYPES.items()}
+    numbers = torch.randn(8, 8) * 3
+    tensors = {
+        f"t.{name}": numbers.to(dtype) if dtype.itemsize > 1 or name == "BOOL" else numbers.to(torch.uint8).view(dtype)
+        for name, dtype in DTYPES.items()
+    }
     return tensors | {"empty": torch.empty(0), "scalar": torch.tensor(2.5), "äöü": torch.ones(3)}
 
 

@@ -67,6 +67,7 @@ class RunOptions(TypedDict, total=False):
     workers: int | None
     cache_dir: str | Path | None
     revision: str | None
+    trust_remote_code: bool
     overwrite: bool
     progress: bool | Callable[..., Any] | None
     tokenizer: Any
@@ -83,6 +84,7 @@ class RunConfig:
     )
     cache_dir: str | Path | None = option(None, "Where downloads and converted .gguf files are kept.", panel="Run")
     revision: str | None = option(None, "Branch, tag or commit of a hub model.", panel="Run")
+    trust_remote_code: bool = option(False, "Run the Python code that comes with a model.", panel="Run")
     overwrite: bool = option(False, "Replace an existing result.", panel="Run")
     progress: bool | None = option(None, "Show progress.", panel="Run", shown="where the output is a terminal")
 
@@ -97,6 +99,7 @@ class RunConfig:
             workers=self.workers,
             cache_dir=self.cache_dir,
             revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
             overwrite=self.overwrite,
             progress=self.progress,
         )

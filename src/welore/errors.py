@@ -33,5 +33,6 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error of a library, for a sentence of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an error of a library, for a sentence of ours; the first two where one ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -9,12 +9,12 @@ from typing import Any, Unpack
 from welore.allocation.plan import Plan
 from welore.config import RunOptions
 from welore.errors import WeLoreError
-from welore.io.atomic import read_json
-from welore.io.checkpoint import PLAN, RECORD, CheckpointReader
+from welore.io.checkpoint import PLAN, RECORD, CheckpointReader, read_config
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.layers.block_grid import layer_of
 from welore.models.quantizer import METHOD, WeLoreConfig
+from welore.models.source import CheckpointSource
 from welore.records import Record
 from welore.reporting.module_types import group_by_type
 
@@ -96,7 +96,7 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
     """
     context = RunContext.create(**options)
     path = resolve_model(directory, cache_dir=context.cache_dir, revision=context.revision)
-    config = read_json(path / "config.json")
+    config = read_config(path)
     tensors = list(CheckpointReader(path).entries.values())
     sizes: dict[str, Any] = {
         "directory": path,
@@ -109,7 +109,8 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
         return CheckpointInfo(format=None, **sizes)
     if quantization.get("quant_method") != METHOD:
         raise WeLoreError(f"{directory} is quantized by {quantization.get('quant_method')}, not compressed by welore")
-    compressed = WeLoreConfig(**quantization)
+    compressed = WeLoreConfig.read(quantization)
+    CheckpointSource(path, str(directory), trust_remote_code=context.trust_remote_code).require_complete()
     plan = Plan.load(path / PLAN) if (path / PLAN).is_file() else None
     record = Record.load(path / RECORD) if (path / RECORD).is_file() else None
     return CheckpointInfo(

@@ -10,13 +10,13 @@ from torch import Tensor
 from welore.config import SHARD_SIZE, RunOptions
 from welore.errors import WeLoreError
 from welore.io.atomic import require_free, require_outside
-from welore.io.checkpoint import OutputTensors, weight_files
+from welore.io.checkpoint import OutputTensors
 from welore.io.context import RunContext
 from welore.io.safetensors_stream import TensorInfo
 from welore.layers.block_grid import Grid, block_names
 from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.mlp import outputs_per_neuron, pad_neurons
-from welore.models.quantizer import METHOD, WeLoreConfig, check_factors
+from welore.models.quantizer import METHOD, WeLoreConfig
 from welore.models.sink import open_sink
 from welore.models.source import CheckpointSource, TensorSource, open_source
 from welore.models.targets import known_kind
@@ -52,7 +52,6 @@ def merge(
     source = open_source(model, context)
     config = _config(source)
     if isinstance(source, CheckpointSource):
-        check_factors(config, weight_files(source.directory))
         if output_dir is not None:
             require_outside(output_dir, source.directory)
     else:
@@ -71,7 +70,7 @@ def _config(source: TensorSource) -> WeLoreConfig:
         return config
     if not isinstance(config, dict) or config.get("quant_method") != METHOD:
         raise WeLoreError(f"{source.name} is not a model compressed by welore: there is nothing to merge")
-    return WeLoreConfig(**config)
+    return WeLoreConfig.read(config)
 
 
 def _merged(source: TensorSource, config: WeLoreConfig, context: RunContext) -> list[OutputTensors]:

@@ -237,7 +237,7 @@ def _check_plan(plan: Plan, source: TensorSource, statistics: Statistics | None)
 
 def _tokenizer(job: Job) -> Any:
     if job.context.tokenizer is None and isinstance(job.source, CheckpointSource):
-        return read_tokenizer(job.source.directory)
+        return read_tokenizer(job.source.directory, trust_remote_code=job.context.trust_remote_code)
     if job.context.tokenizer is None:
         raise WeLoreError("a model in memory needs its tokenizer to read or write a text: pass it as tokenizer=...")
     return job.context.tokenizer
@@ -284,6 +284,7 @@ def _statistics(job: Job) -> Statistics | None:
             device=str(context.device),
             progress=context.progress,
             cache_dir=context.cache_dir,
+            trust_remote_code=context.trust_remote_code,
             tokenizer=_tokenizer(job),
         )
     context.processes.wait()

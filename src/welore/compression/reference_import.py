@@ -25,7 +25,7 @@ from welore.io.hub import resolve_model
 from welore.io.safetensors_stream import TensorInfo
 from welore.models.quantizer import WeLoreConfig
 from welore.models.sink import DirectorySink
-from welore.models.skeleton import config_of, decoder_blocks, dense_skeleton
+from welore.models.skeleton import decoder_blocks, skeleton_of
 from welore.models.source import open_source
 from welore.models.targets import find_targets
 from welore.records import Identity, Record
@@ -92,9 +92,7 @@ def import_checkpoint(
 def _plan_import(
     state: Mapping[str, Any], path: str | Path, directory: Path
 ) -> tuple[list[OutputTensors], dict[str, int], dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
-
-    skeleton = dense_skeleton(config_of(directory), AutoModelForCausalLM)
+    skeleton = skeleton_of(directory, str(directory))
     targets = {target.name: target for target in find_targets(skeleton)}
     ranks: dict[str, int] = {}
     steps = []

@@ -134,7 +134,7 @@ def _begin(
         texts = training_texts(config.dataset, tokens * processes, TextOptions.of(config, context))
         tokenizer = make_tokenizer(texts, config.vocab_size)
     else:
-        tokenizer = read_tokenizer(config.tokenizer, context.cache_dir)
+        tokenizer = read_tokenizer(config.tokenizer, context.cache_dir, trust_remote_code=context.trust_remote_code)
     model = init_model(size_of(config.size), tokenizer, config.max_length, config.seed)
     begin(directory, identity, resume=resume)
     save_model(model, tokenizer, directory / START)

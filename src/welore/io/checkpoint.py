@@ -1,6 +1,8 @@
 """A Hugging Face directory from tensors that come one after another: shards, index, configuration, small files."""
 
+import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,14 +15,18 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from welore.errors import DamagedWeightsError, WeLoreError
-from welore.io.atomic import read_json, write_json
+from welore.io.atomic import atomic_write, read_json, write_json
+from welore.io.fields import typed
 from welore.io.progress import Progress
-from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
+from welore.io.safetensors_stream import TensorInfo, TensorWriter, readers_of
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PLAN, RECORD = "plan.json", "compression.json"
-COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json", PLAN, RECORD}
+PLAN, RECORD, CONFIG = "plan.json", "compression.json", "config.json"
+ADAPTER = "adapter_config.json"
+# Fetched from the hub beside the weights, and copied beside those of a result.
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*")
+NOT_COPIED = (CONFIG, "*.index.json", "adapter_*", "trainer_state.json", PLAN, RECORD)
+OWN_FIELDS = ("quantization_config", "transformers_weights")  # of config.json: they say how the weights are stored
 
 
 @dataclass(frozen=True)
@@ -63,58 +69,99 @@ def write_weights(directory: Path, steps: Sequence[OutputTensors], max_shard_siz
 
 
 def write_config(source: Path, directory: Path, quantization: dict[str, Any] | None) -> None:
-    """config.json with or without our quantization_config, and the tokenizer's and other small files."""
-    config = {key: value for key, value in read_json(source / "config.json").items() if key != "quantization_config"}
+    """config.json with or without our quantization_config, and the tokenizer's and other small files.
+
+    Python files are copied where a configuration names them (auto_map): others load the result with them.
+    """
+    config = {key: value for key, value in read_config(source).items() if key not in OWN_FIELDS}
     if quantization is not None:
         config["quantization_config"] = quantization
-    write_json(directory / "config.json", config)
-    for path in source.iterdir():
-        small = path.suffix in COPIED or path.name.startswith("LICENSE")
-        if path.is_file() and small and path.name not in NOT_COPIED:
-            shutil.copyfile(path, directory / path.name)
+    with atomic_write(directory / CONFIG) as partial:  # JSON as Python writes it: families say Infinity
+        partial.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    has_code = any(b'"auto_map"' in path.read_bytes() for path in source.glob("*config.json"))
+    for path in small_files(source):
+        if (has_code or path.suffix != ".py") and not any(path.match(pattern) for pattern in NOT_COPIED):
+            copy = directory / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
+
+
+def small_files(directory: Path) -> list[Path]:
+    """All files of a model but its weights, sorted."""
+    paths = sorted((*directory.iterdir(), *directory.glob("additional_chat_templates/*")))
+    return [path for path in paths if path.is_file() and any(path.match(pattern) for pattern in SMALL_FILES)]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The content of config.json; WeLoreError without one, and for a LoRA adapter beside the model.
+
+    transformers adds such an adapter to the weights when it loads a model, other libraries do not.
+    """
+    if (directory / ADAPTER).exists():
+        raise WeLoreError(
+            f"{directory} holds a LoRA adapter ({ADAPTER}): merge it into the model (merge_and_unload of peft) and "
+            "save that elsewhere, or move the adapter's files away to leave it out"
+        )
+    if not (directory / CONFIG).is_file():
+        raise WeLoreError(f"{directory} is not a Hugging Face model: it has no {CONFIG}")
+    config: dict[str, Any] = typed(read_json(directory / CONFIG), Mapping, str(directory / CONFIG))
+    typed(config.get("quantization_config"), Mapping | None, f"quantization_config of {directory / CONFIG}")
+    return config
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint directory; WeLoreError names the first that is missing."""
-    if not (directory / "config.json").is_file():
-        raise WeLoreError(f"{directory} is not a Hugging Face model: it has no config.json")
-    if (directory / INDEX).is_file():
-        names = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
-    else:
-        names = [SINGLE]
+    """The safetensors files that `from_pretrained` reads of a directory; WeLoreError names one that is missing."""
+    names = weight_names(directory)
     for name in names:
-        if not (directory / name).is_file():
+        if not os.path.isfile(directory / name):  # noqa: PTH113 - Path.is_file raises for a name of 300 letters
             others = [p.name for p in directory.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".h5", ".msgpack"}]
             why = f" (it has {others[0]}; only safetensors are read)" if others and names == [SINGLE] else ""
             raise WeLoreError(f"{directory} lacks {name}{why}: fetch the model again or convert it to safetensors")
     return [directory / name for name in names]
 
 
+def weight_names(directory: Path) -> list[str]:
+    """Names of the files in which `from_pretrained` looks for weights: a single file goes before an index."""
+    index = _index(directory)
+    return [index] if isinstance(index, str) else sorted(set(index.values()))
+
+
+def _index(directory: Path) -> str | dict[str, str]:
+    """The single file that is read, or tensor -> file of the index that is."""
+    name = read_config(directory).get("transformers_weights")
+    if name is None:
+        name = SINGLE if (directory / SINGLE).is_file() or not (directory / INDEX).is_file() else INDEX
+    if not typed(name, str, "transformers_weights").endswith(".index.json"):
+        return str(name)
+    path = directory / name
+    index = typed(read_json(path), Mapping, str(path))
+    typed(index.get("metadata"), Mapping, f"metadata of {path}")  # transformers reads no index without
+    files: dict[str, str] = typed(index.get("weight_map"), dict[str, str], f"weight_map of {path}")
+    if not files:
+        raise WeLoreError(f"{path} names no file: fetch it again")
+    return files
+
+
 class CheckpointReader:
     """All tensors of a checkpoint directory by their names in the files; WeLoreError if one of them is not there.
 
-    entries: name -> dtype and shape.
+    readers: name -> the reader of its file. entries: name -> dtype and shape.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._readers: dict[str, TensorReader] = {}
-        self.entries: dict[str, TensorInfo] = {}
-        for path in weight_files(directory):
-            reader = TensorReader(path)
-            self._readers |= dict.fromkeys(reader.entries, reader)
-            self.entries |= reader.entries
-        if (directory / INDEX).is_file():
-            missing = set(read_json(directory / INDEX)["weight_map"]) - set(self.entries)
-            if missing:
-                raise WeLoreError(f"{directory}: tensor {min(missing)} of {INDEX} is in none of its files")
+        self.readers = readers_of(weight_files(directory))
+        self.entries = {name: reader.entries[name] for name, reader in self.readers.items()}
+        index = _index(directory)
+        if missing := set(index if isinstance(index, dict) else ()) - set(self.entries):
+            raise WeLoreError(f"{directory}: tensor {min(missing)} of its index is in none of its files")
 
     def read(self, name: str) -> Tensor:
         """One tensor."""
-        return self._readers[name].read(name)
+        return self.readers[name].read(name)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """One tensor in flat pieces."""
-        return self._readers[name].chunks(name)
+        return self.readers[name].chunks(name)
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

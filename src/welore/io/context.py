@@ -34,6 +34,7 @@ class RunContext:
     workspace: Workspace | None = None
     cache_dir: Path | None = None
     revision: str | None = None
+    trust_remote_code: bool = False
     overwrite: bool = False
     tokenizer: Any = None
 
@@ -59,6 +60,7 @@ class RunContext:
             processes=processes,
             cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
             revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
             overwrite=config.overwrite,
             tokenizer=tokenizer,
         )
@@ -86,6 +88,7 @@ class RunContext:
             "workers": self.workers,
             "cache_dir": self.cache_dir,
             "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
             "overwrite": self.overwrite,
             "progress": self.progress,
             "tokenizer": self.tokenizer,

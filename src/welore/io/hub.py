@@ -2,15 +2,17 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 
 from welore.errors import WeLoreError, first_line
 from welore.io.atomic import atomic_directory
-
-HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*"]
+from welore.io.checkpoint import SINGLE, SMALL_FILES, weight_names
 
 
 def resolve_model(model: str | Path, *, cache_dir: str | Path | None = None, revision: str | None = None) -> Path:
@@ -33,7 +35,10 @@ def _snapshot(name: str, cache_dir: str | Path | None, revision: str | None) -> 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        snapshot = snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=HUB_FILES)
+        fetch = partial(snapshot_download, name, revision=revision, cache_dir=cache_dir)
+        snapshot = Path(fetch(allow_patterns=[SINGLE, *SMALL_FILES]))
+        if (names := weight_names(snapshot)) != [SINGLE]:  # those of an index
+            fetch(allow_patterns=names)
     except HFValidationError as error:
         raise WeLoreError(f"{name!r} is neither a local directory nor a hub id ({first_line(error)})") from error
     except LocalEntryNotFoundError as error:
@@ -43,7 +48,7 @@ def _snapshot(name: str, cache_dir: str | Path | None, revision: str | None) -> 
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise WeLoreError(f"{name} cannot be fetched from the hub: {first_line(error)}") from error
-    return Path(snapshot)
+    return snapshot
 
 
 def _converted_gguf(path: Path, cache_dir: str | Path | None) -> Path:
@@ -68,13 +73,26 @@ def _convert_gguf(path: Path, directory: Path) -> None:
         raise WeLoreError("a .gguf file needs the extra packages of `pip install 'welore[gguf]'`") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with atomic_directory(directory) as partial:
+    auto: Any = AutoModelForCausalLM
+    exact = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    with atomic_directory(directory) as unfinished:
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            model, report = auto.from_pretrained(
+                path.parent, gguf_file=path.name, **exact, output_loading_info=True, ignore_mismatched_sizes=True
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except (ValueError, KeyError, OSError) as error:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of a damaged file the readers of two libraries make any error
             raise WeLoreError(f"{path} cannot be read: {first_line(error)}") from error
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        require_all_loaded(path, report)
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+
+
+def require_all_loaded(path: Path, report: Mapping[str, Any]) -> None:
+    """Raise WeLoreError if transformers made up a tensor that it did not find; report: its output_loading_info."""
+    missing, others = sorted(report["missing_keys"]), sorted(key for key, *_ in report["mismatched_keys"])
+    if missing or others:
+        lack = f"lacks {missing[0]}" if missing else f"has {others[0]} in another shape than its configuration says"
+        raise WeLoreError(f"{path} {lack}: that would be random numbers, fetch it again")

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from welore.errors import WeLoreError, first_line
 
+PAIRS = "F4"  # the file counts numbers, torch pairs of them
 # In the library's order of alignment, widest first: tensors are stored in this order, then by name.
-DTYPES = {
+_DTYPES = {
     "U64": torch.uint64,
     "I64": torch.int64,
     "F64": torch.float64,
+    "C64": torch.complex64,
     "F32": torch.float32,
     "U32": torch.uint32,
     "I32": torch.int32,
@@ -29,13 +31,19 @@ DTYPES = {
     "F16": torch.float16,
     "U16": torch.uint16,
     "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": getattr(torch, "float8_e8m0fnu", None),  # torch 2.7
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,
     "U8": torch.uint8,
+    PAIRS: getattr(torch, "float4_e2m1fn_x2", None),  # torch 2.8
     "BOOL": torch.bool,
 }
+DTYPES: dict[str, torch.dtype] = {name: dtype for name, dtype in _DTYPES.items() if dtype is not None}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # in which weights can be computed with
 CHUNK = 4 << 20  # bytes moved at once when a tensor is copied
 
 
@@ -72,7 +80,7 @@ class TensorReader:
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor as flat pieces of about 4 MiB, in order."""
         info = self.entries[name]
-        if not info.shape or info.bytes <= CHUNK:
+        if not info.shape or info.bytes <= CHUNK or info.dtype == DTYPES.get(PAIRS):  # which the library cannot slice
             if info.bytes:
                 yield self.read(name).flatten()
             return
@@ -93,7 +101,14 @@ class TensorReader:
         dtype = tensor.get_dtype()
         if dtype not in DTYPES:
             raise WeLoreError(f"{self.path}: the tensor {name} has dtype {dtype}, of which welore knows nothing")
-        return TensorInfo(DTYPES[dtype], tuple(tensor.get_shape()))
+        shape = tuple(tensor.get_shape())
+        return TensorInfo(DTYPES[dtype], (*shape[:-1], shape[-1] // 2) if dtype == PAIRS else shape)
+
+
+def readers_of(paths: Iterable[str | Path]) -> dict[str, TensorReader]:
+    """Name of every tensor in the files -> the reader of its file; the last that holds it, as in transformers."""
+    readers = [TensorReader(path) for path in paths]
+    return {name: reader for reader in readers for name in reader.entries}
 
 
 class TensorWriter:
@@ -114,7 +129,9 @@ class TensorWriter:
         for name in order:
             info = tensors[name]
             stop = position + info.bytes
-            header[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [position, stop]}
+            kind, shape = NAMES[info.dtype], list(info.shape)
+            shape = [*shape[:-1], 2 * shape[-1]] if kind == PAIRS else shape
+            header[name] = {"dtype": kind, "shape": shape, "data_offsets": [position, stop]}
             self._entries[name] = info, position
             position = stop
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 import welore.models.quantizer  # noqa: F401 - from_pretrained must know compressed checkpoints
 from welore.config import AUTO
-from welore.errors import WeLoreError, first_line
-from welore.io.checkpoint import RECORD, weight_files
+from welore.errors import WeLoreError
+from welore.io.checkpoint import RECORD
 from welore.io.context import RunContext
-from welore.io.hub import resolve_model
+from welore.io.hub import require_all_loaded, resolve_model
 from welore.models.replace import sizes
-from welore.models.skeleton import config_of
+from welore.models.skeleton import reason
+from welore.models.source import CheckpointSource
 from welore.records import Record
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def load_model(
         name = model.config.name_or_path or "model in memory"
         return LoadedModel(model, context.tokenizer, {"model": name, "label": label, "compression": None})
     directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
-    loaded, tokenizer = load(directory, dtype if dtype == AUTO else getattr(torch, dtype), context.device, attention)
+    kind = dtype if dtype == AUTO else getattr(torch, dtype)
+    loaded, tokenizer = load(directory, kind, context.device, attention, trust_remote_code=context.trust_remote_code)
     inputs = {"model": str(model), "label": label, "compression": compression_of(directory)}
     return LoadedModel(loaded, tokenizer, inputs, directory)
 
@@ -88,7 +89,12 @@ def compression_of(directory: Path) -> dict[str, Any] | None:
 
 
 def load(
-    directory: Path, dtype: Any, device: str | torch.device, attention: str | None = None
+    directory: Path,
+    dtype: Any,
+    device: str | torch.device,
+    attention: str | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Model and tokenizer of a directory; WeLoreError rather than a tensor of random numbers.
 
@@ -97,17 +103,17 @@ def load(
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
-    weight_files(directory)
-    config_of(directory)
-    tokenizer = read_tokenizer(directory)
+    CheckpointSource(directory, trust_remote_code=trust_remote_code).require_complete()
+    tokenizer = read_tokenizer(directory, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
     checks: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, report = auto.from_pretrained(directory, dtype=dtype, attn_implementation=attention, **checks)
-    except (ValueError, ImportError, OSError, SafetensorError) as error:
-        raise WeLoreError(f"{directory} cannot be loaded: {first_line(error)}") from error
-    random = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
-    if random:
-        raise WeLoreError(f"{directory} lacks {random[0]}, or has it in another shape: it would be random numbers")
+        model, report = auto.from_pretrained(directory, dtype=dtype, **options, **checks)
+    except (WeLoreError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers and quantizers of other libraries read files that nobody has checked
+        raise WeLoreError(f"{directory} cannot be loaded: {reason(error)}") from error
+    require_all_loaded(directory, report)
     nn.Module.to(model, device)
     return model, tokenizer
 
@@ -137,15 +143,18 @@ def warn_if_slow(dtype: torch.dtype, device: str | torch.device) -> None:
         LOG.warning("this processor has no instructions for %s: --dtype float32 is several times faster", name)
 
 
-def read_tokenizer(model: str | Path, cache_dir: str | Path | None = None) -> "PreTrainedTokenizerBase":
+def read_tokenizer(
+    model: str | Path, cache_dir: str | Path | None = None, *, trust_remote_code: bool = False
+) -> "PreTrainedTokenizerBase":
     """The tokenizer of a directory or hub model, of which no other file is read; WeLoreError if it has none."""
     from transformers import AutoTokenizer
 
     no_tokenizer = f"{model} has no tokenizer that can be read: copy the original model's tokenizer.json there"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, cache_dir=cache_dir)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeLoreError(no_tokenizer) from error
+        tokenizer = AutoTokenizer.from_pretrained(model, cache_dir=cache_dir, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of damaged files the readers of several libraries make any error
+        why = f" ({reason(error)})"
+        raise WeLoreError(no_tokenizer.replace(":", f"{why}:", 1)) from error
     if not tokenizer.vocab_size:  # some classes make an empty one when the files are missing
         raise WeLoreError(no_tokenizer)
     return tokenizer

@@ -17,10 +17,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import welore
 from welore.config import NONE, CompressionConfig
 from welore.errors import WeLoreError, choose
-from welore.io.fields import LARGEST, typed
-from welore.io.safetensors_stream import TensorReader
+from welore.io.fields import LARGEST, refusing, typed
+from welore.io.safetensors_stream import FLOATS, TensorInfo, TensorReader, readers_of
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
-from welore.layers.low_rank import LowRankLayer
 from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.replace import build_layer, submodule_name
 
@@ -92,6 +91,12 @@ class WeLoreConfig(QuantizationConfigMixin):
         self.compression = CompressionConfig(include=tuple(include), exclude=tuple(exclude), **settings)
 
     @classmethod
+    def read(cls, content: Mapping[str, Any]) -> "WeLoreConfig":
+        """The config that config.json holds; WeLoreError if it is damaged."""
+        with refusing("the quantization_config of config.json is damaged", "fetch the checkpoint again"):
+            return cls(**content)
+
+    @classmethod
     def of(cls, plan: Any) -> "WeLoreConfig":
         """The config of a model that was compressed by `plan`."""
         return cls(plan.ranks, plan.forms, plan.grids, plan.shapes, include=plan.include, exclude=plan.exclude)
@@ -136,17 +141,15 @@ class WeLoreQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.ranks is None:
             return
-        if checkpoint_files:
-            check_factors(config, checkpoint_files, model.base_model_prefix + ".")
         for layer in config.layers:
             build_layer(model, layer, config)
+        if checkpoint_files:
+            files = [path for path in checkpoint_files if str(path).endswith(".safetensors")]
+            check_factors(config, readers_of(files), model.base_model_prefix + ".")
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
         step_aside(model)
-        for name, layer in model.named_modules():
-            if isinstance(layer, LowRankLayer):
-                layer.check(name)
         if config.ranks is None:
             del model.config.quantization_config
             welore.compress(model, config=config.compression, tokenizer=_tokenizer(model, config.compression))
@@ -194,28 +197,35 @@ def step_aside(model: "PreTrainedModel") -> None:
             config._is_quantized = False  # type: ignore[union-attr]
 
 
-def check_factors(config: WeLoreConfig, files: Sequence[str | Path], prefix: str = "") -> None:
-    """Raise WeLoreError unless every factor is in the files with its rank: a lost one would load as noise.
+def check_factors(config: WeLoreConfig, readers: Mapping[str, TensorReader], prefix: str = "") -> None:
+    """Raise WeLoreError unless every factor is in the files as the configuration says: another one would load as noise.
 
     prefix: first component of a module's name that a file written from a bare AutoModel leaves out.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        if str(path).endswith(".safetensors"):
-            shapes |= {name: info.shape for name, info in TensorReader(path).entries.items()}
 
-    def shape_of(key: str) -> tuple[int, ...]:
-        shape = shapes.get(key, shapes.get(key.removeprefix(prefix)))
-        if shape is None:
+    def info(key: str) -> TensorInfo:
+        stored = key if key in readers else key.removeprefix(prefix)
+        if stored not in readers:
             raise WeLoreError(f"the checkpoint has lost the tensor {key}: it cannot be loaded")
-        return shape
+        return readers[stored].entries[stored]
 
-    ranks = config.ranks or {}
-    for layer, grid in config.split.items():
-        for name in block_names(layer, grid):
-            shape_of(f"{name}.weight")  # of a dense block the matrix, of others the tombstone
-    for name, rank in ranks.items():
+    split = [name for layer, grid in config.split.items() for name in (layer, *block_names(layer, grid))]
+    for name in dict.fromkeys([*split, *(config.ranks or {})]):
+        _require_float(f"{name}.weight", info(f"{name}.weight"))  # of a dense block the matrix, of others the tombstone
+    for name, rank in (config.ranks or {}).items():
         form = FORMS[config.forms.get(name, FACTORED)]
-        parts = {part: shape_of(f"{name}.{part}") for part in form.parts}
+        parts = {part: info(f"{name}.{part}").shape for part in form.parts}
         if not form.check(parts, rank):
             raise WeLoreError(f"config.json gives {name} rank {rank}, its tensors are {parts}: it is damaged")
+        for part in form.numbers:
+            _require_float(f"{name}.{part}", info(f"{name}.{part}"))
+        for part in form.indices:
+            key = f"{name}.{part}" if f"{name}.{part}" in readers else f"{name}.{part}".removeprefix(prefix)
+            order = readers[key].read(key)
+            if order.is_floating_point() or sorted(order.tolist()) != list(range(len(order))):
+                raise WeLoreError(f"{key} is no permutation of its {len(order)} rows: the checkpoint is damaged")
+
+
+def _require_float(name: str, info: TensorInfo) -> None:
+    if info.dtype not in FLOATS:
+        raise WeLoreError(f"{name} has dtype {info.dtype}, which is none that can be multiplied: it is damaged")

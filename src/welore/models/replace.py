@@ -12,7 +12,7 @@ from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.mlp import resize_layers
 from welore.models.skeleton import dense_skeleton
-from welore.models.targets import find_targets, in_blocks, known_kind
+from welore.models.targets import find_targets, in_blocks, kind_of, known_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +28,6 @@ def replace_module(model: nn.Module, name: str, rank: int, form: str = FACTORED)
 
 
 def _exchanged(model: nn.Module, name: str, make: Callable[..., Layer]) -> Layer:
-    if not has_module(model, name):
-        raise WeLoreError(f"config.json gives a rank to {name}, but {type(model).__name__} has no such layer")
     old: Any = model.get_submodule(name)
     m, n = known_kind(old).shape(old)
     new = make(n, m, device=old.weight.device, dtype=old.weight.dtype)
@@ -42,6 +40,10 @@ def _exchanged(model: nn.Module, name: str, make: Callable[..., Layer]) -> Layer
 
 def build_layer(model: nn.Module, layer: str, config: "WeLoreConfig") -> None:
     """Put the (uninitialised) layer that a compression describes in the place of a dense one; its bias is kept."""
+    if not has_module(model, name := submodule_name(model, layer)) or kind_of(model.get_submodule(name)) is None:
+        raise WeLoreError(
+            f"config.json compresses {layer}, but {type(model).__name__} has no such layer that is linear"
+        )
     if layer in config.shapes:
         resize_layers(model, {submodule_name(model, layer): config.shapes[layer]})
     names, ranks, grid = [layer], config.ranks or {}, config.split.get(layer)

@@ -1,5 +1,7 @@
 """A model without its weights: configuration, context length, decoder blocks, its modules on the meta device."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -7,9 +9,12 @@ import torch
 from torch import nn
 
 from welore.errors import WeLoreError, first_line
+from welore.io.checkpoint import CONFIG, read_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+MOST = 4096  # layers or experts
 
 
 def decoder_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
@@ -25,14 +30,42 @@ def decoder_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
     return min(lists, key=lambda item: item[0].count("."))
 
 
-def config_of(directory: Path) -> "PretrainedConfig":
-    """The configuration of a model directory; WeLoreError if transformers does not know the architecture."""
+def config_of(directory: Path, *, trust_remote_code: bool = False) -> "PretrainedConfig":
+    """The configuration of a model directory; WeLoreError if transformers cannot read it, or would run code for it."""
     from transformers import AutoConfig
 
+    require_sane_counts(read_config(directory), directory / CONFIG)
     try:
-        return AutoConfig.from_pretrained(directory)
-    except (ValueError, OSError) as error:
-        raise WeLoreError(f"{directory}: {first_line(error)}") from error
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a field of another type or value is any error of any family
+        raise WeLoreError(f"{directory / CONFIG} cannot be read: {reason(error)}") from error
+
+
+def skeleton_of(directory: Path, name: str, *, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """The dense model of a directory's configuration on the meta device; name: what the user called it."""
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(directory, trust_remote_code=trust_remote_code)
+    try:
+        return dense_skeleton(config, AutoModelForCausalLM, trust_remote_code=trust_remote_code)
+    except Exception as error:  # as above: here a family uses what it has read
+        raise WeLoreError(f"{name} is not a causal language model: {reason(error)}") from error
+
+
+def require_sane_counts(config: Mapping[str, Any], path: Path) -> None:
+    """Raise WeLoreError for so many layers or experts that only to list them would take all memory."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            require_sane_counts(value, path)
+        elif isinstance(value, int) and value > MOST and re.search(r"layers?$|experts$|depth$", key):
+            raise WeLoreError(f"{path}: {key} is {value}, more than the {MOST} that any model has: it is damaged")
+
+
+def reason(error: BaseException) -> str:
+    """Why transformers cannot read a model, for a sentence; the same for every model that comes with its own code."""
+    if "trust_remote_code" in str(error):
+        return "it comes with Python code, which is not run; read that code, then pass --trust-remote-code to run it"
+    return first_line(error)
 
 
 def context_length(config: "PretrainedConfig") -> int | None:
@@ -49,10 +82,11 @@ def require_context_length(length: int, limit: int | None) -> None:
         )
 
 
-def dense_skeleton(config: "PretrainedConfig", kind: Any) -> "PreTrainedModel":
+def dense_skeleton(config: "PretrainedConfig", kind: Any, **options: Any) -> "PreTrainedModel":
     """The dense model of a configuration on the meta device; kind: AutoModelForCausalLM, or a class of models."""
     plain = type(config).from_dict(config.to_dict())
+    plain.name_or_path = config.name_or_path  # where a model's own code lies
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     with torch.device("meta"):
-        return (kind.from_config if hasattr(kind, "from_config") else kind._from_config)(plain)
+        return kind.from_config(plain, **options) if hasattr(kind, "from_config") else kind._from_config(plain)

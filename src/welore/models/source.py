@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from welore.errors import WeLoreError, first_line
-from welore.io.checkpoint import COPIED, CheckpointReader, OutputTensors, check_finite, weight_files
+from welore.errors import WeLoreError
+from welore.io.checkpoint import CheckpointReader, OutputTensors, check_finite, small_files, weight_files
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.resume import file_states
-from welore.io.safetensors_stream import TensorInfo
+from welore.io.safetensors_stream import FLOATS, TensorInfo
+from welore.models.completeness import require_complete
 from welore.models.mlp import resize_layers
-from welore.models.skeleton import config_of, dense_skeleton
+from welore.models.skeleton import config_of, dense_skeleton, skeleton_of
 from welore.models.targets import Target, find_targets
 from welore.records import Identity
 
@@ -146,16 +147,23 @@ class CheckpointSource(TensorSource):
     """
 
     def __init__(
-        self, directory: Path, name: str | None = None, include: Sequence[str] = (), exclude: Sequence[str] = ()
+        self,
+        directory: Path,
+        name: str | None = None,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        *,
+        trust_remote_code: bool = False,
     ) -> None:
         self.directory, self.name = Path(directory), name or str(directory)
         self.include, self.exclude = tuple(include), tuple(exclude)
+        self.trust_remote_code = trust_remote_code
         self._files = CheckpointReader(self.directory)
 
     @cached_property
     def config(self) -> "PretrainedConfig":
         """The configuration; WeLoreError if transformers does not know the architecture."""
-        return config_of(self.directory)
+        return config_of(self.directory, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def skeleton(self) -> "PreTrainedModel":  # type: ignore[override]
@@ -164,12 +172,13 @@ class CheckpointSource(TensorSource):
 
     def empty_skeleton(self) -> "PreTrainedModel":
         """A dense model of its own on the meta device."""
-        from transformers import AutoModelForCausalLM
+        return skeleton_of(self.directory, self.name, trust_remote_code=self.trust_remote_code)
 
-        try:
-            return dense_skeleton(self.config, AutoModelForCausalLM)
-        except ValueError as error:
-            raise WeLoreError(f"{self.name} is not a causal language model: {first_line(error)}") from error
+    def require_complete(self) -> "CheckpointSource":
+        """Raise WeLoreError unless `from_pretrained` finds every tensor in the files; returns the source."""
+        quantization: Any = getattr(self.config, "quantization_config", None)
+        require_complete(self.directory, self.skeleton, quantization, self._files)
+        return self
 
     @cached_property
     def targets(self) -> list[Target]:  # type: ignore[override]
@@ -184,6 +193,10 @@ class CheckpointSource(TensorSource):
             shape, expected = self.info(name).shape, target.kind.stored_shape(target.shape)
             if shape != expected:
                 raise WeLoreError(f"{name} has shape {shape}, config.json says {expected}")
+            if self.info(name).dtype not in FLOATS:
+                raise WeLoreError(
+                    f"{name} has dtype {self.info(name).dtype}: give the model that it was quantized from"
+                )
             targets.append(target)
         if not targets:
             raise WeLoreError(f"{self.name}: none of the model's linear layers is stored under its own name")
@@ -198,8 +211,8 @@ class CheckpointSource(TensorSource):
     @property
     def state(self) -> str:  # type: ignore[override]
         """The fingerprint with the weight files' sizes and times, and the bytes of configuration and tokenizer."""
-        small = sorted(p for p in self.directory.iterdir() if p.suffix in COPIED and p.is_file())
-        digest = hashlib.sha256(repr([(p.name, p.read_bytes()) for p in small]).encode()).hexdigest()
+        small = [(path.name, path.read_bytes()) for path in small_files(self.directory)]
+        digest = hashlib.sha256(repr(small).encode()).hexdigest()
         return f"{self.identity.fingerprint} {file_states(weight_files(self.directory))} {digest}"
 
     @cached_property
@@ -308,4 +321,5 @@ def open_source(
     if isinstance(model, nn.Module):
         return ModelSource(model, include, exclude)
     directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
-    return CheckpointSource(directory, str(model), include, exclude)
+    trust = context.trust_remote_code
+    return CheckpointSource(directory, str(model), include, exclude, trust_remote_code=trust).require_complete()

@@ -30,7 +30,9 @@ def load_teacher(config: FinetuneConfig, student: LoadedModel, context: RunConte
             "the model is its own teacher and has nothing to learn from itself: name the dense model that it was made "
             "from, or give a distill_weight below 1"
         )
-    teacher, teacher_tokenizer = load(source, "auto", "cpu", config.attention)
+    teacher, teacher_tokenizer = load(
+        source, "auto", "cpu", config.attention, trust_remote_code=context.trust_remote_code
+    )
     refuse_other_vocabulary(student.model, student.tokenizer, teacher, teacher_tokenizer)
     teacher.requires_grad_(False)
     return teacher.eval()

@@ -1,0 +1,116 @@
+"""Whether a checkpoint is whole: every tensor that its configuration asks for, as transformers itself would read it."""
+
+import logging
+import math
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from welore.errors import WeLoreError
+from welore.io.atomic import read_json
+from welore.io.checkpoint import CONFIG, CheckpointReader
+from welore.io.fields import typed
+from welore.io.hub import require_all_loaded
+from welore.models.quantizer import METHOD, WeLoreConfig, check_factors
+from welore.models.replace import has_module
+from welore.models.skeleton import decoder_blocks, reason
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+GENERATION = "generation_config.json"
+MASK = 1 << 30  # numbers of a buffer that a configuration may ask for, such as a mask of its context
+
+
+def require_complete(directory: Path, skeleton: "PreTrainedModel", quantization: Any, files: CheckpointReader) -> None:
+    """Raise WeLoreError unless `from_pretrained` fills every tensor of a model from the files, and reads all of them.
+
+    transformers loads the model on the meta device: names are converted, shapes compared, and no weight is read. What
+    another library has quantized is left to that library. skeleton: the dense model. quantization: of config.json.
+    """
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if quantization is not None and method != METHOD:
+        return
+    _require_room(directory, skeleton, sum(math.prod(info.shape) for info in files.entries.values()))
+    _require_generation_config(directory)
+    config = type(skeleton.config).from_dict(skeleton.config.to_dict())
+    if quantization is not None:
+        config.quantization_config = quantization
+        check_factors(WeLoreConfig.read(quantization), files.readers, skeleton.base_model_prefix + ".")
+    state = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in files.entries.items()}
+    kind: Any = type(skeleton)
+    try:
+        with _no_report():
+            model, report = kind.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                device_map={"": "meta"},
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except WeLoreError:
+        raise
+    except Exception as error:  # a family reads a configuration that nobody has checked
+        raise WeLoreError(f"{directory} cannot be loaded: {reason(error)}") from error
+    require_all_loaded(directory, report)
+    _require_all_read(directory, model, report["unexpected_keys"], compressed=quantization is not None)
+
+
+def _require_room(directory: Path, skeleton: "PreTrainedModel", numbers: int) -> None:
+    """Raise WeLoreError for a tensor larger than all that the files hold, before anything of its size is made."""
+    for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers()):
+        if tensor.numel() > max(numbers, MASK):
+            shape = tuple(tensor.shape)
+            raise WeLoreError(
+                f"{directory / CONFIG} asks for {name} of shape {shape}, the files hold {numbers} numbers"
+            )
+
+
+def _require_generation_config(directory: Path) -> None:
+    from transformers import GenerationConfig
+
+    path = directory / GENERATION
+    if not path.is_file():
+        return
+    typed(read_json(path), Mapping, str(path))
+    try:
+        GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # as above
+        raise WeLoreError(f"{path} cannot be read: {reason(error)}") from error
+
+
+def _require_all_read(directory: Path, model: "PreTrainedModel", unread: set[str], *, compressed: bool) -> None:
+    """Raise WeLoreError for decoder blocks that config.json does not count, and for parts of layers that are dense."""
+    blocks, modules = decoder_blocks(model)
+    own = re.escape(blocks.removeprefix(f"{model.base_model_prefix}."))
+    count = len(modules) + (getattr(model.config, "num_nextn_predict_layers", None) or 0)  # which are never loaded
+    for key in sorted(unread):
+        block = re.match(rf"(?:{re.escape(model.base_model_prefix)}\.)?{own}\.(\d+)\.", key)
+        if block and int(block[1]) >= count:
+            raise WeLoreError(
+                f"{directory} holds {key}, but {CONFIG} says {len(modules)} layers: it is another model's"
+            )
+        if block and compressed and not has_module(model, key.rpartition(".")[0]):
+            raise WeLoreError(f"{directory} holds {key}, but {CONFIG} gives that layer no such part: it is damaged")
+
+
+@contextmanager
+def _no_report() -> Iterator[None]:
+    """Keep transformers from printing what it misses: the caller says it in one sentence. Other threads may print."""
+    thread, logger = threading.get_ident(), logging.getLogger("transformers.modeling_utils")
+
+    def elsewhere(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    logger.addFilter(elsewhere)
+    try:
+        yield
+    finally:
+        logger.removeFilter(elsewhere)
