@@ -15,6 +15,7 @@ from conftest import allocate, build, compress, logits
 from welore.errors import WeLoreError
 from welore.layers.low_rank import LowRankLayer
 from welore.layers.storage_forms import FORMS
+from welore.models.load import load
 
 
 @pytest.fixture
@@ -103,6 +104,61 @@ def test_order_that_is_no_permutation_fails(small: Path, value: int) -> None:
     edit_weights(small, **{name: order})
     with pytest.raises(WeLoreError, match=f"{name} is no permutation"):
         AutoModelForCausalLM.from_pretrained(small)
+    with pytest.raises(WeLoreError, match=f"{name} is no permutation"):
+        welore.merge(small, small.parent / "dense")
+
+
+LIES = {
+    "no rank": lambda c: c["ranks"].pop(next(iter(c["ranks"]))),
+    "a rank of a norm": lambda c: c["ranks"].update({"model.norm": 3}),
+    "a rank of the model": lambda c: c["ranks"].update({"": 3}),
+    "a rank that is a text": lambda c: c["ranks"].update({next(iter(c["ranks"])): "3"}),
+    "a rank beyond the matrix": lambda c: c["ranks"].update({next(iter(c["ranks"])): 1 << 40}),
+    "ranks that are a list": lambda c: c.update(ranks=[1]),
+    "a form that is a list": lambda c: c.update(forms={next(iter(c["ranks"])): []}),
+    "blocks that do not divide": lambda c: c.update(
+        grids={name: [5, 1] for name in c.get("grids", ["model.layers.0.mlp.up_proj"])},
+        ranks=c["ranks"] | {"model.layers.0.mlp.up_proj.0": 3},
+    ),
+    "a shape that is not the files'": lambda c: c.update(shapes={"model.layers.0.mlp.up_proj": [3, 32]}),
+    "a shape of a layer that is not there": lambda c: c.update(shapes={"model.layers.9.mlp.up_proj": [3, 32]}),
+    "a field of its own": lambda c: c.update(self=5),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("small", ["pivoted", "split"], indirect=True)
+def test_configuration_that_lies_is_refused_by_every_verb(small: Path, lie: str) -> None:
+    config = json.loads((small / "config.json").read_text())
+    LIES[lie](config["quantization_config"])
+    (small / "config.json").write_text(json.dumps(config))
+    for verb in (lambda: load(small, "auto", "cpu"), lambda: welore.merge(small, small.parent / "out")):
+        with pytest.raises(WeLoreError):
+            verb()
+    assert not (small.parent / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.input_layernorm.weight"])
+def test_merge_refuses_a_checkpoint_that_lost_a_tensor(small: Path, name: str) -> None:
+    edit_weights(small, **{name: None})
+    with pytest.raises(WeLoreError, match=f"lacks {name}"):
+        welore.merge(small, small.parent / "out")
+
+
+def test_factor_of_a_layer_that_is_dense_is_refused(small: Path) -> None:
+    edit_weights(small, **{"model.norm.A.weight": torch.ones(3, 3), "model.layers.0.mlp.A.weight": torch.ones(3, 3)})
+    with pytest.raises(WeLoreError, match=r"holds model\.layers\.0\.mlp\.A\.weight"):
+        welore.merge(small, small.parent / "out")
+
+
+@EVERY_STORAGE
+def test_factor_of_a_dtype_that_nobody_multiplies_is_refused(small: Path) -> None:
+    name = first_factored(small)
+    part = next(part for part in ("A.weight", "P.weight") if f"{name}.{part}" in load_file(small / "model.safetensors"))
+    factor = load_file(small / "model.safetensors")[f"{name}.{part}"]
+    edit_weights(small, **{f"{name}.{part}": factor.to(torch.float8_e4m3fn)})
+    with pytest.raises(WeLoreError, match=f"{name}.{part} has dtype"):
+        welore.merge(small, small.parent / "out")
 
 
 @EVERY_STORAGE

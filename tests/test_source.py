@@ -392,9 +392,7 @@ def test_damaged_configuration_is_one_sentence(saved, change: dict[str, object])
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
-@pytest.mark.parametrize(
-    "text", ["5", "[]", "null", "[" * 100_000, '{"a": ' + "1" * 5000 + "}", "{"]
-)
+@pytest.mark.parametrize("text", ["5", "[]", "null", "[" * 100_000, '{"a": ' + "1" * 5000 + "}", "{"])
 def test_damaged_json_is_one_sentence_that_names_the_file(saved, name: str, text: str) -> None:
     directory = saved("llama", shard="20KB")
     (directory / name).write_text(text)

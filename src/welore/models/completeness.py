@@ -30,8 +30,8 @@ MASK = 1 << 30  # numbers of a buffer that a configuration may ask for, such as 
 def require_complete(directory: Path, skeleton: "PreTrainedModel", quantization: Any, files: CheckpointReader) -> None:
     """Raise WeLoreError unless `from_pretrained` fills every tensor of a model from the files, and reads all of them.
 
-    transformers loads the model on the meta device: names are converted, shapes compared, and no weight is read. What
-    another library has quantized is left to that library. skeleton: the dense model. quantization: of config.json.
+    transformers loads the model on the meta device: names are converted, shapes compared, and no weight is read. A
+    model that another library has quantized is left to it. skeleton: the dense model. quantization: of config.json.
     """
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if quantization is not None and method != METHOD:

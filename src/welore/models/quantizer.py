@@ -141,11 +141,11 @@ class WeLoreQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.ranks is None:
             return
-        for layer in config.layers:
-            build_layer(model, layer, config)
         if checkpoint_files:
             files = [path for path in checkpoint_files if str(path).endswith(".safetensors")]
             check_factors(config, readers_of(files), model.base_model_prefix + ".")
+        for layer in config.layers:
+            build_layer(model, layer, config)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
@@ -203,29 +203,27 @@ def check_factors(config: WeLoreConfig, readers: Mapping[str, TensorReader], pre
     prefix: first component of a module's name that a file written from a bare AutoModel leaves out.
     """
 
-    def info(key: str) -> TensorInfo:
-        stored = key if key in readers else key.removeprefix(prefix)
-        if stored not in readers:
-            raise WeLoreError(f"the checkpoint has lost the tensor {key}: it cannot be loaded")
-        return readers[stored].entries[stored]
+    def stored(key: str) -> str:
+        return key if key in readers else key.removeprefix(prefix)
 
-    split = [name for layer, grid in config.split.items() for name in (layer, *block_names(layer, grid))]
-    for name in dict.fromkeys([*split, *(config.ranks or {})]):
-        _require_float(f"{name}.weight", info(f"{name}.weight"))  # of a dense block the matrix, of others the tombstone
+    def info(key: str) -> TensorInfo:
+        if stored(key) not in readers:
+            raise WeLoreError(f"the checkpoint has lost the tensor {key}: it cannot be loaded")
+        return readers[stored(key)].entries[stored(key)]
+
+    numbers = [f"{name}.weight" for layer, grid in config.split.items() for name in block_names(layer, grid)]
     for name, rank in (config.ranks or {}).items():
         form = FORMS[config.forms.get(name, FACTORED)]
         parts = {part: info(f"{name}.{part}").shape for part in form.parts}
         if not form.check(parts, rank):
             raise WeLoreError(f"config.json gives {name} rank {rank}, its tensors are {parts}: it is damaged")
-        for part in form.numbers:
-            _require_float(f"{name}.{part}", info(f"{name}.{part}"))
         for part in form.indices:
-            key = f"{name}.{part}" if f"{name}.{part}" in readers else f"{name}.{part}".removeprefix(prefix)
+            key = stored(f"{name}.{part}")
             order = readers[key].read(key)
             if order.is_floating_point() or sorted(order.tolist()) != list(range(len(order))):
                 raise WeLoreError(f"{key} is no permutation of its {len(order)} rows: the checkpoint is damaged")
-
-
-def _require_float(name: str, info: TensorInfo) -> None:
-    if info.dtype not in FLOATS:
-        raise WeLoreError(f"{name} has dtype {info.dtype}, which is none that can be multiplied: it is damaged")
+        numbers += [f"{name}.{part}" for part in form.numbers]
+    tombstones = [f"{name}.weight" for name in config.ranks or {}]
+    for key in (*numbers, *(key for key in tombstones if stored(key) in readers)):
+        if info(key).dtype not in FLOATS:
+            raise WeLoreError(f"{key} has dtype {info(key).dtype}, in which nothing can be multiplied: it is damaged")
