@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import allocate
+from conftest import Command, allocate
 from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
 from welore.records import Identity, Record
-from welore.reporting.discover import Section
+from welore.reporting.discover import LOADERS, Section, find_artefacts
 from welore.reporting.page import report
 from welore.reporting.tables import results
 
@@ -319,7 +319,7 @@ def test_a_broken_record_of_fine_tuning_is_named(tmp_path: Path, name: str, valu
     record.numbers[name] = value
     record.save(tmp_path / "in" / "finetune.json")
     path = re.escape(str(tmp_path / "in" / "finetune.json"))
-    with pytest.raises(WeLoreError, match=f"{path} is broken .*: make it again"):
+    with pytest.raises(WeLoreError, match=f"nothing to report under .*: {path} is broken .*: make it again"):
         report([tmp_path / "in"], tmp_path / "out")
 
 
@@ -423,13 +423,44 @@ def with_number(value: Any) -> Callable[[Path], None]:
         ("spectra.safetensors", cut),
     ],
 )
-def test_a_broken_artefact_is_named_and_nothing_is_written(
+def test_a_broken_artefact_is_left_out_by_name_and_alone_it_makes_no_page(
     run: Path, tmp_path: Path, name: str, damage: Callable[[Path], Any]
 ) -> None:
+    complete, none = find_artefacts([run], LOADERS)
+    assert none == []
     damage(run / name)
-    with pytest.raises(WeLoreError, match=re.escape(str(run / name))):
-        report([run], tmp_path / "out")
+    artefacts, (sentence,) = find_artefacts([run], LOADERS)
+    assert str(run / name) in sentence
+    assert artefacts.keys() == complete.keys() - {run / name}
+    alone = tmp_path / "alone" / Path(name).name
+    alone.parent.mkdir()
+    (run / name).rename(alone)
+    with pytest.raises(WeLoreError, match=f"nothing to report under .*: {re.escape(str(alone))}"):
+        report([alone.parent], tmp_path / "out")
     assert made(tmp_path / "out") == []
+
+
+@pytest.mark.slow
+def test_page_names_what_it_leaves_out_and_shows_what_no_list_knows(
+    run: Path, tmp_path: Path, command: Command, caplog: pytest.LogCaptureFixture
+) -> None:
+    (run / "dense.ppl.json").write_text('{"kind": "perpl')
+    odd = "_^ $\\frac{ <script>alert(1)</script>\n\0 \ud800 $x_{$"
+    tuned(odd.replace("\ud800", ""), 3.0).save(run / "new" / "finetune.json")
+    scored(odd, "a task of tomorrow", 0.5).save(run / "new.score.json")
+    scored(odd, "svamp", 0.5).save(run / "old.score.json")
+    measured = perplexity(odd, 30.0)
+    measured.inputs["compression"] = {"strategy": odd}
+    measured.save(run / "odd.ppl.json")
+    answer = command("report", run, "-o", tmp_path / "out")
+    assert (answer.status, answer.out) == (0, f"report -> {tmp_path / 'out' / 'report.html'}\n")
+    (warning,) = caplog.messages
+    assert f"left out: {run / 'dense.ppl.json'} is not JSON" in warning
+    page = Page(tmp_path / "out" / "report.html")
+    assert f"{run / 'dense.ppl.json'} is not JSON" in page.text
+    assert "script" not in page.open
+    assert "<script" not in page.source
+    assert "a task of tomorrow" in page.text
 
 
 def test_a_plan_without_matrices_is_refused(tmp_path: Path) -> None:

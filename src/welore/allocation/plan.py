@@ -18,6 +18,7 @@ from welore.layers.storage_forms import DENSE, FACTORED, FORMS
 from welore.records import Identity
 
 FORMAT = "welore.plan/1"
+LARGEST_SIDE = 1 << 24  # of a matrix, so that a damaged plan does not fill the memory
 
 
 @dataclass(frozen=True)
@@ -253,6 +254,8 @@ def _read_allocation(entry: Mapping[str, Any]) -> Allocation:
     name = typed(entry["name"], str, "the name of a matrix")
     m, n = typed(entry["shape"], tuple[int, int], f"shape of {name}")
     rank, factored = typed(entry["kept"], int, f"rank of {name}"), typed(entry["factored"], bool, f"factored of {name}")
+    if max(m, n) > LARGEST_SIDE:
+        raise WeLoreError(f"{name} has the shape {(m, n)}: no matrix of a model is so large")
     if not 1 <= rank <= min(m, n):
         raise WeLoreError(f"rank {rank} of {name} must lie between 1 and {min(m, n)}")
     form = entry.get("form", FACTORED) if factored else FACTORED  # plans from before there were forms have none

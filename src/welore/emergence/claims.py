@@ -300,4 +300,4 @@ def verdict(values: Sequence[Sequence[float]]) -> str:
 
 def run_name(record: Record) -> str:
     """The name of a pre-training in tables: its label, or its seed."""
-    return str(record.inputs["label"] or f"seed {record.settings['seed']}")
+    return str(record.inputs.get("label") or f"seed {record.settings['seed']}")

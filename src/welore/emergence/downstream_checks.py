@@ -35,7 +35,7 @@ def downstream(records: Mapping[Path, Record]) -> list[Downstream]:
             directory = path.parent.parent
             beside = [r for p, r in records.items() if directory in p.parents and path.parent not in p.parents]
             by_kind = [
-                {str(r.inputs["label"]): r for r in beside if r.kind == kind} for kind in ("perplexity", "finetune")
+                {str(r.inputs.get("label")): r for r in beside if r.kind == kind} for kind in ("perplexity", "finetune")
             ]
             if any(label.startswith(WELORE) for label in by_kind[0]):
                 runs.append(Downstream(run_name(record), *by_kind))

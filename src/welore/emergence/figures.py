@@ -128,7 +128,7 @@ def settled(trace: Trace, *, title: str = "") -> "Figure":
         ax.plot(steps, same, color=colour, linewidth=0.8)
         ax.plot(steps, ceiling, color=style.BLACK, linewidth=1, linestyle=":")
         ax.axhline(SETTLED, color=style.GREY, linewidth=0.8)
-        ax.set_title(module_type, fontsize=9)
+        ax.set_title(style.plain(module_type), fontsize=9)
         ax.set(ylim=(-0.05, 1.28), xlim=(0, len(steps)))
         style.finish_axes(ax, ticks=7)
         _step_ticks(ax.xaxis, trace, 4)
@@ -212,7 +212,7 @@ def settling(records: Sequence[Record], *, title: str = "") -> "Figure":
                 colour, marker = TYPE_STYLES.get(module_type, OTHER_STYLE)
                 mine = np.array([row["kind"] == module_type for row in rows])
                 dots: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "none", "markersize": 5}
-                ax.plot(x[mine], y[mine], **dots, alpha=0.75, label=None if nth else module_type)
+                ax.plot(x[mine], y[mine], **dots, alpha=0.75, label=None if nth else style.plain(module_type))
         ax.set_title(style.plain("rank correlation  " + "\n".join(lines)), fontsize=8, loc="left")
         style.finish_axes(ax, x="reduction ratio at the end", y=label)
         ax.grid(color=style.PALE)

@@ -10,7 +10,8 @@ from typing import Any
 from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
-from welore.records import Record
+from welore.io.fields import typed
+from welore.records import MODEL_FINGERPRINT, Record
 from welore.reporting.style import Picture
 from welore.reporting.tables import comparisons, plan_row, results, task_table
 from welore.reporting.training_figures import curves
@@ -49,9 +50,15 @@ def load_sections() -> list[Section]:
     return [entry.load() for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name)]
 
 
-def find_artefacts(directories: Sequence[str | Path], loaders: Mapping[str, Loader]) -> dict[Path, Any]:
-    """Resolved path -> artefact, in the order of the paths; files of an interrupted run (*.partial) are skipped."""
+def find_artefacts(
+    directories: Sequence[str | Path], loaders: Mapping[str, Loader]
+) -> tuple[dict[Path, Any], list[str]]:
+    """Resolved path -> artefact, in the order of the paths; and why others are left out, a sentence for each.
+
+    Unfinished files and directories (*.partial) are skipped. WeLoreError if no artefact is left.
+    """
     artefacts: dict[Path, Any] = {}
+    left_out: list[str] = []
     for directory in map(Path, directories):
         if not directory.is_dir():
             raise WeLoreError(f"{directory} is not a directory: name directories that hold artefacts of welore")
@@ -59,11 +66,15 @@ def find_artefacts(directories: Sequence[str | Path], loaders: Mapping[str, Load
             load = next((load for pattern, load in loaders.items() if fnmatch(path.name, pattern)), None)
             partial = any(part.endswith(".partial") for part in path.relative_to(directory).parts)
             if load and not partial and path.is_file() and path.resolve() not in artefacts:
-                artefacts[path.resolve()] = _read(path, load)
+                try:
+                    artefacts[path.resolve()] = _read(path, load)
+                except WeLoreError as error:
+                    left_out.append(str(error))
     if not artefacts:
         names = ", ".join(map(str, directories)) or "no directory"
-        raise WeLoreError(f"nothing to report under {names}: looked for {', '.join(loaders)}")
-    return artefacts
+        reason = left_out[0] if left_out else f"looked for {', '.join(loaders)}"
+        raise WeLoreError(f"nothing to report under {names}: {reason}")
+    return artefacts, left_out
 
 
 def machine_text(record: Record) -> str:
@@ -76,9 +87,18 @@ def machine_text(record: Record) -> str:
 
 # Kind of record -> the rows and curves that the page makes of one.
 ROWS: dict[str, Callable[[Record], Any]] = {
-    "compression": lambda record: plan_row("", record.inputs["model"], record.settings, record.numbers),
+    "compression": lambda record: (
+        plan_row("", record.inputs["model"], record.settings, record.numbers),
+        typed(record.numbers.get("left_dense_in_blocks", 0), int, "left_dense_in_blocks"),
+        typed(record.numbers.get("left_dense_names", ()), tuple[str, ...], "left_dense_names"),
+    ),
     "perplexity": lambda record: [result.size for group in results([record]).values() for result in group],
-    "finetune": lambda record: (comparisons([record])[0].table, curves(record)),
+    "finetune": lambda record: (
+        comparisons([record])[0].table,
+        curves(record),
+        typed(record.settings["method"], str, "method"),
+        typed(record.inputs[MODEL_FINGERPRINT], str, MODEL_FINGERPRINT),
+    ),
     "accuracy": lambda record: task_table([record]),
 }
 
@@ -92,8 +112,8 @@ def _read(path: Path, load: Loader) -> Any:
         if isinstance(artefact, Record):
             machine_text(artefact)
             ROWS.get(artefact.kind, str)(artefact)
-    except WeLoreError:
-        raise
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except WeLoreError as error:
+        raise error if str(path) in str(error) else WeLoreError(f"{path} is broken ({error}): make it again") from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
         raise WeLoreError(f"{path} is broken ({error!r}): make it again") from error
     return artefact

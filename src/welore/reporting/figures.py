@@ -220,7 +220,7 @@ def _draw_perplexities(ax: "Axes", group: Sequence[Result], looks: Mapping[str, 
         if r.perplexity is None:
             ax.text(1, y, text, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=8)
             continue
-        ax.plot([r.perplexity], [y], color=colour, marker=marker, linestyle="none", label=r.strategy)
+        ax.plot([r.perplexity], [y], color=colour, marker=marker, linestyle="none", label=style.plain(r.strategy))
         ax.annotate(text, (r.perplexity, y), (7, 0), textcoords="offset points", va="center", fontsize=8)
         if r.strategy == DENSE:
             ax.axvline(r.perplexity, color=colour, linestyle=":", linewidth=1)

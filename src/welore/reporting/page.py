@@ -1,5 +1,6 @@
 """The verb `report`: every artefact under some directories -> one self-contained HTML page and its figures as PNG."""
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from welore.reporting.module_types import summarise
 from welore.reporting.style import INSTALL, Picture, picture
 from welore.reporting.training_figures import FIGURE_1, FIGURE_5, fine_tuning
 
+LOG = logging.getLogger(__name__)
 PAPER = {1: FIGURE_1, 5: FIGURE_5}  # figures of the paper: the methods that they compare
 Draw = Callable[[Any, str], Picture]  # (figure, name)
 
@@ -27,13 +29,14 @@ def report(directories: Sequence[str | Path], output_dir: str | Path) -> Path:
     Args:
         directories: Searched at any depth for spectra*.safetensors, plan.json, *.plan.json, compression.json,
             *.ppl.json, finetune.json, *.score.json, and the files of installed sections (pre-trainings).
-        output_dir: Gets report.html and the figures. Nothing is written before everything is read and drawn.
+        output_dir: Gets report.html and the figures. Nothing is written before everything is read and drawn. An
+            artefact that is damaged or of a later version is left out: a warning and the page say which.
 
     Returns:
         The path of the page.
 
     Raises:
-        WeLoreError: There is nothing to report, an artefact is broken, or the extra `report` is not installed.
+        WeLoreError: There is nothing that can be reported, or the extra `report` is not installed.
     """
     try:
         import jinja2
@@ -42,10 +45,12 @@ def report(directories: Sequence[str | Path], output_dir: str | Path) -> Path:
         raise WeLoreError(INSTALL) from error
 
     sections = load_sections()
-    artefacts = find_artefacts(directories, LOADERS | {k: v for s in sections for k, v in s.loaders.items()})
+    artefacts, left_out = find_artefacts(directories, LOADERS | {k: v for s in sections for k, v in s.loaders.items()})
+    for sentence in left_out:
+        LOG.warning("left out: %s", sentence)
     content, pictures = _content(artefacts, {kind for section in sections for kind in section.kinds})
     templates: dict[str, str] = {}
-    content["sections"] = {}
+    content |= {"sections": {}, "left_out": left_out}
     for section in sections:
         part = section.build(artefacts)
         if part is not None:
@@ -68,7 +73,7 @@ def report(directories: Sequence[str | Path], output_dir: str | Path) -> Path:
         with atomic_write(page.with_name(drawing.file)) as partial:
             partial.write_bytes(drawing.png)
     with atomic_write(page) as partial:
-        partial.write_text(html, encoding="utf-8")
+        partial.write_text(html, encoding="utf-8", errors="replace")  # half a letter may stand in a path
     return page
 
 
@@ -161,7 +166,7 @@ def _plan_sections(
     for path, plan in plans.items():
         if any(section["plan"] == plan for section in sections.values()):
             continue  # a compressed checkpoint has a copy of its plan
-        slug = re.sub(r"[^\w.-]+", "-", names[path]).strip("-.") or "plan"
+        slug = re.sub(r"[^\w.-]+", "-", names[path]).strip("-.")[:100] or "plan"
         if slug in sections:
             slug += f"-{len(sections) + 1}"
         sizes = f"ERR {percent(plan.rank_reduction)}, parameters {percent(plan.parameter_ratio)}"

@@ -51,8 +51,9 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
 
 
 def plain(text: str) -> str:
-    """A user's text as a label: a dollar sign must not start a formula."""
-    return text.replace("$", r"\$")
+    """A user's text as a label: no formula, no letters that cannot be drawn, in a legend even if it begins with _."""
+    text = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def finish_axes(ax: "Axes", *, x: str = "", y: str = "", ticks: int = 8) -> None:

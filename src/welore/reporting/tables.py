@@ -131,7 +131,7 @@ def order_methods(methods: Iterable[str]) -> list[str]:
 
 def run_name(record: Record) -> str:
     """The label; without one the method and checkpoint of a run, or the name of the model that was scored."""
-    if record.inputs["label"]:
+    if record.inputs.get("label"):
         return str(record.inputs["label"])
     path = PurePath(record.inputs["model"].replace("\\", "/"))
     name = path.parent.name if path.name == "model" and path.parent.name else path.name  # RUN/model is RUN's result
@@ -194,7 +194,8 @@ def task_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     scores = [r for r in records if r.kind == "accuracy"]
     if not scores:
         raise WeLoreError("there is no record of an accuracy: make one with `welore score`")
-    tasks = [task for task in TASKS if any(r.settings["task"] == task for r in scores)]
+    scored = {r.settings["task"] for r in scores}
+    tasks = [*(task for task in TASKS if task in scored), *sorted(scored - set(TASKS))]
     for reason in (_conflict(*pair) for pair in combinations(scores, 2)):
         if reason:
             raise WeLoreError(reason)
@@ -262,7 +263,7 @@ def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[
 
 def _result(record: Record, base: float | None) -> Result:
     value = _perplexity(record)
-    name = record.inputs.get("label") or last_name(record.inputs["model"])
+    name = str(record.inputs.get("label") or last_name(record.inputs["model"]))
     rank_reduction, parameter_ratio, size = (record.numbers[n] for n in ("rank_reduction", "parameter_ratio", "bytes"))
     ratio = value / base if value and base else None
     return Result(name, _strategy(record), rank_reduction, parameter_ratio, size, value, ratio)
@@ -270,7 +271,7 @@ def _result(record: Record, base: float | None) -> Result:
 
 def _perplexity(record: Record) -> float | None:
     value = record.numbers["perplexity"]
-    return float(value) if value is not None and math.isfinite(value) else None
+    return float(value) if value is not None and math.isfinite(value) and value > 0 else None
 
 
 def _strategy(record: Record) -> str:

@@ -61,7 +61,7 @@ def fine_tuning(records: Sequence[Record], methods: Sequence[str] | None = None,
         ax.xaxis.get_major_locator().set_params(integer=True)
     perplexity.grid(axis="y", color=PALE)
     _draw_bars(parameters, styled, [s.run.numbers["trainable_parameters"] / 1e6 for s in styled])
-    _draw_bars(speed, styled, [s.run.numbers.get("tokens_per_second", 0.0) for s in styled])
+    _draw_bars(speed, styled, [s.run.numbers.get("tokens_per_second") or 0.0 for s in styled])
     finish_axes(loss, x="step", y="training loss")
     finish_axes(perplexity, x="step", y="held-out perplexity")
     finish_axes(parameters, y="trained parameters, millions")
@@ -85,7 +85,7 @@ def _styled(runs: Sequence[Record]) -> list[StyledRun]:
     runs = sorted(runs, key=lambda r: order.index(r.settings["method"]))
     methods = [r.settings["method"] for r in runs]
     shared = len(set(methods)) < len(methods)
-    names = [run_name(r) if r.inputs["label"] or shared else r.settings["method"] for r in runs]
+    names = [run_name(r) if r.inputs.get("label") or shared else r.settings["method"] for r in runs]
     styled = []
     for i, (run, name, method) in enumerate(zip(runs, names, methods, strict=True)):
         nth, look = methods[:i].count(method), STYLES[order.index(method) % len(STYLES)]
