@@ -1,9 +1,12 @@
+import errno
 import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import welore
 from conftest import Command, allocate, build, compress, done
 from toys import calibrate
-from welore.cli.main import app, main
+from welore.cli.ending import Stopped, stoppable
+from welore.cli.main import app
 
 VERBS = (
     "analyze",
@@ -373,7 +377,7 @@ def test_existing_directory_needs_overwrite(
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years")
     assert "not a result of ours" in refused("compress", model, tmp_path / "home", *TARGET, "--overwrite")
-    assert "the model itself" in refused("compress", model, model, *TARGET, "--overwrite")
+    assert "which is read" in refused("compress", model, model, *TARGET, "--overwrite")
 
 
 @pytest.mark.parametrize(
@@ -392,7 +396,7 @@ def test_existing_directory_needs_overwrite(
         ("compress MODEL OUT --keep 0.8 --device meta", "device 'meta' is not there"),
         ("compress MODEL OUT --keep 0.8 --include q_porj", "pattern 'q_porj' matches no linear layer"),
         ("compress MODEL OUT --paper --keep 0.8 --max-shard-size many", "max_shard_size is 'many': write it like"),
-        ("compress MODEL TEXT/out --keep 0.8", "cannot be made a directory"),
+        ("compress MODEL TEXT/out --keep 0.8", "cannot be written: .* is a file"),
         ("compress MODEL OUT --plan none.json", "none.json does not exist"),
         ("compress MODEL OUT --plan TEXT", "text.txt is not JSON"),
         ("compress MODEL OUT --plan CONFIG", "config.json is not a plan"),
@@ -403,7 +407,7 @@ def test_existing_directory_needs_overwrite(
         ),
         ("compress none.gguf OUT --keep 0.8", "none.gguf does not exist"),
         ("compress HERE OUT --keep 0.8", "is not a Hugging Face model: it has no config.json"),
-        ("analyze MODEL -o TEXT/s.safetensors", "cannot be made a directory"),
+        ("analyze MODEL -o TEXT/s.safetensors", "cannot be written: .* is a file"),
         (
             "allocate none.safetensors --keep 0.8 -o OUT",
             "none.safetensors does not exist: make it with `welore analyze",
@@ -464,16 +468,92 @@ def test_output_that_is_a_directory_is_refused_before_the_work(
         assert "is a directory" in re.sub(r"[\s│]+", " ", answer.err)
 
 
-def test_our_own_mistake_shows_its_traceback(
-    command: Command, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+class OutOfMemoryError(RuntimeError):
+    """Has the name of the one of torch."""
+
+
+def with_note(error: BaseException) -> BaseException:
+    error.add_note("the finished work lies in out.work")
+    return error
+
+
+ENDS = {  # an exception that leaves a verb -> status, and what is said
+    "bug": (ZeroDivisionError("1 / 0"), 1, r"this is a bug in welore: ZeroDivisionError: 1 / 0 \(test_cli.py:\d+\)"),
+    "Ctrl-C": (KeyboardInterrupt(), 130, "$"),
+    "told to end": (with_note(Stopped(signal.SIGTERM)), 143, "stopped; the finished work lies in out.work$"),
+    "memory": (MemoryError("of a kind"), 2, r"out of memory \(of a kind\)"),
+    "GPU": (OutOfMemoryError("CUDA"), 2, r"out of memory \(CUDA\)"),
+    "disk": (OSError(errno.ENOSPC, "No space left", "x.txt"), 2, "x.txt: No space left$"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_command_never_ends_with_a_traceback(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
+    error, status, sentence = ENDS[end]
+
     def broken(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
+        raise error
 
     monkeypatch.setattr("welore.compression.pipeline.compress", broken)
-    monkeypatch.setattr(sys, "argv", ["welore", "compress", str(model), str(tmp_path / "out"), "--keep", "0.8"])
-    with pytest.raises(ZeroDivisionError):
-        main()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    answer = command("compress", "model", tmp_path / "out", "--keep", "0.8")
+    assert (answer.status, answer.out) == (status, "")
+    assert re.match(f"(welore: )?{sentence}", answer.err.removesuffix("\n"))
+    logs = [path.read_text() for path in tmp_path.glob("welore-bug-*.log")]
+    assert len(logs) == (status == 1)
+    assert all("compress model" in log and "Traceback" in log and log.endswith("1 / 0\n") for log in logs)
+
+
+def test_signals_stop_a_command_and_are_given_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(Stopped) as caught, stoppable():
+            os.kill(os.getpid(), number)
+        assert caught.value.number == number
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_reader_that_goes_away_is_no_failure_but_a_full_disk_is() -> None:
+    run = [sys.executable, "-m", "welore", "--help"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    answer = subprocess.run(run, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert "Traceback" not in answer.stderr
+    assert "Exception ignored" not in answer.stderr
+    with Path("/dev/full").open("w") as full:
+        answer = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (answer.returncode, answer.stderr.count("\n")) == (2, 1)
+    assert "No space left" in answer.stderr
+
+
+def test_other_output_than_what_is_read(command: Command, refused: Callable[..., str], model: Path, text: Path) -> None:
+    """The claim itself is tested with the files; here, that every verb makes it."""
+    config = text.with_suffix(".yaml")
+    config.write_text("keep: 0.8")
+    evaluation = ("--dataset", text, "--max-length", 9)
+    for words in (
+        ("analyze", model, "-o", model / "config.json"),
+        ("analyze", model, "-o", model / "model.safetensors"),
+        ("analyze", model, "--reference-values", text, "-o", text),
+        ("analyze", model, "--statistics", text, "-o", text),
+        ("allocate", text, *TARGET, "-o", text),
+        ("calibrate", model, *evaluation[:2], "-o", text),
+        ("calibrate", model, *evaluation[:2], "-o", model / "tokenizer.json"),
+        ("evaluate", model, *evaluation, "-o", text),
+        ("evaluate", model, *evaluation, "-o", model / "tokenizer_config.json"),
+        ("score", model, "--task", "svamp", "--dataset", text, "-o", text),
+        ("allocate", "none.safetensors", "--config", config, "-o", config),
+        ("merge", model, model.parent, "--overwrite"),
+        ("export", model, model, "--overwrite"),
+        ("finetune", model, model, "--dataset", text, "--overwrite"),
+        ("finetune", "none", text.parent, "--dataset", text, "--overwrite"),
+        ("pretrain", text.parent, "--dataset", text, "--overwrite"),
+        ("compress", "none", text.parent, "--statistics", text, *TARGET, "--overwrite"),
+    ):
+        assert "read: name another output" in refused(*words), words
 
 
 def test_installed_command_exits_with_two_and_a_sentence(tmp_path: Path) -> None:
@@ -499,6 +579,7 @@ import welore
 from welore.io.safetensors_stream import TensorWriter
 
 model, out = sys.argv[1:]
+unfinished = str(Path(out).with_name(f".{Path(out).name}.welore-partial"))
 welore.compress(model, out + "-before", welore.CompressionConfig(rank_reduction=0.4))  # all imports are done then
 write = TensorWriter.write
 
@@ -509,7 +590,7 @@ def die_at(moment):
             os.kill(os.getpid(), signal.SIGKILL)
     def access(event, details):
         if event in ("open", "os.mkdir", "os.rename", "os.remove"):
-            if str(details[0]) == out or str(details[0]).startswith((out + "/", out + ".partial")):
+            if str(details[0]) == out or str(details[0]).startswith((out + "/", unfinished)):
                 count()
     def write_counted(self, name, chunks):
         count()
@@ -529,7 +610,7 @@ while not left or left[-1][0] == signal.SIGKILL:
         die_at(len(left) + 1)
         welore.compress(model, out, welore.CompressionConfig(rank_reduction=0.4))
         os._exit(0)
-    left.append((os.waitpid(child, 0)[1], sizes(Path(out)), sizes(Path(out + ".partial"))))
+    left.append((os.waitpid(child, 0)[1], sizes(Path(out)), sizes(Path(unfinished))))
 print(json.dumps(left))
 """
 

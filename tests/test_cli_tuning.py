@@ -222,7 +222,7 @@ def test_nothing_is_lost_when_a_run_that_was_to_be_replaced_cannot_begin(
         ("finetune MODEL OUT --dataset TEXT --distill MODEL --distill-temperature 0", "distill_temperature is 0"),
         ("finetune MODEL OUT --dataset TEXT --distill MODEL --self-tokens 9", "goes with dataset self"),
         ("finetune ./none OUT --dataset TEXT", "none is neither a model directory"),
-        ("finetune MODEL TEXT/out --max-length 32 --dataset TEXT", "cannot be made a directory"),
+        ("finetune MODEL TEXT/out --max-length 32 --dataset TEXT", "cannot be written: .* is a file"),
         ("score MODEL", "name the task: --task commonsense_qa"),
         ("score MODEL --task coinflip", "did you mean 'coin_flip'"),
         ("score MODEL --task svamp --dataset none.json", "none.json does not exist"),

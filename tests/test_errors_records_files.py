@@ -1,14 +1,21 @@
+import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
+from welore.config import CalibrationConfig
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import atomic_directory, atomic_write, read_json, require_outside, write_json
+from welore.io.claim import claimed, require_unread
 from welore.records import Record
 
 
@@ -231,14 +238,143 @@ def test_directory_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_leftover_of_a_killed_run_does_not_get_into_the_result(tmp_path: Path) -> None:
     path = tmp_path / "out"
-    result(tmp_path / "out.partial", "killed")
-    (tmp_path / "out.partial" / "model-00001-of-00007.safetensors").write_text("killed")
-    result(tmp_path / "out.replaced", "killed")
+    result(tmp_path / ".out.welore-partial", "killed")
+    (tmp_path / ".out.welore-partial" / "model-00001-of-00007.safetensors").write_text("killed")
     with atomic_directory(path) as unfinished:
         assert not list(unfinished.iterdir())
         result(unfinished, "new")
     assert content(path) == {"config.json": "new", "weights": "new"}
     assert names(tmp_path) == ["out"]
+
+
+def test_old_result_comes_back_after_a_kill_between_the_two_renames(tmp_path: Path) -> None:
+    result(tmp_path / ".out.welore-replaced", "old")
+    with pytest.raises(WeLoreError, match="exists already"), atomic_directory(tmp_path / "out"):
+        pass
+    assert content(tmp_path / "out") == {"config.json": "old", "weights": "old"}
+    assert names(tmp_path) == ["out"]
+
+
+def test_neighbours_of_a_user_are_left_alone(tmp_path: Path) -> None:
+    for name in ("out.partial", "out.replaced", "a.txt.partial"):
+        result(tmp_path / name, "mine")
+    with atomic_directory(tmp_path / "out") as unfinished:
+        result(unfinished, "new")
+    write_json(tmp_path / "a.txt", 1)
+    for name in ("out.partial", "out.replaced", "a.txt.partial"):
+        assert content(tmp_path / name)["weights"] == "mine"
+
+
+def test_link_at_a_hidden_name_is_not_followed(tmp_path: Path) -> None:
+    result(tmp_path / "elsewhere", "mine")
+    (tmp_path / ".a.json.welore-partial").symlink_to(tmp_path / "elsewhere" / "weights")
+    (tmp_path / ".out.welore-partial").symlink_to(tmp_path / "elsewhere")
+    write_json(tmp_path / "a.json", 1)
+    with atomic_directory(tmp_path / "out") as unfinished:
+        result(unfinished, "new")
+    assert content(tmp_path / "elsewhere") == {"config.json": "mine", "weights": "mine"}
+    assert not (tmp_path / "a.json").is_symlink()
+    assert not (tmp_path / "out").is_symlink()
+
+
+def test_modes_are_those_of_the_umask_whatever_the_library(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_directory(tmp_path / "out") as unfinished:
+            save_file({"x": np.ones(3)}, unfinished / "weights")
+            (unfinished / "weights").chmod(0o600)  # as some versions of safetensors do
+        with atomic_write(tmp_path / "a.safetensors") as partial:
+            partial.unlink()
+            save_file({"x": np.ones(3)}, partial)
+            partial.chmod(0o600)
+    finally:
+        os.umask(before)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (*tmp_path.rglob("*"),)}
+    assert modes == {"out": 0o750, "weights": 0o640, "a.safetensors": 0o640}
+
+
+def test_of_a_link_to_a_file_the_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.json").symlink_to(tmp_path / "big disk.json")
+    write_json(tmp_path / "a.json", 1)
+    assert (tmp_path / "a.json").is_symlink()
+    assert (tmp_path / "big disk.json").read_text() == "1\n"
+
+
+def test_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(WeLoreError, match="is a pipe, a device or a socket"):
+        write_json(tmp_path / "pipe", 1)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+DISK_FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+    RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+]
+
+
+@pytest.mark.parametrize("error", DISK_FULL, ids=["python", "safetensors", "torch"])
+def test_full_disk_is_one_sentence(tmp_path: Path, error: Exception) -> None:
+    for write in (atomic_write, atomic_directory):
+        sentence = pytest.raises(WeLoreError, match=r"out cannot be written: .*(No space|too large|disk full)")
+        with sentence, write(tmp_path / "out"):
+            raise error
+    assert names(tmp_path) == []
+
+
+# --- the claim of a command on its output ----------------------------------------------------------------------------
+
+
+def test_second_command_on_an_output_is_refused_and_nothing_stays(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out.json"
+    with claimed(out):
+        with pytest.raises(WeLoreError, match=r"another command is writing .*out\.json"), claimed(out):
+            pass
+        with claimed(tmp_path / "deep" / "other.json"):
+            pass
+    with claimed(out):  # the refused one has not taken the lock away
+        pass
+    assert names(tmp_path) == []
+
+
+def test_lock_of_a_killed_process_does_not_hold(tmp_path: Path) -> None:
+    code = "import os, sys\nfrom welore.io.claim import claimed\nwith claimed(sys.argv[1]): os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "a"], check=False).returncode == -9
+    assert names(tmp_path) == [".a.welore-lock"]
+    with claimed(tmp_path / "a"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_output_is_never_something_that_is_read(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    result(model, "mine")
+    (tmp_path / "text.txt").touch()
+    (tmp_path / "link.txt").symlink_to(tmp_path / "text.txt")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "config.json").symlink_to(model / "config.json")
+    config = CalibrationConfig(dataset=f"wikitext2:1,{tmp_path}/text.txt:2")
+    for output, read in (
+        (model / "config.json", model),
+        (model / "weights", str(model)),
+        (model, model),
+        (tmp_path, model),
+        (model / "config.json", tmp_path / "snapshot"),
+        (tmp_path / "text.txt", config),
+        (tmp_path / "link.txt", config),
+        (tmp_path, {f"{tmp_path}/text.txt": 1.0}),
+    ):
+        with pytest.raises(WeLoreError, match="which is read: name another output"):
+            require_unread(output, read)
+    some_record().save(model / "perplexity.json")
+    for output in (model / "perplexity.json", model / "new.json", model / "small", tmp_path / "out"):
+        require_unread(output, model, config, "wikitext2", 0.5, None)
+
+
+def test_directory_that_cannot_be_renamed_is_refused_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(WeLoreError, match="is a mount point"), claimed("/proc", marker="config.json"):
+        pass
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

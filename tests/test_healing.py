@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import FAMILIES, MIXTURES, build, compress, logits
+from conftest import FAMILIES, MIXTURES, Command, build, compress, logits
 from toys import calibrate
 from welore.calibration.statistics import Statistics
 from welore.compression import recovery as healing
@@ -19,6 +19,7 @@ from welore.errors import WeLoreError
 from welore.io.parallel import Processes
 from welore.models.load import fastest, read_tokenizer
 from welore.models.skeleton import config_of
+from welore.records import Record
 from welore.training.trainer import FinetuneTrainer
 
 IDS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(3))
@@ -287,15 +288,31 @@ def test_it_trains_in_what_the_device_is_fast_in(
     assert fastest(device) == {"dtype": dtype, "attention": attention}
 
 
-def test_a_recovery_that_runs_out_of_memory_leaves_the_factors(
-    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(torch.OutOfMemoryError("out of memory"), "out of memory"), (KeyError("x"), "KeyError: 'x'")],
+    ids=["memory", "any"],
+)
+def test_a_recovery_that_fails_leaves_the_factors_and_has_a_status(
+    source: Path,
+    own: Statistics,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: Command,
+    error: Exception,
+    reason: str,
 ) -> None:
-    def too_large(*_: Any, **__: Any) -> torch.Tensor:
-        raise torch.OutOfMemoryError("out of memory")
+    def failing(*_: Any, **__: Any) -> torch.Tensor:
+        raise error
 
-    monkeypatch.setattr(FinetuneTrainer, "training_step", too_large)
-    record = compress(source, tmp_path / "recovered", keep=0.5, statistics=own)
-    assert record.settings["recovery"]["failed"] == "out of memory"
+    monkeypatch.setattr(FinetuneTrainer, "training_step", failing)
+    answer = command(
+        "compress", source, tmp_path / "recovered", "--keep", 0.5, "--statistics", tmp_path / "c.safetensors"
+    )
+    assert answer.status == 3
+    assert f"recovery failed: {reason}" in answer.err
+    record = Record.load(tmp_path / "recovered" / "compression.json")
+    assert record.settings["recovery"]["failed"] == reason
     compress(source, tmp_path / "factors", keep=0.5, statistics=own, recovery=None)
     files = [tmp_path / name / "model.safetensors" for name in ("recovered", "factors")]
     assert files[0].read_bytes() == files[1].read_bytes()

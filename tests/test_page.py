@@ -485,6 +485,8 @@ def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_passed_over(run: Path, tmp_path: Path) -> None:
     (run / "killed.partial").mkdir()
+    (run / ".killed.welore-partial").mkdir()
+    (run / ".killed.welore-partial" / "plan.json").write_text('{"format"')
     (run / "killed.partial" / "plan.json").write_text('{"format"')
     report([run], tmp_path / "out")
 

@@ -5,25 +5,12 @@ Importing this package makes `from_pretrained` know compressed checkpoints.
 """
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from welore.config import (
-    AllocationConfig,
-    CalibrationConfig,
-    CompressionConfig,
-    EvaluationConfig,
-    FinetuneConfig,
-    PretrainConfig,
-    RecoveryConfig,
-    ScoreConfig,
-)
-from welore.errors import WeLoreError
 
 if TYPE_CHECKING:
     from welore.allocation.plan import Plan
@@ -39,8 +26,19 @@ if TYPE_CHECKING:
     from welore.compression.merge import merge
     from welore.compression.pipeline import compress
     from welore.compression.result import CompressionResult
+    from welore.config import (
+        AllocationConfig,
+        CalibrationConfig,
+        CompressionConfig,
+        EvaluationConfig,
+        FinetuneConfig,
+        PretrainConfig,
+        RecoveryConfig,
+        ScoreConfig,
+    )
     from welore.emergence.pretrain import pretrain
     from welore.emergence.trace import Trace
+    from welore.errors import WeLoreError
     from welore.evaluation.accuracy import score
     from welore.evaluation.lm_eval import evaluate_tasks
     from welore.evaluation.perplexity import evaluate
@@ -107,8 +105,19 @@ _LAZY = {
     "compression.merge": ["merge"],
     "compression.pipeline": ["compress"],
     "compression.result": ["CompressionResult"],
+    "config": [
+        "AllocationConfig",
+        "CalibrationConfig",
+        "CompressionConfig",
+        "EvaluationConfig",
+        "FinetuneConfig",
+        "PretrainConfig",
+        "RecoveryConfig",
+        "ScoreConfig",
+    ],
     "emergence.pretrain": ["pretrain"],
     "emergence.trace": ["Trace"],
+    "errors": ["WeLoreError"],
     "evaluation.accuracy": ["score"],
     "evaluation.lm_eval": ["evaluate_tasks"],
     "evaluation.perplexity": ["evaluate"],
@@ -137,7 +146,7 @@ def __dir__() -> list[str]:
 _QUANTIZERS = "transformers.quantizers.auto"
 
 
-class _RegisterWithTransformers(importlib.abc.MetaPathFinder):
+class _RegisterWithTransformers:
     """Imports welore.models.quantizer right after transformers' table of quantizers, whoever imports that.
 
     Registration needs torch and transformers, ten seconds of imports on a small machine; this way `welore --help`

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from welore.allocation.neurons import Neurons, as_json, read_neurons
 from welore.config import NONE, PLAIN, ScalingName, current_name
@@ -101,7 +101,8 @@ class Spectra:
         }
         arrays = {**self.values, **{name + LOSSES: losses for name, losses in self.losses.items()}}
         with atomic_write(path) as partial:
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, partial, metadata)
+            content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
+            partial.write_bytes(_ordered(content))
 
     @classmethod
     def load(cls, path: str | Path) -> "Spectra":
@@ -150,6 +151,16 @@ def _read_array(file: Any, name: str) -> Values:
     if array.dtype.kind != "f":
         raise WeLoreError(f"{name} has the dtype {array.dtype}, it must be floating point")
     return np.asarray(array, dtype=np.float64)
+
+
+def _ordered(content: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them in another one each time."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[start:]
 
 
 def block_of(name: str) -> str:

@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 import time
+import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ from welore.data.mixture import Source, draw, parse_mixture, seed_of
 from welore.data.self_generated import generate_text
 from welore.data.text import TextOptions
 from welore.data.windows import digest, given_windows, require_known_tokens
-from welore.errors import WeLoreError
+from welore.io.atomic import resolved, work_directory
+from welore.io.claim import claimed
 from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.block_grid import Grid
@@ -76,10 +78,9 @@ def calibrate(
     config = config or CalibrationConfig()
     config = config if dataset is None else replace(config, dataset=dataset)
     if output is not None:
-        path = Path(output).resolve()
-        if path.is_dir():
-            raise WeLoreError(f"{path} is a directory: name a file to write")
-        _calibrate(model, config, path, context)
+        path = resolved(output)
+        with claimed(path, model, config):
+            _calibrate(model, config, path, context)
         return Statistics.load(path)
     directory = tempfile.mkdtemp(prefix="welore-")
     try:
@@ -172,17 +173,11 @@ def _workspace(
     """`PATH.work`, which is removed at the end; a killed run leaves it for the next one."""
     read = [source.sha256 for source in sources]
     state = [metadata.version("welore"), weights.state, as_record(config), str(context.device), read]
-    workspace = Workspace(path.with_name(path.name + ".work"), json.dumps(state))
-    workspace.open()
     if isinstance(weights, ModelSource):  # nothing tells whether weights in memory are those of an earlier run
-        workspace.remove()
-        workspace.open()
-    try:
+        state.append(uuid.uuid4().hex)
+    workspace = Workspace(work_directory(path), json.dumps(state))
+    with workspace.session():
         yield workspace
-    except WeLoreError:
-        workspace.remove()
-        raise
-    workspace.remove()
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from welore.cli.from_config import Model, OutputDir, OutputFile, StatisticsFile
-from welore.cli.output import achieved, is_main_process, log, print_result, quiet_libraries
+from welore.cli.output import achieved, log, print_result, quiet_libraries
 from welore.config import (
     SHARD_SIZE,
     AllocationConfig,
@@ -51,6 +51,7 @@ ReferenceCheckpoint = Annotated[
         help="Take weights and factors from this state dict of the reference scripts.", rich_help_panel="Method"
     ),
 ]
+RECOVERY_FAILED = 3  # exit status of a compression that is there, but without the recovery that was asked for
 ShardSize = Annotated[str, typer.Option(help="Largest size of one weight file.")]
 
 
@@ -75,18 +76,21 @@ def analyze(
     """Compute the singular values of every targeted matrix and write a spectra file."""
     from welore.compression.analysis import analyze
     from welore.compression.reference_import import import_singular_values
+    from welore.io.claim import claimed
 
     quiet_libraries()
     if reference_values is not None:
         if config.scaling not in (None, "none") or statistics or config.split:
             raise WeLoreError("--reference-values are those of the weights: leave scaling, statistics and split out")
-        spectra = import_singular_values(
-            reference_values,
-            model,
-            include=config.include,
-            exclude=config.exclude,
-            **run.options,
-        )
+        with claimed(output, model, reference_values):
+            spectra = import_singular_values(
+                reference_values,
+                model,
+                include=config.include,
+                exclude=config.exclude,
+                **run.options,
+            )
+            spectra.save(output)
     else:
         spectra = analyze(
             model,
@@ -95,11 +99,9 @@ def analyze(
             split=config.split,
             include=config.include,
             exclude=config.exclude,
-            work_dir=output.with_name(output.name + ".work"),
+            output=output,
             **join(run),
         )
-    if is_main_process():
-        spectra.save(output)
     facts = {
         "model": spectra.model.name,
         "fingerprint": spectra.model.fingerprint,
@@ -120,9 +122,11 @@ def allocate(
     """Choose the rank of every matrix for a target and write plan.json."""
     from welore.allocation.solver import allocate
     from welore.allocation.spectra import Spectra
+    from welore.io.claim import claimed
 
-    plan = allocate(Spectra.load(spectra), config)
-    plan.save(output)
+    with claimed(output, spectra):
+        plan = allocate(Spectra.load(spectra), config)
+        plan.save(output)
     numbers = plan.numbers()
     print_result(numbers | {"target": dict(plan.target)}, as_json, f"{achieved(plan.target, numbers)} -> {output}")
 
@@ -161,7 +165,10 @@ def compress(
     dry_run: DryRun = False,
     reference_checkpoint: ReferenceCheckpoint = None,
 ) -> None:
-    """Compress a model into a Hugging Face directory that loads with from_pretrained."""
+    """Compress a model into a Hugging Face directory that loads with from_pretrained.
+
+    The exit status is 3 if the model was compressed and written, but its recovery failed.
+    """
     from welore.compression.estimate import estimate
     from welore.compression.pipeline import compress
     from welore.compression.presets import preset_of
@@ -200,9 +207,7 @@ def compress(
             statistics=statistics,
             **join(run),
         ).record
-    _report_compression(record)
-    line = f"{achieved(record.settings['target'], record.numbers)}, {record.numbers['bytes'] / 1e6:.1f} MB"
-    print_result(record, as_json, f"{line} -> {output_dir}")
+    _report_compression(record, output_dir, as_json)
 
 
 def _with_preset(config: CompressionConfig, paper: bool) -> CompressionConfig:
@@ -220,8 +225,8 @@ def _recovery(config: RecoveryConfig, text: str | None) -> "RecoveryConfig | Lit
     return dataclasses.replace(config, dataset=text)
 
 
-def _report_compression(record: "Record") -> None:
-    """Say what stayed dense, how many neurons went, and how the recovery ended."""
+def _report_compression(record: "Record", output_dir: Path, as_json: bool) -> None:
+    """Say what stayed dense, how many neurons went, how the recovery ended, and the result."""
     numbers: dict[str, Any] = record.numbers
     if numbers.get("left_dense_in_blocks"):
         log(
@@ -239,6 +244,10 @@ def _report_compression(record: "Record") -> None:
         )
     elif (record.settings.get("recovery") or {}).get("failed"):
         log(f"kept as it was compressed, recovery failed: {record.settings['recovery']['failed']}")
+    line = f"{achieved(record.settings['target'], numbers)}, {numbers['bytes'] / 1e6:.1f} MB"
+    print_result(record, as_json, f"{line} -> {output_dir}")
+    if (record.settings.get("recovery") or {}).get("failed"):
+        raise typer.Exit(RECOVERY_FAILED)
 
 
 def merge(

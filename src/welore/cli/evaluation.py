@@ -40,7 +40,7 @@ def evaluate(
     """Measure the perplexity of any checkpoint, or its results on tasks of lm-eval."""
     from welore.evaluation.lm_eval import evaluate_tasks
     from welore.evaluation.perplexity import evaluate
-    from welore.io.atomic import require_writable
+    from welore.io.claim import claimed
 
     quiet_libraries()
     usual = EvaluationConfig()
@@ -53,24 +53,23 @@ def evaluate(
         raise WeLoreError(
             "--max-length, --num-windows and --bos go with --dataset; of a task, --limit questions are read"
         )
-    if output is not None:
-        require_writable(output)
-    if lm_eval is not None:
-        names = [name.strip() for name in lm_eval.split(",") if name.strip()]
-        record = evaluate_tasks(
-            model,
-            names,
-            tasks_dir=tasks_dir,
-            limit=limit,
-            batch_size=config.batch_size,
-            dtype=config.dtype,
-            label=label,
-            **run.options,
-        )
-    else:
-        record = evaluate(model, config, against=against, label=label, **run.options)
-    if output is not None:
-        record.save(output)
+    with claimed(output, model, config, against, tasks_dir):
+        if lm_eval is not None:
+            names = [name.strip() for name in lm_eval.split(",") if name.strip()]
+            record = evaluate_tasks(
+                model,
+                names,
+                tasks_dir=tasks_dir,
+                limit=limit,
+                batch_size=config.batch_size,
+                dtype=config.dtype,
+                label=label,
+                **run.options,
+            )
+        else:
+            record = evaluate(model, config, against=against, label=label, **run.options)
+        if output is not None:
+            record.save(output)
     line = _summary(record)
     print_result(record, as_json, line if output is None else f"{line} -> {output}")
 
@@ -80,14 +79,13 @@ def score(
 ) -> None:
     """Measure the accuracy on the evaluation part of a task."""
     from welore.evaluation.accuracy import score
-    from welore.io.atomic import require_writable
+    from welore.io.claim import claimed
 
     quiet_libraries()
-    if output is not None:
-        require_writable(output)
-    record = score(model, config, label=label, **run.options)
-    if output is not None:
-        record.save(output)
+    with claimed(output, model, config):
+        record = score(model, config, label=label, **run.options)
+        if output is not None:
+            record.save(output)
     n = record.numbers
     if n["truncated"]:
         log(f"{n['truncated']} prompts were longer than the model's context and lost their beginning")

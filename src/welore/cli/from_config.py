@@ -46,6 +46,11 @@ def expand(function: Verb) -> Verb:
     wanted = inspect.signature(function).parameters
 
     def run(**values: Any) -> None:
+        output = values.get("output") or values.get("output_dir")
+        if output is not None and values.get("config_file") is not None:
+            from welore.io.claim import require_unread
+
+            require_unread(output, values["config_file"])
         given = {name: _given(kind, values) for name, kind in classes.items()}
         function(**{name: given.get(name, values.get(name)) for name in wanted})
 

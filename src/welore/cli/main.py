@@ -1,5 +1,6 @@
 """The command line: one entry per verb, and how a mistake ends."""
 
+import os
 import sys
 from importlib import metadata
 from typing import Annotated
@@ -8,12 +9,11 @@ import typer
 import typer.main
 
 from welore.cli.compression import allocate, analyze, calibrate, compress, export, info, merge
+from welore.cli.ending import flush_output, say_end, stoppable
 from welore.cli.evaluation import evaluate, score
 from welore.cli.from_config import Verb, expand
-from welore.cli.output import usage_sentence
 from welore.cli.reports import demo, report
 from welore.cli.training import finetune, pretrain
-from welore.errors import WeLoreError
 
 VERBS: dict[Verb, str] = {  # in the order of the help, with an example each
     compress: "welore compress HuggingFaceTB/SmolLM2-135M small --keep 0.8",
@@ -56,21 +56,22 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user is one sentence and exit status 2."""
+    """Run the command line; every end but a good one is one sentence.
+
+    Exit status: 2 for a mistake of the user or a disk or memory that is full, 3 for a recovery that failed, 1 for a bug
+    of ours, 130 and 143 for Ctrl-C and SIGTERM.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # a service may have closed it
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - to the end
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
     try:
-        status = typer.main.get_command(app).main(prog_name="welore", standalone_mode=False)
-    except WeLoreError as error:
-        _fail(str(error))
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # not one of the option parser's
-            raise
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(error.format_message())
-            sys.exit(0)
-        _fail(usage_sentence(error.format_message()))
+        with stoppable():
+            status = typer.main.get_command(app).main(prog_name="welore", standalone_mode=False)
+            flush_output()
+    except SystemExit:
+        raise
+    except BaseException as error:  # the last net: whatever comes, no traceback
+        sys.exit(say_end(error))
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def _fail(sentence: str) -> None:
-    print(f"welore: {sentence}", file=sys.stderr)
-    sys.exit(2)

@@ -4,12 +4,11 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from welore.errors import WeLoreError, choose
+from welore.cli.ending import flush_output, is_main_process
 
 if TYPE_CHECKING:
     from welore.records import Record
@@ -20,17 +19,13 @@ def print_result(result: "Record | Mapping[str, Any]", as_json: bool, line: str)
     if is_main_process():
         content = result if isinstance(result, Mapping) else dataclasses.asdict(result)
         print(json.dumps(content) if as_json else line)
+        flush_output()
 
 
 def log(line: str) -> None:
     """Print something worth knowing to the standard error, from the first process alone."""
     if is_main_process():
         print(line, file=sys.stderr)
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process, or the first of those that torchrun or accelerate started."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def achieved(target: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:
@@ -53,16 +48,3 @@ def quiet_libraries() -> None:
     disable_progress_bar()
     disable_progress_bars()
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read by datasets, which is not imported yet
-
-
-def usage_sentence(message: str) -> str:
-    """One sentence of a usage error of the option parser; an unknown name is answered with the nearest one."""
-    text = " ".join(message.split()).replace("Value error, ", "")
-    wrong = re.fullmatch(r"Invalid value for '--([\w-]+)'.*?: '(.*?)' is not one of (.+)", text)
-    if wrong:
-        option, value, names = wrong.groups()
-        try:
-            choose(option.replace("-", " "), value, dict.fromkeys(re.findall(r"'([^']+)'", names)))
-        except WeLoreError as error:
-            return str(error)
-    return text[:1].lower() + text[1:] if text.startswith(("Missing", "Invalid", "No such")) else text

@@ -17,8 +17,10 @@ from welore.allocation.spectra import Spectra
 from welore.calibration.scaling import metric, outliers, scaling_of
 from welore.calibration.statistics import Statistics
 from welore.config import KFAC, NONE, RunOptions, current_name
-from welore.errors import DamagedWeightsError, WeLoreError
+from welore.errors import WeLoreError
+from welore.io.atomic import work_directory
 from welore.io.checkpoint import check_finite
+from welore.io.claim import claimed
 from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.block_grid import Grid
@@ -40,6 +42,7 @@ def analyze(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     work_dir: str | Path | None = None,
+    output: str | Path | None = None,
     **options: Unpack[RunOptions],
 ) -> Spectra:
     """Compute the singular values of every targeted matrix, a few matrices in memory at a time.
@@ -53,6 +56,7 @@ def analyze(
         exclude: Leave modules that match one of these patterns dense.
         work_dir: Where finished values are stored until all are done, so that a killed run continues and several
             processes share the work.
+        output: The spectra file to write. The finished values are then stored in OUTPUT.work until it is there.
         **options: Where and how to compute (config.RunOptions).
 
     Returns:
@@ -62,14 +66,20 @@ def analyze(
         WeLoreError: If the model cannot be read, or the statistics are those of another model.
     """
     context = RunContext.create(**options)
-    source = open_source(model, context, include=include, exclude=exclude)
-    known = open_statistics(statistics, source)
-    scaling = current_name(scaling or (NONE if known is None else KFAC))
-    grids = grids_of(source, scaling_of(scaling).block_split if split is None else split)
-    key = scaling, grids, known and known.state
-    shared = nullcontext(context) if work_dir is None else shared_workspace(work_dir, source, context, *key)
-    with shared as context:
-        return analyze_source(source, known, context, scaling=scaling, grids=grids)
+    if output is not None and work_dir is None:
+        work_dir = work_directory(Path(output))
+    with claimed(output, model, statistics, leads=context.processes.is_main):
+        source = open_source(model, context, include=include, exclude=exclude)
+        known = open_statistics(statistics, source)
+        scaling = current_name(scaling or (NONE if known is None else KFAC))
+        grids = grids_of(source, scaling_of(scaling).block_split if split is None else split)
+        key = scaling, grids, known and known.state
+        shared = nullcontext(context) if work_dir is None else shared_workspace(work_dir, source, context, *key)
+        with shared as context:
+            spectra = analyze_source(source, known, context, scaling=scaling, grids=grids)
+            if output is not None and context.processes.is_main:
+                spectra.save(output)
+            return spectra
 
 
 def grids_of(source: TensorSource, split: bool) -> dict[str, Grid]:
@@ -92,25 +102,13 @@ def open_statistics(statistics: "Statistics | str | Path | None", source: Tensor
 def shared_workspace(
     directory: str | Path, source: TensorSource, context: RunContext, *key: Any
 ) -> Iterator[RunContext]:
-    """The context with a workspace, which all processes share; it is deleted when the block ends well.
-
-    A mistake of the user leaves what is finished, unless the weights themselves are damaged.
+    """The context with a workspace, which all processes share (see Workspace.session).
 
     key: what else its content depends on, as JSON, beside the weights, the device and the version of this package.
     """
     workspace = Workspace(directory, json.dumps([source.state, version("welore"), context.device.type, *key]))
-    if context.processes.is_main:
-        workspace.open()
-    context.processes.wait()
-    try:
+    with workspace.session(context.processes):
         yield context.within(workspace)
-    except WeLoreError as error:
-        if context.processes.is_main:
-            (workspace.remove if isinstance(error, DamagedWeightsError) else workspace.remove_if_empty)()
-        raise
-    context.processes.wait()
-    if context.processes.is_main:
-        workspace.remove()
 
 
 def analyze_source(

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from welore.config import SHARD_SIZE, RunOptions
 from welore.errors import WeLoreError
-from welore.io.atomic import require_free, require_outside
+from welore.io.atomic import require_outside
 from welore.io.checkpoint import OutputTensors
+from welore.io.claim import claimed
 from welore.io.context import RunContext
 from welore.io.safetensors_stream import TensorInfo
 from welore.layers.block_grid import Grid, block_names
@@ -47,8 +48,12 @@ def merge(
         WeLoreError: If the model is not one that `compress` made, or the directory may not be written.
     """
     context = RunContext.create(**options)
-    if output_dir is not None:
-        require_free(output_dir, overwrite=context.overwrite)
+    with claimed(output_dir, model, overwrite=context.overwrite, marker="config.json"):
+        _merge(model, output_dir, max_shard_size, context)
+    return None if output_dir is None else Path(output_dir)
+
+
+def _merge(model: Any, output_dir: str | Path | None, max_shard_size: str, context: RunContext) -> None:
     source = open_source(model, context)
     config = _config(source)
     if isinstance(source, CheckpointSource):
@@ -59,7 +64,6 @@ def merge(
     outputs = _merged(source, config, context)
     with open_sink(source, output_dir, max_shard_size=max_shard_size, overwrite=context.overwrite) as sink:
         sink.write(outputs, None, context.progress)
-    return None if output_dir is None else Path(output_dir)
 
 
 def _config(source: TensorSource) -> WeLoreConfig:

@@ -26,7 +26,7 @@ from welore.compression.analysis import analyze_source, grids_of, open_statistic
 from welore.compression.factorize import factor_matrices, stored_factors
 from welore.compression.mlp_pruning import prune, pruned_shapes, select_neurons
 from welore.compression.presets import PRESETS, resolve, resolve_calibration
-from welore.compression.recovery import Recovery, recover, recovery_text, resolve_recovery
+from welore.compression.recovery import Recovery, failed_recovery, recover, recovery_text, resolve_recovery
 from welore.compression.result import CompressionResult
 from welore.compression.writing import write_compressed
 from welore.config import (
@@ -44,8 +44,9 @@ from welore.data.mixture import parse_mixture
 from welore.data.text import TextOptions
 from welore.data.windows import require_known_tokens
 from welore.errors import WeLoreError
-from welore.io.atomic import atomic_directory, require_free, require_outside
+from welore.io.atomic import atomic_directory, require_outside, resolved, work_directory
 from welore.io.checkpoint import RECORD
+from welore.io.claim import claimed
 from welore.io.context import RunContext
 from welore.io.resume import file_states
 from welore.layers.block_grid import Grid
@@ -128,18 +129,21 @@ def compress(
     context = RunContext.create(**options)
     config = config or CompressionConfig()
     config = config if keep is None else replace(config, keep=keep)
+    plan_file = plan
     plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
     if plan is not None:
         config = _config_of_plan(plan, config)
-    if output_dir is not None:
-        require_free(output_dir, overwrite=context.overwrite)
-    source = _source(model, output_dir, config, context)
-    job = make_job(source, config, calibration, recovery, plan, statistics, context)
-    job = replace(job, recovery_text=_recovery_text(job))
-    with _workspace(job, output_dir) as context:
-        job = replace(job, context=context)
+    with ExitStack() as stack:
+        reads = model, plan_file, statistics, calibration, recovery
+        leads = context.processes.is_main
+        claim = claimed(output_dir, *reads, overwrite=context.overwrite, marker="config.json", leads=leads)
+        stack.enter_context(claim)
+        source = _source(model, output_dir, config, context)
+        job = make_job(source, config, calibration, recovery, plan, statistics, context)
+        job = replace(job, recovery_text=_recovery_text(job))
+        job = replace(job, context=stack.enter_context(_workspace(job, output_dir)))
         plan, smaller, known = _plan(job, _statistics(job))
-        numbers = factor_matrices(smaller, plan, known, context)
+        numbers = factor_matrices(smaller, plan, known, job.context)
         recovered = _recovery(job, smaller, plan, known)
         return _result(job, smaller, plan, recovered, numbers, output_dir, started)
 
@@ -255,10 +259,10 @@ def _workspace(job: Job, output_dir: Directory | None) -> Iterator[RunContext]:
     else:
         rests_on.append(uuid.uuid4().hex)  # nor whether objects in memory are the same
     key = job.scaling, job.grids, rests_on
-    output = None if output_dir is None else Path(output_dir).resolve()  # it may be "." or end in a slash
+    output = None if output_dir is None else resolved(output_dir)  # it may be "." or end in a slash
     with ExitStack() as stack:
         if output is not None and isinstance(job.source, CheckpointSource):
-            directory = output.with_name(output.name + ".work")
+            directory = work_directory(output)
         else:
             parent = None if output is None else next(path for path in output.parents if path.is_dir())
             temporary = tempfile.TemporaryDirectory(prefix="welore-", dir=parent)
@@ -337,12 +341,15 @@ def _recovery(job: Job, source: TensorSource, plan: Plan, statistics: Statistics
     """5. The training of the factors, by the process that leads."""
     if job.recovery is None or not plan.ranks or not job.context.processes.is_main:
         return Recovery()
-    windows = job.recovery_text
-    if windows is None and statistics is not None:
-        windows = statistics.generated_text()
-    assert windows is not None
-    teacher = _dense_directory(job)
-    return recover(source, plan, windows, job.recovery, job.context, seed=job.calibration.seed, teacher=teacher)
+    try:
+        windows = job.recovery_text
+        if windows is None and statistics is not None:
+            windows = statistics.generated_text()
+        assert windows is not None
+        teacher = _dense_directory(job)
+        return recover(source, plan, windows, job.recovery, job.context, seed=job.calibration.seed, teacher=teacher)
+    except Exception as error:  # whatever it is, the cut is finished and is written; the record tells the reason
+        return failed_recovery(job.recovery, error)
 
 
 def _dense_directory(job: Job) -> Path:
@@ -381,6 +388,7 @@ def _result(
             record = _record(plan, job, recovered, numbers | {"seconds": time.perf_counter() - started})
             if sink.directory is not None:
                 record.save(sink.directory / RECORD)
+            context.workspace.retire()
     context.processes.wait()
     if output_dir is not None:
         record = Record.load(Path(output_dir) / RECORD)

@@ -20,7 +20,7 @@ from welore.config import MAX_LENGTH, SELF, FinetuneConfig, RecoveryConfig
 from welore.data.mixture import draw, mixed
 from welore.data.text import TextOptions
 from welore.data.windows import digest, write_windows
-from welore.errors import DivergedError, WeLoreError
+from welore.errors import DivergedError, WeLoreError, first_line
 from welore.io.atomic import atomic_directory
 from welore.io.context import RunContext
 from welore.io.progress import silent
@@ -81,6 +81,13 @@ def recovery_text(config: RecoveryConfig, model_config: Any, tokenizer: Any, see
     return windows
 
 
+def failed_recovery(config: RecoveryConfig, error: Exception) -> Recovery:
+    """The outcome of a training that ended in an error: factors that stay as they are, and the reason."""
+    known = isinstance(error, WeLoreError | torch.OutOfMemoryError)
+    reason = first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
+    return Recovery(settings={"text": _text(config), "failed": reason}, numbers={"healed": False})
+
+
 def recover(
     source: TensorSource,
     plan: Plan,
@@ -91,7 +98,7 @@ def recover(
     seed: int,
     teacher: Path,
 ) -> Recovery:
-    """Train the factors of the model that `plan` makes of `source`; they stay as they are if that fails or does harm.
+    """Train the factors of the model that `plan` makes of `source`; they stay as they are if that does harm.
 
     A killed training continues in the workspace; one that was begun with other settings begins anew. windows: token ids
     (count, length), at least two. teacher: the directory of the dense model.
@@ -110,11 +117,7 @@ def recover(
     write_windows(directory / WRITTEN, windows)
     training = dataclasses.replace(training, dataset=str(directory / WRITTEN))
     rate = config.learning_rate or learning_rate(compressed, plan, training.max_steps or 1, config)
-    text = str(config.dataset) if isinstance(config.dataset, str | Path) else type(config.dataset).__name__
-    try:
-        run, record = _without_harm(compressed, directory, rate, training, config, context)
-    except (WeLoreError, torch.OutOfMemoryError) as error:
-        return Recovery(settings={"text": text, "failed": str(error)}, numbers={"healed": False})
+    run, record = _without_harm(compressed, directory, rate, training, config, context)
     settings, losses = record.settings, _losses(record)
     names = ["max_steps", "batch_size", "max_length", "learning_rate", "warmup_steps", "dtype", "seed"]
     names.append("distill_weight")
@@ -124,7 +127,13 @@ def recover(
         "healing_seconds": record.numbers["seconds"],
         "held_out_loss": losses,
     }
-    return Recovery(run / MODEL if run else None, {"text": text} | {name: settings[name] for name in names}, numbers)
+    return Recovery(
+        run / MODEL if run else None, {"text": _text(config)} | {name: settings[name] for name in names}, numbers
+    )
+
+
+def _text(config: RecoveryConfig) -> str:
+    return str(config.dataset) if isinstance(config.dataset, str | Path) else type(config.dataset).__name__
 
 
 def _training(teacher: Path, windows: Tensor, config: RecoveryConfig, seed: int, context: RunContext) -> FinetuneConfig:

@@ -18,8 +18,9 @@ from welore.allocation.plan import Allocation, Plan
 from welore.allocation.spectra import Spectra
 from welore.config import SHARD_SIZE, RunOptions
 from welore.errors import WeLoreError
-from welore.io.atomic import atomic_directory, require_free, require_outside
+from welore.io.atomic import atomic_directory, require_outside
 from welore.io.checkpoint import RECORD, OutputTensors, check_finite
+from welore.io.claim import claimed
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.safetensors_stream import TensorInfo
@@ -73,7 +74,13 @@ def import_checkpoint(
     model: gives the configuration and the tokenizer; its own weights are not read. U becomes A, V becomes B.
     """
     context = RunContext.create(**options)
-    require_free(output_dir, overwrite=context.overwrite)
+    with claimed(output_dir, path, model, overwrite=context.overwrite, marker="config.json"):
+        return _import_checkpoint(path, model, output_dir, max_shard_size, context)
+
+
+def _import_checkpoint(
+    path: str | Path, model: str | Path, output_dir: str | Path, max_shard_size: str, context: RunContext
+) -> Record:
     started = time.perf_counter()
     state = _load(path)
     directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)

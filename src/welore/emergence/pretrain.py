@@ -29,7 +29,7 @@ from welore.models.targets import find_targets
 from welore.records import MODEL_FINGERPRINT, Record
 from welore.training.arguments import FSDP, is_on, resolve_defaults
 from welore.training.finetune import finetune
-from welore.training.run_dir import MODEL, RUN, TUNED, begin, check_out, fingerprint
+from welore.training.run_dir import MODEL, RUN, TUNED, begin, fingerprint, run_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,21 +76,22 @@ def pretrain(
         raise WeLoreError("name the text to learn from by dataset: c4, wikitext2, pydoc or a file")
     resolve_defaults(_training_config(config), context.device)
     processes = _processes(context)
-    directory = Path(output_dir)
     settings = as_record(config)
     identity = {name: settings[name] for name in ("tokenizer", "dataset", "seed", "probes", "probe_items")}
     identity |= {"size": asdict(size_of(config.size)), "vocab_size": None if config.tokenizer else config.vocab_size}
-    if processes.is_main_process:
-        _begin(directory, config, identity, context, processes=processes.num_processes, resume=resume)
-    processes.wait_for_everyone()
-
-    tuned, probe = _train(directory, config, context, resume=resume, label=label or config.size)
-    processes.wait_for_everyone()
-    record = _record(directory, identity, label, tuned, probe)
-    if processes.is_main_process:
-        finish(directory / TRACE)
-        record.save(directory / PRETRAINED)
-    processes.wait_for_everyone()
+    overwrite = context.overwrite
+    with run_directory(output_dir, config, resume=resume, overwrite=overwrite, record=PRETRAINED) as directory:
+        if processes.is_main_process:
+            _begin(directory, config, identity, context, processes=processes.num_processes, resume=resume)
+        processes.wait_for_everyone()
+        tuned, probe = _train(directory, config, context, resume=resume, label=label or config.size)
+        processes.wait_for_everyone()
+        record = _record(directory, identity, label, tuned, probe)
+        record.inputs["model"] = str(Path(output_dir) / TRAINING / MODEL)
+        if processes.is_main_process:
+            finish(directory / TRACE)
+            record.save(directory / PRETRAINED)
+        processes.wait_for_everyone()
     return record
 
 
@@ -124,7 +125,6 @@ def _begin(
 
     Nothing is deleted before the new model is made.
     """
-    check_out(directory, resume=resume, overwrite=context.overwrite, record=PRETRAINED)
     if resume and (directory / START / WEIGHTS).is_file():
         begin(directory, identity, resume=True)
         return

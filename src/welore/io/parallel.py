@@ -56,6 +56,11 @@ def join_processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
+def launched_rank() -> int:
+    """The number of this process among those that torchrun or accelerate started; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def default_workers() -> int:
     """One thread for every core this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

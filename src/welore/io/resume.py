@@ -4,14 +4,15 @@ A file (safetensors) takes its name when it is complete, so that none is ever to
 again. Its name is known beforehand, so that nobody has to look through a directory of thousands.
 """
 
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
-from welore.errors import WeLoreError
-from welore.io.atomic import atomic_write, read_json, write_json
+from welore.errors import DamagedWeightsError, WeLoreError
+from welore.io.atomic import atomic_directory, atomic_write, hidden, read_json, remove, resolved, write_json
+from welore.io.parallel import ALONE, Processes
 from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
 
 KEY_FILE = "about.json"
@@ -21,29 +22,69 @@ class Workspace:
     """A directory of named groups of tensors, valid for one `key` (the weights, and how they are treated)."""
 
     def __init__(self, directory: str | Path, key: str) -> None:
-        self.directory, self.key = Path(directory), key
+        self.directory, self.key = resolved(directory), key
+        self._retired = hidden(self.directory, "retired")
+
+    @contextmanager
+    def session(self, processes: Processes = ALONE) -> Iterator[None]:
+        """Open for the processes of a job, and deleted when the block ends well.
+
+        A mistake of the user, or an interruption, leaves what is finished, unless the weights themselves are damaged.
+        """
+        if processes.is_main:
+            self.open()
+        processes.wait()
+        try:
+            yield
+        except BaseException as error:
+            if processes.is_main:
+                self._restore()
+                if isinstance(error, DamagedWeightsError):
+                    self.remove()
+                elif isinstance(error, Exception):
+                    self._remove_if_empty()
+                if self.directory.exists():
+                    error.add_note(f"the finished work lies in {self.directory}: the same command goes on there")
+            raise
+        processes.wait()
+        if processes.is_main:
+            self.remove()
 
     def open(self) -> None:
         """Make the directory, or keep it if an earlier run with the same key left it; otherwise start anew.
 
         Raises WeLoreError if something else lies there.
         """
-        others = [p for p in self.directory.glob("*") if p.suffix != ".partial"]
-        if others and not (self.directory / KEY_FILE).is_file():
-            raise WeLoreError(f"{self.directory} is needed for unfinished work, but holds {others[0].name}: move it")
+        remove(self._retired)
         try:
-            known = read_json(self.directory / KEY_FILE) == {"key": self.key}
+            known = read_json(self.directory / KEY_FILE)
         except WeLoreError:
-            known = False
-        if not known:
-            self.remove()
-            write_json(self.directory / KEY_FILE, {"key": self.key})
+            known = None
+        if not (isinstance(known, dict) and known.keys() == {"key"}):  # no run of ours left it
+            others = list(self.directory.glob("*")) if self.directory.is_dir() else []
+            if others or (self.directory.exists() and not self.directory.is_dir()):
+                what = f"holds {others[0].name}" if others else "is a file"
+                raise WeLoreError(f"{self.directory} is needed for unfinished work, but {what}: move it")
+        if known != {"key": self.key}:
+            with atomic_directory(self.directory, overwrite=True, marker=KEY_FILE) as unfinished:
+                write_json(unfinished / KEY_FILE, {"key": self.key})
+
+    def retire(self) -> None:
+        """Put the work aside under a hidden name: the result is about to take its own name."""
+        remove(self._retired)
+        if self.directory.exists():
+            self.directory.replace(self._retired)
 
     def remove(self) -> None:
-        """Delete everything."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        """Delete everything; of a process that is killed meanwhile a hidden directory stays, no half of the work."""
+        self.retire()
+        remove(self._retired)
 
-    def remove_if_empty(self) -> None:
+    def _restore(self) -> None:
+        if self._retired.exists() and not self.directory.exists():
+            self._retired.replace(self.directory)
+
+    def _remove_if_empty(self) -> None:
         """Delete the directory if no work lies in it yet."""
         if all(path.name == KEY_FILE for path in self.directory.glob("*")):
             self.remove()

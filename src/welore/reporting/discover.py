@@ -1,5 +1,6 @@
 """Every artefact under some directories, each read and checked."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -55,7 +56,7 @@ def find_artefacts(
 ) -> tuple[dict[Path, Any], list[str]]:
     """Resolved path -> artefact, in the order of the paths; and why others are left out, a sentence for each.
 
-    Unfinished files and directories (*.partial) are skipped. WeLoreError if no artefact is left.
+    Files of an interrupted run are skipped. WeLoreError if no artefact is left.
     """
     artefacts: dict[Path, Any] = {}
     left_out: list[str] = []
@@ -64,7 +65,7 @@ def find_artefacts(
             raise WeLoreError(f"{directory} is not a directory: name directories that hold artefacts of welore")
         for path in sorted(directory.rglob("*")):
             load = next((load for pattern, load in loaders.items() if fnmatch(path.name, pattern)), None)
-            partial = any(part.endswith(".partial") for part in path.relative_to(directory).parts)
+            partial = any(re.search(r"\.(partial|welore-\w+)$", part) for part in path.relative_to(directory).parts)
             if load and not partial and path.is_file() and path.resolve() not in artefacts:
                 try:
                     artefacts[path.resolve()] = _read(path, load)

@@ -29,7 +29,7 @@ from welore.training.methods import known_warnings, state_classes
 from welore.training.objective import Objective
 from welore.training.originals import borrowed
 from welore.training.preparation import Prepared, cast, prepare
-from welore.training.run_dir import MODEL, TUNED, gathered
+from welore.training.run_dir import MODEL, TUNED, gathered, run_directory
 from welore.training.teacher import share_frozen
 from welore.training.trainer import FinetuneTrainer, RunCallback, peak_memory
 
@@ -85,16 +85,25 @@ def finetune(
     config = resolve_defaults(config, context.device)
     check_launch(os.environ, config.method, context.device.type, config.distill)
     warn_if_slow(getattr(torch, config.dtype), context.device)
-    with borrowed(model) if isinstance(model, nn.Module) else nullcontext():
-        run = prepare(model, config, plan, Path(output_dir), context, resume=resume)
-        started = time.perf_counter()
-        numbers = _train(run, config, callbacks, context)
-        numbers |= _save(run, Path(output_dir), config.save_dtype and getattr(torch, config.save_dtype))
-        numbers |= {"seconds": time.perf_counter() - started, "resumed_at": run.resumed_at or 0}
+    in_memory = borrowed(model) if isinstance(model, nn.Module) else nullcontext()
+    directory = run_directory(output_dir, model, config, plan, resume=resume, overwrite=context.overwrite)
+    with in_memory, directory as out:
+        run = prepare(model, config, plan, out, context, resume=resume)
+        return _finetuned(run, config, out, label, callbacks, context)
+
+
+def _finetuned(
+    run: Prepared, config: FinetuneConfig, out: Path, label: str | None, callbacks: Callbacks, context: RunContext
+) -> Record:
+    """Train, and write the result and the record."""
+    started = time.perf_counter()
+    numbers = _train(run, config, callbacks, context)
+    numbers |= _save(run, out, config.save_dtype and getattr(torch, config.save_dtype))
+    numbers |= {"seconds": time.perf_counter() - started, "resumed_at": run.resumed_at or 0}
     inputs = run.inputs | {"label": label, "split": run.data.split}
     record = Record("finetune", inputs, as_record(config) | {"processes": run.arguments.world_size}, numbers)
     if run.leads:
-        record.save(Path(output_dir) / TUNED)
+        record.save(out / TUNED)
     run.arguments.distributed_state.wait_for_everyone()
     return record
 

@@ -26,7 +26,7 @@ from welore.training.arguments import length_of, sequences_read, training_argume
 from welore.training.data import questions_of_task
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable
 from welore.training.originals import Originals
-from welore.training.run_dir import CHECKPOINTS, WRITTEN, begin, check_out, fingerprint, last_checkpoint
+from welore.training.run_dir import CHECKPOINTS, WRITTEN, begin, fingerprint, last_checkpoint
 from welore.training.teacher import load_teacher, write_text
 from welore.training.trainer import FinetuneTrainer
 
@@ -75,13 +75,11 @@ def prepare(
     *,
     resume: bool,
 ) -> Prepared:
-    """Model, teacher and data in memory, what is trained marked; the directory of the run made or checked."""
+    """Model, teacher and data in memory, what is trained marked; the directory of the run, `out`, made or checked."""
     last = last_checkpoint(out) if resume else None
     args = training_arguments(config, out / CHECKPOINTS, context.device)
     args.eval_on_start = args.eval_on_start and last is None
     leads = args.process_index == 0
-    if leads:
-        check_out(out, resume=resume, overwrite=context.overwrite)
     loaded = _loaded(source, out, config, context)
     model, tokenizer = loaded.model, loaded.tokenizer
     originals = Originals.of(model, loaded.directory)

@@ -5,11 +5,14 @@ OUT/written.safetensors   the teacher's text, if the run trains on it
 OUT/checkpoints/          of the Trainer; `resume` goes on from the last complete one
 OUT/model/                the result, loads with from_pretrained
 OUT/finetune.json         the record; written last, so that it marks a finished run
+
+A run that replaces another one is in OUT.work until it is finished: the other one stays until then.
 """
 
 import hashlib
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +20,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from welore.errors import WeLoreError
-from welore.io.atomic import read_json, require_free, write_json
+from welore.io.atomic import (
+    atomic_directory,
+    read_json,
+    replace_directory,
+    require_free,
+    resolved,
+    storage_errors,
+    tidy,
+    work_directory,
+    write_json,
+)
+from welore.io.claim import claimed
+from welore.io.parallel import launched_rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,24 +42,47 @@ WRITTEN = "written.safetensors"
 STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 
 
-def check_out(out: Path, *, resume: bool, overwrite: bool, record: str = TUNED) -> None:
-    """Raise WeLoreError unless a run may begin, or go on, at `out`; record: the file that marks a finished run."""
-    if not resume:
-        require_free(out, overwrite=overwrite, marker=RUN)
-    elif overwrite:
+@contextmanager
+def run_directory(out: str | Path, *reads: Any, resume: bool, overwrite: bool, record: str = TUNED) -> Iterator[Path]:
+    """The directory in which a run begins or goes on, claimed for it: OUT, or OUT.work if it replaces another run.
+
+    OUT.work takes the name OUT when the block ends well; a run there that was killed is resumed there. All processes
+    of a run call this, the first of them writes. reads: what the run reads. record: the file that marks a finished run.
+    Raises WeLoreError unless a run may begin, or go on.
+    """
+    out = resolved(out)
+    work, leads = work_directory(out), launched_rank() == 0
+    directory = work if overwrite or (resume and (work / RUN).is_file()) else out
+    if resume and overwrite:
         raise WeLoreError("give resume or overwrite, not both: one goes on with the run, the other deletes it")
-    elif not (out / RUN).is_file():
+    if resume and not (directory / RUN).is_file():
         raise WeLoreError(f"{out} holds no run that could be resumed: leave resume out to begin one")
-    elif (out / record).is_file():
-        raise WeLoreError(f"the run in {out} is finished (see {record}): there is nothing to resume")
+    with claimed(out, *(() if resume else reads), overwrite=overwrite or resume, marker=RUN, leads=leads):
+        if leads:
+            tidy(work)
+            if (work / RUN).is_file() and (work / record).is_file():  # killed before it took its name
+                replace_directory(work, out)
+                directory = out
+            if resume and (directory / record).is_file():
+                raise WeLoreError(f"the run in {out} is finished (see {record}): there is nothing to resume")
+            if directory == work and not resume:
+                require_free(work, overwrite=True, marker=RUN)  # it may be a user's
+        try:
+            with storage_errors(out):
+                yield directory
+        except BaseException as error:
+            if (directory / RUN).is_file():
+                error.add_note(f"the run lies in {directory}: --resume goes on there")
+            raise
+        if leads and directory == work:
+            replace_directory(work, out)
 
 
 def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
     """Make the directory of a new run and say in it what it is; or check that a resumed run is the same."""
     if not resume:
-        if out.exists():
-            shutil.rmtree(out)
-        write_json(out / RUN, identity)
+        with atomic_directory(out, overwrite=True, marker=RUN) as unfinished:
+            write_json(unfinished / RUN, identity)
         return
     before, now = _flat(read_json(out / RUN)), _flat(json.loads(json.dumps(identity)))
     for name in sorted(before.keys() | now.keys()):

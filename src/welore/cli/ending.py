@@ -1,0 +1,130 @@
+"""How a command ends that does not end well: one sentence and an exit status, never a traceback."""
+
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from welore.errors import WeLoreError, choose, first_line
+from welore.io.atomic import storage_reason
+
+
+class Stopped(BaseException):
+    """Raised where the process is when it is told to end, so that SIGTERM tidies up as Ctrl-C does."""
+
+    def __init__(self, number: int = signal.SIGINT, frame: Any = None) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise Stopped, but where they are ignored or somebody else takes them."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+            if signal.getsignal(number) is usual:
+                before[number] = signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise Stopped(number)
+
+
+def say_end(error: BaseException) -> int:
+    """Say why a command ended, once for all processes of a job; returns the exit status."""
+    status, sentence = _end_of(error)
+    if sentence and _is_first(sentence):
+        print(sentence, file=sys.stdout if status == 0 else sys.stderr)
+    return status
+
+
+def _end_of(error: BaseException) -> tuple[int, str]:
+    """Exit status and sentence."""
+    if isinstance(error, KeyboardInterrupt | Stopped):
+        number = error.number if isinstance(error, Stopped) else signal.SIGINT
+        notes = "; ".join(getattr(error, "__notes__", []))
+        return 128 + number, f"welore: stopped{'; ' + notes if notes else ''}" if is_main_process() else ""
+    if isinstance(error, WeLoreError):
+        return 2, f"welore: {' '.join(str(error).splitlines())}"
+    if hasattr(error, "format_message"):  # one of the option parser's
+        text = error.format_message()
+        helps = type(error).__name__ == "NoArgsIsHelpError"
+        return (0, text) if helps else (2, f"welore: {usage_sentence(text)}")
+    memory = "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
+    if memory or isinstance(error, MemoryError):
+        return (
+            2,
+            f"welore: out of memory ({first_line(error)}): free some, or choose fewer --workers or another --device",
+        )
+    reason = storage_reason(error) or (first_line(error) if isinstance(error, OSError) else None)
+    if reason is not None:
+        file = getattr(error, "filename", None)
+        return 2, f"welore: {f'{file}: ' if file is not None else ''}{reason}"
+    return 1, f"welore: {_bug(error)}"
+
+
+def _bug(error: BaseException) -> str:
+    """The sentence for an error that nobody foresaw; its traceback goes to a file."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{' '.join(sys.argv)}\n\n{''.join(traceback.format_exception(error))}"
+    log = "could not be written anywhere"
+    with suppress(OSError):
+        prefix, coding = "welore-bug-", {"encoding": "utf-8", "errors": "backslashreplace"}
+        with tempfile.NamedTemporaryFile("w", prefix=prefix, suffix=".log", delete=False, **coding) as file:  # type: ignore[call-overload]
+            file.write(text)
+        log = f"is in {file.name}"
+    where = f"{os.path.basename(last.filename)}:{last.lineno}"  # noqa: PTH119
+    what = f"{type(error).__name__}: {first_line(error)} ({where})"
+    return f"this is a bug in welore: {what}; the traceback {log}: report it with the command that you ran"
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those that torchrun or accelerate started."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _is_first(sentence: str) -> bool:
+    """Whether no other process of the job has said the sentence."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return is_main_process()
+    try:
+        return bool(distributed.distributed_c10d._get_default_store().add(sentence, 1) == 1)
+    except RuntimeError:  # the process that has the store is gone
+        return True
+
+
+def flush_output() -> None:
+    """Write out the standard output; a reader that has gone (`| head`) is no failure of the command."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError, ValueError):  # what is left in the buffer would fail again when the interpreter ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise WeLoreError(f"the standard output cannot be written: {storage_reason(error)}") from error
+
+
+def usage_sentence(message: str) -> str:
+    """One sentence of a usage error of the option parser; an unknown name is answered with the nearest one."""
+    text = " ".join(message.split()).replace("Value error, ", "")
+    wrong = re.fullmatch(r"Invalid value for '--([\w-]+)'.*?: '(.*?)' is not one of (.+)", text)
+    if wrong:
+        option, value, names = wrong.groups()
+        try:
+            choose(option.replace("-", " "), value, dict.fromkeys(re.findall(r"'([^']+)'", names)))
+        except WeLoreError as error:
+            return str(error)
+    return text[:1].lower() + text[1:] if text.startswith(("Missing", "Invalid", "No such")) else text
