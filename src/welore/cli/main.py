@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from importlib import metadata
 from typing import Annotated
 
@@ -64,9 +65,9 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # a service may have closed it
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - to the end
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be no text
     try:
+        with suppress(AttributeError, OSError):  # another stream of Python's, or one that is gone
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a path may be no text
         with stoppable():
             status = typer.main.get_command(app).main(prog_name="welore", standalone_mode=False)
             flush_output()
