@@ -81,6 +81,14 @@ def test_prompt_longer_than_the_context_keeps_its_end_and_is_counted(tmp_path: P
     assert outputs[0] == outputs[1]
 
 
+def test_a_model_that_computes_nan_has_no_accuracy() -> None:
+    model = build("llama", vocab_size=98)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(WeLoreError, match="the model computes NaN or Inf"):
+        answers(model, characters(), ["Q: short"], 1)
+
+
 def test_tokens_that_the_embedding_does_not_have() -> None:
     """Padding beyond it, as Llama's tokenizers often have, is never read; a text beyond it is refused."""
     model, tokenizer, prompts = build("llama", vocab_size=98), characters(), ["Q: short", "Q: a longer one"]

@@ -426,7 +426,7 @@ def test_existing_directory_needs_overwrite(
         ("evaluate MODEL --dataset wikitext -o OUT", "unknown data set 'wikitext'; did you mean 'wikitext2'"),
         ("evaluate MODEL --dataset none.txt -o OUT", "none.txt does not exist"),
         ("evaluate MODEL --dataset TEXT --dtype float61 -o OUT", "unknown dtype 'float61'; did you mean 'float16'"),
-        ("evaluate MODEL --dataset TEXT --max-length 1 -o OUT", "length is 1: a window needs at least 2 tokens"),
+        ("evaluate MODEL --dataset TEXT --max-length 1 -o OUT", "max_length is 1: it must be at least 2"),
         ("evaluate MODEL --dataset TEXT --num-windows 0 -o OUT", "windows is 0"),
         ("evaluate MODEL --dataset TEXT --batch-size 0 -o OUT", "batch_size is 0"),
         ("evaluate ./none --dataset TEXT -o OUT", "none is neither a model directory"),

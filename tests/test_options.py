@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import json
 import re
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from welore.cli.from_config import expand
 from welore.cli.main import VERBS, app
 from welore.config import choices
 from welore.data.self_generated import OPENINGS
+from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS
 from welore.layers.storage_forms import storages
 from welore.training.methods import METHODS
@@ -48,6 +50,22 @@ def test_every_setting_has_help_and_a_panel(kind: Any) -> None:
     for field in dataclasses.fields(kind):
         assert field.metadata["help"].endswith((".", "2.")), field.name
         assert field.metadata["panel"], field.name
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_no_number_is_taken_that_cannot_work(kind: Any) -> None:
+    """A number that a setting does not take is one sentence where it is given, never a traceback hours later."""
+    counts = re.compile("batch_size|num_|max_(length|steps|eval)|limit|workers|probe|vocab_size|_steps|rank_multiple")
+    for field in dataclasses.fields(kind):
+        hint = typing.get_type_hints(kind)[field.name]
+        numeric = typing.get_origin(hint) is not tuple and {int, float} & {hint, *typing.get_args(hint)}
+        wrong: list[Any] = [float("nan"), float("-inf"), -(10**30)] if numeric and field.name != "seed" else []
+        if counts.search(field.name):
+            wrong += [10**30, 2.5, float("inf"), -1]
+        for value in wrong:
+            with pytest.raises(WeLoreError) as caught:
+                kind(**{field.name: value})
+            assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_verb_has_an_option_for_every_field() -> None:

@@ -280,12 +280,14 @@ def test_model_in_memory_gives_what_its_directory_gives(
 
 
 def test_dropout_is_off_while_a_model_in_training_is_evaluated(text: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = build("llama", attention_dropout=0.9).train()
+    model: Any = build("llama", attention_dropout=0.9).train()
+    model.model.layers[0].eval()
     first, second = (
         welore.evaluate(model, EvaluationConfig(text, max_length=LENGTH), tokenizer=tokenizer).numbers["nll"]
         for _ in range(2)
     )
     assert first == second
+    assert [module.training for module in (model, *model.model.layers)] == [True, False, True]
 
 
 def test_model_in_memory_needs_its_tokenizer(text: str) -> None:

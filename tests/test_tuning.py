@@ -311,6 +311,7 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(
     assert resumed["resumed_at"] == 4
     assert resumed["train_loss"] == whole["train_loss"]
     assert resumed["evaluation"] == whole["evaluation"]
+    assert resumed["tokens"] == whole["tokens"]
     assert not changed(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
 
 
@@ -610,6 +611,7 @@ def test_another_teacher_is_another_run(model: Path, dense: Path, text: str, tmp
         ({"gradient_checkpointing": True, "selective_checkpointing": True}, "not both"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+        ({"seed": -1}, "seed is -1: it must be a whole number from 0 to 4294967295"),
         ({"warmup_steps": 4}, "warmup_steps is 4: it must be less than the 4 steps"),
         ({"eval_steps": -1}, "eval_steps is -1"),
         ({"max_length": 513}, "reads at most 512 tokens"),

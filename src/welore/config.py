@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
@@ -35,6 +36,7 @@ AUTO: Literal["auto"] = "auto"
 SELF = "self"  # a dataset: text that the model (of a fine-tuning, its teacher) writes
 SHARD_SIZE = "5GB"
 NUM_TOKENS, MAX_LENGTH = 65_536, 512  # of calibration
+LARGEST = (1 << 31) - 1  # of all counts
 LEAST_PROBES = 4  # of a pre-training, to describe its course
 BOS = "Begin every window with BOS (window), only a text (text), nothing (never); auto: as the tokenizer's family does."
 
@@ -246,7 +248,7 @@ class CalibrationConfig:
             raise WeLoreError(
                 f"temperature is {self.temperature}: it must be above 0 (1 is the model's own distribution)"
             )
-        if self.top_k < 0:
+        if not isinstance(self.top_k, Integral) or self.top_k < 0:
             raise WeLoreError(f"top_k is {self.top_k}: it must be at least 1, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
             raise WeLoreError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
@@ -296,6 +298,14 @@ class RecoveryConfig:
         counts = ("num_tokens", "max_steps", "batch_size", "save_steps", "max_eval_samples")
         require_at_least(1, **{name: getattr(self, name) for name in counts})
         require_at_least(0, warmup_steps=self.warmup_steps)
+        require_positive(learning_rate=self.learning_rate, relative_learning_rate=self.relative_learning_rate)
+        require_positive(**{f"fallbacks[{at}]": share for at, share in enumerate(self.fallbacks)})
+        require_not_negative(tolerance=self.tolerance, largest_share=self.largest_share)
+        if not self.fallbacks or not 0 < self.teacher_weight <= 1:
+            raise WeLoreError(
+                f"fallbacks is {self.fallbacks}, teacher_weight {self.teacher_weight}: give one share or more, and a "
+                "weight above 0, at most 1"
+            )
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
@@ -317,6 +327,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DtypeName)
         require_at_least(1, batch_size=self.batch_size, num_windows=self.num_windows)
+        require_at_least(2, max_length=self.max_length)
 
 
 @dataclass(frozen=True)
@@ -413,10 +424,11 @@ class FinetuneConfig:
         counts = ("max_steps", "batch_size", "gradient_accumulation_steps", "max_eval_samples", "rank", "self_tokens")
         require_at_least(1, **{name: getattr(self, name) for name in counts})
         require_at_least(2, max_length=self.max_length)
-        not_negative = ("weight_decay", "max_grad_norm", "warmup_steps", "eval_steps", "save_steps")
-        require_at_least(0, **{name: getattr(self, name) for name in not_negative})
-        if not self.learning_rate > 0:
-            raise WeLoreError(f"learning_rate is {self.learning_rate}: it must be above 0")
+        require_at_least(0, warmup_steps=self.warmup_steps, eval_steps=self.eval_steps, save_steps=self.save_steps)
+        require_not_negative(weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm)
+        require_positive(learning_rate=self.learning_rate)
+        if not (isinstance(self.seed, Integral) and 0 <= self.seed < 1 << 32):
+            raise WeLoreError(f"seed is {self.seed}: it must be a whole number from 0 to {(1 << 32) - 1}")
         if self.max_steps and self.warmup_steps and self.warmup_steps >= self.max_steps:
             raise WeLoreError(
                 f"warmup_steps is {self.warmup_steps}: it must be less than the {self.max_steps} steps of the run"
@@ -487,6 +499,8 @@ class PretrainConfig:
     report_to: TrackerName = option("none", "Experiment tracker.", panel="Training")
 
     def __post_init__(self) -> None:
+        counts = ("vocab_size", "max_steps", "probes", "probe_items", "max_eval_samples")
+        require_at_least(1, **{name: getattr(self, name) for name in counts})
         if self.probes < LEAST_PROBES or self.probes > self.max_steps:
             raise WeLoreError(
                 f"probes is {self.probes}: give at least {LEAST_PROBES}, and no more than the {self.max_steps} steps "
@@ -497,16 +511,42 @@ class PretrainConfig:
                 f"probe_items is {self.probe_items}, max_eval_samples {self.max_eval_samples}: the two batches of the "
                 "probe, a sequence or more each, are part of the held-out sequences"
             )
+        self.training()  # its checks
+
+    def training(self) -> FinetuneConfig:
+        """The settings of the training; fields of the same name are the same."""
+        names = {f.name for f in dataclasses.fields(FinetuneConfig)} & {f.name for f in dataclasses.fields(self)}
+        shared = {name: getattr(self, name) for name in names}
+        return FinetuneConfig(method="full", eval_steps=self.max_steps, **shared)
 
 
 # --- checks and records ---------------------------------------------------------------------------------------------
 
 
 def require_at_least(minimum: int, **values: Any) -> None:
-    """Raise WeLoreError for the first value below the minimum; None is passed over."""
+    """Raise WeLoreError for the first count below the minimum or beyond all sense; None is passed over."""
     for name, value in values.items():
-        if value is not None and not value >= minimum:
-            raise WeLoreError(f"{name} is {value}: it must be at least {minimum}")
+        count, number = isinstance(value, Integral), isinstance(value, Real)
+        if value is not None and not (count and minimum <= value <= LARGEST):
+            too_low = number and not value >= minimum
+            limits = f"at least {minimum}" if too_low else f"a whole number from {minimum} to {LARGEST}"
+            raise WeLoreError(f"{name} is {value}: it must be {limits}")
+
+
+def require_not_negative(**values: Any) -> None:
+    """Raise WeLoreError for the first value that is no finite number, 0 or above; None is passed over."""
+    for name, value in values.items():
+        number = isinstance(value, Real)
+        if value is not None and not (number and 0 <= value < float("inf")):
+            raise WeLoreError(f"{name} is {value}: it must be a number, at least 0")
+
+
+def require_positive(**values: Any) -> None:
+    """Raise WeLoreError for the first value that is no finite number above 0; None is passed over."""
+    for name, value in values.items():
+        number = isinstance(value, Real)
+        if value is not None and not (number and 0 < value < float("inf")):
+            raise WeLoreError(f"{name} is {value}: it must be above 0")
 
 
 def require_choice(kind: str, name: str, literal: Any) -> None:

@@ -28,7 +28,7 @@ def choose(kind: str, name: str, table: Mapping[str, Value]) -> Value:
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """The nearest name as the end of a sentence; empty if none is near."""
-    close = difflib.get_close_matches(name, list(names), n=1)
+    close = difflib.get_close_matches(str(name), list(names), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from welore.config import Dataset, FinetuneConfig, PretrainConfig, RunOptions, as_record
-from welore.data.packing import training_texts
+from welore.config import Dataset, PretrainConfig, RunOptions, as_record
+from welore.data.packing import HELD_OUT, blocks_of_text, training_texts
 from welore.data.text import TextOptions
 from welore.emergence.claims import measured
 from welore.emergence.init_model import init_model, make_tokenizer, save_model, size_of
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 START, TRAINING, TRACE, PRETRAINED = "start", "training", "trace", "pretrain.json"
 WEIGHTS = "model.safetensors"
-# Fields that are settings of the training, too.
-SHARED = {f.name for f in dataclasses.fields(FinetuneConfig)} & {f.name for f in dataclasses.fields(PretrainConfig)}
 
 
 def pretrain(
@@ -74,7 +72,7 @@ def pretrain(
         config = dataclasses.replace(config, dataset=dataset)
     if config.dataset is None:
         raise WeLoreError("name the text to learn from by dataset: c4, wikitext2, pydoc or a file")
-    resolve_defaults(_training_config(config), context.device)
+    resolve_defaults(config.training(), context.device)
     processes = _processes(context)
     settings = as_record(config)
     identity = {name: settings[name] for name in ("tokenizer", "dataset", "seed", "probes", "probe_items")}
@@ -93,12 +91,6 @@ def pretrain(
             record.save(directory / PRETRAINED)
         processes.wait_for_everyone()
     return record
-
-
-def _training_config(config: PretrainConfig) -> FinetuneConfig:
-    """The settings of the training; WeLoreError for a pre-training that cannot work."""
-    shared = {name: getattr(config, name) for name in SHARED}
-    return FinetuneConfig(method="full", eval_steps=config.max_steps, **shared)
 
 
 def _processes(context: RunContext) -> Any:
@@ -129,15 +121,32 @@ def _begin(
         begin(directory, identity, resume=True)
         return
     tokenizer: PreTrainedTokenizerBase
+    blocks = config.max_steps * config.batch_size * config.gradient_accumulation_steps * processes
+    options = TextOptions.of(config, context)
     if config.tokenizer is None:
-        tokens = config.max_steps * config.batch_size * config.gradient_accumulation_steps * config.max_length
-        texts = training_texts(config.dataset, tokens * processes, TextOptions.of(config, context))
+        texts = training_texts(config.dataset, blocks * config.max_length, options)
         tokenizer = make_tokenizer(texts, config.vocab_size)
     else:
         tokenizer = read_tokenizer(config.tokenizer, context.cache_dir, trust_remote_code=context.trust_remote_code)
+    _require_text(config, tokenizer, blocks, options)
     model = init_model(size_of(config.size), tokenizer, config.max_length, config.seed)
     begin(directory, identity, resume=resume)
     save_model(model, tokenizer, directory / START)
+
+
+def _require_text(
+    config: PretrainConfig, tokenizer: "PreTrainedTokenizerBase", blocks: int, options: TextOptions
+) -> None:
+    """Raise WeLoreError for a text too short for the batches of the probe; no more of it is read than that takes."""
+    needed = 2 * config.probe_items
+    tokens = min(blocks, HELD_OUT * needed) * config.max_length
+    settings: dict[str, Any] = {"tokens": tokens, "eval_items": config.max_eval_samples, "options": options}
+    held_out = len(blocks_of_text(config.dataset, tokenizer, config.max_length, **settings).evaluation)
+    if held_out < needed:
+        raise WeLoreError(
+            f"{held_out} sequences are held out, the two batches of the probe need {needed}: take a longer text, a "
+            "smaller max_length or fewer probe_items"
+        )
 
 
 def _train(
@@ -153,7 +162,7 @@ def _train(
         return probes[-1]
 
     record = finetune(
-        *(directory / START, run, _training_config(config)),
+        *(directory / START, run, config.training()),
         resume=resume and (run / RUN).is_file(),
         label=label,
         callbacks=[probe],

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from welore.emergence.subspace import leading, overlaps
 from welore.emergence.trace import COSINE, OTHER, OVERLAPS, RANKS, SAME, VALUES, Writer, key
-from welore.errors import DivergedError, WeLoreError
+from welore.errors import DivergedError
 from welore.io.atomic import atomic_write
 from welore.io.context import RunContext
 from welore.linalg.svd import singular_values
@@ -58,11 +58,6 @@ class Probe(TrainerCallback):
         self.start, self.context = start, context
         self.seconds, self.work_bytes = 0.0, 0
         held_out, args = trainer.eval_dataset, trainer.args
-        if len(held_out) < 2 * items:
-            raise WeLoreError(
-                f"{len(held_out)} sequences are held out, the two batches of the probe need {2 * items}: take a longer "
-                "text, a smaller max_length or fewer probe_items"
-            )
         size = args.per_device_train_batch_size
         sequences = size * args.gradient_accumulation_steps * args.world_size
         self.tokens_per_step = sequences * len(held_out[0]["input_ids"])

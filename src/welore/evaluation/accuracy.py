@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from scipy.stats import binomtest
+from torch import Tensor
 
 from welore.config import RunOptions, ScoreConfig, TaskName, as_record
 from welore.data.windows import require_known_tokens
@@ -125,9 +126,16 @@ def answers(
     return outputs, sum(len(a) > len(b) for a, b in zip(encoded, inputs, strict=True))
 
 
+def refuse_nan(scores: Tensor) -> Tensor:
+    """The scores; WeLoreError if one is NaN, of which the largest would be a token like any other."""
+    if bool(scores.isnan().any()):
+        raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
+    return scores
+
+
 def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompts: list[list[int]]) -> list[str]:
     """The continuations of one batch of token ids."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, LogitsProcessorList
 
     length = max(map(len, prompts))
     end = model.generation_config.eos_token_id if model.generation_config else None
@@ -140,5 +148,7 @@ def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", promp
     greedy = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS, eos_token_id=end, pad_token_id=pad
     )
-    written: Any = model.generate(ids, attention_mask=mask, generation_config=greedy)  # type: ignore[operator]
+    checks = LogitsProcessorList([lambda _, scores: refuse_nan(scores)])
+    anything: Any = model
+    written = anything.generate(ids, attention_mask=mask, generation_config=greedy, logits_processor=checks)
     return tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)

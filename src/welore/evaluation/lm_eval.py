@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from welore.config import DtypeName, RunOptions, require_at_least, require_choice
+from welore.data.windows import require_known_tokens
 from welore.errors import WeLoreError, did_you_mean, first_line
+from welore.evaluation.accuracy import refuse_nan
 from welore.io.context import RunContext
 from welore.io.progress import silent
 from welore.models.load import LoadedModel, evaluating, load_model, warn_if_slow
@@ -97,12 +99,24 @@ def _run(loaded: LoadedModel, tasks: Sequence[str], manager: Any, limit: int | N
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    engine: Any = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    model: Any = loaded.model
+    engine: Any = HFLM(pretrained=model, tokenizer=loaded.tokenizer, batch_size=batch_size)
     common = {"task_manager": manager, "log_samples": False, "bootstrap_iters": 0}
+
+    def check(module: Any, arguments: Any, outputs: Any) -> None:
+        refuse_nan(outputs.logits[:, -1])
+
+    checks = [
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: require_known_tokens(model, ids[0])),
+        model.register_forward_hook(check),
+    ]
     try:
         return simple_evaluate(engine, tasks=list(tasks), limit=limit, **common)
     except OSError as error:
         raise WeLoreError(f"the data of {', '.join(tasks)} cannot be read: {first_line(error)}") from error
+    finally:
+        for hook in checks:
+            hook.remove()
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -74,13 +74,14 @@ def load_model(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; afterwards, also after an error, in the mode in which it was."""
-    training = model.training
+    """The model in evaluation mode; afterwards, also after an error, every module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def compression_of(directory: Path) -> dict[str, Any] | None:

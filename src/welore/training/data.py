@@ -35,6 +35,8 @@ def questions_of_task(
     encoded = [_encoded(item, tokenizer, config.loss_on_prompt) for item in questions]
     too_long = sum(len(sequence["input_ids"]) > length for sequence in encoded)
     answers = [] if config.loss_on_prompt else [int((each["labels"] != IGNORED).sum()) for each in encoded]
+    if min(answers, default=1) < 1:
+        raise WeLoreError(f"the tokenizer gives no tokens for an answer of {config.task}: it is damaged")
     longest = max(answers, default=2)
     if longest >= length:
         raise WeLoreError(f"max_length is {length}: an answer of {config.task} alone has {longest} tokens")
