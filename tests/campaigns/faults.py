@@ -8,6 +8,7 @@ TRACEBACK, NOISY, HANG, OUTSIDE (see mutations.py), CHANGED (a file of the user)
 STATUS (none that is documented), MODE (a file's mode is not that of the umask). As root some faults are real mounts.
 """
 
+import builtins
 import os
 import random
 import resource
@@ -306,12 +307,13 @@ def streams(rng: random.Random) -> Outcome:
             os.dup2(os.open("/dev/full", os.O_WRONLY), number)
         elif how == "closed":
             os.close(number)
+            setattr(sys, {1: "stdout", 2: "stderr"}[number], None)  # as an interpreter that starts so has it
         else:
             reading, writing = os.pipe()
             os.close(reading)
             os.dup2(writing, number)
 
-    ends = (1, 2, 120, 74, 141, -signal.SIGPIPE)
+    ends = (1, 2, 74, 141, -signal.SIGPIPE)
     return disturbed(name, verb, at, f"stream {number} is {how}", setup=setup, allowed=ends)
 
 
@@ -374,7 +376,7 @@ def out_of_memory_in_recovery(rng: random.Random) -> Outcome:
             nonlocal done
             done += 1
             if done == step:
-                raise (getattr(torch, error, None) or getattr(__builtins__, error, MemoryError))("as a test")
+                raise (getattr(torch, error, None) or getattr(builtins, error))("as a test")
             return usual(*words, **named)
 
         Trainer.training_step = training_step

@@ -186,7 +186,7 @@ def start(
             setup()
         code = _run(command)
         watch()
-    except BaseException:
+    except BaseException:  # of the campaign itself
         os.write(2, traceback.format_exc().encode(errors="replace"))
     finally:
         os._exit(code)
@@ -265,9 +265,10 @@ def _run(command: Any) -> int:
         code = 1
     try:
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = 120
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        code = 120  # as an interpreter ends that cannot flush
     except BaseException:
         traceback.print_exc()
         code = code or 1
