@@ -36,7 +36,7 @@ Fault = Callable[[random.Random], Outcome]
 def pick(rng: random.Random, names: list[str] = QUICK) -> tuple[str, Verb, Path]:
     """A verb and a fresh directory with what it reads."""
     name = rng.choice(names)
-    once(name, VERBS[name])
+    once(name)
     return name, VERBS[name], zygote.home.fresh(*VERBS[name].needs, **VERBS[name].old)
 
 
@@ -80,7 +80,7 @@ def then_again(name: str, verb: Verb, at: Path, first: Outcome) -> Outcome:
     """The fault is gone: the same command must give the result of an undisturbed run."""
     if first.kind not in zygote.GOOD:
         return first
-    good, answer = once_again(name), again(verb, at)
+    good, answer = once(name), again(verb, at)
     if answer.status != 0:
         kind = judge(answer).replace("refused", "REFUSED")
         return Outcome(kind, first.command, f"{first.note}; then {last_line(answer.err)}")
@@ -92,18 +92,13 @@ def then_again(name: str, verb: Verb, at: Path, first: Outcome) -> Outcome:
     return Outcome("equal", first.command, first.note)
 
 
-def once_again(name: str) -> Any:
-    """The undisturbed run that `pick` has made."""
-    return once(name, VERBS[name])
-
-
 def disturbed(name: str, verb: Verb, at: Path, note: str, **how: Any) -> Outcome:
     """Run under a fault; then see that nobody lost anything, and run again without it."""
     allowed = how.pop("allowed", ())
     before, old = users(at, verb.output), digest(at / verb.output)
     answer = zygote.run(verb.command, at, seconds=LONG, **how)
     outcome = verdict(verb, verb.command, answer, note, allowed)
-    trouble = safe(at, verb, once_again(name).result, before, old, verb.output)
+    trouble = safe(at, verb, once(name).result, before, old, verb.output)
     if trouble:
         return Outcome(trouble[0], verb.command, f"{trouble[1]} {outcome.note}")
     return then_again(name, verb, at, outcome)
@@ -134,7 +129,7 @@ def memory(rng: random.Random) -> Outcome:
 def signals(rng: random.Random) -> Outcome:
     name, verb, at = pick(rng, list(VERBS))
     sent, seconds = rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP]), rng.uniform(0.0, 1.0)
-    seconds *= once_again(name).seconds
+    seconds *= once(name).seconds
     ends = (128 + sent, -sent)
     return disturbed(name, verb, at, f"{sent.name} after {seconds:.3f} s", after=seconds, sent=sent, allowed=ends)
 
@@ -169,7 +164,7 @@ def disk_full(rng: random.Random) -> Outcome:
         if outcome.kind not in zygote.GOOD:
             return outcome
         more = again(moved, at)
-        if more.status != 0 or digest(at / moved.output) != once_again(name).result:
+        if more.status != 0 or digest(at / moved.output) != once(name).result:
             return Outcome("UNEQUAL", command, f"{outcome.note}; then {more.status} {last_line(more.err)}")
     return outcome
 
@@ -250,7 +245,7 @@ def neighbours(rng: random.Random) -> Outcome:
     before, old = users(at, verb.output), digest(at / verb.output)
     answer = zygote.run(verb.command, at, seconds=LONG)
     outcome = verdict(verb, verb.command, answer, f"{neighbour.name} is a {way} of the user's")
-    trouble = safe(at, verb, once_again(name).result, before, old, verb.output)
+    trouble = safe(at, verb, once(name).result, before, old, verb.output)
     return Outcome(trouble[0], verb.command, f"{trouble[1]} {outcome.note}") if trouble else outcome
 
 
@@ -280,7 +275,7 @@ def own_input(rng: random.Random) -> Outcome:
 
 def two_at_once(rng: random.Random) -> Outcome:
     name, verb, at = pick(rng)
-    delay = rng.choice([0.0, 0.02, 0.1, 0.5]) * once_again(name).seconds
+    delay = rng.choice([0.0, 0.02, 0.1, 0.5]) * once(name).seconds
     first = zygote.start(verb.command, at, tag="first")
     time.sleep(delay)
     second = zygote.start(verb.command, at, tag="second")
@@ -291,7 +286,7 @@ def two_at_once(rng: random.Random) -> Outcome:
         return bad[0]
     if 0 not in [answer.status for answer in answers]:
         return Outcome("REFUSED", verb.command, f"both: {outcomes[0].note}; {outcomes[1].note}")
-    good = once_again(name)
+    good = once(name)
     if digest(at / verb.output) != good.result:
         return Outcome("UNEQUAL", verb.command, outcomes[0].note)
     others = sorted(set(tree(at)) ^ set(good.names))
@@ -391,7 +386,7 @@ def out_of_memory_in_recovery(rng: random.Random) -> Outcome:
 def changed(rng: random.Random) -> Outcome:
     """Kill, change what is read, run again: the result must be that of the changed input."""
     name, verb, at = pick(rng, ["scaled", "analyze", "calibrate", "compress", "recover", "best"])
-    good = once_again(name)
+    good = once(name)
     step = rng.randint(max(1, good.steps // 2), good.steps)
     zygote.run(verb.command, at, seconds=LONG, before=step)
     if digest(at / verb.output):

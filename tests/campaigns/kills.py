@@ -33,8 +33,9 @@ class Undisturbed:
 undisturbed: dict[str, Undisturbed] = {}
 
 
-def once(name: str, verb: Verb) -> Undisturbed:
-    """The undisturbed run of a verb, made once."""
+def once(name: str) -> Undisturbed:
+    """The undisturbed run of a verb, made once in the directory of the case."""
+    verb = VERBS[name]
     if name not in undisturbed:
         at = zygote.home.fresh(*verb.needs, **verb.old)
         answer = zygote.run(verb.command, at, seconds=LONG)
@@ -48,7 +49,7 @@ def case(name: str, verb: Verb) -> zygote.Case:
     """A case of a verb: kill it once or twice, look, run it again, compare."""
 
     def one(_: Path, rng: random.Random) -> Outcome:
-        good = once(name, verb)
+        good = once(name)
         at = zygote.home.fresh(*verb.needs, **verb.old)
         old, kills = digest(at / verb.output), []
         command = verb.command

@@ -20,8 +20,10 @@ from typing import Any
 
 import materials
 import zygote
+from compare import compare
+from kills import once
 from materials import CALIBRATE, EVALUATE, MODEL, PRETRAIN, finetune, words
-from zygote import Outcome, campaign, judge, last_line
+from zygote import Outcome, campaign, digest, judge, last_line
 
 JUNK: list[Any] = [
     *(None, True, False, -1, 0, 1, 3, 1.5, -0.0, 1e308, 1e-300, 10**9, 2**31, 2**63, 10**30, -(10**18)),
@@ -345,6 +347,86 @@ def index(at: Path, rng: random.Random) -> Mutation:
     else:
         how = damage_json(path, rng)
     return Mutation(reading("sharded", rng), how)
+
+
+def layout(at: Path, rng: random.Random) -> Mutation:
+    """Files beside the weights, other sets of weights, other settings, a link or a directory between."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = at / rng.choice(["m", "m", "m", "small"])
+    settings = json.loads((model / "config.json").read_bytes())
+    other = {name: t * 0.5 for name, t in load_file(model / "model.safetensors").items()}
+    changes: dict[str, dict[str, Any]] = {
+        "more layers": {"num_hidden_layers": 3},
+        "fewer layers": {"num_hidden_layers": 1},
+        "tied": {"tie_word_embeddings": True},
+        "untied": {"tie_word_embeddings": False},
+        "architecture": {"architectures": rng.choice([None, [], ["LlamaModel"], ["NoSuch"], ["GPT2LMHeadModel"]])},
+        "code": {"auto_map": {"AutoModelForCausalLM": "evil.Evil", "AutoConfig": "evil.Evil"}, "model_type": "evil"},
+    }
+    beside = ["index", "model-00001-of-00001", "model.fp16", "consolidated", "bin", "only bin"]
+    how = rng.choice([*changes, *beside, "adapter", "adapter alone", "subfolder", "link"])
+    if how in changes:
+        (model / "config.json").write_bytes(encode(settings | changes[how]))
+        (model / "evil.py").write_text(f"open({str(at / 'EXECUTED')!r}, 'w')\nclass Evil: pass\n")
+    elif how.endswith("bin"):
+        torch.save(other, model / "pytorch_model.bin")
+        if how == "only bin":
+            (model / "model.safetensors").unlink()
+    elif how in beside:
+        file = "model-00001-of-00001" if how == "index" else how
+        save_file(other, model / f"{file}.safetensors", {"format": "pt"})
+        if how == "index":
+            listed = dict.fromkeys(other, f"{file}.safetensors")
+            (model / "model.safetensors.index.json").write_bytes(encode({"metadata": {}, "weight_map": listed}))
+    elif how.startswith("adapter"):
+        content = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+        (model / "adapter_config.json").write_bytes(encode(content))
+        if how == "adapter":
+            key = "base_model.model.model.layers.0.self_attn.q_proj"
+            factors = {f"{key}.lora_A.weight": torch.ones(2, 32), f"{key}.lora_B.weight": torch.ones(32, 2)}
+            save_file(factors, model / "adapter_model.safetensors", {"format": "pt"})
+    else:
+        model.rename(at / "elsewhere")
+        if how == "link":
+            model.symlink_to("elsewhere")
+        else:
+            model.mkdir()
+            (at / "elsewhere").rename(model / "checkpoint-4")
+    forbidden = how in ("adapter", "adapter alone", "more layers", "fewer layers")
+    verb = reading(model.name, rng) if model.name == "m" else reading_result(model.name, rng)
+    return Mutation(verb, how, forbidden and verb[0] != "info")
+
+
+def tensors(at: Path, rng: random.Random) -> Mutation:
+    """Well-formed weights with other names or dtypes, or too many, or too few."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = at / rng.choice(["m", "m", "m", "small"])
+    good = load_file(model / "model.safetensors")
+    name = rng.choice([name for name in good if good[name].numel()])
+    dtypes = ["float16", "bfloat16", "float64", "int8", "float8_e4m3fn", "float8_e8m0fnu", "complex64", "bool"]
+    dtype = getattr(torch, rng.choice(dtypes))
+    half = rng.choice([torch.float16, torch.bfloat16, torch.float64])
+    ways: dict[str, Callable[[], dict[str, Any]]] = {
+        "extra": lambda: good | {"model.rotary.inv_freq": torch.ones(8)},
+        "extra layer": lambda: good | {"model.layers.2.self_attn.q_proj.weight": torch.ones(32, 32)},
+        "extra of a dtype": lambda: good | {"scales": torch.ones(8).to(dtype)},
+        "prefix": lambda: {f"module.{key}": t for key, t in good.items()},
+        "no prefix": lambda: {key.removeprefix("model."): t for key, t in good.items()},
+        "dtype": lambda: good | {name: good[name].to(dtype)},
+        "dtypes": lambda: {key: t if rng.random() < 0.2 else t.to(half) for key, t in good.items()},
+        "lost": lambda: {key: t for key, t in good.items() if key != name},
+        "twice": lambda: good | {f"model.{name}": good[name] * 2},
+        "transposed": lambda: good | {name: good[name].T.contiguous() if good[name].ndim == 2 else good[name][:-1]},
+    }
+    how = rng.choice(list(ways))
+    save_file(ways[how](), model / "model.safetensors", {"format": "pt"})
+    verb = reading(model.name, rng) if model.name == "m" else reading_result(model.name, rng)
+    detail = {"dtypes": half, "dtype": dtype, "extra of a dtype": dtype}.get(how, "")
+    return Mutation(verb, f"{how} {detail} {name}", how == "lost" and verb[0] != "info")
 
 
 def spectra(at: Path, rng: random.Random) -> Mutation:
@@ -732,6 +814,8 @@ NEEDS: dict[Mutator, list[str]] = {
     tokenizer: MODEL,
     header: MODEL,
     index: ["sharded", "m", "t.txt"],
+    layout: [*MODEL, "small"],
+    tensors: [*MODEL, "small"],
     spectra: ["s.safetensors", "sk.safetensors"],
     statistics: ["m", "c.safetensors"],
     plan: [*MODEL, "p.json", "pk.json", "c.safetensors"],
@@ -748,10 +832,15 @@ NEEDS: dict[Mutator, list[str]] = {
 }
 
 
+# A run over damaged unfinished work must give the same bytes as the run of this verb.
+RESUMED: dict[Mutator, str] = {unfinished: "compress"}
+
+
 def case(mutator: Mutator) -> zygote.Case:
     """A case of a kind: damage, run, judge."""
 
     def one(_: Path, rng: random.Random) -> Outcome:
+        good = once(RESUMED[mutator]).result if mutator in RESUMED else None
         at = zygote.home.fresh(*NEEDS[mutator])
         mutation = mutator(at, rng)
         before = {path.name for path in at.iterdir()}
@@ -766,6 +855,8 @@ def case(mutator: Mutator) -> zygote.Case:
             kind, note = "DEBRIS", f"{sorted(new)}; {note}"
         elif kind == "accepted":
             kind, note = wrong(mutation, mutator, at, answer)
+            if good is not None and digest(at / mutation.command[2]) != good:
+                kind, note = "WRONG", "the result differs from that of an undisturbed run"
         return Outcome(kind, mutation.command, f"[{mutation.how!r:.300}] {note}")
 
     return one
@@ -778,48 +869,12 @@ def wrong(mutation: Mutation, mutator: Mutator, at: Path, answer: zygote.Answer)
     page = at / "out" / "report.html"
     if page.is_file() and any(x in page.read_text("utf-8") for x in ("<script>alert", "<svg onload", ">49<")):
         return "WRONG", "the label is part of the page's code"
-    if mutator is not options:
-        compared = zygote.run(lambda: compare(mutation.command), at)  # type: ignore[arg-type]
+    unread = mutator is generation and mutation.command[0] in ("analyze", "calibrate", "evaluate", "info")
+    if mutator is not options and not unread:
+        compared = zygote.run(lambda: compare(mutation.command), at)
         if compared.status != 0:
             return "WRONG", last_line(compared.err)
     return "accepted", ""
-
-
-def compare(command: list[Any]) -> None:
-    """Exit with a sentence if a result differs from that of the model as transformers reads it."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-    disable_progress_bar()
-    set_verbosity_error()
-
-    def load(name: str) -> dict[str, torch.Tensor]:
-        try:
-            model, said = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, dtype=torch.float32)
-        except Exception as error:  # whatever a damaged file makes of it
-            sys.exit(f"transformers does not read {name}: {error!r:.200}")
-        lost = [*said["missing_keys"], *said["mismatched_keys"]]
-        if lost:
-            sys.exit(f"transformers misses {lost[0]!s:.100} of {name}")
-        state = dict(model.state_dict())
-        for module_name, module in model.named_modules():
-            if type(module).__module__.startswith("welore") and hasattr(module, "in_features"):
-                with torch.no_grad():
-                    rows = module(torch.eye(module.in_features)) - module(torch.zeros(1, module.in_features))
-                state[f"{module_name}.weight"] = rows.T
-        return state
-
-    verb, source = command[0], command[1]
-    if verb in ("analyze", "evaluate", "compress", "calibrate", "finetune", "merge", "export") and source != "g.gguf":
-        before = load(source)
-    if verb in ("compress", "merge", "export") and Path("out/config.json").exists() and source != "g.gguf":
-        after = load("out")
-        for name, tensor in before.items():
-            if name in after and after[name].shape == tensor.shape and tensor.isfinite().all():
-                limit = (1e-4 if verb != "compress" or tensor.ndim < 2 else 1.001) * tensor.norm()
-                if not (after[name] - tensor).norm() <= limit:
-                    sys.exit(f"{name} of the result is another tensor")
 
 
 CASES = {mutator.__name__: case(mutator) for mutator in NEEDS}
