@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils.logging import disable_propagation, enable_propagation
 
 import welore
-from conftest import allocate, build, compress
+from conftest import allocate, build, compress, everything
 from toys import characters, checkpoint, finetuned, weights
 from welore.config import EvaluationConfig
 from welore.errors import WeLoreError
 from welore.training.originals import is_checkpointing
+from welore.training.trainer import FinetuneTrainer
 
 SHORT: dict[str, Any] = {
     "max_steps": 4,
@@ -355,16 +356,55 @@ def test_resuming_misses_no_tied_weights(text: str, tmp_path: Path, caplog: pyte
 
 
 def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    from welore.training.run_dir import last_checkpoint
+    from welore.training.run_dir import last_checkpoint, seal
 
-    for step, state in ((2, "{}"), (4, '{"half'), (10, None)):
+    for step, state in ((2, "{}"), (4, '{"half'), (6, "{}"), (10, None)):
         directory = tmp_path / "checkpoints" / f"checkpoint-{step}"
         directory.mkdir(parents=True)
+        (directory / "model.safetensors").write_bytes(b"weights")
         if state is not None:
             (directory / "trainer_state.json").write_text(state)
+        if step in (2, 6):
+            seal(directory)
+    (tmp_path / "checkpoints/checkpoint-6/model.safetensors").write_bytes(b"damaged")
     found = last_checkpoint(tmp_path)
     assert found is not None
     assert found.name == "checkpoint-2"
+
+
+def test_old_run_stays_until_the_one_that_replaces_it_is_finished(
+    model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, settings = tmp_path / "run", SHORT | {"dataset": text, "save_steps": 2}
+    finetuned(model, out, **settings)
+    before = everything(out)
+    step = FinetuneTrainer.training_step
+
+    def interrupted(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if trainer.state.global_step == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(FinetuneTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        finetuned(model, out, overwrite=True, **settings | {"seed": 5})
+    assert everything(out) == before
+    assert caught.value.__notes__ == [f"the run lies in {tmp_path}/run.work: --resume goes on there"]
+    monkeypatch.undo()
+    assert finetuned(model, out, resume=True, **settings | {"seed": 5}).numbers["resumed_at"] == 2
+    assert (out / "checkpoints/checkpoint-2/checksums.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert changed(tmp_path / "run" / "model", model)
+    result = everything(out)
+    out.rename(tmp_path / "run.work")  # as if killed as soon as it was finished
+    out.mkdir()
+    for path, content in before.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    with pytest.raises(WeLoreError, match="is finished"):
+        finetuned(model, out, resume=True, **settings | {"seed": 5})
+    assert everything(out) == result
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 @pytest.mark.slow

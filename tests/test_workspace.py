@@ -18,7 +18,7 @@ from conftest import compress
 from welore.config import CalibrationConfig, CompressionConfig
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
-from welore.io.parallel import Processes, parallel_map
+from welore.io.parallel import Processes, join_processes, launched_rank, parallel_map
 from welore.io.progress import silent
 from welore.io.resume import Workspace
 
@@ -33,13 +33,15 @@ def test_group_comes_back_and_can_be_dropped(tmp_path: Path) -> None:
     assert space.fetch("model.layers.1.q") is None
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "value", "name"])
 def test_damaged_group_is_not_there(tmp_path: Path, damage: str) -> None:
     space = Workspace(tmp_path / "w", "key")
     space.open()
     space.store("q", {"x": torch.ones(50)})
     (path,) = (tmp_path / "w").glob("q.*")
-    path.write_bytes({"cut": path.read_bytes()[:-9], "empty": b""}[damage])
+    content = path.read_bytes()
+    value, name = content[:-1] + b"\xff", content.replace(b'"x"', b'"y"')
+    path.write_bytes({"cut": content[:-9], "empty": b"", "value": value, "name": name}[damage])
     assert space.fetch("q") is None
     assert not path.exists()
 
@@ -95,6 +97,16 @@ def test_workers_see_one_blas_thread_and_leave_the_rest_as_it_was() -> None:
 def test_impossible_number_of_workers_is_one_sentence() -> None:
     with pytest.raises(WeLoreError, match="workers is 0"):
         RunContext.create(workers=0)
+
+
+def test_number_of_a_launcher_that_is_none_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert join_processes().size == 1
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert join_processes().size == 1
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    for ask in (join_processes, launched_rank):
+        with pytest.raises(WeLoreError, match="WORLD_SIZE is 'two' in the environment"):
+            ask()
 
 
 def test_processes_share_all_items_and_none_twice() -> None:

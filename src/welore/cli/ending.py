@@ -25,11 +25,11 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Ctrl-C and SIGTERM raise Stopped, but where they are ignored or somebody else takes them."""
+    """Ctrl-C, SIGTERM and the end of a terminal raise Stopped, where nobody else takes or ignores them."""
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-            if signal.getsignal(number) is usual:
+        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
                 before[number] = signal.signal(number, _stop)
     try:
         yield
@@ -92,7 +92,7 @@ def _bug(error: BaseException) -> str:
 
 def is_main_process() -> bool:
     """Whether this is the only process, or the first of those that torchrun or accelerate started."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return os.environ.get("RANK", "0") in ("", "0")
 
 
 def _is_first(sentence: str) -> bool:

@@ -155,7 +155,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise WeLoreError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, Mapping):
         raise WeLoreError(f"{path} must map option names to values, such as keep: 0.8")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from threadpoolctl import threadpool_limits
 
+from welore.errors import WeLoreError
 from welore.io.progress import Progress
 
 Item = TypeVar("Item")
@@ -48,7 +49,7 @@ def join_processes() -> Processes:
 
     It makes a process group, so only the command line calls it; a library is given its processes.
     """
-    if not dist.is_available() or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not dist.is_available() or _of_launcher("WORLD_SIZE", 1) < 2:
         return ALONE
     if not dist.is_initialized():
         # The others wait while the first one writes; half an hour, the default, is short for a large model.
@@ -58,7 +59,16 @@ def join_processes() -> Processes:
 
 def launched_rank() -> int:
     """The number of this process among those that torchrun or accelerate started; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    _of_launcher("WORLD_SIZE", 1)
+    return _of_launcher("RANK", 0)
+
+
+def _of_launcher(name: str, alone: int) -> int:
+    """A number that a launcher sets in the environment."""
+    text = os.environ.get(name, "")
+    if text and not text.isdecimal():
+        raise WeLoreError(f"{name} is {text!r} in the environment: it is a number that torchrun sets; unset it")
+    return int(text or alone)
 
 
 def default_workers() -> int:

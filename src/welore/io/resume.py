@@ -4,10 +4,13 @@ A file (safetensors) takes its name when it is complete, so that none is ever to
 again. Its name is known beforehand, so that nobody has to look through a directory of thousands.
 """
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from welore.errors import DamagedWeightsError, WeLoreError
@@ -16,6 +19,7 @@ from welore.io.parallel import ALONE, Processes
 from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
 
 KEY_FILE = "about.json"
+CHECKSUM = "crc32"
 
 
 class Workspace:
@@ -92,21 +96,23 @@ class Workspace:
     def store(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a group of tensors, whole or not at all."""
         infos = {part: TensorInfo(tensor.dtype, tuple(tensor.shape)) for part, tensor in tensors.items()}
-        with atomic_write(self._file(name)) as partial, TensorWriter(partial, infos) as writer:
+        said = {CHECKSUM: _checksum(tensors)}
+        with atomic_write(self._file(name)) as partial, TensorWriter(partial, infos, said) as writer:
             for part, tensor in tensors.items():
                 writer.write(part, [tensor.reshape(-1)])
 
     def fetch(self, name: str) -> dict[str, Tensor] | None:
-        """A group of tensors; None if it is missing, or its file cannot be read."""
+        """A group of tensors; None if it is missing, or its file is damaged."""
         path = self._file(name)
         if not path.is_file():
             return None
-        try:
+        with suppress(WeLoreError, SafetensorError):
             reader = TensorReader(path)
-        except WeLoreError:
-            path.unlink()
-            return None
-        return {part: reader.read(part) for part in reader.entries}
+            tensors = {part: reader.read(part) for part in reader.entries}
+            if reader.metadata.get(CHECKSUM) == _checksum(tensors):
+                return tensors
+        path.unlink()
+        return None
 
     def holds(self, name: str) -> bool:
         """Whether there is such a group, perhaps a damaged one."""
@@ -118,6 +124,15 @@ class Workspace:
 
     def _file(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """A number that tells whether names, shapes and values are those that were stored."""
+    total = 0
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, total)
+    return str(total)
 
 
 def file_states(paths: Iterable[str | Path]) -> list[tuple[str, int, int]]:

@@ -11,6 +11,7 @@ A run that replaces another one is in OUT.work until it is finished: the other o
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 RUN, TUNED, CHECKPOINTS, MODEL = "run.json", "finetune.json", "checkpoints", "model"
 WRITTEN = "written.safetensors"
+CHECKSUMS = "checksums.json"
 STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 
 
@@ -94,15 +96,32 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that is complete; what a killed run left incomplete is passed over."""
+    """The newest checkpoint that is complete; what a killed run left incomplete, or is damaged, is passed over."""
     checkpoints = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
     for path in sorted(checkpoints, key=lambda path: -int(path.name.split("-")[1])):
         try:
             json.loads((path / STATE).read_text(encoding="utf-8"))
+            if not (path / CHECKSUMS).is_file() or read_json(path / CHECKSUMS) == _checksums(path):
+                return path
         except (OSError, ValueError):
             continue
-        return path
     return None
+
+
+def seal(checkpoint: Path) -> None:
+    """Note the checksums of a checkpoint, by which damage is seen before the run goes on there."""
+    write_json(checkpoint / CHECKSUMS, _checksums(checkpoint))
+
+
+def _checksums(directory: Path) -> dict[str, int]:
+    totals = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS):
+        with path.open("rb") as file:
+            total = 0
+            while piece := file.read(1 << 20):
+                total = zlib.crc32(piece, total)
+        totals[path.relative_to(directory).as_posix()] = total
+    return totals
 
 
 def gathered(model: "PreTrainedModel") -> dict[str, Tensor] | None:

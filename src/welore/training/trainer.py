@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from welore.errors import DivergedError
 from welore.evaluation.perplexity import negative_log_likelihood, perplexity_of
 from welore.io.progress import Progress, counted
 from welore.training.objective import Objective
+from welore.training.run_dir import seal
 
 WARM_UP = 2  # steps that are not timed: memory is allocated and caches are filled then
 
@@ -130,7 +132,11 @@ class RunCallback(TrainerCallback):
         """An open interval is not measured."""
         self.began = None
 
-    on_save = on_evaluate
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """An open interval is not measured; a checkpoint that one process wrote is sealed."""
+        self.began = None
+        if args.world_size == 1:
+            seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def numbers(self) -> dict[str, Any]:
         """Tokens per second, of all processes, and seconds of a step, without the first steps."""
