@@ -191,6 +191,17 @@ def test_a_decoder_whose_blocks_share_more_than_hidden_states_runs_whole(tmp_pat
         )
 
 
+def test_float16_whose_gradients_vanish_is_refused(tmp_path: Path) -> None:
+    model = build("llama")
+    exact, half = (statistics(gathered(model, tmp_path, dtype=dtype)) for dtype in ("float32", "float16"))
+    for name, value in exact.items():
+        torch.testing.assert_close(half[name], value, rtol=0.1, atol=0.02 * float(value.abs().max()))
+    model.get_output_embeddings().weight.data.mul_(1e-5)
+    gathered(model, tmp_path)
+    with pytest.raises(WeLoreError, match="are too small for float16 .*: try --dtype bfloat16 or float32"):
+        gathered(model, tmp_path, dtype="float16")
+
+
 def test_pieces_of_the_logits_do_not_change_the_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once = statistics(gathered(build("llama"), tmp_path))
     monkeypatch.setattr(block_runner, "LOGITS", 4 * 96)  # four positions

@@ -17,6 +17,7 @@ from welore.errors import WeLoreError, choose
 from welore.io.atomic import atomic_directory, atomic_write, read_json, require_outside, write_json
 from welore.io.claim import claimed, require_unread
 from welore.records import Record
+from welore.reporting.discover import machine_text
 
 
 def names(directory: Path) -> list[str]:
@@ -72,8 +73,12 @@ def test_record_names_every_package_that_computes() -> None:
         assert versions[package] == metadata.version(package)
 
 
-def test_record_names_the_gpu_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_names_the_gpu_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torch
+
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
+    monkeypatch.setattr("welore.records.DRIVER", driver)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "gpu" not in some_record().machine
@@ -82,6 +87,10 @@ def test_record_names_the_gpu_only_where_there_is_one(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     machine = some_record().machine
     assert (machine["gpu"], machine["gpus"], machine["cuda"]) == ("NVIDIA H100", 2, torch.version.cuda)
+    assert machine["driver"] == "535.104.05"
+    assert "2 x NVIDIA H100 (driver 535.104.05)" in machine_text(some_record())
+    driver.unlink()
+    assert "driver" not in some_record().machine
 
 
 def test_keys_of_a_later_version_are_ignored_and_missing_ones_filled(tmp_path: Path) -> None:

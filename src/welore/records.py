@@ -5,6 +5,7 @@ import html
 import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from welore.errors import WeLoreError
 from welore.io.atomic import read_json, write_json
 from welore.io.fields import refusing, typed
 
+DRIVER = Path("/proc/driver/nvidia/version")
 PACKAGES = [
     "welore",
     "torch",
@@ -179,6 +181,8 @@ def _machine() -> dict[str, Any]:
     torch = sys.modules.get("torch")  # a result that needed no torch needs no GPU either
     if torch is not None and torch.cuda.is_available():
         machine |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
+        if version := DRIVER.is_file() and re.search(r"\d+\.[\d.]+", DRIVER.read_text(errors="replace")):
+            machine["driver"] = version.group()
     return machine
 
 

@@ -242,4 +242,5 @@ def _components(
         norm = metric(KFAC, statistics, target)
         if norm is not None:
             W = job.weights.read(target).to(job.context.float64_device)
-            yield target, factorise(W, min(target.shape), metric=norm)
+            factors, device = factorise(W, min(target.shape), metric=norm), job.context.device
+            yield target, replace(factors, A=factors.A.to(device), B=factors.B.to(device))

@@ -33,6 +33,7 @@ class Moments:
         self.owner: dict[str, str] = {}
         self._sums: dict[tuple[str, str], Tensor] = {}  # of a layer and a kind
         self._batch: dict[str, list[Tensor]] = {}
+        self._half: set[str] = set()  # layers that compute in float16
         for name, module in modules.items():
             module.register_forward_hook(partial(self._enters, name), with_kwargs=True)
 
@@ -42,6 +43,8 @@ class Moments:
             return
         self._batch.setdefault(name, []).append(x)
         total = self._sum(name, "outputs", y)
+        if y.dtype == torch.float16:
+            self._half.add(name)
         if y.requires_grad:
             y.register_hook(lambda g: _add_gram(total, g.reshape(-1, g.shape[-1])))
 
@@ -80,9 +83,20 @@ class Moments:
         words = {"inputs": "inputs", "magnitudes": "inputs", "outputs": "output gradients"}
         for kind, word in words.items() if name in self.owner else ():
             if kind == "outputs" or self.owner[name] == name:
-                yield kind, {kind: _mean(self._sums.pop((name, kind)), tokens, f"the {word} of {name}")}
+                mean = _mean(self._sums.pop((name, kind)), tokens, f"the {word} of {name}")
+                if kind == "outputs" and name in self._half:
+                    self._require_no_underflow(name, mean, tokens)
+                yield kind, {kind: mean}
         owner = torch.tensor(list(self.owner.get(name, "").encode()), dtype=torch.uint8)
         yield "about", {"count": torch.tensor(self.counts[name]), "kept_as": owner}
+
+    def _require_no_underflow(self, name: str, outputs: Tensor, tokens: int) -> None:
+        """Raise WeLoreError where float16 rounds the gradients to few bits, or to zero; outputs: their G (m, m)."""
+        size = float(outputs.diagonal().mean() * tokens / self.counts[name]) ** 0.5
+        if size < torch.finfo(torch.float16).tiny:
+            raise WeLoreError(
+                f"the gradients of {name} are too small for float16 ({size:.1g}): try --dtype bfloat16 or float32"
+            )
 
 
 class Losses:

@@ -82,6 +82,8 @@ def machine_text(record: Record) -> str:
     """The machine and the versions that a record was made with."""
     machine, versions = record.machine, record.versions
     memory = f", {machine['memory_bytes'] / 1e9:.0f} GB" if "memory_bytes" in machine else ""
+    if "gpu" in machine:
+        memory += f", {machine.get('gpus', 1)} x {machine['gpu']} (driver {machine.get('driver', 'unknown')})"
     computer = f"{machine.get('system')}, {machine.get('processor')}, {machine.get('cores')} cores{memory}"
     return f"{computer}; " + ", ".join(f"{name} {version}" for name, version in versions.items())
 
