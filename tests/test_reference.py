@@ -201,6 +201,27 @@ def spoil_factor(state: dict[str, Tensor]) -> None:
     state["model.layers.1.self_attn.q_proj.U.weight"][3, 3] = torch.inf
 
 
+def store_as_integers(state: dict[str, Tensor]) -> None:
+    state["model.norm.weight"] = torch.ones(32, dtype=torch.int8)
+
+
+def store_sparse(state: dict[str, Tensor]) -> None:
+    state["model.norm.weight"] = torch.ones(32).to_sparse()
+
+
+def store_nothing(state: dict[str, Tensor]) -> None:
+    state["model.norm.weight"] = torch.ones(32, device="meta")
+
+
+def grow(state: dict[str, Tensor]) -> None:
+    state["model.layers.0.self_attn.q_proj.U.weight"] = torch.ones(32, 40)
+    state["model.layers.0.self_attn.q_proj.V.weight"] = torch.ones(40, 32)
+
+
+def flatten_factor(state: dict[str, Tensor]) -> None:
+    state["model.layers.0.self_attn.q_proj.U.weight"] = torch.tensor(1.0)
+
+
 QV = "model.layers.0.self_attn.q_proj.V.weight"
 
 
@@ -212,6 +233,11 @@ QV = "model.layers.0.self_attn.q_proj.V.weight"
         (narrow_factor, rf"{QV} has shape \(5, 31\), the model needs \(5, 32\)"),
         (disagree, rf"{QV} has shape \(6, 32\), the model needs \(5, 32\)"),
         (reshape, r"model.norm.weight has shape \(7,\), the model needs \(32,\)"),
+        (store_as_integers, "model.norm.weight is no dense tensor of float numbers"),
+        (store_sparse, "model.norm.weight is no dense tensor of float numbers"),
+        (store_nothing, "model.norm.weight is no dense tensor of float numbers"),
+        (grow, "q_proj has rank 40, .* from 1 to 32"),
+        (flatten_factor, r"q_proj.U.weight has shape \(\)"),
         (spoil_factor, "model.layers.1.self_attn.q_proj.A.weight holds NaN or Inf"),
     ],
 )
@@ -274,6 +300,23 @@ def test_file_of_something_else_is_one_sentence(saved: Callable[..., Path], tmp_
     with pytest.raises(WeLoreError, match=r"file\.pt is not a torch file of plain tensors") as caught:
         import_singular_values(tmp_path / "file.pt", saved())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.99])
+def test_torch_file_that_is_cut_off_is_one_sentence(saved: Callable[..., Path], tmp_path: Path, share: float) -> None:
+    torch.save({0: torch.ones(3000)}, tmp_path / "file.pt")
+    content = (tmp_path / "file.pt").read_bytes()
+    (tmp_path / "file.pt").write_bytes(content[: int(share * len(content))])
+    with pytest.raises(WeLoreError, match=r"file\.pt is not a torch file of plain tensors"):
+        import_singular_values(tmp_path / "file.pt", saved())
+
+
+def test_singular_values_that_are_no_floats_are_refused(saved: Callable[..., Path], tmp_path: Path) -> None:
+    values = reference_values()
+    values[1]["mlp.up_proj"] = values[1]["mlp.up_proj"].to(torch.complex64)
+    torch.save(values, tmp_path / "file.pt")
+    with pytest.raises(WeLoreError, match=r"layer 1, mlp\.up_proj is no dense tensor of float numbers"):
+        import_singular_values(tmp_path / "file.pt", saved())
 
 
 def test_torch_file_that_is_no_dictionary_is_refused(saved: Callable[..., Path], tmp_path: Path) -> None:

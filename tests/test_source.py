@@ -1,10 +1,13 @@
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -539,6 +542,62 @@ def test_gguf_without_its_package_says_what_to_install(tmp_path: Path, monkeypat
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     with pytest.raises(WeLoreError, match=r"pip install 'welore\[gguf\]'"):
         resolve_model(tmp_path / "m.gguf", cache_dir=tmp_path)
+
+
+def test_from_the_hub_come_the_files_that_are_read(saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards of any name, code and templates; no weights that from_pretrained does not read."""
+    directory, shard = saved("llama", shard="20KB"), "model-00001-of-"
+    for path in list(directory.glob("*.safetensors")):
+        path.rename(directory / path.name.replace(shard, "first-of-"))
+    index = directory / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(shard, "first-of-"))
+    (directory / "additional_chat_templates").mkdir()
+    more = ("own_code.py", "qwen.tiktoken", "additional_chat_templates/tool.jinja", "consolidated.safetensors", "x.bin")
+    for name in more:
+        (directory / name).write_text("")
+
+    def fetch(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        paths = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+        for path in filter_repo_objects(map(str, paths), allow_patterns=allow_patterns):
+            (tmp_path / "hub" / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(directory / path, tmp_path / "hub" / path)
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    CheckpointReader(resolve_model("owner/tiny"))
+    assert [(tmp_path / "hub" / name).exists() for name in more] == [True, True, True, False, False]
+
+
+@pytest.fixture
+def write_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Writes a small model as a .gguf file; lost: a tensor that is left out."""
+    pytest.importorskip("gguf")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "campaigns")
+    from materials import _gguf
+
+    def write(lost: str | None = None) -> Path:
+        model = build("llama")
+        state = {name: tensor for name, tensor in model.state_dict().items() if name != lost}
+        _gguf(tmp_path / "m.gguf", SimpleNamespace(config=model.config, state_dict=lambda: state))
+        return tmp_path / "m.gguf"
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_gguf_that_lost_a_tensor_is_refused(write_gguf: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    with pytest.raises(WeLoreError, match=rf"m\.gguf lacks {name}"):
+        resolve_model(write_gguf(name), cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("config.json"))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.999])
+def test_gguf_that_is_cut_off_is_one_sentence(write_gguf: Callable[..., Path], tmp_path: Path, share: float) -> None:
+    path = write_gguf()
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(WeLoreError, match=r"m\.gguf cannot be read"):
+        resolve_model(path, cache_dir=tmp_path / "cache")
 
 
 def test_broken_gguf_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 Both are torch files; they are read with weights_only=True, so nothing in them is ever executed.
 """
 
-import pickle
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,7 +22,7 @@ from welore.io.checkpoint import RECORD, OutputTensors, check_finite
 from welore.io.claim import claimed
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
-from welore.io.safetensors_stream import TensorInfo
+from welore.io.safetensors_stream import FLOATS, TensorInfo
 from welore.models.quantizer import WeLoreConfig
 from welore.models.sink import DirectorySink
 from welore.models.skeleton import decoder_blocks, skeleton_of
@@ -51,6 +50,7 @@ def import_singular_values(
         stored = entry.get(kind) if isinstance(entry, Mapping) else None
         if not isinstance(stored, Tensor):
             raise WeLoreError(f"{path} has no singular values of layer {layer}, {kind}")
+        _check_plain(path, f"layer {layer}, {kind}", stored)
         sigma = np.sort(stored.detach().to(torch.float64).flatten().numpy())[::-1].copy()
         if len(sigma) != min(target.shape):
             raise WeLoreError(f"{path}: layer {layer}, {kind} has {len(sigma)} values, not {min(target.shape)}")
@@ -107,9 +107,13 @@ def _plan_import(
         module = name.removesuffix(".weight")
         U, V = state.get(f"{module}.U.weight"), state.get(f"{module}.V.weight")
         if isinstance(U, Tensor) and isinstance(V, Tensor) and module in targets:
-            (m, n), r = targets[module].shape, U.shape[-1]
+            (m, n), r = targets[module].shape, U.shape[-1] if U.ndim else 0
             _check_shape(path, f"{module}.U.weight", U, (m, r))
             _check_shape(path, f"{module}.V.weight", V, (r, n))
+            if not 1 <= r <= min(m, n):
+                raise WeLoreError(
+                    f"{path}: {module} has rank {r}, a matrix of {(m, n)} has ranks from 1 to {min(m, n)}"
+                )
             ranks[module] = r
             parts = {f"{module}.A.weight": U, f"{module}.B.weight": V, name: torch.empty(0, dtype=U.dtype)}
         else:
@@ -134,7 +138,14 @@ def _checked(parts: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     return {name: [tensor.detach().flatten()] if tensor.numel() else [] for name, tensor in parts.items()}
 
 
+def _check_plain(path: str | Path, name: str, tensor: Tensor) -> None:
+    """Raise WeLoreError unless a tensor is one of floats that lies in the file as it is."""
+    if tensor.dtype not in FLOATS or tensor.layout != torch.strided or tensor.is_meta:
+        raise WeLoreError(f"{path}: {name} is no dense tensor of float numbers ({tensor.dtype}, {tensor.layout})")
+
+
 def _check_shape(path: str | Path, name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    _check_plain(path, name, tensor)
     if tuple(tensor.shape) != shape:
         raise WeLoreError(f"{path}: {name} has shape {tuple(tensor.shape)}, the model needs {shape}")
 
@@ -144,7 +155,7 @@ def _load(path: str | Path) -> Mapping[Any, Any]:
         raise WeLoreError(f"{path} does not exist")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # of a damaged file the reader makes any error
         raise WeLoreError(f"{path} is not a torch file of plain tensors: nothing else is ever unpickled") from error
     if not isinstance(content, Mapping):
         raise WeLoreError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
