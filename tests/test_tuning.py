@@ -696,6 +696,21 @@ def test_a_method_with_nothing_to_train_is_refused(dense: Path, model: Path, tex
     assert not (tmp_path / "run").exists()
 
 
+def test_run_on_a_model_whose_configuration_has_changed_is_not_resumed(model: Path, text: str, tmp_path: Path) -> None:
+    small, out = shutil.copytree(model, tmp_path / "small"), tmp_path / "run"
+    finetuned(small, out, dataset=text, **SHORT)
+    (out / "finetune.json").unlink()
+    run = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({name: run[name] for name in run if name != "model_settings_sha256"}))
+    finetuned(small, out, dataset=text, resume=True, **SHORT)  # a run of version 0.1 goes on
+    (out / "finetune.json").unlink()
+    (out / "run.json").write_text(json.dumps(run))
+    content = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(content | {"rms_norm_eps": 0.5}))
+    with pytest.raises(WeLoreError, match="holds another run: its model_settings_sha256 is"):
+        finetuned(small, out, dataset=text, resume=True, **SHORT)
+
+
 def test_missing_packages_are_named(model: Path, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("welore.training.methods.importlib.util.find_spec", lambda name: None)
     with pytest.raises(WeLoreError, match=r"galore needs galore_torch, bitsandbytes: pip install 'welore\[galore\]'"):

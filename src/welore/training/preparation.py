@@ -26,7 +26,7 @@ from welore.training.arguments import length_of, sequences_read, training_argume
 from welore.training.data import questions_of_task
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable
 from welore.training.originals import Originals
-from welore.training.run_dir import CHECKPOINTS, WRITTEN, begin, fingerprint, last_checkpoint
+from welore.training.run_dir import CHECKPOINTS, WRITTEN, begin, config_digest, fingerprint, last_checkpoint
 from welore.training.teacher import load_teacher, write_text
 from welore.training.trainer import FinetuneTrainer
 
@@ -87,6 +87,7 @@ def prepare(
     if config.distill is not None:
         teacher = load_teacher(config, loaded, context)
         require_context_length(length_of(config), context_length(teacher.config))
+    configs = {"model_settings_sha256": [config_digest(net.config) for net in (model, teacher) if net is not None]}
     own_text = isinstance(config.dataset, str) and config.dataset == SELF
     data = None if own_text else _data(config, tokenizer, args.world_size, context)
     set_seed(config.seed)
@@ -111,7 +112,7 @@ def prepare(
         require_known_tokens(model, *([part.tokens] if isinstance(part, Blocks) else [e["input_ids"] for e in part]))
     digests["data_sha256"] = data.sha256
     if leads:
-        begin(out, _identity(config, marked, digests, args.world_size), resume=resume)
+        begin(out, _identity(config, marked, digests | configs, args.world_size), resume=resume)
         if written is not None:
             write_windows(out / WRITTEN, written)
     inputs, trained = loaded.inputs | digests, originals.trained(marked)

@@ -33,6 +33,7 @@ from welore.io.atomic import (
     write_json,
 )
 from welore.io.claim import claimed
+from welore.io.fields import typed
 from welore.io.parallel import launched_rank
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
         with atomic_directory(out, overwrite=True, marker=RUN) as unfinished:
             write_json(unfinished / RUN, identity)
         return
-    before, now = _flat(read_json(out / RUN)), _flat(json.loads(json.dumps(identity)))
+    before = _flat(typed(read_json(out / RUN), dict, str(out / RUN)))
+    now = _flat(json.loads(json.dumps(identity)))
+    before.setdefault("model_settings_sha256", now.get("model_settings_sha256"))  # runs of version 0.1 have none
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise WeLoreError(
@@ -146,6 +149,12 @@ def fingerprint(model: "PreTrainedModel") -> str:
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
         digest.update(parameter.detach().reshape(-1)[:1024].float().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def config_digest(config: Any) -> str:
+    """SHA-256 of a model's configuration: with the same weights another one is another model."""
+    content = {n: v for n, v in config.to_diff_dict().items() if n not in ("transformers_version", "_name_or_path")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
