@@ -430,7 +430,7 @@ def _install_attention() -> None:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         elif attn_mask is not None:
             scores = scores + attn_mask
-        return scores.softmax(-1).to(value.dtype) @ value
+        return torch._safe_softmax(scores, -1).to(value.dtype) @ value  # type: ignore[attr-defined]  # as torch's
 
     torch.nn.functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
 

@@ -279,12 +279,14 @@ def test_a_calibration_keeps_what_the_model_wrote(source: Path, own: Statistics)
         ("cpu", {"architecture": "x86_64", "avx512_bf16": True}, "bfloat16", "eager"),
         ("cpu", {"architecture": "x86_64"}, "float32", None),
         ("cuda", {"architecture": "x86_64"}, "bfloat16", None),  # what the processor lacks does not matter there
+        ("cuda", {"no bfloat16": True}, "float16", None),  # a T4, a V100
     ],
 )
 def test_it_trains_in_what_the_device_is_fast_in(
     monkeypatch: pytest.MonkeyPatch, device: str, can: dict[str, Any], dtype: str, attention: str | None
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: can, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: "no bfloat16" not in can)
     assert fastest(device) == {"dtype": dtype, "attention": attention}
 
 

@@ -121,6 +121,8 @@ def load(
 
 def multiplies(dtype: torch.dtype, device: str | torch.device) -> bool | None:
     """Whether a device has instructions for products in this dtype; None: not known."""
+    if torch.device(device).type == "cuda" and dtype is torch.bfloat16:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if torch.device(device).type != "cpu" or dtype not in INSTRUCTIONS:
         return True
     can: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
@@ -131,8 +133,8 @@ def multiplies(dtype: torch.dtype, device: str | torch.device) -> bool | None:
 
 def fastest(device: str | torch.device) -> dict[str, Any]:
     """Settings of `finetune` with which a device trains fastest: dtype, and attention (None: transformers' choice)."""
-    if not multiplies(torch.bfloat16, device):
-        return {"dtype": "float32", "attention": None}
+    if not multiplies(torch.bfloat16, device):  # GPUs before Ampere, most processors
+        return {"dtype": "float16" if torch.device(device).type == "cuda" else "float32", "attention": None}
     # On a CPU torch's flash kernel multiplies bfloat16 at the speed of float32 (docs/concepts/fine-tuning.md).
     return {"dtype": "bfloat16", "attention": "eager" if torch.device(device).type == "cpu" else None}
 

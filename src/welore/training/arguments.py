@@ -14,6 +14,7 @@ from transformers.training_args import OptimizerNames
 
 from welore.config import FinetuneConfig
 from welore.errors import WeLoreError, choose, first_line
+from welore.models.load import fastest
 from welore.training.methods import METHODS, refuse_options
 
 # The paper's settings, section 4: of continual fine-tuning and of a task.
@@ -35,8 +36,8 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
     usual["warmup_steps"] = (config.max_steps or usual["max_steps"]) // WARM_UP_SHARE
     usual |= DISTILLED if config.distill is not None else {}
     values = {name: value for name, value in usual.items() if getattr(config, name) is None}
-    if config.dtype == "auto":
-        values["dtype"] = _usual_dtype(device)
+    if config.dtype == "auto":  # on a CPU float32, also where another one were faster
+        values["dtype"] = fastest(device)["dtype"] if device.type == "cuda" else "float32"
     config = dataclasses.replace(config, **values)
     if config.dtype == "float16" and device.type == "cpu":
         raise WeLoreError("float16 is trained on a GPU only: use dtype float32 or bfloat16 on a CPU")
@@ -52,12 +53,6 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise WeLoreError(f"report_to {config.report_to} needs the package: pip install {config.report_to}")
     return config
-
-
-def _usual_dtype(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 
 def sequences_read(config: FinetuneConfig, processes: int) -> int:
