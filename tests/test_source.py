@@ -9,18 +9,20 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import welore
 from conftest import FAMILIES, MIXTURES, build, compress, logits
+from toys import characters
 from welore.errors import WeLoreError
 from welore.io.checkpoint import CheckpointReader, OutputTensors
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.progress import silent
 from welore.io.safetensors_stream import DTYPES, TensorInfo
-from welore.models.load import load
+from welore.models.load import load, read_tokenizer
 from welore.models.quantizer import WeLoreConfig
 from welore.models.sink import open_sink
 from welore.models.source import CheckpointSource, ModelSource, OverlaySource, TensorSource, open_source
@@ -378,6 +380,9 @@ def test_adapter_beside_the_weights_is_refused(saved, verb: Callable[[Path], obj
         {"rope_parameters": {"rope_type": "default", "rope_theta": "1"}},
         {"pad_token_id": 1 << 40},
         {"quantization_config": 5},
+        {"num_labels": 1 << 40},
+        {"auto_map": 5},
+        {"more": json.loads("[" * 900 + "]" * 900)},
         {"transformers_weights": 5},
         {"tie_word_embeddings": {}},
         {"attention_bias": "yes"},
@@ -413,6 +418,26 @@ def test_damaged_index_is_one_sentence(saved, value: object) -> None:
         open_source(directory, RunContext.create())
 
 
+def test_infinity_in_a_configuration_stays(saved, tmp_path: Path) -> None:
+    """Families of state space models have one: "time_step_limit": [0.0, Infinity]."""
+    directory = saved("llama")
+    edit_config(directory, limit=[0.0, float("inf")])
+    compress(directory, tmp_path / "small", rank_reduction=0.4)
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["limit"] == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "text", ["5", "[]", "{", "[" * 100_000, '{"tokenizer_class": 5}', '{"added_tokens_decoder": 5}']
+)
+def test_damaged_tokenizer_is_one_sentence(tmp_path: Path, name: str, text: str) -> None:
+    characters().save_pretrained(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(WeLoreError, match=r"has no tokenizer that can be read \(.+\): copy") as refusal:
+        read_tokenizer(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8])
 def test_matrix_of_a_dtype_that_nobody_multiplies_is_refused(saved, dtype: torch.dtype) -> None:
     directory, name = saved("llama"), "model.layers.0.mlp.up_proj.weight"
@@ -420,6 +445,12 @@ def test_matrix_of_a_dtype_that_nobody_multiplies_is_refused(saved, dtype: torch
     save_file(tensors | {name: tensors[name].to(dtype)}, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(WeLoreError, match=f"{name} has dtype"):
         _ = open_source(directory, RunContext.create()).targets
+    model = build("llama")
+    model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(
+        tensors[name].to(dtype), requires_grad=False
+    )
+    with pytest.raises(WeLoreError, match=f"{name} has dtype"):
+        _ = open_source(model, RunContext.create()).targets
 
 
 def test_tensor_of_an_odd_dtype_that_no_layer_uses_is_copied(saved, tmp_path: Path) -> None:
@@ -513,6 +544,10 @@ def test_quantized_model_is_refused(saved) -> None:
         ("none.gguf", "does not exist"),
         ("someone/some-model", "not in the local cache and the hub cannot be reached"),
         ("no such id!", "neither a local directory nor a hub id"),
+        ("a" * 300, "neither a local directory nor a hub id"),
+        ("a" * 300 + ".gguf", "does not exist"),
+        ("~nobody/model", "neither a model directory"),
+        ("a\0b", "neither a local directory nor a hub id"),
     ],
 )
 def test_model_that_is_not_there_is_one_sentence(tmp_path: Path, model: str, sentence: str) -> None:

@@ -20,12 +20,12 @@ def resolve_model(model: str | Path, *, cache_dir: str | Path | None = None, rev
 
     Raises WeLoreError with what to do when a file is missing or the hub cannot be reached.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 - that of Path raises for a user who is not there
     if path.suffix == ".gguf":
         return _converted_gguf(path, cache_dir)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - nor does a name that is too long for a file
         return path
-    if path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+    if os.path.lexists(path) or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         raise WeLoreError(f"{model} is neither a model directory, a .gguf file nor a hub id")
     return _snapshot(str(model), cache_dir, revision)
 
@@ -53,7 +53,7 @@ def _snapshot(name: str, cache_dir: str | Path | None, revision: str | None) -> 
 
 def _converted_gguf(path: Path, cache_dir: str | Path | None) -> Path:
     """Directory with the dequantized (float32, exact) form of a .gguf file, made once and kept in the cache."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113 - as above
         raise WeLoreError(f"{path} does not exist")
     root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "welore")
     with path.open("rb") as file:

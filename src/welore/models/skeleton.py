@@ -14,7 +14,8 @@ from welore.io.checkpoint import CONFIG, read_config
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-MOST = 4096  # layers or experts
+# Numbers of config.json of which transformers makes as many objects: end of the name -> as many as a model may have.
+COUNTS = {r"(layers?|depth)$": 1024, r"(experts|labels)$": 8192}
 
 
 def decoder_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
@@ -34,9 +35,11 @@ def config_of(directory: Path, *, trust_remote_code: bool = False) -> "Pretraine
     """The configuration of a model directory; WeLoreError if transformers cannot read it, or would run code for it."""
     from transformers import AutoConfig
 
-    require_sane_counts(read_config(directory), directory / CONFIG)
     try:
+        require_sane_counts(read_config(directory), directory / CONFIG)
         return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except WeLoreError:
+        raise
     except Exception as error:  # a field of another type or value is any error of any family
         raise WeLoreError(f"{directory / CONFIG} cannot be read: {reason(error)}") from error
 
@@ -53,19 +56,22 @@ def skeleton_of(directory: Path, name: str, *, trust_remote_code: bool = False) 
 
 
 def require_sane_counts(config: Mapping[str, Any], path: Path) -> None:
-    """Raise WeLoreError for so many layers or experts that only to list them would take all memory."""
+    """Raise WeLoreError for so many layers, experts or labels that only to list them would take all memory."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             require_sane_counts(value, path)
-        elif isinstance(value, int) and value > MOST and re.search(r"layers?$|experts$|depth$", key):
-            raise WeLoreError(f"{path}: {key} is {value}, more than the {MOST} that any model has: it is damaged")
+        for name, most in COUNTS.items():
+            if isinstance(value, int) and value > most and re.search(name, key):
+                raise WeLoreError(
+                    f"{path}: {key} is {value}, more than the {most} that a model may have: it is damaged"
+                )
 
 
 def reason(error: BaseException) -> str:
     """Why transformers cannot read a model, for a sentence; the same for every model that comes with its own code."""
     if "trust_remote_code" in str(error):
         return "it comes with Python code, which is not run; read that code, then pass --trust-remote-code to run it"
-    return first_line(error)
+    return f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
 
 
 def context_length(config: "PretrainedConfig") -> int | None:

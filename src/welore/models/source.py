@@ -97,7 +97,10 @@ class ModelSource(TensorSource):
     def targets(self) -> list[Target]:  # type: ignore[override]
         """The targeted matrices."""
         require_dense(self.model.config)
-        return find_targets(self.model, self.include, self.exclude)
+        targets = find_targets(self.model, self.include, self.exclude)
+        for target in targets:
+            _require_float(f"{target.layer}.weight", self.model.get_submodule(target.layer).weight.dtype)
+        return targets
 
     @cached_property
     def identity(self) -> Identity:  # type: ignore[override]
@@ -193,10 +196,7 @@ class CheckpointSource(TensorSource):
             shape, expected = self.info(name).shape, target.kind.stored_shape(target.shape)
             if shape != expected:
                 raise WeLoreError(f"{name} has shape {shape}, config.json says {expected}")
-            if self.info(name).dtype not in FLOATS:
-                raise WeLoreError(
-                    f"{name} has dtype {self.info(name).dtype}: give the model that it was quantized from"
-                )
+            _require_float(name, self.info(name).dtype)
             targets.append(target)
         if not targets:
             raise WeLoreError(f"{self.name}: none of the model's linear layers is stored under its own name")
@@ -298,6 +298,11 @@ def _fingerprint(weights: Iterable[tuple[Target, Tensor]]) -> str:
         digest.update(f"{target.name} {target.shape}".encode())
         digest.update(flat[:FINGERPRINTED].to(torch.float32).cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _require_float(name: str, dtype: Any) -> None:
+    if dtype not in FLOATS:
+        raise WeLoreError(f"{name} has dtype {dtype}, which cannot be factored: give the model before it was quantized")
 
 
 def require_dense(config: "PretrainedConfig") -> None:
