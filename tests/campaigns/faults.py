@@ -134,6 +134,20 @@ def signals(rng: random.Random) -> Outcome:
     return disturbed(name, verb, at, f"{sent.name} after {seconds:.3f} s", after=seconds, sent=sent, allowed=ends)
 
 
+def from_the_start(rng: random.Random) -> Outcome:
+    """A signal to a process of its own, at any moment from its birth: imports, too, must end quietly."""
+    name, verb, at = pick(rng, ["analyze", "compress", "evaluate"])
+    sent, seconds = rng.choice([signal.SIGINT, signal.SIGINT, signal.SIGTERM]), rng.uniform(0.0, 5.0)
+    command = [sys.executable, "-m", "welore", *verb.command]
+    with subprocess.Popen(command, cwd=at, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(seconds)
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=LONG)
+    answer = Answer(process.returncode, out, err, [], 0, seconds)
+    outcome = verdict(verb, verb.command, answer, f"{sent.name} after {seconds:.2f} s", (128 + sent, -sent))
+    return then_again(name, verb, at, outcome)
+
+
 @contextmanager
 def mounted(at: Path, options: str) -> Iterator[None]:
     """A small file system in memory at a directory."""
@@ -417,7 +431,19 @@ def changed(rng: random.Random) -> Outcome:
 
 
 FAULTS: list[Fault] = [
-    *(file_size, memory, signals, disk_full, read_only, odd_output, neighbours, own_input, two_at_once, streams),
+    *(
+        file_size,
+        memory,
+        signals,
+        from_the_start,
+        disk_full,
+        read_only,
+        odd_output,
+        neighbours,
+        own_input,
+        two_at_once,
+        streams,
+    ),
     *(surroundings, processes, modes, out_of_memory_in_recovery, changed),
 ]
 CASES: dict[str, zygote.Case] = {fault.__name__: (lambda _, rng, fault=fault: fault(rng)) for fault in FAULTS}

@@ -448,8 +448,9 @@ def spectra(at: Path, rng: random.Random) -> Mutation:
         }
         how = rng.choice(list(ways))
         join(path, head, body[:first] + struct.pack(f"<{n}d", *ways[how]) + body[last:])
-        how, forbidden = f"{how} {name}", how in ("negative", "NaN", "infinite", "first infinite", "ascending")
-        forbidden = forbidden and n > 1
+        measured = name.endswith(".losses")  # these may ascend
+        forbidden = how in ("negative", "NaN", "infinite", "first infinite") or (how == "ascending" and not measured)
+        how = f"{how} {name}"
     else:
         how, forbidden = damage_tensors(path, rng)
     target = rng.choice(
