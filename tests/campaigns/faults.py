@@ -234,7 +234,8 @@ def odd_output(rng: random.Random) -> Outcome:
         outcome = verdict(verb, [*command, *more], answer, f"output is {how}")
     if how in ("fifo", "device") and path.lstat().st_mode != kind:
         return Outcome("CHANGED", command, f"the {how} is gone")
-    free = {verb.output} if how in ("file", "link to a file") and "." in verb.output else set()  # -o replaces a file
+    replaced = {"file": verb.output, "link to a file": "thesis.txt"}  # what -o replaces: a file, or that of a link
+    free = {replaced.get(how)} if "." in verb.output else set()
     after = users(at, "?")
     lost = [key for key, data in before.items() if after.get(key) != data and key not in free]
     if lost and (how != "dangling" or answer.status != 0):
