@@ -48,7 +48,13 @@ def command_line() -> str:
     app: Any = typer.main.get_command(welore.cli.main.app)
     intro = (
         "# Command line\n\nEvery command answers bad input with one sentence and exit status 2. "
-        "`welore COMMAND --help` shows the same text as this page.\n"
+        "`welore COMMAND --help` shows the same text as this page.\n\n"
+        "| exit status | meaning |\n|---|---|\n"
+        "| 0 | The result is there. |\n"
+        "| 1 | welore has a bug. The sentence names the file with the traceback. |\n"
+        "| 2 | The input is wrong, or the disk or the memory is full. |\n"
+        "| 3 | `compress` wrote its result, but the recovery failed. The record says why. |\n"
+        "| 130, 143 | Ctrl-C or SIGTERM stopped the command. Finished work stays. |\n"
     )
     return "\n".join([intro, *(_command(name, command) for name, command in app.commands.items())])
 

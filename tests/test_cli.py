@@ -338,6 +338,15 @@ def test_missing_shard_is_named(
         assert f"lacks {missing.name}" in refused(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("keep", "share", "sentence"), [(0.6, 0.999, "mlp_pruning is too large"), (0.9, 0.8, "keep 0.9 cannot be reached")]
+)
+def test_neurons_that_are_too_many_are_refused_before_the_calibration(
+    refused: Callable[..., str], model: Path, tmp_path: Path, keep: float, share: float, sentence: str
+) -> None:
+    assert sentence in refused("compress", model, tmp_path / "out", "--keep", keep, "--mlp-pruning", share)
+
+
 def test_plan_of_another_model_is_refused(
     command: Command, refused: Callable[..., str], model: Path, tmp_path: Path
 ) -> None:

@@ -116,8 +116,13 @@ def resolve(config: AllocationConfig, scaling: str) -> tuple[StrategyName, Rule]
     return strategy, Rule(storage, min_ratio, config.allow_growth)
 
 
-def check_reachable(config: AllocationConfig, scaling: str, shapes: Sequence[Shape], pruned: float = 0) -> None:
-    """Raise WeLoreError for a target that no ranks of these shapes reach; pruned: largest share taken out of an MLP."""
+def check_reachable(
+    config: AllocationConfig, scaling: str, shapes: Sequence[Shape], pruned: float = 0, gone: int = 0
+) -> None:
+    """Raise WeLoreError for a target that no ranks of these shapes reach.
+
+    pruned: largest share taken out of an MLP. gone: the parameters that neurons take with them.
+    """
     (name, target), (_, rule) = config.target, resolve(config, scaling)
     if name == "threshold":
         return
@@ -126,7 +131,10 @@ def check_reachable(config: AllocationConfig, scaling: str, shapes: Sequence[Sha
     if name == "keep":
         dense = sum(m * n for m, n in shapes)
         numel = [rule.numel(ranks, shape) for ranks, shape in zip(every, shapes, strict=True)]
-        low, high = (1 - pruned) * sum(int(n.min()) for n in numel) / dense, sum(int(n.max()) for n in numel) / dense
+        low, high = (
+            (1 - pruned) * sum(int(n.min()) for n in numel) / dense,
+            (sum(int(n.max()) for n in numel) - gone) / dense,
+        )
     else:
         removed = [(min(s) - r) * rule.factored(r, s) for r, s in zip(every, shapes, strict=True)]
         low, high = 0.0, sum(int(n.max()) for n in removed) / sum(min(shape) for shape in shapes)

@@ -28,7 +28,9 @@ def stoppable() -> Iterator[None]:
     """Ctrl-C, SIGTERM and the end of a terminal raise Stopped, where nobody else takes or ignores them."""
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        launched = os.environ.get("WORLD_SIZE", "1") not in ("", "1")  # a wait for other processes hears no SIGTERM
+        others = () if launched else (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+        for number in (signal.SIGINT, *others):
             if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
                 before[number] = signal.signal(number, _stop)
     try:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from welore.cli.ending import is_main_process
 from welore.cli.from_config import Label, Model, RecordFile
 from welore.cli.output import log, print_result, quiet_libraries
 from welore.config import EvaluationConfig, RunConfig, ScoreConfig
@@ -53,7 +54,7 @@ def evaluate(
         raise WeLoreError(
             "--max-length, --num-windows and --bos go with --dataset; of a task, --limit questions are read"
         )
-    with claimed(output, model, config, against, tasks_dir):
+    with claimed(output, model, config, against, tasks_dir, leads=is_main_process()):
         if lm_eval is not None:
             names = [name.strip() for name in lm_eval.split(",") if name.strip()]
             record = evaluate_tasks(
@@ -68,7 +69,7 @@ def evaluate(
             )
         else:
             record = evaluate(model, config, against=against, label=label, **run.options)
-        if output is not None:
+        if output is not None and is_main_process():
             record.save(output)
     line = _summary(record)
     print_result(record, as_json, line if output is None else f"{line} -> {output}")
@@ -82,9 +83,9 @@ def score(
     from welore.io.claim import claimed
 
     quiet_libraries()
-    with claimed(output, model, config):
+    with claimed(output, model, config, leads=is_main_process()):
         record = score(model, config, label=label, **run.options)
-        if output is not None:
+        if output is not None and is_main_process():
             record.save(output)
     n = record.numbers
     if n["truncated"]:

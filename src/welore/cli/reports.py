@@ -20,9 +20,11 @@ def report(
     as_json: bool,
 ) -> None:
     """Draw one HTML page and its figures from every record under the directories."""
+    from welore.io.claim import claimed
     from welore.reporting.page import report
 
-    page = report(directories, output)
+    with claimed(output / "report.html"):
+        page = report(directories, output)
     print_result({"output": str(page)}, as_json, f"report -> {page}")
 
 

@@ -18,7 +18,7 @@ from welore.calibration.scaling import DAMPING_INPUTS, damped
 from welore.calibration.statistics import Selection, Statistics
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
-from welore.linalg.brain_surgeon import refit, removal
+from welore.linalg.brain_surgeon import most_removed, refit, removal
 from welore.models.mlp import Mlp, find_mlps
 from welore.models.source import OverlaySource, TensorSource
 from welore.models.targets import Target
@@ -29,6 +29,24 @@ LEAST = 0.05  # of all neurons: fewer are not worth layers of another size
 # Gives "W", the down layer's matrix (d, count) of the neurons that are left, and "stronger", (count,): the ratio of the
 # weight of every neuron in the outputs, with that matrix over with the dense one.
 Refitted = Callable[[], dict[str, Tensor]]
+
+
+def require_neurons(source: TensorSource, share: float | None) -> int:
+    """The least number of parameters that go with this share of all neurons; WeLoreError if they are too many."""
+    mlps = find_mlps(source.skeleton, source.targets)
+    wanted = round((share or 0) * sum(mlp.width for mlp in mlps))
+    most = sum(most_removed(mlp.width) for mlp in mlps)
+    if share and not mlps:
+        raise WeLoreError(f"{source.name} has no MLP whose neurons could be taken out: leave mlp_pruning out")
+    _require_few(wanted, most)
+    return wanted * min((mlp.numbers for mlp in mlps), default=0)
+
+
+def _require_few(wanted: int, most: int) -> None:
+    if wanted > most:
+        raise WeLoreError(
+            f"mlp_pruning is too large: a sixth of every MLP stays, at most {most} neurons can be taken out"
+        )
 
 
 def select_neurons(
@@ -83,10 +101,7 @@ def _removal(source: TensorSource, statistics: Statistics, context: RunContext, 
 def _cheapest(losses: Mapping[str, NDArray[np.float64]], wanted: int) -> dict[str, int]:
     """How many of every MLP, so that they are as many as wanted, or a group more, and lose least."""
     pooled = np.sort(np.concatenate(list(losses.values())))
-    if wanted > len(pooled):
-        raise WeLoreError(
-            f"mlp_pruning is too large: a sixth of every MLP stays, at most {len(pooled)} neurons can be taken out"
-        )
+    _require_few(wanted, len(pooled))
     level = pooled[wanted - 1] if wanted else -math.inf
     return {name: int((values <= level).sum()) for name, values in losses.items()}
 

@@ -24,7 +24,7 @@ from welore.calibration.collect import calibrate
 from welore.calibration.statistics import Statistics
 from welore.compression.analysis import analyze_source, grids_of, open_statistics, shared_workspace, summary
 from welore.compression.factorize import factor_matrices, stored_factors
-from welore.compression.mlp_pruning import prune, pruned_shapes, select_neurons
+from welore.compression.mlp_pruning import prune, pruned_shapes, require_neurons, select_neurons
 from welore.compression.presets import PRESETS, resolve, resolve_calibration
 from welore.compression.recovery import Recovery, failed_recovery, recover, recovery_text, resolve_recovery
 from welore.compression.result import CompressionResult
@@ -44,7 +44,7 @@ from welore.data.mixture import parse_mixture
 from welore.data.text import TextOptions
 from welore.data.windows import require_known_tokens
 from welore.errors import WeLoreError
-from welore.io.atomic import atomic_directory, require_outside, resolved, work_directory
+from welore.io.atomic import atomic_directory, hidden, remove, require_outside, resolved, work_directory
 from welore.io.checkpoint import RECORD
 from welore.io.claim import claimed
 from welore.io.context import RunContext
@@ -220,7 +220,8 @@ def _check_target(source: TensorSource, config: CompressionConfig, grids: Any, k
             "mlp_pruning: neurons are chosen by statistics: give statistics, or a scaling that needs them"
         )
     shapes = [target.shape for target in in_blocks(source.targets, grids)]
-    check_reachable(config, str(config.scaling), shapes, pruned=5 / 6 if pruning else 0)
+    gone = require_neurons(source, pruning)
+    check_reachable(config, str(config.scaling), shapes, pruned=5 / 6 if pruning else 0, gone=gone)
 
 
 def _check_plan(plan: Plan, source: TensorSource, statistics: Statistics | None) -> None:
@@ -249,7 +250,7 @@ def _tokenizer(job: Job) -> Any:
 
 @contextmanager
 def _workspace(job: Job, output_dir: Directory | None) -> Iterator[RunContext]:
-    """The context with a workspace: OUTPUT_DIR.work, or for a model in memory a temporary directory beside the output.
+    """The context with a workspace: OUTPUT_DIR.work, or for a model in memory a hidden directory beside the output.
 
     Nothing tells whether weights in memory are those of an earlier run, so their work never continues.
     """
@@ -264,9 +265,8 @@ def _workspace(job: Job, output_dir: Directory | None) -> Iterator[RunContext]:
         if output is not None and isinstance(job.source, CheckpointSource):
             directory = work_directory(output)
         else:
-            parent = None if output is None else next(path for path in output.parents if path.is_dir())
-            temporary = tempfile.TemporaryDirectory(prefix="welore-", dir=parent)
-            directory = Path(stack.enter_context(temporary), "work")
+            directory = Path(tempfile.mkdtemp(prefix="welore-")) if output is None else hidden(output, "memory")
+            stack.callback(remove, directory)
         yield stack.enter_context(shared_workspace(directory, job.source, job.context, *key))
 
 

@@ -27,7 +27,7 @@ def work_directory(path: Path) -> Path:
 def resolved(path: str | Path) -> Path:
     """The path without links: of a link its target is written and replaced, in every verb."""
     try:
-        return Path(path).expanduser().resolve()
+        return Path(path).resolve()
     except (OSError, RuntimeError) as error:  # a circle of links
         raise WeLoreError(f"{path} leads nowhere: {first_line(error)}") from error
 
@@ -153,7 +153,7 @@ def tidy(path: Path) -> None:
             retired.replace(work)
         if replaced.exists() and not path.exists():
             replaced.replace(path)
-        for leftover in (retired, replaced, partial):
+        for leftover in (hidden(path, "memory"), retired, replaced, partial):
             remove(leftover)
 
 

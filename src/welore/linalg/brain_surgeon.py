@@ -7,6 +7,15 @@ AT_ONCE = 96  # groups that the neurons of an MLP are taken out in
 MOST = 5 / 6  # of the neurons of one MLP
 
 
+def _group(width: int) -> int:
+    return max(1, width // AT_ONCE)
+
+
+def most_removed(width: int) -> int:
+    """How many neurons of an MLP can be taken out at most: whole groups."""
+    return int(MOST * width) // _group(width) * _group(width)
+
+
 def removal(W: Tensor, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """In which order neurons are taken out, and what each then costs: (count,) and (count,) on the CPU.
 
@@ -15,10 +24,10 @@ def removal(W: Tensor, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]
     """
     inverse = torch.linalg.inv(inputs.double()).float()
     W, G = W.float(), outputs.float()
-    group, left = max(1, W.shape[1] // AT_ONCE), torch.arange(W.shape[1], device=W.device)
+    group, left = _group(W.shape[1]), torch.arange(W.shape[1], device=W.device)
     order: list[Tensor] = []
     costs: list[float] = []
-    while len(costs) + group <= MOST * len(inputs):
+    while len(costs) < most_removed(len(left) + len(costs)):
         each = (W * (G @ W)).sum(0) / inverse.diagonal()
         gone = each.topk(group, largest=False).indices
         stay = torch.ones(len(each), dtype=torch.bool, device=W.device).index_fill_(0, gone, False)
