@@ -9,9 +9,8 @@ from torch import Tensor
 
 from welore.config import SHARD_SIZE, RunOptions
 from welore.errors import WeLoreError
-from welore.io.atomic import require_outside
 from welore.io.checkpoint import OutputTensors
-from welore.io.claim import claimed
+from welore.io.claim import claimed, require_unread
 from welore.io.context import RunContext
 from welore.io.safetensors_stream import TensorInfo
 from welore.layers.block_grid import Grid, block_names
@@ -58,7 +57,7 @@ def _merge(model: Any, output_dir: str | Path | None, max_shard_size: str, conte
     config = _config(source)
     if isinstance(source, CheckpointSource):
         if output_dir is not None:
-            require_outside(output_dir, source.directory)
+            require_unread(output_dir, source.directory)
     else:
         config = config.within(source.skeleton)  # which may be a bare AutoModel
     outputs = _merged(source, config, context)

@@ -31,22 +31,17 @@ LEAST = 0.05  # of all neurons: fewer are not worth layers of another size
 Refitted = Callable[[], dict[str, Tensor]]
 
 
-def require_neurons(source: TensorSource, share: float | None) -> int:
-    """The least number of parameters that go with this share of all neurons; WeLoreError if they are too many."""
-    mlps = find_mlps(source.skeleton, source.targets)
+def require_neurons(name: str, mlps: Sequence[Mlp], share: float | None) -> int:
+    """The least number of parameters that go with a share of all neurons; WeLoreError if they are too many."""
+    if share and not mlps:
+        raise WeLoreError(f"{name} has no MLP whose neurons could be taken out: leave mlp_pruning out")
     wanted = round((share or 0) * sum(mlp.width for mlp in mlps))
     most = sum(most_removed(mlp.width) for mlp in mlps)
-    if share and not mlps:
-        raise WeLoreError(f"{source.name} has no MLP whose neurons could be taken out: leave mlp_pruning out")
-    _require_few(wanted, most)
-    return wanted * min((mlp.numbers for mlp in mlps), default=0)
-
-
-def _require_few(wanted: int, most: int) -> None:
     if wanted > most:
         raise WeLoreError(
             f"mlp_pruning is too large: a sixth of every MLP stays, at most {most} neurons can be taken out"
         )
+    return wanted * min((mlp.numbers for mlp in mlps), default=0)
 
 
 def select_neurons(
@@ -60,9 +55,8 @@ def select_neurons(
     """
     mlps = find_mlps(source.skeleton, source.targets)
     mlps = [mlp for mlp in mlps if all(statistics.counts.get(layer.name) for layer in mlp.layers)]
+    require_neurons(source.name, mlps, share)
     if not mlps:
-        if share:
-            raise WeLoreError(f"{source.name} has no MLP whose neurons could be taken out: leave mlp_pruning out")
         return {}
     compute = partial(_removal, source, statistics, context)
     _share(mlps, compute, context, "neurons")
@@ -101,7 +95,6 @@ def _removal(source: TensorSource, statistics: Statistics, context: RunContext, 
 def _cheapest(losses: Mapping[str, NDArray[np.float64]], wanted: int) -> dict[str, int]:
     """How many of every MLP, so that they are as many as wanted, or a group more, and lose least."""
     pooled = np.sort(np.concatenate(list(losses.values())))
-    _require_few(wanted, len(pooled))
     level = pooled[wanted - 1] if wanted else -math.inf
     return {name: int((values <= level).sum()) for name, values in losses.items()}
 

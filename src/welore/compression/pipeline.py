@@ -44,13 +44,14 @@ from welore.data.mixture import parse_mixture
 from welore.data.text import TextOptions
 from welore.data.windows import require_known_tokens
 from welore.errors import WeLoreError
-from welore.io.atomic import atomic_directory, hidden, remove, require_outside, resolved, work_directory
+from welore.io.atomic import atomic_directory, hidden, remove, resolved, work_directory
 from welore.io.checkpoint import RECORD
-from welore.io.claim import claimed
+from welore.io.claim import claimed, require_unread
 from welore.io.context import RunContext
 from welore.io.resume import file_states
 from welore.layers.block_grid import Grid
 from welore.models.load import read_tokenizer
+from welore.models.mlp import find_mlps
 from welore.models.sink import open_sink
 from welore.models.source import CheckpointSource, TensorSource, open_source
 from welore.models.targets import in_blocks
@@ -168,7 +169,7 @@ def _source(model: Any, output_dir: Directory | None, config: CompressionConfig,
         raise WeLoreError("name the directory to write: compress(model, output_dir, ...)")
     source = open_source(model, context, include=config.include, exclude=config.exclude)
     if isinstance(source, CheckpointSource) and output_dir is not None:
-        require_outside(output_dir, source.directory)
+        require_unread(output_dir, source.directory)
     return source
 
 
@@ -220,7 +221,7 @@ def _check_target(source: TensorSource, config: CompressionConfig, grids: Any, k
             "mlp_pruning: neurons are chosen by statistics: give statistics, or a scaling that needs them"
         )
     shapes = [target.shape for target in in_blocks(source.targets, grids)]
-    gone = require_neurons(source, pruning)
+    gone = require_neurons(source.name, find_mlps(source.skeleton, source.targets), pruning)
     check_reachable(config, str(config.scaling), shapes, pruned=5 / 6 if pruning else 0, gone=gone)
 
 

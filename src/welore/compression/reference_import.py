@@ -17,9 +17,9 @@ from welore.allocation.plan import Allocation, Plan
 from welore.allocation.spectra import Spectra
 from welore.config import SHARD_SIZE, RunOptions
 from welore.errors import WeLoreError
-from welore.io.atomic import atomic_directory, require_outside
+from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import RECORD, OutputTensors, check_finite
-from welore.io.claim import claimed
+from welore.io.claim import claimed, require_unread
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.safetensors_stream import FLOATS, TensorInfo
@@ -84,7 +84,7 @@ def _import_checkpoint(
     started = time.perf_counter()
     state = _load(path)
     directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
-    require_outside(output_dir, directory)
+    require_unread(output_dir, directory)
     outputs, ranks, numbers = _plan_import(state, path, directory)
     with atomic_directory(output_dir, overwrite=context.overwrite) as unfinished:
         sink = DirectorySink(directory, unfinished, max_shard_size)

@@ -91,13 +91,6 @@ def require_free(path: str | Path, *, overwrite: bool, marker: str = "config.jso
         raise WeLoreError(f"{path} has no {marker}, so it is not a result of ours: --overwrite will not delete it")
 
 
-def require_outside(path: str | Path, source: Path) -> None:
-    """Raise when writing the directory `path` would replace the directory that is read, or one around it."""
-    path, source = Path(path).resolve(), source.resolve()
-    if path == source or path in source.parents:
-        raise WeLoreError(f"{path} is or holds the model itself: choose another directory")
-
-
 @contextmanager
 def atomic_directory(path: str | Path, *, overwrite: bool = False, marker: str = "config.json") -> Iterator[Path]:
     """Empty hidden directory beside `path`; takes that name when the block ends well, and is removed when not.

@@ -15,7 +15,7 @@ from welore.data.packing import Blocks, DatasetSplit, blocks_of_text, blocks_of_
 from welore.data.text import TextOptions
 from welore.data.windows import given_windows, is_windows, require_known_tokens, write_windows
 from welore.errors import WeLoreError, first_line
-from welore.io.atomic import require_outside
+from welore.io.claim import require_unread
 from welore.io.context import RunContext
 from welore.io.progress import silent
 from welore.layers.low_rank import LowRankLayer, SplitLinear
@@ -135,7 +135,7 @@ def _loaded(
         raise WeLoreError("attention is chosen where a model is loaded: leave it out for a model in memory")
     loaded = load_model(source, replace(context, device=torch.device("cpu")), attention=config.attention)
     if loaded.directory is not None:
-        require_outside(out, loaded.directory)
+        require_unread(out, loaded.directory)
     require_context_length(length_of(config), context_length(loaded.model.config))
     return loaded
 

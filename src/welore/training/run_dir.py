@@ -11,7 +11,6 @@ A run that replaces another one is in OUT.work until it is finished: the other o
 
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,15 +115,12 @@ def seal(checkpoint: Path) -> None:
     write_json(checkpoint / CHECKSUMS, _checksums(checkpoint))
 
 
-def _checksums(directory: Path) -> dict[str, int]:
-    totals = {}
+def _checksums(directory: Path) -> dict[str, str]:
+    digests = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CHECKSUMS):
         with path.open("rb") as file:
-            total = 0
-            while piece := file.read(1 << 20):
-                total = zlib.crc32(piece, total)
-        totals[path.relative_to(directory).as_posix()] = total
-    return totals
+            digests[path.relative_to(directory).as_posix()] = hashlib.file_digest(file, "blake2b").hexdigest()
+    return digests
 
 
 def gathered(model: "PreTrainedModel") -> dict[str, Tensor] | None:
