@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import welore
@@ -26,6 +27,20 @@ CONFIG: dict[str, Any] = {"max_length": LENGTH, "batch_size": 2}
 def text(tmp_path: Path) -> str:
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in IDS))
     return str(tmp_path / "text.txt")
+
+
+def test_a_dense_model_with_another_tokenizer_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Its distributions would be of other tokens under the same numbers."""
+    build("llama").save_pretrained(tmp_path / "a")
+    tokenizer.save_pretrained(tmp_path / "a")
+    build("llama").save_pretrained(tmp_path / "b")
+    content = tokenizer.backend_tokenizer.to_str().replace('"w7"', '"x"').replace('"w8"', '"w7"').replace('"x"', '"w8"')
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content), unk_token="w0")
+    other.save_pretrained(tmp_path / "b")
+    config = EvaluationConfig(["w7 w8 w9 w7 w8"], **CONFIG)
+    welore.evaluate(tmp_path / "a", config, against=tmp_path / "a")
+    with pytest.raises(WeLoreError, match="the tokenizers of the two models divide the text differently"):
+        welore.evaluate(tmp_path / "a", config, against=tmp_path / "b")
 
 
 def changed(family: str = "llama") -> PreTrainedModel:

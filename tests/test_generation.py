@@ -61,6 +61,15 @@ def test_a_token_is_drawn_with_the_probability_that_the_model_gives_it() -> None
                 assert found[row, position] == below
 
 
+def test_a_model_without_a_cache_of_keys_and_values_writes_the_same() -> None:
+    """Mamba and others keep their state in another way, or not at all."""
+    model, how = writer(), {"num_tokens": 50, "max_length": 10}
+    expected = generate(model, characters(), **how)
+    forward = model.forward
+    model.forward = lambda input_ids, use_cache: forward(input_ids, use_cache=use_cache)  # type: ignore[method-assign]
+    assert torch.equal(generate(model, characters(), **how), expected)
+
+
 def test_the_seed_alone_decides_what_is_written() -> None:
     model, tokenizer, how = writer(), characters(), {"num_tokens": 50, "max_length": 10}
     first = generate(model, tokenizer, seed=3, **how)

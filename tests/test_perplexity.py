@@ -329,7 +329,9 @@ def test_lost_or_foreign_tensor_is_named_and_never_random(
         if shape is not None:
             tensors[name] = torch.ones(shape)
 
-    with pytest.raises(WeLoreError, match=f"lacks {name}, or has it in another shape"):
+    with pytest.raises(
+        WeLoreError, match=rf"(lacks {name}|has {name} in another shape).*: that would be random numbers"
+    ):
         welore.evaluate(damaged(directory(), lose), EvaluationConfig(text, max_length=LENGTH))
 
 
@@ -337,14 +339,14 @@ def test_file_that_is_cut_off_is_one_sentence(directory: Callable[..., Path], te
     path = directory()
     content = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(content[:-100])
-    with pytest.raises(WeLoreError, match="cannot be loaded") as caught:
+    with pytest.raises(WeLoreError, match="is cut off, or has a header") as caught:
         welore.evaluate(path, EvaluationConfig(text, max_length=LENGTH))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_missing_tokenizer_is_one_sentence(saved: Callable[..., Path], text: str, family: str) -> None:
-    with pytest.raises(WeLoreError, match="has no tokenizer that can be read: copy") as caught:
+    with pytest.raises(WeLoreError, match="has no tokenizer that can be read.*: copy") as caught:
         welore.evaluate(saved(family), EvaluationConfig(text, max_length=LENGTH))
     assert "\n" not in str(caught.value)
 

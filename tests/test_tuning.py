@@ -745,6 +745,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run(dense: Path, text: str, tmp_p
         finetuned(tmp_path / "broken", tmp_path / "run", "full", dataset=text, **SHORT | {"eval_steps": 0})
 
 
+def test_weights_that_are_no_numbers_after_the_last_step_are_no_result(dense: Path, text: str, tmp_path: Path) -> None:
+    """The last step has no loss after it, if nothing is evaluated."""
+    how = SHORT | {"max_steps": 1, "warmup_steps": 0, "eval_steps": 0, "learning_rate": 1e38}
+    with pytest.raises(WeLoreError, match="has become NaN or too large for float32: try a smaller learning_rate"):
+        finetuned(dense, tmp_path / "run", "full", dataset=text, weight_decay=1e30, **how)
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_an_interrupted_run_shows_no_result(model: Path, text: str, tmp_path: Path) -> None:
     def impatient(items: Any, label: str, total: float) -> Any:
         for item, _ in items:

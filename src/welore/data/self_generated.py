@@ -5,6 +5,7 @@ and ends with the model's end token; then the next one begins in the same window
 `generate`: docs/concepts/statistics.md.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,9 @@ class _Batch:
 
     def __init__(self, model: "PreTrainedModel", begin: Begin, ends: set[int], turns: int, size: int) -> None:
         self.model, self.begin, self.ends, self.turns, self.size = model, begin, ends, turns, size
+        self.caches = "past_key_values" in inspect.signature(model.forward).parameters
         self.cache: Any = None
+        self.text = torch.empty((0, 0), dtype=torch.long)  # of a model without such a cache, which reads all of it
         self.last: Tensor | None = None
         self.pending: list[list[int]] = []  # the rest of an opening, of every window
         self.ended: list[int] = []
@@ -157,8 +160,13 @@ class _Batch:
             chosen = [0] * len(numbers)
         else:
             device = self.model.device
-            out = self.model(self.last[:, None].to(device), past_key_values=self.cache, use_cache=True)
-            self.cache = out.past_key_values
+            self.text = torch.cat([self.text.view(len(numbers), -1), self.last[:, None]], 1)
+            if self.caches:
+                out = self.model(self.last[:, None].to(device), past_key_values=self.cache, use_cache=True)
+                self.cache = out.get("past_key_values")
+                self.caches = self.cache is not None
+            else:
+                out = self.model(self.text.to(device), use_cache=False)
             cumulated = warp(out.logits[:, -1, : self.size].float()).softmax(-1).cumsum(-1, dtype=numbers.dtype)
             tokens = torch.searchsorted(cumulated, numbers[:, None].to(device) * cumulated[:, -1:], right=True)
             tokens = tokens.squeeze(1).clamp_(max=cumulated.shape[-1] - 1)

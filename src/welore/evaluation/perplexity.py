@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from welore.config import Dataset, EvaluationConfig, RunOptions, as_record
@@ -18,7 +19,7 @@ from welore.errors import WeLoreError
 from welore.evaluation.divergence import divergence
 from welore.io.context import RunContext
 from welore.io.progress import counted
-from welore.models.load import evaluating, load_model, warn_if_slow
+from welore.models.load import LoadedModel, evaluating, load_model, warn_if_slow
 from welore.models.skeleton import context_length, require_context_length
 from welore.records import Record
 
@@ -81,10 +82,24 @@ def evaluate(
     loaded.inputs["text_sha256"] = digest
     if against is not None:
         dense = load_model(against, context, config.dtype, None)
-        require_known_tokens(dense.model, torch.cat(pieces))
         loaded.inputs["against"] = dense.inputs["model"]
+        _require_equal_tokens(dense, text, batches, config)
         numbers |= divergence(net, dense.model, batches, context.progress)
     return loaded.record("perplexity", as_record(config), numbers)
+
+
+def _require_equal_tokens(
+    dense: LoadedModel, text: str | Tensor, batches: list[Tensor], config: EvaluationConfig
+) -> None:
+    """Raise WeLoreError unless the dense model's own tokenizer gives the tokens that it is to read, which it knows."""
+    pieces = windows(dense.tokenizer, text, config.max_length, config.num_windows, config.bos)
+    theirs = stack(pieces, config.batch_size)
+    if len(theirs) != len(batches) or not all(map(torch.equal, theirs, batches)):
+        raise WeLoreError(
+            "the tokenizers of the two models divide the text differently: compare with the dense model that the "
+            "compressed one was made from"
+        )
+    require_known_tokens(dense.model, *batches)
 
 
 @torch.no_grad()

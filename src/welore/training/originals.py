@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from welore.errors import DivergedError
 from welore.io.atomic import read_json, write_json
 from welore.io.checkpoint import CheckpointReader, OutputTensors, write_config, write_weights
 from welore.io.progress import silent
@@ -62,7 +64,13 @@ class Originals:
         if name not in self.dtypes:
             return now  # a buffer
         before = now if name in trained else self.data.get(name, now)
-        return before.to(now.device, dtype or self.dtypes[name])
+        after = before.to(now.device, dtype or self.dtypes[name])
+        if name in trained and not isinstance(after, DTensor) and not bool(after.isfinite().all()):
+            raise DivergedError(
+                f"{name} has become NaN or too large for {str(after.dtype).removeprefix('torch.')}: try a smaller "
+                "learning_rate, or save_dtype float32; earlier checkpoints are kept"
+            )
+        return after
 
     def write(self, directory: Path, model: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> None:
         """Write the checkpoint of a model from a directory: `tensors` are new, all others are copied.
