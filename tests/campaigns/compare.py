@@ -17,6 +17,10 @@ def compare(command: Sequence[str]) -> None:
     verb, source = command[0], command[1]
     if verb not in READERS or source.endswith(".gguf"):
         return
+    if "--distill" in command:
+        read(command[command.index("--distill") + 1])
+    if "--against" in command:
+        read(command[command.index("--against") + 1])
     before, low = read(source)
     if verb == "analyze" and "--statistics" not in command and "--reference-values" not in command:
         _spectra(before)

@@ -17,6 +17,7 @@ def words(text: str) -> list[str]:
 
 WORDS = words("rain fell on the roofs of an old town and nobody heard it until the river rose over the lower bridge")
 MODEL = ["m", "t.txt"]
+MODELS = [*MODEL, "gpt2", "mixtral", "qwen2", "small"]
 TRAIN = "--max-steps 4 --batch-size 1 --max-length 16 --eval-steps 2 --save-steps 1 --learning-rate 1e-3"
 PRETRAIN = (
     "--size 16/1/1/16 --vocab-size 280 --max-steps 6 --probes 4 --probe-items 1 --max-eval-samples 2 --batch-size 1 "
@@ -120,6 +121,8 @@ def _models(at: Path) -> None:
     lines = (" ".join(draws.choice(WORDS) for _ in range(12)) for _ in range(60))
     (at / "t.txt").write_text("\n".join(lines), "utf-8")
     checkpoint(at / "m", None)
+    for family in ("gpt2", "mixtral", "qwen2"):  # another class of layers, fused experts, tied embeddings
+        checkpoint(at / family, None, family)
     model = AutoModelForCausalLM.from_pretrained(at / "m")
     checkpoint(at / "sharded", None)
     (at / "sharded" / "model.safetensors").unlink()

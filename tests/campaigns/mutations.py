@@ -22,7 +22,7 @@ import materials
 import zygote
 from compare import compare
 from kills import once
-from materials import CALIBRATE, EVALUATE, MODEL, PRETRAIN, finetune, words
+from materials import CALIBRATE, EVALUATE, MODEL, MODELS, PRETRAIN, finetune, words
 from zygote import Outcome, campaign, digest, judge, last_line
 
 JUNK: list[Any] = [
@@ -244,20 +244,28 @@ def damage_bytes(path: Path, rng: random.Random) -> str:
     return f"{path.name} {how}"
 
 
+SOURCES = ["m", "m", "gpt2", "mixtral", "qwen2"]
+BLIND = ("info", "pretrain")  # verbs that need not see what is wrong with weights
+
+
 # --- kinds of cases -------------------------------------------------------------------------------------------------
 
 
-def reading(model: str, rng: random.Random) -> list[object]:
-    """A verb that reads a model."""
+def reading(model: str, rng: random.Random) -> list[str]:
+    """A verb that reads a model, as its source, its teacher or its dense model."""
+    text = rng.choice(["t.txt", "self"])
     return rng.choice(
         [
+            *[words(f"compress {model} out --rank-reduction 0.4")] * 3,
             words(f"analyze {model} -o o.safetensors"),
-            words(f"compress {model} out --rank-reduction 0.4"),
-            words(f"compress {model} out --rank-reduction 0.4"),
             words(f"evaluate {model} --dataset t.txt {EVALUATE}"),
-            words(f"calibrate {model} -o o.safetensors --dataset {rng.choice(['t.txt', 'self'])} {CALIBRATE}"),
-            finetune(model, "out"),
-            ["info", model],
+            words(f"evaluate small --against {model} --dataset t.txt {EVALUATE}"),
+            words(f"calibrate {model} -o o.safetensors --dataset {text} {CALIBRATE}"),
+            words(f"score {model} --task coin_flip --dataset generated --limit 1"),
+            words(f"pretrain out --tokenizer {model} --dataset t.txt {PRETRAIN}"),
+            finetune(model, "out", "--method", rng.choice(["lrc", "full", "lora"])),
+            finetune("small", "out", "--distill", model),
+            words(f"info {model}"),
         ]
     )
 
@@ -277,7 +285,8 @@ def reading_result(model: str, rng: random.Random) -> list[object]:
 
 
 def config(at: Path, rng: random.Random) -> Mutation:
-    return Mutation(reading("m", rng), damage_json(at / "m" / "config.json", rng))
+    model = rng.choice(SOURCES)
+    return Mutation(reading(model, rng), damage_json(at / model / "config.json", rng))
 
 
 def generation(at: Path, rng: random.Random) -> Mutation:
@@ -309,9 +318,10 @@ def tokenizer(at: Path, rng: random.Random) -> Mutation:
 
 
 def header(at: Path, rng: random.Random) -> Mutation:
-    how, forbidden = damage_tensors(at / "m" / "model.safetensors", rng)
-    command = reading("m", rng)
-    return Mutation(command, how, forbidden and not (command[0] == "info" or how.startswith("model.safetensors value")))
+    model = rng.choice(SOURCES)
+    how, forbidden = damage_tensors(at / model / "model.safetensors", rng)
+    command = reading(model, rng)
+    return Mutation(command, how, forbidden and not (command[0] in BLIND or how.startswith("model.safetensors value")))
 
 
 def index(at: Path, rng: random.Random) -> Mutation:
@@ -341,7 +351,7 @@ def index(at: Path, rng: random.Random) -> Mutation:
             shard.mkdir()
         elif how == "empty":
             shard.write_bytes(b"")
-        return Mutation(command := reading("sharded", rng), f"{shard.name} is {how}", command[0] != "info")
+        return Mutation(command := reading("sharded", rng), f"{shard.name} is {how}", command[0] not in BLIND)
     elif way < 0.8:
         how, _ = damage_tensors(at / "sharded" / rng.choice(shards), rng)
     else:
@@ -354,7 +364,7 @@ def layout(at: Path, rng: random.Random) -> Mutation:
     import torch
     from safetensors.torch import load_file, save_file
 
-    model = at / rng.choice(["m", "m", "m", "small"])
+    model = at / rng.choice([*SOURCES, "small"])
     settings = json.loads((model / "config.json").read_bytes())
     other = {name: t * 0.5 for name, t in load_file(model / "model.safetensors").items()}
     changes: dict[str, dict[str, Any]] = {
@@ -395,8 +405,8 @@ def layout(at: Path, rng: random.Random) -> Mutation:
             model.mkdir()
             (at / "elsewhere").rename(model / "checkpoint-4")
     forbidden = how in ("adapter", "adapter alone", "more layers", "fewer layers")
-    verb = reading(model.name, rng) if model.name == "m" else reading_result(model.name, rng)
-    return Mutation(verb, how, forbidden and verb[0] != "info")
+    verb = reading_result("small", rng) if model.name == "small" else reading(model.name, rng)
+    return Mutation(verb, how, forbidden and verb[0] not in BLIND)
 
 
 def tensors(at: Path, rng: random.Random) -> Mutation:
@@ -404,7 +414,7 @@ def tensors(at: Path, rng: random.Random) -> Mutation:
     import torch
     from safetensors.torch import load_file, save_file
 
-    model = at / rng.choice(["m", "m", "m", "small"])
+    model = at / rng.choice([*SOURCES, "small"])
     good = load_file(model / "model.safetensors")
     name = rng.choice([name for name in good if good[name].numel()])
     dtypes = ["float16", "bfloat16", "float64", "int8", "float8_e4m3fn", "float8_e8m0fnu", "complex64", "bool"]
@@ -424,9 +434,9 @@ def tensors(at: Path, rng: random.Random) -> Mutation:
     }
     how = rng.choice(list(ways))
     save_file(ways[how](), model / "model.safetensors", {"format": "pt"})
-    verb = reading(model.name, rng) if model.name == "m" else reading_result(model.name, rng)
+    verb = reading_result("small", rng) if model.name == "small" else reading(model.name, rng)
     detail = {"dtypes": half, "dtype": dtype, "extra of a dtype": dtype}.get(how, "")
-    return Mutation(verb, f"{how} {detail} {name}", how == "lost" and verb[0] != "info")
+    return Mutation(verb, f"{how} {detail} {name}", how == "lost" and verb[0] not in BLIND)
 
 
 def spectra(at: Path, rng: random.Random) -> Mutation:
@@ -541,7 +551,7 @@ def compressed(at: Path, rng: random.Random) -> Mutation:
             how, forbidden = damage_tensors(path, rng)
             forbidden = forbidden and " value " not in how
     command = reading_result(name, rng)
-    return Mutation(command, f"{name}: {how}", forbidden and command[0] != "info")
+    return Mutation(command, f"{name}: {how}", forbidden and command[0] not in BLIND)
 
 
 def report(at: Path, rng: random.Random) -> Mutation:
@@ -810,13 +820,13 @@ def option_names(verb: str) -> list[str]:
 # --- what came of it ------------------------------------------------------------------------------------------------
 
 NEEDS: dict[Mutator, list[str]] = {
-    config: MODEL,
-    generation: MODEL,
-    tokenizer: MODEL,
-    header: MODEL,
-    index: ["sharded", "m", "t.txt"],
-    layout: [*MODEL, "small"],
-    tensors: [*MODEL, "small"],
+    config: MODELS,
+    generation: [*MODEL, "small"],
+    tokenizer: [*MODEL, "small"],
+    header: MODELS,
+    index: ["sharded", "m", "small", "t.txt"],
+    layout: MODELS,
+    tensors: MODELS,
     spectra: ["s.safetensors", "sk.safetensors"],
     statistics: ["m", "c.safetensors"],
     plan: [*MODEL, "p.json", "pk.json", "c.safetensors"],
@@ -828,7 +838,7 @@ NEEDS: dict[Mutator, list[str]] = {
     text: ["m", "small", "t.txt", "c.safetensors", "windows.safetensors"],
     settings: [*MODEL, "small"],
     reference: ["m", "reference.pt"],
-    gguf: ["g.gguf", "t.txt"],
+    gguf: ["g.gguf", "small", "t.txt"],
     options: [*MODEL, "small", "pivoted", "s.safetensors", "c.safetensors", "p.json"],
 }
 
@@ -847,7 +857,9 @@ def case(mutator: Mutator) -> zygote.Case:
         before = {path.name for path in at.iterdir()}
         answer = zygote.run(mutation.command, at)
         kind, note = judge(answer), last_line(answer.err)
-        new = {p.name for p in at.iterdir()} - before - {"cache"}
+        new = {p.name for p in at.iterdir() if p.suffix != ".work"} - before - {"cache"}  # finished work may stay
+        if (at / "out" / "run.json").is_file() and "checkpoints are kept" in answer.err:
+            new -= {"out"}  # a training that diverged
         if (at / "EXECUTED").exists():
             kind = "EXECUTED"
         elif kind == "OUTSIDE" or kind == "NETWORK":

@@ -280,7 +280,8 @@ def _run(command: Any) -> int:
 
 def judge(answer: Answer) -> str:
     """Class of an answer by itself: refused, accepted, or what a command must not do."""
-    lines = [x for x in answer.err.splitlines() if x.strip() and not x.startswith("[transformers]")]
+    usual = re.compile(r"\s*$|\[transformers\]|.*%\|")  # nothing, a warning, a bar of progress
+    lines = [line for line in answer.err.splitlines() if not usual.match(line)]
     if any(note.startswith(tuple(WRITES | {"open"})) for note in answer.notes):
         return "OUTSIDE"
     if answer.notes:
