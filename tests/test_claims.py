@@ -118,6 +118,16 @@ def test_a_record_without_its_claims_is_refused(found: Trace, tmp_path: Path) ->
     numbers = measured(found)
     record(0, numbers["claims"], numbers["matrices"]).save(tmp_path / "pretrain.json")
     assert load_pretraining(tmp_path / "pretrain.json").kind == "pretrain"
+    rows = numbers["matrices"]
+    for claims, damaged in (
+        (numbers["claims"] | {"C1": [0.0, None, 0.0]}, rows),
+        (numbers["claims"], [{**rows[0], "settles_at": "late"}, *rows[1:]]),
+        (numbers["claims"], [{**rows[0], "kind": 3}, *rows[1:]]),
+        (numbers["claims"], [rows[0], 7]),
+    ):
+        record(0, claims, damaged).save(tmp_path / "pretrain.json")
+        with pytest.raises(WeLoreError, match="lacks claims or matrices"):
+            load_pretraining(tmp_path / "pretrain.json")
     record(0, {"C1": [0.0, 0.0, 0.0]}, numbers["matrices"]).save(tmp_path / "pretrain.json")
     with pytest.raises(WeLoreError, match="lacks claims or matrices"):
         load_pretraining(tmp_path / "pretrain.json")

@@ -16,7 +16,7 @@ from welore.config import CalibrationConfig
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import atomic_directory, atomic_write, read_json, write_json
 from welore.io.claim import claimed, require_unread
-from welore.records import Record
+from welore.records import Identity, Record
 from welore.reporting.discover import machine_text
 
 
@@ -169,6 +169,13 @@ def test_record_with_a_number_that_json_lacks_is_not_lost(tmp_path: Path) -> Non
     numbers = {"nll": float("nan"), "table": [[1.0, float("inf")]], "more": {"x": float("-inf")}}
     Record("perplexity", {}, {}, numbers).save(tmp_path / "a.json")
     assert Record.load(tmp_path / "a.json").numbers == {"nll": None, "table": [[1.0, None]], "more": {"x": None}}
+
+
+def test_name_with_bytes_that_are_no_letters_can_be_written(tmp_path: Path) -> None:
+    identity = Identity(os.fsdecode(b"models/\xff"), "f")
+    assert identity.name == "models/?"
+    Record("perplexity", {"model": os.fsdecode(b"\xff")}, {}, {}).save(tmp_path / "a.json")
+    assert Record.load(tmp_path / "a.json").inputs["model"] == os.fsdecode(b"\xff")
 
 
 @pytest.mark.parametrize("content", [{"kind": "perplexity"}, ["a", "list"], {"kind": "x", "extra": 1}])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from conftest import everything
 from toys import trace
@@ -45,8 +46,6 @@ def test_a_trace_is_cut_back_and_grows_to_the_same_bytes(tmp_path: Path, kept: i
     shapes = {name: (s[0], s[1]) for name, s in header["shapes"].items()}
     writer = Writer(place, about, shapes, at=kept)
     assert writer.steps == [step for step in range(0, 60, 10) if step <= kept]
-    from safetensors.numpy import load_file
-
     for line in lines[len(writer.steps) :]:
         writer.append(line, load_file(tmp_path / "whole" / file_of(line["step"])))
     finish(place)
@@ -97,3 +96,22 @@ def test_zero_gradient_has_no_energy_anywhere(tmp_path: Path) -> None:
     assert not silent.top1_energy.any()
     assert not silent.stable_rank.any()
     assert np.array_equal(matrix.top1_energy, 1 / matrix.stable_rank)
+
+
+@pytest.mark.parametrize("damage", ["NaN", "ascending", "shape", "lost", "learning_rate", "step", "header"])
+def test_damaged_trace_is_one_sentence(tmp_path: Path, damage: str) -> None:
+    directory = trace(tmp_path / "t")
+    path, lines = directory / file_of(20), (directory / LINES).read_text().splitlines()
+    arrays, weight = load_file(path), "model.layers.0.mlp.up_proj:weight"
+    number = json.loads(lines[2])
+    if damage in ("NaN", "ascending", "shape", "lost"):
+        values = arrays.pop(weight)
+        changed = {"NaN": values * np.nan, "ascending": values[::-1].copy(), "shape": values[:-1].copy()}
+        save_file(arrays | ({} if damage == "lost" else {weight: changed[damage]}), path)
+    elif damage == "header":
+        lines[0] = json.dumps(json.loads(lines[0]) | {"shapes": [1]})
+    else:
+        lines[2] = json.dumps(number | {damage: "soon"})
+    (directory / LINES).write_text("\n".join(lines) + "\n")
+    with pytest.raises(WeLoreError, match=r"(is broken|is not JSON) \(.*record (it|the trace) again"):
+        Trace.load(directory)

@@ -90,7 +90,7 @@ class Record:
 
     def save(self, path: str | Path) -> None:
         """Write the record to `path`, whole or not at all. JSON has no NaN and no infinity: they become null."""
-        write_json(path, _finite(dataclasses.asdict(self)))
+        write_json(path, finite(dataclasses.asdict(self)))
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
@@ -129,12 +129,12 @@ class Record:
         return [name for name in HEADLINES.get(self.kind, numbers[:3]) if name in numbers]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """A JSON value with null for every number that is not finite: a result of hours is not lost for one of them."""
     if isinstance(value, Mapping):
-        return {name: _finite(v) for name, v in value.items()}
+        return {name: finite(v) for name, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -201,6 +201,10 @@ class Identity:
 
     name: str
     fingerprint: str
+
+    def __post_init__(self) -> None:
+        # A path may hold half letters, which no file of ours can.
+        object.__setattr__(self, "name", self.name.encode(errors="replace").decode())
 
     def check(self, other: "Identity", artefact: str) -> None:
         """Raise WeLoreError when an artefact (made from `self`) is about to be used on `other`."""

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 def print_result(result: "Record | Mapping[str, Any]", as_json: bool, line: str) -> None:
     """Print one line, or the whole result as JSON, from the first process alone."""
+    from welore.records import finite
+
     if is_main_process():
         content = result if isinstance(result, Mapping) else dataclasses.asdict(result)
-        print(json.dumps(content) if as_json else line)
+        print(json.dumps(finite(content)) if as_json else line.encode(errors="replace").decode())
         flush_output()
 
 

@@ -16,6 +16,7 @@ from scipy.stats import rankdata
 from welore.allocation.plan import Allocation
 from welore.emergence.trace import COSINE, OVERLAPS, Array, Matrix, Trace
 from welore.errors import WeLoreError
+from welore.io.fields import refusing, typed
 from welore.records import Record
 from welore.reporting.module_types import ModulePosition, module_positions
 from welore.reporting.tables import Table
@@ -264,11 +265,17 @@ def _interval(groups: Sequence[NDArray[np.int64]], statistic: Callable[..., Arra
 def load_pretraining(path: str | Path) -> Record:
     """The record of a pre-training; WeLoreError if it lacks one of CLAIMS or the numbers of a matrix."""
     record = Record.load(path)
-    claims, rows = record.numbers.get("claims", {}), record.numbers.get("matrices", [])
-    required = {"kind", "reduction_ratio", *RANK_AXIS}
-    complete = all(isinstance(claims.get(name), list) and len(claims[name]) == 3 for name in CLAIMS)
-    if not complete or not rows or not all(required <= row.keys() for row in rows):
-        raise WeLoreError(f"{path} lacks claims or matrices: it is of another version, run `welore pretrain` again")
+    with refusing(f"{path} lacks claims or matrices", "it is of another version, run `welore pretrain` again"):
+        claims = typed(record.numbers["claims"], Mapping[str, tuple[float, float, float]], "claims")
+        if lost := CLAIMS.keys() - claims:
+            raise WeLoreError(f"{min(lost)} is not among its claims")
+        rows = typed(record.numbers["matrices"], tuple[dict[str, Any], ...], "matrices")
+        if not rows:
+            raise WeLoreError("it has no matrix")
+        for row in rows:
+            typed(row["kind"], str, "kind")
+            for name in ("reduction_ratio", *RANK_AXIS):
+                typed(row[name], float, name)
     run_name(record)
     return record
 

@@ -50,7 +50,7 @@ def verdicts(runs: Sequence[Downstream]) -> Table:
     for err in errs:
         statement = f"one threshold beats uniform ranks at equal parameters, ERR {err}"
         pairs = [_pair(run.perplexities, "perplexity", UNIFORM + err, WELORE + err) for run in runs]
-        values = [math.log(uniform / welore) for uniform, welore in pairs]
+        values = [math.log(uniform / welore) if min(uniform, welore) > 0 else math.nan for uniform, welore in pairs]
         rows.append(["C3", statement, "log(perplexity of uniform / of WeLore)", *_cells(values, 0.0)])
     models = {f"ERR {err}": f"{{}}-{err}" for err in errs} | {"not compressed: the control": f"{DENSE}-{{}}"}
     for claim, statement, other, least in (
@@ -73,5 +73,5 @@ def _cells(values: list[float], least: float) -> list[str]:
 
 def _pair(records: Mapping[str, Record], number: str, *labels: str) -> list[float]:
     """One number of the records with these labels; NaN where it is missing or not finite."""
-    values = [records[label].numbers[number] if label in records else None for label in labels]
-    return [math.nan if value is None else float(value) for value in values]
+    values = [records[label].numbers.get(number) if label in records else None for label in labels]
+    return [float(value) if isinstance(value, int | float) else math.nan for value in values]

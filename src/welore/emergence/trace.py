@@ -27,6 +27,8 @@ from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_write
+from welore.io.fields import LARGEST, parse_json, refusing, typed
+from welore.layers.block_grid import read_grids
 from welore.records import Identity
 
 Array = NDArray[np.float64]
@@ -107,13 +109,23 @@ class Trace:
         header, *lines = read_lines(directory)
         if not lines:
             raise WeLoreError(f"{directory} holds a trace without a single checkpoint")
-        try:
-            checkpoints = [load_file(directory / file_of(line["step"])) for line in lines]
-            matrices = {name: _matrix(name, (s[0], s[1]), checkpoints) for name, s in header["shapes"].items()}
-            columns = {name: np.array([line[key] for line in lines], dtype=float) for name, key in COLUMNS.items()}
-        except (OSError, SafetensorError, KeyError) as error:
-            raise WeLoreError(f"the trace in {directory} is broken ({error}): record it again") from error
-        return cls(header, **columns, matrices=matrices)
+        with refusing(f"the trace in {directory} is broken", "record it again"):
+            try:
+                checkpoints = [load_file(directory / file_of(line["step"])) for line in lines]
+            except (OSError, SafetensorError) as error:
+                raise WeLoreError(str(error)) from error
+            for number, arrays in enumerate(checkpoints):
+                if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+                    raise WeLoreError(f"{bad[0]} of checkpoint {number} is NaN or infinite")
+            shapes = read_grids(header["shapes"], "shapes", LARGEST)
+            matrices = {name: _matrix(name, shape, checkpoints) for name, shape in shapes.items()}
+            columns = {
+                name: np.array([typed(line[key], float, key) for line in lines]) for name, key in COLUMNS.items()
+            }
+            trace = cls(header, **columns, matrices=matrices)
+            for at in range(len(lines)):
+                trace.spectra(at)  # which checks that they are singular values
+            return trace
 
 
 class Writer:
@@ -170,11 +182,13 @@ def read_lines(directory: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise WeLoreError(f"{directory} holds no trace: make one with `welore pretrain`")
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for text in path.read_bytes().decode(errors="replace").splitlines(keepends=True):
         try:
-            lines.append(json.loads(text) if text.endswith("\n") else {})
+            lines.append(typed(parse_json(text), dict, "it") if text.endswith("\n") else {})
+            if len(lines) > 1 and lines[-1]:
+                typed(lines[-1].get("step"), int, "step")
         except ValueError as error:
-            raise WeLoreError(f"{path}, line {len(lines) + 1} is not JSON: record the trace again") from error
+            raise WeLoreError(f"{path}, line {len(lines) + 1} is not JSON ({error}): record the trace again") from error
     lines = [line for line in lines if line]
     if not lines or lines[0].get("format") != FORMAT:
         raise WeLoreError(f"{path} is no trace that this version reads ({FORMAT})")
@@ -206,5 +220,11 @@ def _matrix(name: str, shape: tuple[int, int], checkpoints: Sequence[Mapping[str
         return square
 
     fields = {field: stacked(field) for field in ("gradient", "gradient_energy", "weight", "change")}
+    if (
+        fields["gradient"].ndim != 2
+        or fields["gradient_energy"].ndim != 1
+        or fields["change"].shape[1:] != (min(shape),)
+    ):
+        raise WeLoreError(f"{name} has arrays of other shapes than its own")
     same, other = ({field: symmetric(field, pair) for field in COMPARED} for pair in (SAME, OTHER))
     return Matrix(shape, **fields, same=same, other=other)

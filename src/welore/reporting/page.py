@@ -195,10 +195,14 @@ def _tuning_pictures(comparison: tables.Comparison, number: int, draw: Draw) -> 
         for i, runs in enumerate(comparable):
             if len(runs) < len(best):
                 groups[f"-figure-{number_in_paper}" + (f"-{i + 1}" if i else "")] = runs
-    return [
-        (draw(fine_tuning(runs, title=comparison.caption), f"fine-tuning-{number}{name}"), _figure_of_the_paper(runs))
-        for name, runs in groups.items()
-    ]
+    pictures = []
+    for name, runs in groups.items():
+        try:
+            figure = fine_tuning(runs, title=comparison.caption)
+        except WeLoreError:  # their curves cannot be compared
+            continue
+        pictures.append((draw(figure, f"fine-tuning-{number}{name}"), _figure_of_the_paper(runs)))
+    return pictures
 
 
 def _figure_of_the_paper(runs: Sequence[Record]) -> str:
