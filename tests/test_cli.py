@@ -421,7 +421,7 @@ def test_existing_directory_needs_overwrite(
             "allocate none.safetensors --keep 0.8 -o OUT",
             "none.safetensors does not exist: make it with `welore analyze",
         ),
-        ("allocate WEIGHTS --keep 0.8 -o OUT", "model.safetensors holds no spectra"),
+        ("allocate WEIGHTS --keep 0.8 -o OUT", "model.safetensors is not a readable safetensors file of spectra"),
         ("allocate TEXT --keep 0.8 -o OUT", "text.txt is not a readable safetensors file"),
         (
             "calibrate MODEL --max-length 8 --dataset wikitext -o OUT",

@@ -172,7 +172,9 @@ def test_damaged_spectra_are_one_sentence(tmp_path: Path, sentence: str) -> None
     good = some_spectra(tmp_path / "good.safetensors")
     assert welore.Spectra.load(rewritten(good, tmp_path / "same.safetensors", lambda a, m: None)).unit == "loss"
     bad = rewritten(good, tmp_path / "bad.safetensors", SPECTRA[sentence])
-    with pytest.raises(WeLoreError, match=r"bad\.safetensors holds no spectra that can be \(.*\): make") as caught:
+    with pytest.raises(
+        WeLoreError, match=r"bad\.safetensors is not a readable safetensors file of spectra \(.*\): make"
+    ) as caught:
         welore.Spectra.load(bad)
     assert sentence in str(caught.value)
 

@@ -262,7 +262,6 @@ def _read_allocation(entry: Mapping[str, Any]) -> Allocation:
     choose("form", typed(form, str, f"form of {name}"), FORMS)
     if factored and rank == min(m, n) and not FORMS[form].full_rank:
         raise WeLoreError(f"{name} has full rank {rank}; {form} storage needs a lower one")
-    error = float(typed(entry["relative_error"], float, f"relative_error of {name}"))
-    if error < 0:
+    if (error := float(typed(entry["relative_error"], float, f"relative_error of {name}"))) < 0:
         raise WeLoreError(f"relative_error of {name} is {error}, it must be at least 0")
     return Allocation(name, (m, n), rank, factored, error, form)

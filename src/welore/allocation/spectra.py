@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from welore.allocation.neurons import Neurons, as_json, read_neurons
@@ -109,22 +109,18 @@ class Spectra:
         """The spectra at `path`; WeLoreError if the file is missing, broken or something else."""
         if not Path(path).is_file():
             raise WeLoreError(f"{path} does not exist: make it with `welore analyze MODEL -o {path}`")
-        try:
-            with safe_open(path, "np") as file:
-                metadata = file.metadata() or {}
-                names = set(file.keys())
-                if metadata.get("format") != FORMAT:
-                    raise WeLoreError(f"{path} holds no spectra: make them with `welore analyze MODEL -o FILE`")
-                with refusing(f"{path} holds no spectra that can be", "make it again"):
-                    fields = _read(metadata)
-                    losses = [name for name in fields["shapes"] if name + LOSSES in names]
-                    if not names or names != {*fields["shapes"], *(name + LOSSES for name in losses)}:
-                        raise WeLoreError("its matrices are not those that it names")
-                    values = {name: _read_array(file, name) for name in fields["shapes"]}
-                    measured = {name: _read_array(file, name + LOSSES) for name in losses}
-                    return cls(values=values, losses=measured, **fields)
-        except SafetensorError as error:
-            raise WeLoreError(f"{path} is not a readable safetensors file ({error})") from error
+        sentence, advice = f"{path} is not a readable safetensors file of spectra", "make it with `welore analyze`"
+        with refusing(sentence, advice), safe_open(path, "np") as file:
+            metadata, names = file.metadata() or {}, set(file.keys())
+            if metadata.get("format") != FORMAT:
+                raise WeLoreError("it holds no spectra")
+            fields = _read(metadata)
+            losses = [name for name in fields["shapes"] if name + LOSSES in names]
+            if not names or names != {*fields["shapes"], *(name + LOSSES for name in losses)}:
+                raise WeLoreError("its matrices are not those that it names")
+            values = {name: _read_array(file, name) for name in fields["shapes"]}
+            measured = {name: _read_array(file, name + LOSSES) for name in losses}
+            return cls(values=values, losses=measured, **fields)
 
 
 def _read(metadata: Mapping[str, str]) -> dict[str, Any]:

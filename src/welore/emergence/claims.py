@@ -267,15 +267,12 @@ def load_pretraining(path: str | Path) -> Record:
     record = Record.load(path)
     with refusing(f"{path} lacks claims or matrices", "it is of another version, run `welore pretrain` again"):
         claims = typed(record.numbers["claims"], Mapping[str, tuple[float, float, float]], "claims")
-        if lost := CLAIMS.keys() - claims:
-            raise WeLoreError(f"{min(lost)} is not among its claims")
         rows = typed(record.numbers["matrices"], tuple[dict[str, Any], ...], "matrices")
-        if not rows:
-            raise WeLoreError("it has no matrix")
+        if CLAIMS.keys() - claims or not rows:
+            raise WeLoreError("it has not all of them")
         for row in rows:
             typed(row["kind"], str, "kind")
-            for name in ("reduction_ratio", *RANK_AXIS):
-                typed(row[name], float, name)
+            typed({name: row[name] for name in ("reduction_ratio", *RANK_AXIS)}, Mapping[str, float], "a matrix")
     run_name(record)
     return record
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -21,9 +21,10 @@ from transformers import TrainerCallback
 
 from welore.emergence.subspace import leading, overlaps
 from welore.emergence.trace import COSINE, OTHER, OVERLAPS, RANKS, SAME, VALUES, Writer, key
-from welore.errors import DivergedError, WeLoreError, first_line
+from welore.errors import DivergedError
 from welore.io.atomic import atomic_write
 from welore.io.context import RunContext
+from welore.io.fields import refusing
 from welore.linalg.svd import singular_values
 from welore.models.targets import Target
 from welore.training.data import collate
@@ -158,13 +159,8 @@ def _compared(name: str, earlier: Sequence[Path], directions: Directions) -> Arr
         U, V = directions[key(name, BASES)], directions[key(name, BASES)]
         before = now
         if path is not None:
-            try:
-                with safe_open(path, "pt") as file:
-                    before, U = (file.get_tensor(key(name, part)) for part in (GRADIENTS, BASES))
-            except (OSError, SafetensorError) as error:
-                raise WeLoreError(
-                    f"{path} is lost or damaged ({first_line(error)}): begin again with --overwrite"
-                ) from error
+            with refusing(f"{path} is damaged", "begin again with --overwrite"), safe_open(path, "pt") as file:
+                before, U = (file.get_tensor(key(name, part)) for part in (GRADIENTS, BASES))
             before = normalize(before.float(), eps=TINY)
         tables = {COSINE: before @ now.T}
         tables |= {field: overlaps(U[..., :rank], V[..., :rank]) for rank, field in OVERLAPS.items()}

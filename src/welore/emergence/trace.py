@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from welore.allocation.plan import Plan
@@ -110,10 +109,7 @@ class Trace:
         if not lines:
             raise WeLoreError(f"{directory} holds a trace without a single checkpoint")
         with refusing(f"the trace in {directory} is broken", "record it again"):
-            try:
-                checkpoints = [load_file(directory / file_of(line["step"])) for line in lines]
-            except (OSError, SafetensorError) as error:
-                raise WeLoreError(str(error)) from error
+            checkpoints = [load_file(directory / file_of(line["step"])) for line in lines]
             for number, arrays in enumerate(checkpoints):
                 if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
                     raise WeLoreError(f"{bad[0]} of checkpoint {number} is NaN or infinite")

@@ -8,10 +8,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, Union, get_args, get_origin
 
+from safetensors import SafetensorError
+
 from welore.errors import WeLoreError
 
 LARGEST = 1 << 63  # a larger whole number is none that anything here counts
 
+ERRORS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)  # of unchecked values
 WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", type(None): "null"}
 
 
@@ -84,6 +87,6 @@ def refusing(sentence: str, advice: str) -> Iterator[None]:
     """Make every error of a block that reads an untrusted file one: SENTENCE (reason): advice."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except (*ERRORS, OSError, SafetensorError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise WeLoreError(f"{sentence} ({reason}): {advice}") from error

@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 import welore
-from welore.config import NONE, CompressionConfig
+from welore.config import NONE, CompressionConfig, require_at_least
 from welore.errors import WeLoreError, choose
 from welore.io.fields import LARGEST, refusing, typed
 from welore.io.safetensors_stream import FLOATS, TensorInfo, TensorReader, readers_of
@@ -73,9 +73,7 @@ class WeLoreConfig(QuantizationConfigMixin):
             raise WeLoreError(f"this checkpoint has format {version}, this welore reads up to {VERSION}: upgrade it")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers lists only its own
         self.ranks: dict[str, int] | None = typed(ranks, Mapping[str, int] | None, "ranks")
-        for name, rank in (self.ranks or {}).items():
-            if rank < 1:
-                raise WeLoreError(f"the rank of {name} is {rank}, it must be at least 1")
+        require_at_least(1, **{f"the rank of {name}": rank for name, rank in (self.ranks or {}).items()})
         for form in typed(forms or {}, Mapping[str, str], "forms").values():
             choose("form", form, FORMS)
         self.forms = {name: form for name, form in (forms or {}).items() if form != FACTORED}

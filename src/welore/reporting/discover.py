@@ -11,7 +11,7 @@ from typing import Any
 from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
-from welore.io.fields import typed
+from welore.io.fields import ERRORS, typed
 from welore.records import MODEL_FINGERPRINT, Record
 from welore.reporting.style import Picture
 from welore.reporting.tables import comparisons, plan_row, results, task_table
@@ -99,8 +99,7 @@ ROWS: dict[str, Callable[[Record], Any]] = {
     "finetune": lambda record: (
         comparisons([record])[0].table,
         curves(record),
-        typed(record.settings["method"], str, "method"),
-        typed(record.inputs[MODEL_FINGERPRINT], str, MODEL_FINGERPRINT),
+        typed([record.settings["method"], record.inputs[MODEL_FINGERPRINT]], tuple[str, str], "method and fingerprint"),
     ),
     "accuracy": lambda record: task_table([record]),
 }
@@ -117,6 +116,6 @@ def _read(path: Path, load: Loader) -> Any:
             ROWS.get(artefact.kind, str)(artefact)
     except WeLoreError as error:
         raise error if str(path) in str(error) else WeLoreError(f"{path} is broken ({error}): make it again") from error
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, OSError, RecursionError) as error:
+    except (*ERRORS, OSError) as error:
         raise WeLoreError(f"{path} is broken ({error!r}): make it again") from error
     return artefact
