@@ -7,7 +7,8 @@ import torch
 import welore
 from conftest import build
 from toys import characters, checkpoint
-from welore.config import ScoreConfig
+from welore.config import CalibrationConfig, ScoreConfig
+from welore.data.self_generated import generate_text
 from welore.errors import WeLoreError
 from welore.evaluation.accuracy import NEW_TOKENS, answers, grade, score
 from welore.evaluation.tasks import TASKS, Item, items
@@ -79,6 +80,15 @@ def test_prompt_longer_than_the_context_keeps_its_end_and_is_counted(tmp_path: P
     outputs, truncated = answers(model, characters(), ["a" * 100 + end, end], 2)
     assert truncated == 1
     assert outputs[0] == outputs[1]
+
+
+def test_the_number_of_an_end_token_that_is_none_is_one_sentence() -> None:
+    model = build("llama", vocab_size=98)
+    model.generation_config.eos_token_id = "</s>"  # type: ignore[assignment]
+    with pytest.raises(WeLoreError, match="eos_token_id is '</s>', it must be the number of a token"):
+        answers(model, characters(), ["Q: short"], 1)
+    with pytest.raises(WeLoreError, match="eos_token_id is '</s>', it must be the number of a token"):
+        generate_text(model, characters(), CalibrationConfig(num_tokens=8, max_length=4))
 
 
 def test_a_model_that_computes_nan_has_no_accuracy() -> None:

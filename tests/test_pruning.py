@@ -248,7 +248,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
     with pytest.raises(WeLoreError, match="a model in memory needs its tokenizer"):
         compress(build("llama"), keep=0.6, mlp_pruning=0.2)
 
-    opt, other = saved("opt"), tmp_path / "opt.safetensors"
+    opt, other = saved("opt", vocab_size=98), tmp_path / "opt.safetensors"
     characters().save_pretrained(opt)
     calibrate(opt, "self", other, num_tokens=256, max_length=32, measure_losses=0)
     with pytest.raises(WeLoreError, match="has no MLP whose neurons could be taken out"):

@@ -7,7 +7,7 @@ and ends with the model's end token; then the next one begins in the same window
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,7 +50,8 @@ def generate_text(
     steps = [(start, position) for start in range(0, windows, batch_size) for position in range(length)]
     written = torch.empty((windows, length), dtype=torch.long)
     warp = _warpers(config)
-    ends, size = _end_tokens(model, tokenizer), max(tokenizer.get_vocab().values()) + 1
+    ends = {*configured_ends(model), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+    size = max(tokenizer.get_vocab().values()) + 1
     batch: _Batch | None = None
     training = model.training
     model.eval()
@@ -125,11 +126,13 @@ def _ordinary(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [token for token in range(len(tokenizer)) if token not in special]
 
 
-def _end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    """Tokens that end a text (or a turn of a chat)."""
+def configured_ends(model: "PreTrainedModel") -> list[int]:
+    """The tokens that end a text (or a turn of a chat) by the model's generation_config."""
     configured: Any = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    several = configured if isinstance(configured, Sequence) else [configured]
-    return {int(token) for token in (*several, tokenizer.eos_token_id) if token is not None}
+    several = configured if isinstance(configured, list | tuple) else [] if configured is None else [configured]
+    if not all(isinstance(token, int) for token in several):
+        raise WeLoreError(f"generation_config.json: eos_token_id is {configured!r}, it must be the number of a token")
+    return list(several)
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------

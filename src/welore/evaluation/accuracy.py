@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from welore.config import RunOptions, ScoreConfig, TaskName, as_record
+from welore.data.self_generated import configured_ends
 from welore.data.windows import require_known_tokens
 from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS, Item, Task, items, majority_rate
@@ -138,15 +139,13 @@ def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", promp
     from transformers import GenerationConfig, LogitsProcessorList
 
     length = max(map(len, prompts))
-    end = model.generation_config.eos_token_id if model.generation_config else None
-    end = tokenizer.eos_token_id if end is None else end
+    end = configured_ends(model) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
     known = range(len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
-    usual = (tokenizer.pad_token_id, *(end if isinstance(end, list) else [end]))
-    pad = next((token for token in usual if token in known), 0)  # masked out; any token will do
+    pad = next((token for token in (tokenizer.pad_token_id, *end) if token in known), 0)  # masked out
     ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     greedy = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS, eos_token_id=end, pad_token_id=pad
+        do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS, eos_token_id=end or None, pad_token_id=pad
     )
     checks = LogitsProcessorList([lambda _, scores: refuse_nan(scores)])
     anything: Any = model
