@@ -515,9 +515,15 @@ def test_command_never_ends_with_a_traceback(
     assert all("compress model" in log and "Traceback" in log and log.endswith("1 / 0\n") for log in logs)
 
 
+def test_sentence_does_nothing_to_a_terminal(command: Command, tmp_path: Path) -> None:
+    answer = command("info", tmp_path / "a\x1b[31m\udc80")
+    assert answer.status == 2
+    assert "a\\x1b[31m\\udc80" in answer.err
+
+
 def test_signals_stop_a_command_and_are_given_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         with pytest.raises(Stopped) as caught, stoppable():
             os.kill(os.getpid(), number)
         assert caught.value.number == number

@@ -364,8 +364,10 @@ def test_an_incomplete_checkpoint_is_passed_over(tmp_path: Path) -> None:
         (directory / "model.safetensors").write_bytes(b"weights")
         if state is not None:
             (directory / "trainer_state.json").write_text(state)
+        (directory / "model.safetensors").chmod(0o600)  # as safetensors makes it
         if step in (2, 6):
             seal(directory)
+            assert directory.stat().st_mode & 0o666 == (directory / "model.safetensors").stat().st_mode & 0o777
     (tmp_path / "checkpoints/checkpoint-6/model.safetensors").write_bytes(b"damaged")
     found = last_checkpoint(tmp_path)
     assert found is not None

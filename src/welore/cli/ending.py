@@ -25,13 +25,13 @@ class Stopped(BaseException):
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and the end of a terminal raise Stopped, where nobody else takes or ignores them."""
+    """Ctrl-C, SIGTERM and the end of a terminal raise Stopped, unless they are ignored."""
     before = {}
     if threading.current_thread() is threading.main_thread():
         launched = os.environ.get("WORLD_SIZE", "1") not in ("", "1")  # a wait for other processes hears no SIGTERM
         others = () if launched else (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
         for number in (signal.SIGINT, *others):
-            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None, _stop):
                 before[number] = signal.signal(number, _stop)
     try:
         yield
@@ -48,8 +48,13 @@ def say_end(error: BaseException) -> int:
     """Say why a command ended, once for all processes of a job; returns the exit status."""
     status, sentence = _end_of(error)
     if sentence and _is_first(sentence):
-        print(sentence, file=sys.stdout if status == 0 else sys.stderr)
+        print(printable(sentence), file=sys.stdout if status == 0 else sys.stderr)
     return status
+
+
+def printable(text: str) -> str:
+    """The text, with an escape for every letter that would do something to a terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
 
 
 def _end_of(error: BaseException) -> tuple[int, str]:

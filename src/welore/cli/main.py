@@ -2,7 +2,6 @@
 
 import os
 import sys
-from contextlib import suppress
 from importlib import metadata
 from typing import Annotated
 
@@ -59,15 +58,12 @@ def _options(
 def main() -> None:
     """Run the command line; every end but a good one is one sentence.
 
-    Exit status: 2 for a mistake of the user or a disk or memory that is full, 3 for a recovery that failed, 1 for a bug
-    of ours, 130 and 143 for Ctrl-C and SIGTERM.
+    Exit status: 2 for a mistake or a full disk or memory, 3 for a failed recovery, 1 for a bug, 130 and 143 if stopped.
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # a service may have closed it
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123 - to the end
     try:
-        with suppress(AttributeError, OSError):  # another stream of Python's, or one that is gone
-            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a path may be no text
         with stoppable():
             status = typer.main.get_command(app).main(prog_name="welore", standalone_mode=False)
             flush_output()

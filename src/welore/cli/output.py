@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from welore.cli.ending import flush_output, is_main_process
+from welore.cli.ending import flush_output, is_main_process, printable
 
 if TYPE_CHECKING:
     from welore.records import Record
@@ -20,14 +20,14 @@ def print_result(result: "Record | Mapping[str, Any]", as_json: bool, line: str)
 
     if is_main_process():
         content = result if isinstance(result, Mapping) else dataclasses.asdict(result)
-        print(json.dumps(finite(content)) if as_json else line.encode(errors="replace").decode())
+        print(json.dumps(finite(content)) if as_json else printable(line))
         flush_output()
 
 
 def log(line: str) -> None:
     """Print something worth knowing to the standard error, from the first process alone."""
     if is_main_process():
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
 
 
 def achieved(target: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:

@@ -107,10 +107,7 @@ def atomic_directory(path: str | Path, *, overwrite: bool = False, marker: str =
         partial.mkdir()
         try:
             yield partial
-            mode = stat.S_IMODE(partial.stat().st_mode) & 0o666
-            for file in partial.rglob("*"):
-                if file.is_file() and not file.is_symlink():
-                    _settle(file, mode)
+            settle_directory(partial)
             replace_directory(partial, path)
         finally:
             remove(partial)
@@ -156,6 +153,14 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def settle_directory(directory: Path) -> None:
+    """Put all files of a directory on the disk, with the modes that the umask gives."""
+    mode = stat.S_IMODE(directory.stat().st_mode) & 0o666
+    for file in directory.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            _settle(file, mode)
 
 
 def _settle(file: Path, mode: int) -> None:

@@ -42,11 +42,11 @@ class Workspace:
             yield
         except BaseException as error:
             if processes.is_main:
-                self._restore()
-                if isinstance(error, DamagedWeightsError):
+                if self._retired.exists() and not self.directory.exists():
+                    self._retired.replace(self.directory)  # the result did not get its name
+                empty = all(path.name == KEY_FILE for path in self.directory.glob("*"))
+                if isinstance(error, DamagedWeightsError) or (empty and isinstance(error, Exception)):
                     self.remove()
-                elif isinstance(error, Exception):
-                    self._remove_if_empty()
                 if self.directory.exists():
                     error.add_note(f"the finished work lies in {self.directory}: the same command goes on there")
             raise
@@ -83,15 +83,6 @@ class Workspace:
         """Delete everything; of a process that is killed meanwhile a hidden directory stays, no half of the work."""
         self.retire()
         remove(self._retired)
-
-    def _restore(self) -> None:
-        if self._retired.exists() and not self.directory.exists():
-            self._retired.replace(self.directory)
-
-    def _remove_if_empty(self) -> None:
-        """Delete the directory if no work lies in it yet."""
-        if all(path.name == KEY_FILE for path in self.directory.glob("*")):
-            self.remove()
 
     def store(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a group of tensors, whole or not at all."""

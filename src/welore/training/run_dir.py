@@ -23,9 +23,11 @@ from welore.errors import WeLoreError
 from welore.io.atomic import (
     atomic_directory,
     read_json,
+    remove,
     replace_directory,
     require_free,
     resolved,
+    settle_directory,
     storage_errors,
     tidy,
     work_directory,
@@ -76,8 +78,11 @@ def run_directory(out: str | Path, *reads: Any, resume: bool, overwrite: bool, r
             if (directory / RUN).is_file():
                 error.add_note(f"the run lies in {directory}: --resume goes on there")
             raise
-        if leads and directory == work:
-            replace_directory(work, out)
+        if leads:
+            for leftover in directory.glob(".*.welore-*"):  # of a part that was finished by an earlier process
+                remove(leftover)
+            if directory == work:
+                replace_directory(work, out)
 
 
 def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
@@ -111,7 +116,8 @@ def last_checkpoint(out: Path) -> Path | None:
 
 
 def seal(checkpoint: Path) -> None:
-    """Note the checksums of a checkpoint, by which damage is seen before the run goes on there."""
+    """Put a checkpoint on the disk, with its checksums, by which damage is seen before the run goes on there."""
+    settle_directory(checkpoint)
     write_json(checkpoint / CHECKSUMS, _checksums(checkpoint))
 
 
