@@ -381,6 +381,7 @@ def test_adapter_beside_the_weights_is_refused(saved, verb: Callable[[Path], obj
         {"pad_token_id": 1 << 40},
         {"quantization_config": 5},
         {"num_labels": 1 << 40},
+        {"num_hidden_layers": 5000},
         {"auto_map": 5},
         {"more": json.loads("[" * 900 + "]" * 900)},
         {"transformers_weights": 5},
@@ -405,6 +406,18 @@ def test_damaged_json_is_one_sentence_that_names_the_file(saved, name: str, text
     directory = saved("llama", shard="20KB")
     (directory / name).write_text(text)
     with pytest.raises(WeLoreError, match=name):
+        open_source(directory, RunContext.create())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"eos_token_id": "x"}, {"eos_token_id": [[1]]}, {"pad_token_id": 0.5}, {"temperature": []}, {"top_k": "5"}],
+)
+def test_damaged_generation_settings_are_one_sentence(saved, change: dict[str, object]) -> None:
+    directory = saved("llama")
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(WeLoreError, match=f"{next(iter(change))} of .*generation_config.json"):
         open_source(directory, RunContext.create())
 
 
@@ -444,7 +457,11 @@ def test_matrix_of_a_dtype_that_nobody_multiplies_is_refused(saved, dtype: torch
     tensors = load_file(directory / "model.safetensors")
     save_file(tensors | {name: tensors[name].to(dtype)}, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(WeLoreError, match=f"{name} has dtype"):
-        _ = open_source(directory, RunContext.create()).targets
+        open_source(directory, RunContext.create())
+    with pytest.raises(WeLoreError, match=f"{name} has dtype"):
+        load(directory, "auto", "cpu")
+    with pytest.raises(WeLoreError, match=f"{name} has dtype"):
+        _ = CheckpointSource(directory).targets
     model = build("llama")
     model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(
         tensors[name].to(dtype), requires_grad=False

@@ -14,6 +14,8 @@ from welore.errors import WeLoreError, first_line
 from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import SINGLE, SMALL_FILES, weight_names
 
+MOST_LAYERS = 1024
+
 
 def resolve_model(model: str | Path, *, cache_dir: str | Path | None = None, revision: str | None = None) -> Path:
     """The local directory of MODEL: itself, or the hub's snapshot, or the converted .gguf file.
@@ -71,23 +73,39 @@ def _convert_gguf(path: Path, directory: Path) -> None:
         import gguf  # noqa: F401 - transformers needs it and says so less clearly
     except ImportError as error:
         raise WeLoreError("a .gguf file needs the extra packages of `pip install 'welore[gguf]'`") from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     auto: Any = AutoModelForCausalLM
     exact = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
     with atomic_directory(directory) as unfinished:
         try:
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            _require_sizes(path, config, auto)
             model, report = auto.from_pretrained(
-                path.parent, gguf_file=path.name, **exact, output_loading_info=True, ignore_mismatched_sizes=True
+                path.parent,
+                config=config,
+                gguf_file=path.name,
+                **exact,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        except (MemoryError, torch.OutOfMemoryError):
+        except (WeLoreError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of a damaged file the readers of two libraries make any error
             raise WeLoreError(f"{path} cannot be read: {first_line(error)}") from error
         require_all_loaded(path, report)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+
+
+def _require_sizes(path: Path, config: Any, auto: Any) -> None:
+    """Raise WeLoreError for a header that asks for more layers or numbers than the file can hold."""
+    layers, bits = config.num_hidden_layers, 8 * path.stat().st_size  # a number takes more than a bit
+    with torch.device("meta"):
+        largest = 0 if layers > MOST_LAYERS else max(p.numel() for p in auto.from_config(config).parameters())
+    if layers > MOST_LAYERS or largest > bits:
+        raise WeLoreError(f"{path} cannot be read: its header asks for a larger model than the file holds")
 
 
 def require_all_loaded(path: Path, report: Mapping[str, Any]) -> None:

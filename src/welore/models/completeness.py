@@ -16,6 +16,7 @@ from welore.io.atomic import read_json
 from welore.io.checkpoint import CONFIG, CheckpointReader
 from welore.io.fields import typed
 from welore.io.hub import require_all_loaded
+from welore.io.safetensors_stream import FLOATS
 from welore.models.quantizer import METHOD, WeLoreConfig, check_factors
 from welore.models.replace import has_module
 from welore.models.skeleton import decoder_blocks, reason
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 GENERATION = "generation_config.json"
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "length_penalty", "max_length", "num_beams")
 MASK = 1 << 30  # numbers of a buffer that a configuration may ask for, such as a mask of its context
 
 
@@ -60,6 +63,12 @@ def require_complete(directory: Path, skeleton: "PreTrainedModel", quantization:
     except Exception as error:  # a family reads a configuration that nobody has checked
         raise WeLoreError(f"{directory} cannot be loaded: {reason(error)}") from error
     require_all_loaded(directory, report)
+    for name, tensor in model.state_dict().items():
+        stored = files.entries.get(name, files.entries.get(name.removeprefix(f"{model.base_model_prefix}.")))
+        if tensor.is_floating_point() and stored is not None and stored.dtype not in FLOATS:
+            raise WeLoreError(
+                f"{name} has dtype {stored.dtype}, and {CONFIG} does not say how: give the unquantized model"
+            )
     _require_all_read(directory, model, report["unexpected_keys"], compressed=quantization is not None)
 
 
@@ -79,7 +88,10 @@ def _require_generation_config(directory: Path) -> None:
     path = directory / GENERATION
     if not path.is_file():
         return
-    typed(read_json(path), Mapping, str(path))
+    content = typed(read_json(path), Mapping, str(path))
+    kinds = dict.fromkeys(TOKENS, int | tuple[int, ...] | None) | dict.fromkeys(NUMBERS, float | None)
+    for name, kind in kinds.items():
+        typed(content.get(name), kind, f"{name} of {path}")
     try:
         GenerationConfig.from_pretrained(directory)
     except Exception as error:  # as above
