@@ -11,6 +11,7 @@ from welore.config import FinetuneConfig
 from welore.data import packing as batches
 from welore.data import text as text_module
 from welore.data.packing import DatasetSplit, blocks_of_text
+from welore.data.text import TextOptions
 from welore.errors import WeLoreError
 from welore.training.data import IGNORED, collate, questions_of_task, shuffled
 
@@ -117,6 +118,14 @@ def test_every_block_begins_with_bos_if_the_tokenizer_opens_texts() -> None:
     plain = ["abcdef", "g</s>hijk"]
     assert packed("never", characters(opens=True)) == plain
     assert [packed(bos, characters()) for bos in ("auto", "text", "never")] == [plain] * 3
+    digests = {
+        (bos, opens): blocks_of_text(
+            ["abc" * 99], characters(opens=opens), 8, tokens=0, eval_items=1, options=TextOptions(bos=bos)
+        ).sha256
+        for bos in ("auto", "text")
+        for opens in (True, False)
+    }
+    assert len({digests.pop(("auto", True)), *digests.values()}) == 2  # other blocks are other data
 
 
 def test_text_for_a_vocabulary_is_that_of_the_training_part(text: str) -> None:

@@ -357,6 +357,8 @@ def test_ratio_is_to_the_dense_model_on_the_same_text_and_settings() -> None:
             perplexity("c", 60.0, plan, dataset="pydoc"),
             perplexity("c", 60.0, plan, max_length=1024),
             perplexity("c", 60.0, plan, dtype="bfloat16"),
+            perplexity("c", 60.0, plan, bos="window"),
+            perplexity("c", 60.0, plan, bos="text"),
         ]
     )
     assert {caption: group[-1].ratio for caption, group in texts.items()} == {
@@ -364,6 +366,7 @@ def test_ratio_is_to_the_dense_model_on_the_same_text_and_settings() -> None:
         "pydoc, 16 windows of 512 tokens, float32": 6,
         "wiki.txt, 16 windows of 1024 tokens, float32": None,
         "wiki.txt, 16 windows of 512 tokens, bfloat16": None,
+        "wiki.txt, 16 windows of 512 tokens, float32, BOS: window": None,
     }
 
 

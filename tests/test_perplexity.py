@@ -261,7 +261,7 @@ def test_record_comes_back_from_disk(directory: Callable[..., Path], text: str, 
         "device": "cpu",
         "dataset_split": None,
         "text_column": "text",
-        "bos": "auto",
+        "bos": "text",  # the tokenizer puts nothing in front of a text
     }
 
 

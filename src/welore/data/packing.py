@@ -71,6 +71,9 @@ def blocks_of_text(
     documents are not fetched. Tokens that do not fill a block at the end are left out and counted.
     """
     source, sha = open_text(dataset, options), hashlib.sha256()
+    bos = Openings.of(tokenizer, options.bos, length).bos
+    if bos != "text":  # other blocks of the same text
+        sha.update(f"bos {bos}\0".encode())
     documents = source.training(tokens)
     if source.held_out is not None:
         held_out, _ = pack(tokenizer, _digested(source.held_out(), sha), length, bos=options.bos)

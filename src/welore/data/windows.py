@@ -67,7 +67,8 @@ def opening_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 class Openings:
     """Where texts that are cut into windows have the token (BOS) that some models expect in front of all they read.
 
-    of_text: the tokenizer's own opening of a text. of_window: the tokens with which every window begins.
+    bos: "window", "never", or "text", which is also that of a tokenizer that puts nothing in front of a text. of_text:
+    the tokenizer's own opening of a text. of_window: the tokens with which every window begins.
     """
 
     bos: BosName
@@ -93,7 +94,7 @@ class Openings:
                 f"length is {length}: a window needs at least {max(2, len(opening) + 1)} tokens, one to predict from "
                 "and one to predict"
             )
-        return cls(bos, own, opening)
+        return cls("window" if opening else "never" if bos == "never" and own else "text", own, opening)
 
     def without(self, ids: list[int], *, first: bool) -> list[int]:
         """The tokens of a text without the opening that it is not to have; first: whether a window begins with it."""

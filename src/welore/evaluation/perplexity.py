@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from welore.config import Dataset, EvaluationConfig, RunOptions, as_record
 from welore.data.packing import IGNORED, Batch
 from welore.data.text import TextOptions
-from welore.data.windows import evaluation_text, require_known_tokens, stack, windows
+from welore.data.windows import Openings, evaluation_text, require_known_tokens, stack, windows
 from welore.errors import WeLoreError
 from welore.evaluation.divergence import divergence
 from welore.io.context import RunContext
@@ -85,7 +85,8 @@ def evaluate(
         loaded.inputs["against"] = dense.inputs["model"]
         _require_equal_tokens(dense, text, batches, config)
         numbers |= divergence(net, dense.model, batches, context.progress)
-    return loaded.record("perplexity", as_record(config), numbers)
+    bos = "text" if isinstance(text, Tensor) else Openings.of(loaded.tokenizer, config.bos, config.max_length).bos
+    return loaded.record("perplexity", as_record(config) | {"bos": bos}, numbers)
 
 
 def _require_equal_tokens(

@@ -242,17 +242,19 @@ def _accuracy(record: Record) -> str:
 
 
 def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[str, list[Result]]:
-    """Caption of a text -> perplexities on it (same windows, length and dtype), dense first, then by falling size.
+    """Caption of a text -> perplexities on it (same windows, BOS and dtype), dense first, then by falling size.
 
     originals: models that were compressed; they decide which of several dense models (a merged one, say) is the base.
     """
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for r in records:
-        text = r.inputs.get("text_sha256") or r.settings["dataset"]
-        groups.setdefault((text, r.numbers["windows"], r.settings["max_length"], r.settings["dtype"]), []).append(r)
+        text, s = r.inputs.get("text_sha256") or r.settings["dataset"], r.settings
+        key = text, r.numbers["windows"], s["max_length"], s["dtype"], s.get("bos", "text")  # version 0.1 has no other
+        groups.setdefault(key, []).append(r)
     texts: dict[str, list[Result]] = {}  # batch size and device are ignored: they do not change a perplexity
-    for (text, windows, length, dtype), group in groups.items():
+    for (text, windows, length, dtype, bos), group in groups.items():
         caption = f"{last_name(group[0].settings['dataset'])}, {windows} windows of {length} tokens, {dtype}"
+        caption += "" if bos == "text" else f", BOS: {bos}"
         # One name can stand for two texts: pydoc differs between versions of Python.
         caption += f" (text {text[:8]})" if caption in texts else ""
         base = _dense_perplexity(group, originals)
