@@ -393,6 +393,7 @@ def test_old_run_stays_until_the_one_that_replaces_it_is_finished(
     assert everything(out) == before
     assert caught.value.__notes__ == [f"the run lies in {tmp_path}/run.work: --resume goes on there"]
     monkeypatch.undo()
+    (tmp_path / "run.work/checkpoints/checkpoint-2/checksums.json").unlink()  # as if killed just before
     assert finetuned(model, out, resume=True, **settings | {"seed": 5}).numbers["resumed_at"] == 2
     assert (out / "checkpoints/checkpoint-2/checksums.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -26,7 +26,7 @@ from welore.training.arguments import length_of, sequences_read, training_argume
 from welore.training.data import questions_of_task
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable
 from welore.training.originals import Originals
-from welore.training.run_dir import CHECKPOINTS, WRITTEN, begin, config_digest, fingerprint, last_checkpoint
+from welore.training.run_dir import CHECKPOINTS, WRITTEN, begin, config_digest, fingerprint, last_checkpoint, seal
 from welore.training.teacher import load_teacher, write_text
 from welore.training.trainer import FinetuneTrainer
 
@@ -115,6 +115,8 @@ def prepare(
         begin(out, _identity(config, marked, digests | configs, args.world_size), resume=resume)
         if written is not None:
             write_windows(out / WRITTEN, written)
+        if last is not None:  # the run was perhaps killed before it sealed it
+            seal(last)
     inputs, trained = loaded.inputs | digests, originals.trained(marked)
     return Prepared(args, marked, tokenizer, data, inputs, originals, trained, teacher, last)
 
