@@ -1,8 +1,8 @@
 """Is a low-rank layer as fast as its parameter count promises? A record and two lines.
 
 One linear layer, one thread: dense; factored, y = A (B x); pivoted, P and C at the same rank, so r^2 numbers less;
-merged, W = A B again (a control: it must cost what dense costs). Prefill is 512 tokens at once, after decoding has laid
-A and C by column, training the same with its gradients, decode one token. In decode every call takes the next of many
+merged, W = A B again (a control: it must cost what dense costs). Prefill is 512 tokens at once, after
+welore.optimize_for_decoding, training the same with its gradients, before it, decode one token. In decode every call takes the next of many
 copies of the layer, as a model does: its weights come from memory, not from the cache. Then SmolLM2 as a whole.
 Variants are interleaved; what counts is the median ratio of neighbouring measurements, and its product with the
 parameter ratio ("reach"): 1 means that half the parameters take half the time.
@@ -73,25 +73,27 @@ def measure_layer(m: int, n: int, share: float, name: str) -> dict[str, Any]:
     layers = variants(m, n, r, dtype)
     ratio = {kind: FORMS[kind].cost(m, n, r) / (m * n) if kind in FORMS else 1.0 for kind in layers}
     count = max(1, math.ceil(BEYOND_CACHE_BYTES / (m * n * dtype.itemsize)))
-    copies = {kind: cycle([deepcopy(layer).eval() for _ in range(count)]) for kind, layer in layers.items()}
+    copies = {kind: [deepcopy(layer).eval() for _ in range(count)] for kind, layer in layers.items()}
+    trained = deepcopy(layers)
+    for layer in (*layers.values(), *(copy for kind in copies.values() for copy in kind)):
+        welore.optimize_for_decoding(layer)
+    copied = {kind: cycle(same) for kind, same in copies.items()}
     prompt, token = torch.randn(PREFILL, n, dtype=dtype), torch.randn(1, n, dtype=dtype)
 
     def decode(kind: str) -> None:
-        for layer in islice(copies[kind], count):
+        for layer in islice(copied[kind], count):
             layer(token)
 
     def train(layer: nn.Module) -> None:
         layer(prompt).backward(torch.ones(PREFILL, m, dtype=dtype))
 
     with torch.inference_mode():
-        for layer in layers.values():
-            layer.eval()(token)
         speedups = {
             "prefill": interleaved({kind: partial(layer, prompt) for kind, layer in layers.items()}, REPEATS_PREFILL),
             "decode": interleaved({kind: partial(decode, kind) for kind in layers}, REPEATS_DECODE),
         }
     prompt.requires_grad_()
-    training = {kind: partial(train, layer.train()) for kind, layer in layers.items()}
+    training = {kind: partial(train, layer) for kind, layer in trained.items()}
     speedups["training"] = interleaved(training, REPEATS_PREFILL)
     return {
         "shape": [m, n],
@@ -147,6 +149,8 @@ def load_models() -> tuple[dict[str, Any], dict[str, Any]]:
         models = {name: AutoModelForCausalLM.from_pretrained(place) for name, place in places.items()}
     about = {name: sizes(model) for name, model in models.items()}
     welore.merge(models["merged"])
+    for model in models.values():
+        welore.optimize_for_decoding(model)
     forms, dense = ("factored", "pivoted"), about["dense"]["parameters"]
     return models, {
         "targeted_parameter_ratio": {form: about[form]["parameter_ratio"] for form in forms},

@@ -1,13 +1,16 @@
 from copy import deepcopy
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from welore.errors import WeLoreError
-from welore.layers.low_rank import LowRankLayer, PivotedLinear
+from welore.layers.low_rank import LowRankLayer, LowRankLinear, PivotedLinear, optimize_for_decoding
 from welore.layers.storage_forms import FORMS, PIVOTED
 
 SHAPES = [(5, 7, 3), (7, 5, 3), (4, 9, 4), (6, 6, 1)]  # n, m, r
@@ -109,22 +112,68 @@ def test_pivoted_layer_with_nothing_to_combine_is_refused(rank: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_decoding_lays_weights_by_column_and_nobody_notices(form: str, tmp_path: Path) -> None:
+def test_decoding_leaves_the_parameters_alone(form: str, tmp_path: Path) -> None:
     made = layer(form, (5, 7, 3), torch.float32).eval()
-    tall = made.C if isinstance(made, PivotedLinear) else made.A
-    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     x = torch.randn(1, 1, 5)
     with torch.inference_mode():
-        many, one = made(x.repeat(1, 2, 1)), made(x)
-        assert tall.weight.stride(0) == 1
-        torch.testing.assert_close(made(x), one)
-    torch.testing.assert_close(one[0, 0], many[0, 1])
-    state = made.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
-    save_file(state, tmp_path / "layer.safetensors")  # refuses what is not contiguous
-    made(torch.randn(2, 5)).sum().backward()
-    made.zero_grad()
-    assert made.train() is made
-    assert tall.weight.is_contiguous()
+        made(x)
+    parameters = dict(made.named_parameters())
+    assert parameters_to_vector(parameters.values()).numel() == sum(p.numel() for p in parameters.values())
+    save_file(parameters, tmp_path / "layer.safetensors")  # refuses what is not contiguous
+    program = torch.export.export(made, (x,)).module()
+    torch.testing.assert_close(program(x), made(x))
+    for tensor in made.state_dict().values():
+        tensor.zero_()
+    assert not any(tensor.any() for tensor in (*parameters.values(), *made.buffers()))
+
+
+def test_decoding_hands_the_weight_on_as_it_is() -> None:
+    class Scaled(torch.Tensor):
+        """As torchao's: a weight that knows only what a linear layer does with it."""
+
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is not torch.nn.functional.linear:
+                return super().__torch_function__(function, types, args, kwargs or {})
+            x, weight = args[:2]
+            return torch.nn.functional.linear(x, 2 * weight.as_subclass(torch.Tensor))
+
+    made = LowRankLinear(5, 7, 3).eval()
+    x = torch.randn(1, 5)
+    expected = 2 * made(x)
+    made.A.weight = torch.nn.Parameter(made.A.weight.detach().as_subclass(Scaled), requires_grad=False)
+    optimize_for_decoding(made)
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.Tensor(made(x)), expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_optimized_for_decoding_is_the_same_layer(form: str) -> None:
+    made = layer(form, (5, 7, 3), torch.float32)
+    x, before = torch.randn(1, 5), {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    expected = made(x)
+    with torch.inference_mode():
+        optimize_for_decoding(torch.nn.Sequential(made, torch.nn.Linear(7, 7)))
+    assert getattr(made, made.tall).weight.stride(0) == 1
+    torch.testing.assert_close(made(x), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
     made(x).sum().backward()
-    assert tall.weight.is_contiguous(), "one token with gradients is no decoding"
+    assert all(parameter.grad is not None for parameter in made.parameters())
+
+
+def test_no_operation_of_a_pivoted_layer_on_a_gpu_adds_atomically() -> None:
+    class Names(TorchDispatchMode):
+        seen: ClassVar[set[str]] = set()
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen.add(function.overloadpacket.__name__)
+            return function(*args, **kwargs or {})
+
+    made = PivotedLinear(5, 7, 3, device="meta")
+    with Names() as names:
+        made(torch.empty(2, 5, device="meta")).sum().backward()
+    assert "index_select" in names.seen
+    assert not names.seen & {"gather", "scatter_add", "scatter_add_"}
+    order = torch.randperm(7)
+    y = torch.randn(2, 3, 7)
+    assert torch.equal(y.index_select(-1, order), y.gather(-1, order.expand(y.shape)))

@@ -10,11 +10,11 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import welore
-from conftest import FAMILIES, MIXTURES, build, compress, logits
+from conftest import COMMON, FAMILIES, MIXTURES, build, compress, logits
 from toys import characters
 from welore.errors import WeLoreError
 from welore.io.checkpoint import CheckpointReader, OutputTensors
@@ -79,6 +79,26 @@ def test_experts_are_counted_as_left_dense(family: str) -> None:
     assert found.blocks_other == experts > found.targeted
     assert "mlp.experts" in found.blocks_other_names
     assert found.total == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "routers"),
+    [
+        ("mixtral", {"num_local_experts": 8}, set()),  # its router is no linear layer; k_proj and v_proj are 8 wide
+        ("afmoe", {"num_experts": 8, "head_dim": 8, "moe_intermediate_size": 8, "num_dense_layers": 0}, {"gate"}),
+        ("jetmoe", {"num_local_experts": 8, "kv_channels": 8}, {"layer"}),
+    ],
+)
+def test_routers_are_told_by_their_place_not_by_their_width(
+    family: str, changes: dict[str, int], routers: set[str]
+) -> None:
+    config = CONFIG_MAPPING[family](**COMMON | {"num_key_value_heads": 1} | changes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = {name for name, module in model.model.layers.named_modules(prefix="model.layers") if kind_of(module)}
+    left = linear - {target.name for target in find_targets(model)}
+    assert {name.rpartition(".")[2] for name in left} == routers
+    assert all("router" in name for name in left)
 
 
 class Named(torch.nn.Linear):

@@ -15,14 +15,14 @@ def some_tensors() -> dict[str, torch.Tensor]:
         f"t.{name}": numbers.to(dtype) if dtype.itemsize > 1 or name == "BOOL" else numbers.to(torch.uint8).view(dtype)
         for name, dtype in DTYPES.items()
     }
-    return tensors | {"empty": torch.empty(0), "scalar": torch.tensor(2.5), "äöü": torch.ones(3)}
+    strided = torch.ones(1, 4)[:, :1].T
+    return tensors | {"empty": torch.empty(0), "strided": strided, "scalar": torch.tensor(2.5), "äöü": torch.ones(3)}
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], order: list[str]) -> None:
     with TensorWriter(path, {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in tensors.items()}) as writer:
         for name in order:
-            flat = tensors[name].reshape(-1)
-            writer.write(name, flat.split(4))
+            writer.write(name, [tensors[name]] if tensors[name].numel() < 2 else tensors[name].reshape(-1).split(4))
 
 
 def test_file_is_byte_equal_to_the_library_whatever_the_order_of_writing(tmp_path: Path) -> None:

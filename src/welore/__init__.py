@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from welore.evaluation.accuracy import score
     from welore.evaluation.lm_eval import evaluate_tasks
     from welore.evaluation.perplexity import evaluate
-    from welore.layers.low_rank import LowRankLinear, PivotedLinear, SplitLinear
+    from welore.layers.low_rank import LowRankLinear, PivotedLinear, SplitLinear, optimize_for_decoding
     from welore.models.quantizer import WeLoreConfig
     from welore.records import Record
     from welore.reporting.page import report
@@ -85,6 +85,7 @@ __all__ = [
     "info",
     "mark_trainable",
     "merge",
+    "optimize_for_decoding",
     "pretrain",
     "report",
     "score",
@@ -121,7 +122,7 @@ _LAZY = {
     "evaluation.accuracy": ["score"],
     "evaluation.lm_eval": ["evaluate_tasks"],
     "evaluation.perplexity": ["evaluate"],
-    "layers.low_rank": ["LowRankLinear", "PivotedLinear", "SplitLinear"],
+    "layers.low_rank": ["LowRankLinear", "PivotedLinear", "SplitLinear", "optimize_for_decoding"],
     "models.quantizer": ["WeLoreConfig"],
     "records": ["Record"],
     "reporting.page": ["report"],

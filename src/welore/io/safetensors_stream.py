@@ -148,7 +148,8 @@ class TensorWriter:
         self._file.seek(self._data + start)
         for chunk in chunks:
             assert chunk.dtype == info.dtype, f"{name}: {chunk.dtype} is not {info.dtype}"
-            self._file.write(chunk.cpu().contiguous().view(torch.uint8).numpy().data)
+            flat = chunk.cpu().contiguous().as_strided((chunk.numel(),), (1,))  # one of one number may have any stride
+            self._file.write(flat.view(torch.uint8).numpy().data)
         assert self._file.tell() == self._data + start + info.bytes, f"{name}: wrong number of bytes"
         self._missing.discard(name)
 

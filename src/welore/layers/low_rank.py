@@ -1,6 +1,6 @@
 """The low-rank layers: nn.Modules and nothing else."""
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ class LowRankLayer(nn.Module):
     """
 
     form: ClassVar[str]
+    tall: ClassVar[str]  # the child whose weight has more rows than columns
     bias: nn.Parameter | None
     weight: Tensor
 
@@ -49,13 +50,6 @@ class LowRankLayer(nn.Module):
         """W (m, n), float32, from the tensors in the order of the form's parts."""
         raise NotImplementedError
 
-    def train(self, mode: bool = True) -> Self:
-        """As of any module; what decoding has laid by column is laid by row again to be trained."""
-        for parameter in self.parameters():
-            if mode and not parameter.is_contiguous():
-                parameter.data = parameter.data.contiguous()
-        return super().train(mode)
-
     def extra_repr(self) -> str:
         """Shapes, as nn.Linear prints them."""
         return _shapes(self, f"rank={self.rank}")
@@ -67,13 +61,12 @@ class LowRankLinear(LowRankLayer):
     A: nn.Linear(rank, out_features), weight (m, r). B: nn.Linear(in_features, rank), weight (r, n).
     """
 
-    form = FACTORED
+    form, tall = FACTORED, "A"
 
     def __init__(self, in_features: int, out_features: int, rank: int, **options: Any) -> None:
         super().__init__(in_features, out_features, rank, **options)
         options.pop("bias", None)
         self.A = nn.Linear(rank, out_features, bias=False, **options)
-        self.A.register_state_dict_post_hook(_by_row)
         self.B = nn.Linear(in_features, rank, bias=False, **options)
 
     @staticmethod
@@ -89,7 +82,6 @@ class LowRankLinear(LowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n) -> (..., m)."""
-        _lay_by_column(self.A, x)
         y = self.A(self.B(x))
         return y if self.bias is None else y + self.bias
 
@@ -102,7 +94,7 @@ class PivotedLinear(LowRankLayer):
     as large as W: refused.
     """
 
-    form = PIVOTED
+    form, tall = PIVOTED, "C"
     order: Tensor
 
     def __init__(self, in_features: int, out_features: int, rank: int, **options: Any) -> None:
@@ -115,7 +107,6 @@ class PivotedLinear(LowRankLayer):
         options.pop("bias", None)
         self.P = nn.Linear(in_features, rank, bias=False, **options)
         self.C = nn.Linear(rank, out_features - rank, bias=False, **options)
-        self.C.register_state_dict_post_hook(_by_row)
         self.register_buffer("order", torch.arange(out_features, device=options.get("device"), dtype=torch.int32))
 
     @staticmethod
@@ -131,11 +122,12 @@ class PivotedLinear(LowRankLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n) -> (..., m)."""
-        _lay_by_column(self.C, x)
         z = self.P(x)
         y = torch.cat((z, self.C(z)), -1)
-        # gather with a stretched index: on a CPU several times as fast, both ways, as index_select or y[..., order].
-        y = y.gather(-1, self.order.long().expand(y.shape))
+        order = self.order.long()
+        # gather with a stretched index is several times as fast on a CPU, both ways; its backward on a GPU is not
+        # deterministic.
+        y = y.gather(-1, order.expand(y.shape)) if y.device.type == "cpu" else y.index_select(-1, order)
         return y if self.bias is None else y + self.bias
 
 
@@ -201,21 +193,19 @@ def _shapes(layer: LowRankLayer | SplitLinear, inside: str) -> str:
 # --- one token on a CPU ---------------------------------------------------------------------------------------------
 
 
-def _lay_by_column(tall: nn.Linear, x: Tensor) -> None:
-    """Before the first token is decoded on a CPU in float32: the numbers of `tall` (m, r) column after column.
+def optimize_for_decoding(model: nn.Module) -> None:
+    """Lay the weights of low-rank layers for decoding one token at a time, on a CPU in float32; others stay.
 
-    One token reads every weight once. Rows of r numbers are too short to be read at full speed, columns of m are not:
-    a layer at r = 0.3 n gains a third. The tensor keeps its shape and values; it is no longer contiguous, so what
-    state_dict gives is a contiguous copy (`_by_row`), and `train` lays it by row again.
+    A and C (m, r) get their numbers column after column: one token reads every weight once, and columns of m numbers
+    are read faster than rows of r (docs/results/inference.md). Values and results of saving stay, but the parameters
+    are no longer contiguous. Train and export a model before, or load it anew.
+
+    Args:
+        model: A model with low-rank layers, changed in place.
     """
-    weight = tall.weight
-    if x.shape[-1] != x.numel() or x.device.type != "cpu" or weight.dtype != torch.float32 or weight.stride(0) == 1:
-        return
-    if tall.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return
-    with torch.inference_mode(False):  # the weight may be trained later, which a tensor made in that mode may not
-        weight.data = weight.data.T.contiguous().T
-
-
-def _by_row(module: nn.Module, state: dict[str, Tensor], prefix: str, _: object) -> None:
-    state[prefix + "weight"] = state[prefix + "weight"].contiguous()
+    for layer in model.modules():
+        tall = getattr(layer, layer.tall) if isinstance(layer, LowRankLayer) else None
+        weight = getattr(tall, "weight", None)
+        if type(weight) is nn.Parameter and weight.device.type == "cpu" and weight.dtype == torch.float32:
+            with torch.inference_mode(False):  # it may be trained later, which a tensor made in that mode may not
+                weight.data = weight.data.T.contiguous().T

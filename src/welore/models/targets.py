@@ -18,8 +18,6 @@ from welore.models.skeleton import decoder_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-
 
 # --- kinds of weights ------------------------------------------------------------------------------------------------
 
@@ -200,8 +198,6 @@ def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude:
     include, exclude = tuple(include), tuple(exclude)
     blocks, _ = decoder_blocks(model)
     tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
-    settings: Any = model.config.get_text_config(decoder=True)
-    experts = {getattr(settings, key, None) for key in EXPERT_COUNTS}
     names = []
     targets = []
     for name, module in model.named_modules():
@@ -213,7 +209,7 @@ def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude:
         if include:
             wanted = any(_matches(name, pattern) for pattern in include)
         else:
-            wanted = name.startswith(blocks + ".") and m not in experts
+            wanted = name.startswith(blocks + ".") and not _is_router(model, name)
         if not wanted or any(_matches(name, pattern) for pattern in exclude):
             continue
         if module is tied:
@@ -225,6 +221,19 @@ def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude:
     if not targets:
         raise WeLoreError("no linear layer is targeted: the patterns leave nothing to compress")
     return targets
+
+
+def _is_router(model: nn.Module, name: str) -> bool:
+    """Whether a layer chooses experts: it is, or lies in, what is called gate or router beside the experts."""
+    parent, _, child = name.rpartition(".")
+    while child:
+        module = model.get_submodule(parent)
+        router = child in ("gate", "router") or "Router" in type(module.get_submodule(child)).__name__
+        beside = [other + type(part).__name__ for other, part in module.named_children() if other != child]
+        if router and any("expert" in words.lower() for words in beside):
+            return True
+        parent, _, child = parent.rpartition(".")
+    return False
 
 
 def _matches(name: str, pattern: str) -> bool:
