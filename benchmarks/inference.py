@@ -1,9 +1,9 @@
 """Is a low-rank layer as fast as its parameter count promises? A record and two lines.
 
 One linear layer, one thread: dense; factored, y = A (B x); pivoted, P and C at the same rank, so r^2 numbers less;
-merged, W = A B again (a control: it must cost what dense costs). Prefill is 512 tokens at once, after
-welore.optimize_for_decoding, training the same with its gradients, before it, decode one token. In decode every call takes the next of many
-copies of the layer, as a model does: its weights come from memory, not from the cache. Then SmolLM2 as a whole.
+merged, W = A B again (a control: it must cost what dense costs). Prefill is 512 tokens at once, decode one token, both
+after welore.optimize_for_decoding; training is prefill with its gradients, before it. In decode every call takes the
+next of many copies of the layer, as a model does: its weights come from memory, not from the cache. Then SmolLM2.
 Variants are interleaved; what counts is the median ratio of neighbouring measurements, and its product with the
 parameter ratio ("reach"): 1 means that half the parameters take half the time.
 """

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import welore
-from conftest import allocate, build, compress, logits
+from conftest import COMMON, allocate, build, compress, logits
 from toys import calibrate
 from welore.allocation.spectra import Spectra
 from welore.calibration.statistics import Statistics
@@ -84,6 +84,15 @@ def test_what_is_split_is_long_and_of_an_mlp(family: str, changes: dict[str, int
     assert {name.rpartition(".")[2]: grid for name, grid in found.items()} == expected
     for target in in_blocks(find_targets(model), found):
         assert max(target.shape) < 2 * min(target.shape) or target.layer not in found
+
+
+def test_a_state_space_is_not_split() -> None:
+    changes = {"attn_layer_period": 2, "attn_layer_offset": 1, "n_mamba_heads": 2, "mamba_dt_rank": 2}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["zamba"](**COMMON | changes))
+    targets = find_targets(model)
+    assert {name.rpartition(".")[2] for name in long_matrices(model, targets)} <= {"gate_proj", "up_proj", "down_proj"}
+    assert any(target.name.endswith("mamba.in_proj") for target in targets)
 
 
 def test_blocks_tile_their_matrix() -> None:

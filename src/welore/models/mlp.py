@@ -96,9 +96,15 @@ def long_matrices(model: "PreTrainedModel", targets: Sequence[Target]) -> dict[s
     """Layer -> grid of the MLPs' matrices that are at least twice as long as wide: equal blocks, no taller than wide.
 
     They are split by their neurons. Other matrices stay whole, because splitting an attention loses (docs/method.md);
-    one with as many neurons looks like an MLP with three outputs to a neuron, an MLP has one or two.
+    one with as many neurons looks like an MLP with three outputs to a neuron, an MLP has one or two. A state space
+    (Zamba's) has matrices of its own beside its layers.
     """
-    mlps = [mlp for mlp in _candidates(model, find_targets(model)) if sum(map(mlp.copies, mlp.up_layers)) <= 2]
+    mlps = [
+        mlp
+        for mlp in _candidates(model, find_targets(model))
+        if sum(map(mlp.copies, mlp.up_layers)) <= 2
+        and all(own.ndim < 2 for own in model.get_submodule(mlp.name).parameters(recurse=False))
+    ]
     neurons = {t.name: 0 for mlp in mlps for t in mlp.up_layers} | {mlp.down_layer.name: 1 for mlp in mlps}
     grids: dict[str, Grid] = {}
     for target in targets:

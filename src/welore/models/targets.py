@@ -99,15 +99,16 @@ def _is_linear_map(layer: nn.Module, kind: WeightKind) -> bool:
     weight = layer.weight
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         return False
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        W, b, x = torch.randn(4, 3), torch.randn(4), torch.randn(2, 3)
+    draws, cpu = torch.Generator().manual_seed(0), torch.device("cpu")  # a model that is loaded is built on meta
+    W, b, x = (torch.randn(n, 3, generator=draws, dtype=torch.float32, device=cpu) for n in (4, 4, 2))
+    b = b[:, 0]
     small = kind.resized(layer, (4, 3))
     small.weight = nn.Parameter(kind.stored(W), requires_grad=False)
     if small.bias is not None:
         small.bias = nn.Parameter(b, requires_grad=False)
     try:
-        y = small(x)
+        with cpu:
+            y = small(x)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
         return False
     expected = nn.functional.linear(x, W, b if small.bias is not None else None)
