@@ -87,7 +87,7 @@ def test_what_is_split_is_long_and_of_an_mlp(family: str, changes: dict[str, int
 
 
 def test_a_state_space_is_not_split() -> None:
-    changes = {"attn_layer_period": 2, "attn_layer_offset": 1, "n_mamba_heads": 2, "mamba_dt_rank": 2}
+    changes = {"num_hidden_layers": 12, "n_mamba_heads": 2, "mamba_dt_rank": 2}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["zamba"](**COMMON | changes))
     targets = find_targets(model)

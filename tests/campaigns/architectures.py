@@ -259,7 +259,9 @@ def check(name: str, seed: int, directory: Path) -> str:
 
     plan = json.loads((small / "plan.json").read_text("utf-8"))
     reference = loaded(dense)
-    linear = {n for n, m in reference.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and ".0." in f".{n}."}
+    blocks = next(part for part in reference.modules() if isinstance(part, nn.ModuleList))
+    inside = {id(p) for p in blocks.parameters()}
+    linear = [(n, m.weight) for n, m in reference.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
     truncated(reference, plan)
     expected = logits(reference, seed)
     model = loaded(small)
@@ -274,7 +276,8 @@ def check(name: str, seed: int, directory: Path) -> str:
     welore.merge(in_memory, progress=False)
     require_close(logits(in_memory, seed), expected, "merged in memory")
     targeted = {matrix["name"] for matrix in plan["matrices"]}
-    left = sorted({".".join(n.split(".")[-2:]) for n in linear - targeted})
+    chosen = {id(reference.get_submodule(name).weight) for name in targeted}
+    left = sorted({".".join(n.split(".")[-2:]) for n, w in linear if id(w) in inside - chosen})
     factored = sum(matrix["factored"] for matrix in plan["matrices"])
     words = f"{factored} of {len(targeted)} factored, ERR {result.plan.rank_reduction:.2f}, logits to {worst:.0e}"
     return words + (f", left dense: {', '.join(left)}" if left else "")

@@ -15,7 +15,7 @@ from welore.layers.storage_forms import FORMS
 from welore.models.quantizer import WeLoreConfig
 from welore.models.sink import TensorSink
 from welore.models.source import CheckpointSource, TensorSource
-from welore.models.targets import Target, census, in_blocks
+from welore.models.targets import Target, census, in_blocks, shared_layers
 
 
 def write_compressed(
@@ -49,8 +49,12 @@ def compressed_tensors(source: TensorSource, plan: Plan, factors: Factors) -> li
     for target in in_blocks(source.targets, plan.grids):
         if target.layer in plan.lrc_layers:
             layers.setdefault(f"{target.layer}.weight", []).append((target, allocations[target.name]))
+    shared = shared_layers(source.original.skeleton)
+    repeated = {f"{name}.weight" for layer in plan.lrc_layers | set(plan.shapes) for name in shared.get(layer, ())}
     outputs = []
     for name in source.names():
+        if name in repeated:
+            continue
         layer, dtype = name.rpartition(".")[0], source.info(name).dtype
         if name not in layers:
             copied = source.copied(name)

@@ -20,8 +20,10 @@ from welore.errors import WeLoreError, choose
 from welore.io.fields import LARGEST, refusing, typed
 from welore.io.safetensors_stream import FLOATS, TensorInfo, TensorReader, readers_of
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
+from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
-from welore.models.replace import build_layer, submodule_name
+from welore.models.replace import build_layer, share_layer, submodule_name
+from welore.models.targets import shared_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,12 +144,17 @@ class WeLoreQuantizer(HfQuantizer):
         if checkpoint_files:
             files = [path for path in checkpoint_files if str(path).endswith(".safetensors")]
             check_factors(config, readers_of(files), model.base_model_prefix + ".")
+        shared = shared_layers(model)
         for layer in config.layers:
-            build_layer(model, layer, config)
+            build_layer(model, layer, config, shared.get(submodule_name(model, layer), ()))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
         step_aside(model)
+        for first, others in shared_layers(model).items():
+            for other in others:
+                if isinstance(model.get_submodule(first), LowRankLayer | SplitLinear):
+                    share_layer(model, first, other)  # the buffers, too
         if config.ranks is None:
             del model.config.quantization_config
             welore.compress(model, config=config.compression, tokenizer=_tokenizer(model, config.compression))

@@ -1,7 +1,7 @@
 """Compress and merge a model in memory: linear layers are exchanged in place."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -38,21 +38,44 @@ def _exchanged(model: nn.Module, name: str, make: Callable[..., Layer]) -> Layer
     return new
 
 
-def build_layer(model: nn.Module, layer: str, config: "WeLoreConfig") -> None:
-    """Put the (uninitialised) layer that a compression describes in the place of a dense one; its bias is kept."""
+def build_layer(model: nn.Module, layer: str, config: "WeLoreConfig", others: Sequence[str] = ()) -> None:
+    """Put the (uninitialised) layer that a compression describes in the place of a dense one; its bias is kept.
+
+    others: layers of the model that share its weight (`shared_layers`), and share what stands for it.
+    """
     if not has_module(model, name := submodule_name(model, layer)) or kind_of(model.get_submodule(name)) is None:
         raise WeLoreError(
             f"config.json compresses {layer}, but {type(model).__name__} has no such layer that is linear"
         )
-    if layer in config.shapes:
-        resize_layers(model, {submodule_name(model, layer): config.shapes[layer]})
-    names, ranks, grid = [layer], config.ranks or {}, config.split.get(layer)
-    if grid is not None:
-        names = block_names(layer, grid)
-        _exchanged(model, submodule_name(model, layer), lambda n, m, **like: SplitLinear(n, m, grid, **like))
-    for name in names:
-        if name in ranks:
-            replace_module(model, submodule_name(model, name), ranks[name], config.forms.get(name, FACTORED))
+    ranks, grid = config.ranks or {}, config.split.get(layer)
+    for copy in (name, *others):
+        if copy != name and model.get_submodule(copy) is model.get_submodule(name):
+            continue  # a module that lies in several places
+        if layer in config.shapes:
+            resize_layers(model, {copy: config.shapes[layer]})
+        if grid is None:
+            pairs = {copy: layer}
+        else:
+            _exchanged(model, copy, lambda n, m, **like: SplitLinear(n, m, grid, **like))
+            pairs = dict(zip(block_names(copy, grid), block_names(layer, grid), strict=True))
+        for part, matrix in pairs.items():
+            if matrix in ranks:
+                replace_module(model, part, ranks[matrix], config.forms.get(matrix, FACTORED))
+        if copy != name:
+            share_layer(model, name, copy)
+
+
+def share_layer(model: nn.Module, name: str, other: str) -> None:
+    """Give a layer the tensors of another one of its shape; they are saved under the name of that one."""
+    tied, copy = getattr(model, "all_tied_weights_keys", {}), model.get_submodule(other)
+    tied.pop(f"{other}.weight", None)
+    for part, tensor in (*model.get_submodule(name).named_parameters(), *model.get_submodule(name).named_buffers()):
+        owner, _, key = part.rpartition(".")
+        setattr(copy.get_submodule(owner), key, tensor)
+        if isinstance(tensor, nn.Parameter):
+            tied[f"{other}.{part}"] = f"{name}.{part}"  # what transformers ties when it loads and saves
+    for module in copy.modules():
+        module._non_persistent_buffers_set.update(module._buffers)
 
 
 def restore_layer(model: nn.Module, name: str, dense: nn.Module) -> None:

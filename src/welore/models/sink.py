@@ -13,9 +13,10 @@ from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import OutputTensors, write_config, write_weights
 from welore.io.progress import Progress
-from welore.models.replace import build_layer, restore_layer, sizes
+from welore.models.replace import build_layer, restore_layer, share_layer, sizes
 from welore.models.skeleton import dense_skeleton
 from welore.models.source import CheckpointSource, TensorSource
+from welore.models.targets import shared_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,21 +52,25 @@ class ModelSink:
             if output.layer is not None:
                 layers.setdefault(output.layer, []).append(output)
         dense = dense_skeleton(self.model.config, type(self.model)) if config is None else None
+        shared = shared_layers(self.model)
         costs = [float(sum(info.bytes for o in pieces for info in o.tensors.values())) for pieces in layers.values()]
         for layer, pieces in progress(zip(layers.items(), costs, strict=True), "writing", sum(costs)):
             tensors = {name: list(chunks) for piece in pieces for name, chunks in piece.make().items()}
             if dense is not None:
-                restore_layer(self.model, layer, dense.get_submodule(layer))
+                for name in (layer, *shared.get(layer, ())):
+                    restore_layer(self.model, name, dense.get_submodule(name))
+                    share_layer(self.model, layer, name)
             elif config is not None:
-                build_layer(self.model, layer, config)
+                build_layer(self.model, layer, config, shared.get(layer, ()))
             for name, chunks in tensors.items():
                 if chunks:
                     self._load(name, torch.cat(chunks))
         settings: Any = self.model.config
         if config is not None:
             settings.quantization_config = config
-        elif hasattr(settings, "quantization_config"):
+        elif dense is not None and hasattr(settings, "quantization_config"):
             del settings.quantization_config
+            self.model.all_tied_weights_keys = dense.all_tied_weights_keys
         if self.directory is not None:
             self.model.save_pretrained(self.directory, max_shard_size=self.max_shard_size)
         return int(sizes(self.model)["bytes"])

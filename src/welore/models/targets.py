@@ -2,6 +2,8 @@
 
 import copy
 import fnmatch
+import inspect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from welore.errors import WeLoreError
 from welore.layers.block_grid import WHOLE, Grid, block_names, block_shape
-from welore.layers.low_rank import LowRankLayer
+from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.models.skeleton import decoder_blocks
 
 if TYPE_CHECKING:
@@ -192,36 +194,83 @@ def in_blocks(targets: Iterable[Target], grids: Mapping[str, Grid]) -> list[Targ
 def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude: Iterable[str] = ()) -> list[Target]:
     """Every linear layer inside the decoder blocks, in the model's order; routers of experts are left out.
 
+    Of layers that share one weight the first is a target, and stands for all of them.
+
     include: only modules that match one of these patterns, anywhere in the model. exclude: none that match.
     A pattern is a glob over whole components of a module's name: "q_proj", "layers.0", "layers.*.mlp".
     model: may live on the meta device, and may be compressed already.
     """
     include, exclude = tuple(include), tuple(exclude)
     blocks, _ = decoder_blocks(model)
-    tied = model.get_output_embeddings() if model.config.tie_word_embeddings else None
+    shared = shared_layers(model)
+    repeated = {other: first for first, others in shared.items() for other in others}
     names = []
     targets = []
     for name, module in model.named_modules():
-        kind = kind_of(module)
-        if kind is None or isinstance(model.get_submodule(name.rpartition(".")[0]), LowRankLayer):  # a factor
+        kind, parent = kind_of(module), name.rpartition(".")[0]
+        if kind is None or isinstance(model.get_submodule(parent), LowRankLayer):  # a factor
             continue
         names.append(name)
-        m, n = kind.shape(module)
+        same = [name, *shared.get(name, ())]
         if include:
-            wanted = any(_matches(name, pattern) for pattern in include)
+            wanted = any(_matches(n, pattern) for n in same for pattern in include)
         else:
             wanted = name.startswith(blocks + ".") and not _is_router(model, name)
-        if not wanted or any(_matches(name, pattern) for pattern in exclude):
+        if not wanted or any(_matches(n, pattern) for n in same for pattern in exclude) or parent in repeated:
             continue
-        if module is tied:
+        if include and not _are_one_layer(model, [*same, repeated.get(name, name)]):
             raise WeLoreError(f"{name} shares its weight with the embeddings and cannot be low rank: exclude it")
-        targets.append(Target(name, (m, n), kind))
+        if name not in repeated and _are_one_layer(model, same) and not _reads_weight(model, name):
+            targets.append(Target(name, kind.shape(module), kind))
     for pattern in (*include, *exclude):
         if not any(_matches(name, pattern) for name in names):
             raise WeLoreError(f"the pattern {pattern!r} matches no linear layer; one is called {names[0]!r}")
     if not targets:
         raise WeLoreError("no linear layer is targeted: the patterns leave nothing to compress")
     return targets
+
+
+def shared_layers(model: nn.Module) -> dict[str, list[str]]:
+    """First name of a layer -> its other names, and those of other layers with the same weight, where there are any."""
+    names: dict[int, list[str]] = {}
+    tied = getattr(model, "all_tied_weights_keys", {})
+    low_rank = "."
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(low_rank):  # a factor or a block
+            continue
+        weight = module._parameters.get("weight")
+        if isinstance(module, LowRankLayer | SplitLinear):
+            low_rank = name + "."
+            weight = next(parameter for part, parameter in module.named_parameters() if part != "bias")
+        elif weight is not None and weight.is_meta and name + ".weight" in tied:  # from_pretrained ties in the end
+            weight = model.get_parameter(tied[name + ".weight"])
+        if weight is not None:
+            names.setdefault(id(weight), []).append(name)
+    return {first: others for first, *others in names.values() if others}
+
+
+def _are_one_layer(model: nn.Module, names: Sequence[str]) -> bool:
+    """Whether these are linear layers that share all of their parameters."""
+    layers = [model.get_submodule(name) for name in names]
+    tensors = {tuple(map(id, layer.parameters())) for layer in layers}
+    return len(tensors) == 1 and all(kind_of(layer) for layer in layers)
+
+
+def _reads_weight(model: nn.Module, name: str) -> bool:
+    """Whether the module around a layer multiplies by its weight without calling it, as Mamba's by dt_proj."""
+    parent, _, child = name.rpartition(".")
+    around: Any = type(model.get_submodule(parent))
+    return child in _multiplied_layers(around)
+
+
+@cache
+def _multiplied_layers(module: Any) -> set[str]:
+    """Layers by whose weight the code of a module multiplies."""
+    try:
+        source = inspect.getsource(module)
+    except (OSError, TypeError):  # made at run time
+        return set()
+    return set(re.findall(r"self\.(\w+)\.weight @", source))
 
 
 def _is_router(model: nn.Module, name: str) -> bool:

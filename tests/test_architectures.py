@@ -1,0 +1,63 @@
+"""Odd architectures: shared weights, layers whose weight is read without a call; and a smoke of the campaign."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import welore
+from campaigns.architectures import SMOKE, check, truncated
+from conftest import build, logits
+from welore.config import CompressionConfig
+from welore.models.targets import find_targets
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_architecture_equals_an_independent_svd(name: str, tmp_path: Path) -> None:
+    check(name, 0, tmp_path)
+
+
+def share_weights(model: Any) -> None:
+    for first, second in zip(*(layer.mlp.children() for layer in model.model.layers), strict=True):
+        if isinstance(first, torch.nn.Linear):
+            second.weight = first.weight
+
+
+def share_a_layer(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+
+
+def share_a_block(model: Any) -> None:
+    model.model.layers[1] = model.model.layers[0]
+
+
+@pytest.mark.parametrize("share", [share_weights, share_a_layer, share_a_block])
+def test_layers_that_share_a_weight_are_compressed_once(share: Callable[[Any], None], tokens: torch.Tensor) -> None:
+    model, reference = build("llama"), build("llama")
+    share(model)
+    share(reference)
+    count = sum(p.numel() for p in model.parameters())
+    config = CompressionConfig(rank_reduction=0.5, scaling="none", storage="pivoted", min_ratio=0)
+    plan = welore.compress(model, config=config).plan
+    names = [a.name for a in plan.allocations]
+    assert "model.layers.0.mlp.up_proj" in names
+    assert "model.layers.1.mlp.up_proj" not in names
+    matrices = [{"name": a.name, "kept": a.rank, "factored": a.factored} for a in plan.allocations]
+    truncated(reference, {"matrices": matrices, "threshold": plan.threshold})
+    torch.testing.assert_close(logits(model, tokens), logits(reference, tokens), rtol=1e-4, atol=1e-4)
+    assert sum(p.numel() for p in model.parameters()) == count - sum(
+        a.dense_parameters - a.stored_parameters for a in plan.allocations
+    )
+    assert {f"{a.name}.order" for a in plan.lrcs} <= set(model.state_dict())
+    welore.merge(model)
+    torch.testing.assert_close(logits(model, tokens), logits(reference, tokens), rtol=1e-4, atol=1e-4)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_layers_that_share_a_weight_but_not_a_bias_stay_dense() -> None:
+    model = build("qwen2")
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    second.weight = first.weight
+    assert not any("q_proj" in target.name for target in find_targets(model))
