@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from welore.errors import DamagedWeightsError, WeLoreError
 from welore.io.atomic import atomic_directory, atomic_write, hidden, read_json, remove, resolved, write_json
 from welore.io.parallel import ALONE, Processes
-from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
+from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter, raw_bytes
 
 KEY_FILE = "about.json"
 CHECKSUM = "crc32"
@@ -122,7 +121,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     total = 0
     for name, tensor in sorted(tensors.items()):
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
-        total = zlib.crc32(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data, total)
+        total = zlib.crc32(raw_bytes(tensor), total)
     return str(total)
 
 

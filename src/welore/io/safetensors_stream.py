@@ -148,8 +148,7 @@ class TensorWriter:
         self._file.seek(self._data + start)
         for chunk in chunks:
             assert chunk.dtype == info.dtype, f"{name}: {chunk.dtype} is not {info.dtype}"
-            flat = chunk.cpu().contiguous().as_strided((chunk.numel(),), (1,))  # one of one number may have any stride
-            self._file.write(flat.view(torch.uint8).numpy().data)
+            self._file.write(raw_bytes(chunk))
         assert self._file.tell() == self._data + start + info.bytes, f"{name}: wrong number of bytes"
         self._missing.discard(name)
 
@@ -159,3 +158,9 @@ class TensorWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
         assert kind is not None or not self._missing, f"never written: {sorted(self._missing)[:3]}"
+
+
+def raw_bytes(tensor: Tensor) -> Any:
+    """The numbers of a tensor as bytes, in order."""
+    flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # a single number may have any stride
+    return flat.view(torch.uint8).numpy().data
