@@ -279,7 +279,7 @@ def _is_router(model: nn.Module, name: str) -> bool:
     while child:
         module = model.get_submodule(parent)
         router = child in ("gate", "router") or "Router" in type(module.get_submodule(child)).__name__
-        beside = [other + type(part).__name__ for other, part in module.named_children() if other != child]
+        beside = (other + type(part).__name__ for other, part in module.named_children() if other != child)
         if router and any("expert" in words.lower() for words in beside):
             return True
         parent, _, child = parent.rpartition(".")
