@@ -6,11 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import welore
-from campaigns.architectures import SMOKE, check, truncated
+from campaigns.architectures import SMOKE, WRAPPERS, check, truncated
+from campaigns.architectures import build as build_architecture
 from conftest import build, logits
 from welore.config import CompressionConfig
+from welore.models.replace import submodule_names
+from welore.models.skeleton import decoder_blocks
+from welore.models.source import CheckpointSource
 from welore.models.targets import find_targets
 
 
@@ -61,3 +67,38 @@ def test_layers_that_share_a_weight_but_not_a_bias_stay_dense() -> None:
     first, second = (layer.self_attn.q_proj for layer in model.model.layers)
     second.weight = first.weight
     assert not any("q_proj" in target.name for target in find_targets(model))
+
+
+@pytest.mark.parametrize("family", ["mamba", "jamba"])
+def test_layers_whose_weight_is_read_without_a_call_stay_dense(family: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](hidden_size=16, num_hidden_layers=2))
+    names = {target.name.rpartition(".")[2] for target in find_targets(model)}
+    assert {"in_proj", "x_proj", "out_proj"} <= names
+    assert "dt_proj" not in names
+
+
+def test_blocks_are_those_of_the_text_also_where_as_many_see_images() -> None:
+    family, kind, changes = WRAPPERS["Qwen2.5-VL"]
+    with torch.device("meta"):
+        model = getattr(transformers, kind)(CONFIG_MAPPING[family](**changes))
+    assert len(model.model.visual.blocks) == len(model.model.language_model.layers)
+    assert decoder_blocks(model)[0] == "model.language_model.layers"
+
+
+def test_names_are_those_of_the_files_and_of_each_class(tmp_path: Path) -> None:
+    build_architecture("Llama4-Scout").save_pretrained(tmp_path / "dense")
+    source = CheckpointSource(tmp_path / "dense")
+    name, key = "model.layers.0.self_attn.q_proj", "language_model.model.layers.0.self_attn.q_proj"
+    assert name in {target.name for target in source.targets}
+    assert source.stored_name(f"{name}.weight") == f"{key}.weight"
+    assert source.stored_name(f"{name}.0.A.weight") == f"{key}.0.A.weight"
+    images = [n for n in source.names() if "vision" in n]
+    assert images
+    assert all(source.stored_name(n) == n for n in images)
+    with torch.device("meta"):
+        both = getattr(transformers, WRAPPERS["Llama4-Scout"][1])(source.config)
+    for model, expected in ((source.skeleton, name), (both, key)):
+        rename = submodule_names(model)
+        assert rename(key) == expected
+        assert rename(f"{key}.0") == f"{expected}.0"

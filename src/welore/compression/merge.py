@@ -54,12 +54,9 @@ def merge(
 
 def _merge(model: Any, output_dir: str | Path | None, max_shard_size: str, context: RunContext) -> None:
     source = open_source(model, context)
-    config = _config(source)
-    if isinstance(source, CheckpointSource):
-        if output_dir is not None:
-            require_unread(output_dir, source.directory)
-    else:
-        config = config.within(source.skeleton)  # which may be a bare AutoModel
+    config = _config(source).within(source.skeleton)  # which may be a bare AutoModel
+    if isinstance(source, CheckpointSource) and output_dir is not None:
+        require_unread(output_dir, source.directory)
     outputs = _merged(source, config, context)
     with open_sink(source, output_dir, max_shard_size=max_shard_size, overwrite=context.overwrite) as sink:
         sink.write(outputs, None, context.progress)

@@ -43,7 +43,7 @@ from welore.config import (
 from welore.data.mixture import parse_mixture
 from welore.data.text import TextOptions
 from welore.data.windows import require_known_tokens
-from welore.errors import WeLoreError
+from welore.errors import DamagedWeightsError, WeLoreError
 from welore.io.atomic import atomic_directory, hidden, remove, resolved, work_directory
 from welore.io.checkpoint import RECORD
 from welore.io.claim import claimed, require_unread
@@ -314,8 +314,13 @@ def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, 
     neurons = select_neurons(source, statistics, context, share=share, price=price)
     if plan is not None and not neurons:
         return plan, source, statistics
-    smaller, statistics = prune(source, statistics, neurons, context)
-    return _allocated(job, smaller, statistics, neurons), smaller, statistics
+    smaller, fewer = prune(source, statistics, neurons, context)
+    try:
+        return _allocated(job, smaller, fewer, neurons), smaller, fewer
+    except WeLoreError as error:
+        if plan is None or isinstance(error, DamagedWeightsError):
+            raise
+        return plan, source, statistics  # without these neurons the target is out of reach
 
 
 def _allocated(job: Job, source: TensorSource, statistics: Statistics | None, neurons: dict[str, Neurons]) -> Plan:

@@ -112,8 +112,8 @@ def recover(
     compressed = directory / "compressed"
     if not compressed.is_dir():
         with atomic_directory(compressed) as unfinished:
-            factors, sink = stored_factors(context.workspace), DirectorySink(teacher, unfinished)
-            write_compressed(source, plan, factors, sink, silent)
+            sink = DirectorySink(teacher, unfinished, rename=source.original.stored_name)
+            write_compressed(source, plan, stored_factors(context.workspace), sink, silent)
     write_windows(directory / WRITTEN, windows)
     training = dataclasses.replace(training, dataset=str(directory / WRITTEN))
     rate = config.learning_rate or learning_rate(compressed, plan, training.max_steps or 1, config)

@@ -41,6 +41,11 @@ class OutputTensors:
     make: Callable[[], Mapping[str, Iterable[Tensor]]]
     layer: str | None = None
 
+    def renamed(self, rename: Callable[[str], str]) -> "OutputTensors":
+        """The same under other names."""
+        infos = {rename(name): info for name, info in self.tensors.items()}
+        return OutputTensors(infos, lambda: {rename(n): chunks for n, chunks in self.make().items()}, self.layer)
+
 
 def write_weights(directory: Path, steps: Sequence[OutputTensors], max_shard_size: str, progress: Progress) -> int:
     """Write all tensors into as many shards as save_pretrained would make; returns their bytes."""

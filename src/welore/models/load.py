@@ -17,7 +17,7 @@ from welore.io.checkpoint import RECORD
 from welore.io.context import RunContext
 from welore.io.hub import require_all_loaded, resolve_model
 from welore.models.replace import sizes
-from welore.models.skeleton import reason
+from welore.models.skeleton import auto_class, reason
 from welore.models.source import CheckpointSource
 from welore.records import Record
 
@@ -101,10 +101,7 @@ def load(
 
     attention: one of transformers' implementations (sdpa, eager, flash_attention_2); None leaves the choice to it.
     """
-    from transformers import AutoModelForCausalLM
-
-    auto: Any = AutoModelForCausalLM
-    CheckpointSource(directory, trust_remote_code=trust_remote_code).require_complete()
+    auto = auto_class(CheckpointSource(directory, trust_remote_code=trust_remote_code).require_complete().config)
     tokenizer = read_tokenizer(directory, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
     checks: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}

@@ -5,7 +5,7 @@ A quantization config and a quantizer named "welore" are registered when transfo
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -22,7 +22,7 @@ from welore.io.safetensors_stream import FLOATS, TensorInfo, TensorReader, reade
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
-from welore.models.replace import build_layer, share_layer, submodule_name
+from welore.models.replace import build_layer, share_layer, submodule_names
 from welore.models.targets import shared_layers
 
 if TYPE_CHECKING:
@@ -113,8 +113,12 @@ class WeLoreConfig(QuantizationConfigMixin):
 
     def within(self, model: nn.Module) -> "WeLoreConfig":
         """The same under the names that modules have in `model`, which may be a bare AutoModel."""
+        return self.renamed(submodule_names(model))
+
+    def renamed(self, rename: Callable[[str], str]) -> "WeLoreConfig":
+        """The same under other names of layers and blocks."""
         fields: list[dict[str, Any]] = [
-            {submodule_name(model, name): value for name, value in field.items()}
+            {rename(name): value for name, value in field.items()}
             for field in (self.ranks or {}, self.forms, self.grids, self.shapes)
         ]
         return WeLoreConfig(*fields, include=self.include, exclude=self.exclude)
@@ -144,9 +148,9 @@ class WeLoreQuantizer(HfQuantizer):
         if checkpoint_files:
             files = [path for path in checkpoint_files if str(path).endswith(".safetensors")]
             check_factors(config, readers_of(files), model.base_model_prefix + ".")
-        shared = shared_layers(model)
+        shared, config = shared_layers(model), config.within(model)
         for layer in config.layers:
-            build_layer(model, layer, config, shared.get(submodule_name(model, layer), ()))
+            build_layer(model, layer, config, shared.get(layer, ()))
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config

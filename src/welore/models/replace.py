@@ -10,6 +10,7 @@ from welore.errors import WeLoreError
 from welore.layers.block_grid import block_names
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
+from welore.models.key_names import loaded_name, of_layer
 from welore.models.mlp import resize_layers
 from welore.models.skeleton import dense_skeleton
 from welore.models.targets import find_targets, in_blocks, kind_of, known_kind
@@ -43,13 +44,13 @@ def build_layer(model: nn.Module, layer: str, config: "WeLoreConfig", others: Se
 
     others: layers of the model that share its weight (`shared_layers`), and share what stands for it.
     """
-    if not has_module(model, name := submodule_name(model, layer)) or kind_of(model.get_submodule(name)) is None:
+    if not has_module(model, layer) or kind_of(model.get_submodule(layer)) is None:
         raise WeLoreError(
             f"config.json compresses {layer}, but {type(model).__name__} has no such layer that is linear"
         )
     ranks, grid = config.ranks or {}, config.split.get(layer)
-    for copy in (name, *others):
-        if copy != name and model.get_submodule(copy) is model.get_submodule(name):
+    for copy in (layer, *others):
+        if copy != layer and model.get_submodule(copy) is model.get_submodule(layer):
             continue  # a module that lies in several places
         if layer in config.shapes:
             resize_layers(model, {copy: config.shapes[layer]})
@@ -61,8 +62,8 @@ def build_layer(model: nn.Module, layer: str, config: "WeLoreConfig", others: Se
         for part, matrix in pairs.items():
             if matrix in ranks:
                 replace_module(model, part, ranks[matrix], config.forms.get(matrix, FACTORED))
-        if copy != name:
-            share_layer(model, name, copy)
+        if copy != layer:
+            share_layer(model, layer, copy)
 
 
 def share_layer(model: nn.Module, name: str, other: str) -> None:
@@ -98,7 +99,9 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
     config = {"include": (), "exclude": ()} | compression_config(model)
     patterns = config["include"], config["exclude"]
     ranks_removed = full_ranks = stored = dense = indices = 0
-    for target in in_blocks(find_targets(model, *patterns), config.get("grids", {})):
+    rename = submodule_names(model)
+    grids = {rename(name): grid for name, grid in config.get("grids", {}).items()}
+    for target in in_blocks(find_targets(model, *patterns), grids):
         m, n = target.shape
         layer = model.get_submodule(target.name) if has_module(model, target.name) else None
         full_ranks += min(m, n)
@@ -126,9 +129,20 @@ def compression_config(model: nn.Module) -> dict[str, Any]:
     return dict(config) if isinstance(config, Mapping) else config.to_dict() if config is not None else {}
 
 
-def submodule_name(model: nn.Module, name: str) -> str:
-    """The name in `model` of a module of the causal LM: a bare AutoModel leaves out its first component."""
-    return name if has_module(model, name) else name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")
+def submodule_names(model: Any) -> Callable[[str], str]:
+    """Name of a layer or block in config.json -> its name in `model`.
+
+    A bare AutoModel leaves out the first component; what lies in files under other names has those there, too.
+    """
+    rename = loaded_name(model) if hasattr(model, "base_model_prefix") else str
+
+    def name_of(name: str) -> str:
+        for own in (name, name.removeprefix(f"{getattr(model, 'base_model_prefix', '')}.")):
+            if has_module(model, own):
+                return own
+        return of_layer(rename, name)
+
+    return name_of
 
 
 def has_module(model: nn.Module, name: str) -> bool:

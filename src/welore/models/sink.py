@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import OutputTensors, write_config, write_weights
 from welore.io.progress import Progress
+from welore.models.key_names import Rename, of_layer, saved_name
 from welore.models.replace import build_layer, restore_layer, share_layer, sizes
 from welore.models.skeleton import dense_skeleton
 from welore.models.source import CheckpointSource, TensorSource
@@ -25,15 +27,20 @@ if TYPE_CHECKING:
 
 
 class DirectorySink:
-    """A checkpoint directory, written one tensor at a time. source: the directory of the original model."""
+    """A checkpoint directory, written one tensor at a time.
 
-    def __init__(self, source: Path, directory: Path, max_shard_size: str = SHARD_SIZE) -> None:
-        self.source, self.directory, self.max_shard_size = source, directory, max_shard_size
+    source: the directory of the original model. rename: name in the model -> name in the files.
+    """
+
+    def __init__(self, source: Path, directory: Path, max_shard_size: str = SHARD_SIZE, rename: Rename = str) -> None:
+        self.source, self.directory, self.max_shard_size, self.rename = source, directory, max_shard_size, rename
 
     def write(self, outputs: Sequence[OutputTensors], config: "WeLoreConfig | None", progress: Progress) -> int:
         """Write the weights, config.json (config: None for a dense result) and the small files; returns their bytes."""
+        outputs = [output.renamed(self.rename) for output in outputs]
         size = write_weights(self.directory, outputs, self.max_shard_size, progress)
-        write_config(self.source, self.directory, None if config is None else config.to_dict())
+        content = None if config is None else config.renamed(partial(of_layer, self.rename)).to_dict()
+        write_config(self.source, self.directory, content)
         return size
 
 
@@ -67,7 +74,7 @@ class ModelSink:
                     self._load(name, torch.cat(chunks))
         settings: Any = self.model.config
         if config is not None:
-            settings.quantization_config = config
+            settings.quantization_config = config.renamed(partial(of_layer, saved_name(self.model)))
         elif dense is not None and hasattr(settings, "quantization_config"):
             del settings.quantization_config
             self.model.all_tied_weights_keys = dense.all_tied_weights_keys
@@ -101,4 +108,4 @@ def open_sink(
         if directory is None or not on_disk:
             yield ModelSink(origin.model, directory, max_shard_size)
         else:
-            yield DirectorySink(origin.directory, directory, max_shard_size)
+            yield DirectorySink(origin.directory, directory, max_shard_size, origin.stored_name)

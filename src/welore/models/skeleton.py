@@ -19,16 +19,28 @@ COUNTS = {r"(layers?|depth)$": 1024, r"(experts|labels)$": 8192}
 
 
 def decoder_blocks(model: "PreTrainedModel") -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder blocks: the outermost list as long as the configuration says."""
-    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    """Name and list of the decoder blocks: the outermost list as long as the configuration of the text part says."""
+    text = model.config.get_text_config(decoder=True)
     lists = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers and "vision" not in name
+        if isinstance(module, nn.ModuleList) and len(module) == text.num_hidden_layers and "vision" not in name
     ]
     if not lists:
-        raise WeLoreError(f"{type(model).__name__} has no list of {layers} decoder blocks: it is not supported")
-    return min(lists, key=lambda item: item[0].count("."))
+        raise WeLoreError(
+            f"{type(model).__name__} has no list of {text.num_hidden_layers} decoder blocks: it is not supported"
+        )
+    others = {name: not isinstance(_config_around(model, name), type(text)) for name, _ in lists}
+    return min(lists, key=lambda item: (others[item[0]], item[0].count(".")))
+
+
+def _config_around(model: nn.Module, name: str) -> Any:
+    """The configuration of the innermost module around this one that has one."""
+    while name:
+        name = name.rpartition(".")[0]
+        if hasattr(module := model.get_submodule(name), "config"):
+            return module.config
+    return None
 
 
 def config_of(directory: Path, *, trust_remote_code: bool = False) -> "PretrainedConfig":
@@ -46,13 +58,21 @@ def config_of(directory: Path, *, trust_remote_code: bool = False) -> "Pretraine
 
 def skeleton_of(directory: Path, name: str, *, trust_remote_code: bool = False) -> "PreTrainedModel":
     """The dense model of a directory's configuration on the meta device; name: what the user called it."""
-    from transformers import AutoModelForCausalLM
-
     config = config_of(directory, trust_remote_code=trust_remote_code)
     try:
-        return dense_skeleton(config, AutoModelForCausalLM, trust_remote_code=trust_remote_code)
+        return dense_skeleton(config, auto_class(config), trust_remote_code=trust_remote_code)
     except Exception as error:  # as above: here a family uses what it has read
         raise WeLoreError(f"{name} is not a causal language model: {reason(error)}") from error
+
+
+def auto_class(config: "PretrainedConfig") -> Any:
+    """AutoModelForCausalLM, or AutoModelForImageTextToText for what only that one knows (Qwen2.5-VL, Mistral 3)."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text, images = (kind._model_mapping for kind in (AutoModelForCausalLM, AutoModelForImageTextToText))
+    own_code = "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    with_images = type(config) in images and type(config) not in text and not own_code
+    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
 
 
 def require_sane_counts(config: Mapping[str, Any], path: Path) -> None:

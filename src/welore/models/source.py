@@ -18,6 +18,7 @@ from welore.io.hub import resolve_model
 from welore.io.resume import file_states
 from welore.io.safetensors_stream import FLOATS, TensorInfo
 from welore.models.completeness import require_complete
+from welore.models.key_names import loaded_name, saved_name
 from welore.models.mlp import resize_layers
 from welore.models.skeleton import config_of, dense_skeleton, skeleton_of
 from welore.models.targets import Target, find_targets
@@ -68,6 +69,10 @@ class TensorSource(ABC):
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
         """A tensor as it is stored."""
+
+    @abstractmethod
+    def stored_name(self, name: str) -> str:
+        """The name under which the files of a result hold a tensor of the model."""
 
     def read(self, target: Target) -> Tensor:
         """W (m, n) in its own dtype; WeLoreError if it holds NaN or Inf."""
@@ -141,6 +146,10 @@ class ModelSource(TensorSource):
         if tensor.is_meta:
             raise WeLoreError(f"{name} is not in memory (offloaded?): load the model on one device")
         return tensor.detach()
+
+    def stored_name(self, name: str) -> str:
+        """As `save_pretrained` would write it."""
+        return saved_name(self.model)(name)
 
 
 class CheckpointSource(TensorSource):
@@ -223,9 +232,28 @@ class CheckpointSource(TensorSource):
         stripped = any(name.removeprefix(prefix) in self._files.entries for name in names)
         return prefix if stripped and not any(name in self._files.entries for name in names) else ""
 
+    @cached_property
+    def _keys(self) -> dict[str, str]:
+        """Name in the model -> name in the files."""
+        rename, keys = loaded_name(self.skeleton), dict[str, str]()
+        for key in self._files.entries:
+            name = rename(key)
+            keys[key if name in keys else name] = key
+        return keys
+
+    def stored_name(self, name: str) -> str:
+        """As these files hold it; a factor where its layer is."""
+        parts = name.split(".")
+        for end in range(len(parts), 0, -1):
+            own = name if end == len(parts) else ".".join([*parts[:end], "weight"])
+            key = self._keys.get(own)
+            if key is not None and self.prefix + key != own:
+                return key if end == len(parts) else ".".join([key.removesuffix(".weight"), *parts[end:]])
+        return name
+
     def names(self) -> Iterator[str]:
         """All tensors of the files, in their order."""
-        return (self.prefix + key for key in self._files.entries)
+        return iter(self._keys)
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor, from the header."""
@@ -242,7 +270,7 @@ class CheckpointSource(TensorSource):
         return self._files.read(self._key(name))
 
     def _key(self, name: str) -> str:
-        return name.removeprefix(self.prefix)
+        return self._keys.get(name, name)
 
 
 class OverlaySource(TensorSource):
@@ -281,6 +309,10 @@ class OverlaySource(TensorSource):
         if name not in self.overrides:
             return info
         return TensorInfo(info.dtype, tuple(self.skeleton.get_parameter(name).shape))
+
+    def stored_name(self, name: str) -> str:
+        """As of the base."""
+        return self.base.stored_name(name)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """A tensor in flat pieces; one that is made is one piece."""
