@@ -143,7 +143,7 @@ def tidy(path: Path) -> None:
             retired.replace(work)
         if replaced.exists() and not path.exists():
             replaced.replace(path)
-        for leftover in (hidden(path, "memory"), retired, replaced, partial):
+        for leftover in (retired, replaced, partial):
             remove(leftover)
 
 

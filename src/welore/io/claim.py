@@ -12,6 +12,7 @@ from welore.errors import WeLoreError
 from welore.io.atomic import (
     hidden,
     read_json,
+    remove,
     require_free,
     require_kind,
     require_writable,
@@ -43,6 +44,7 @@ def claimed(
     require_writable(path)
     with _locked(path):
         tidy(path)
+        remove(hidden(path, "memory"))  # which is in use until the command ends
         if marker is not None:
             require_free(path, overwrite=overwrite, marker=marker)
         yield
