@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import welore
 from conftest import compress
@@ -313,3 +314,20 @@ def test_checkpoint_is_read_rightly_by_several_threads(saved) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.slow
+def test_mistake_that_processes_meet_is_said_once(saved, tokenizer, tmp_path: Path) -> None:
+    source = saved("llama")
+    tokenizer.save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "welore"]
+    command += ["compress", str(source), str(tmp_path / "out"), "--rank-reduction", "0.4"]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    said = [line for line in run.stderr.splitlines() if line.startswith("welore: ")]
+    assert len(said) == 1, run.stderr
+    assert "up_proj.weight holds NaN or Inf" in said[0]
+    assert not (tmp_path / "out").exists()

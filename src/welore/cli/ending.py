@@ -47,7 +47,7 @@ def _stop(number: int, frame: Any) -> None:
 def say_end(error: BaseException) -> int:
     """Say why a command ended, once for all processes of a job; returns the exit status."""
     status, sentence = _end_of(error)
-    if sentence and _is_first(sentence):
+    if sentence and _is_first():
         print(printable(sentence), file=sys.stdout if status == 0 else sys.stderr)
     return status
 
@@ -102,13 +102,13 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") in ("", "0")
 
 
-def _is_first(sentence: str) -> bool:
-    """Whether no other process of the job has said the sentence."""
+def _is_first() -> bool:
+    """Whether no other process of the job has failed before: the others fail because of the first."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return is_main_process()
     try:
-        return bool(distributed.distributed_c10d._get_default_store().add(sentence, 1) == 1)
+        return bool(distributed.distributed_c10d._get_default_store().add("welore ended", 1) == 1)
     except RuntimeError:  # the process that has the store is gone
         return True
 

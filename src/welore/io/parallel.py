@@ -38,7 +38,10 @@ class Processes:
     def wait(self) -> None:
         """Go on when all processes have come here."""
         if self.size > 1:
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError as error:  # that process has said why
+                raise WeLoreError("another process of this job ended before its work was done") from error
 
 
 ALONE = Processes(0, 1)
