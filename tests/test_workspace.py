@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import welore
-from conftest import compress
+from conftest import build, compress
 from welore.config import CalibrationConfig, CompressionConfig
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.parallel import Processes, join_processes, launched_rank, parallel_map
 from welore.io.progress import silent
-from welore.io.resume import Workspace
+from welore.io.resume import Workspace, restart_key
 
 
 def test_group_comes_back_and_can_be_dropped(tmp_path: Path) -> None:
@@ -190,6 +191,28 @@ def test_work_of_a_model_that_has_changed_since_is_not_used(saved, tmp_path: Pat
     compress(source, tmp_path / "out", rank_reduction=0.4)
     compress(source, tmp_path / "undisturbed", rank_reduction=0.4)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
+
+
+def test_work_on_a_model_in_memory_that_has_changed_since_is_not_used(tmp_path: Path) -> None:
+    model = build("llama", torch.bfloat16)
+
+    def stopping(items: Iterable[tuple[Any, float]], what: str, total: float) -> Iterator[Any]:
+        yield from silent(items, what, total)
+        raise Killed
+
+    with pytest.raises(Killed):
+        welore.analyze(model, work_dir=tmp_path / "work", progress=stopping)
+    model.model.layers[0].mlp.up_proj.weight.data[-1, -1] += 1  # the fingerprint, a sample, cannot see it
+    again, fresh = welore.analyze(model, work_dir=tmp_path / "work"), welore.analyze(model)
+    assert all((again.values[name] == fresh.values[name]).all() for name in fresh.values)
+
+
+def test_work_of_other_versions_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = restart_key("weights", {"seed": 0})
+    assert restart_key("weights", {"seed": 0}) == key
+    for package in ("welore", "torch", "transformers"):
+        monkeypatch.setattr("welore.io.resume.version", lambda name, new=package: "9" if name == new else version(name))
+        assert restart_key("weights", {"seed": 0}) != key
 
 
 @pytest.mark.parametrize("changed", ["config.json", "tokenizer.json", "text"])

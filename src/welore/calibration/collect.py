@@ -1,6 +1,5 @@
 """The verb calibrate: text, of people or of the model itself -> statistics of every targeted matrix."""
 
-import json
 import shutil
 import tempfile
 import time
@@ -10,7 +9,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -29,7 +27,7 @@ from welore.data.windows import digest, given_windows, require_known_tokens
 from welore.io.atomic import resolved, work_directory
 from welore.io.claim import claimed
 from welore.io.context import RunContext
-from welore.io.resume import Workspace
+from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
 from welore.linalg.svd import Factors, factorise
 from welore.models.copies import generation_copy
@@ -172,10 +170,10 @@ def _workspace(
 ) -> Iterator[Workspace]:
     """`PATH.work`, which is removed at the end; a killed run leaves it for the next one."""
     read = [source.sha256 for source in sources]
-    state = [metadata.version("welore"), weights.state, as_record(config), str(context.device), read]
+    state: list[Any] = [weights.state, as_record(config), str(context.device), read]
     if isinstance(weights, ModelSource):  # nothing tells whether weights in memory are those of an earlier run
         state.append(uuid.uuid4().hex)
-    workspace = Workspace(work_directory(path), json.dumps(state))
+    workspace = Workspace(work_directory(path), restart_key(*state))
     with workspace.session():
         yield workspace
 

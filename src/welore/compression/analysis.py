@@ -1,9 +1,7 @@
 """analyze: the singular values of every targeted matrix of a model."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -22,7 +20,7 @@ from welore.io.atomic import work_directory
 from welore.io.checkpoint import check_finite
 from welore.io.claim import claimed
 from welore.io.context import RunContext
-from welore.io.resume import Workspace
+from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
 from welore.linalg.svd import reduce, singular_values
 from welore.models.mlp import long_matrices
@@ -104,9 +102,9 @@ def shared_workspace(
 ) -> Iterator[RunContext]:
     """The context with a workspace, which all processes share (see Workspace.session).
 
-    key: what else its content depends on, as JSON, beside the weights, the device and the version of this package.
+    key: what else its content depends on, as JSON, beside the weights, the device and the versions of the packages.
     """
-    workspace = Workspace(directory, json.dumps([source.state, version("welore"), context.device.type, *key]))
+    workspace = Workspace(directory, restart_key(source.state, context.device.type, *key))
     with workspace.session(context.processes):
         yield context.within(workspace)
 

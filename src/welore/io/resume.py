@@ -4,10 +4,13 @@ A file (safetensors) takes its name when it is complete, so that none is ever to
 again. Its name is known beforehand, so that nobody has to look through a directory of thousands.
 """
 
+import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -125,6 +128,11 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
         total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
         total = zlib.crc32(raw_bytes(tensor), total)
     return str(total)
+
+
+def restart_key(*parts: Any) -> str:
+    """The key of a workspace: versions of the packages that compute, and JSON values on which its content depends."""
+    return json.dumps([[version(name) for name in ("welore", "torch", "transformers")], *parts])
 
 
 def file_states(paths: Iterable[str | Path]) -> list[tuple[str, int, int]]:

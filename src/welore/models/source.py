@@ -115,8 +115,12 @@ class ModelSource(TensorSource):
 
     @property
     def state(self) -> str:  # type: ignore[override]
-        """The fingerprint: weights in memory have no files to look at."""
-        return self.identity.fingerprint
+        """A digest of all targeted weights: weights in memory have no files to look at."""
+        digest = hashlib.sha256(self.identity.fingerprint.encode())
+        for target in self.targets:
+            weight = self.tensor(target.layer + ".weight").cpu().reshape(-1)
+            digest.update(weight.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def empty_skeleton(self) -> "PreTrainedModel":
         """A dense model of its own on the meta device."""
