@@ -25,11 +25,11 @@ from typing import Any
 import materials
 import zygote
 from kills import LONG, again, once
-from materials import VERBS, Verb
+from materials import VERBS, Verb, words
 from zygote import Answer, Outcome, campaign, digest, judge, last_line, tree
 
 ROOT = os.geteuid() == 0
-QUICK = [name for name in VERBS if name not in ("best", "pretrain")]
+QUICK = [name for name in VERBS if name not in ("best", "pretrain", "pretrain-again", "teach")]
 Fault = Callable[[random.Random], Outcome]
 
 
@@ -306,6 +306,43 @@ def two_at_once(rng: random.Random) -> Outcome:
         return Outcome("UNEQUAL", verb.command, outcomes[0].note)
     others = sorted(set(tree(at)) ^ set(good.names))
     return Outcome("LEFT" if others else "equal", verb.command, f"{outcomes[0].note} {others[:4]}")
+
+
+def others_at_work(rng: random.Random) -> Outcome:
+    """Two different commands on one output, or two outputs of one .gguf file that neither has converted yet."""
+    first, second = rng.choice(
+        [("compress", "merge"), ("export", "finetune"), ("analyze", "calibrate"), ("gguf", "gguf")]
+    )
+    results = [once(first).result, once(second).result]
+    at = zygote.home.fresh(*{*VERBS[first].needs, *VERBS[second].needs})
+    commands = [VERBS[first].command, VERBS[second].command]
+    if first == second:
+        commands[1] = elsewhere(VERBS[second], "o2.safetensors")
+    children = [zygote.start(commands[0], at, tag="first")]
+    time.sleep(rng.uniform(0.0, 0.5) * once(first).seconds)
+    children.append(zygote.start(commands[1], at, tag="second"))
+    answers = [child.end(LONG) for child in children]
+    for command, answer in zip(commands, answers, strict=True):
+        if judge(answer) not in zygote.GOOD or (first == second and answer.status != 0):
+            return Outcome(judge(answer).replace("refused", "REFUSED"), command, f"{commands}: {last_line(answer.err)}")
+    if digest(at / VERBS[first].output) not in results:
+        return Outcome("UNEQUAL", commands[0], f"{commands}")
+    left = sorted(path.name for path in at.rglob("*") if "welore-" in path.name or path.name.endswith(".work"))
+    return Outcome("LEFT" if left else "equal", commands[0], f"{left[:4]}")
+
+
+def cache(rng: random.Random) -> Outcome:
+    """A .gguf file whose conversion has no room, or may not be written."""
+    at = zygote.home.fresh("g.gguf")
+    command = words("analyze g.gguf -o o.safetensors --cache-dir disk")
+    how = rng.choice([f"size={rng.choice([4, 20, 60, 90])}k", "ro,size=1m"])
+    if not ROOT:
+        return Outcome("accepted", command, "only root mounts")
+    with mounted(at / "disk", how):
+        outcome = verdict(VERBS["gguf"], command, zygote.run(command, at), f"a cache with {how}")
+        left = tree(at / "disk")
+    left = [name for name in left if "welore-" in name]
+    return Outcome("LEFT", command, f"{left[:4]} {outcome.note}") if left else outcome
 
 
 def streams(rng: random.Random) -> Outcome:

@@ -1,6 +1,7 @@
 """Good files of every kind, small: models, texts, spectra, statistics, plans, results, runs and records."""
 
 import random
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
@@ -38,9 +39,9 @@ class Verb:
 
     @property
     def old(self) -> dict[str, str]:
-        """What lies at the output before: copies of these files."""
-        names = {"compress": "small", "finetune": "run"}
-        return {self.output: names[self.command[0]]} if "--overwrite" in self.command else {}
+        """What lies at the output before: a copy of another result."""
+        names = {"finetune": "run", "pretrain": "study"}
+        return {self.output: names.get(self.command[0], "pivoted")} if "--overwrite" in self.command else {}
 
 
 def finetune(model: object, out: str, *more: str) -> list[str]:
@@ -72,6 +73,15 @@ VERBS = {
     "again": Verb(finetune("small", "out", "--overwrite", "--seed", "1"), "out", ["small", "t.txt"], resumable=True),
     "pretrain": Verb(words(f"pretrain out --dataset t.txt {PRETRAIN}"), "out", ["t.txt"], resumable=True),
     "evaluate": Verb(words(f"evaluate m --dataset t.txt {EVALUATE} -o o.json"), "o.json", MODEL),
+    "merge-again": Verb(words("merge small out --overwrite"), "out", ["small"]),
+    "pretrain-again": Verb(
+        words(f"pretrain out --dataset t.txt {PRETRAIN} --seed 1 --overwrite"), "out", ["t.txt"], resumable=True
+    ),
+    "teach": Verb(
+        words(f"finetune small out --distill m --dataset self {TRAIN}"), "out", ["m", "small"], resumable=True
+    ),
+    "gguf": Verb(words("analyze g.gguf -o o.safetensors --cache-dir cache"), "o.safetensors", ["g.gguf"]),
+    "score": Verb(words("score m --task coin_flip --dataset generated --limit 2 -o o.json"), "o.json", ["m"]),
     "report": Verb(words("report small -o out"), "out", ["small"]),
 }
 
@@ -96,7 +106,8 @@ def prepare(home: Home) -> None:
     """.strip().splitlines():
         _ensure(run(line.split(), at, seconds=120))
     _ensure(run(finetune("small", "run"), at, seconds=120))
-    _ensure(run(words(f"pretrain runs/study --dataset t.txt {PRETRAIN}"), at, seconds=120))
+    _ensure(run(words(f"pretrain study --dataset t.txt {PRETRAIN}"), at, seconds=120))
+    shutil.copytree(at / "study", at / "runs" / "study")
     for name in ("compression.json", "plan.json"):
         (at / "runs" / name).write_bytes((at / "small" / name).read_bytes())
     (at / "runs" / "finetune.json").write_bytes((at / "run" / "finetune.json").read_bytes())

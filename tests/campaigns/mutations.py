@@ -839,7 +839,7 @@ NEEDS: dict[Mutator, list[str]] = {
     settings: [*MODEL, "small"],
     reference: ["m", "reference.pt"],
     gguf: ["g.gguf", "small", "t.txt"],
-    options: [*MODEL, "small", "pivoted", "s.safetensors", "c.safetensors", "p.json"],
+    options: [*MODEL, "small", "pivoted", "s.safetensors", "c.safetensors", "p.json", "g.gguf"],
 }
 
 
