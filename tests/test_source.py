@@ -431,7 +431,10 @@ def test_damaged_json_is_one_sentence_that_names_the_file(saved, name: str, text
 
 @pytest.mark.parametrize(
     "change",
-    [{"eos_token_id": "x"}, {"eos_token_id": [[1]]}, {"pad_token_id": 0.5}, {"temperature": []}, {"top_k": "5"}],
+    [
+        *({"eos_token_id": "x"}, {"eos_token_id": [[1]]}, {"pad_token_id": 0.5}, {"bos_token_id": 1 << 63}),
+        *({"temperature": []}, {"top_k": "5"}, {"output_hidden_states": 0.5}, {"use_cache": "no"}),
+    ],
 )
 def test_damaged_generation_settings_are_one_sentence(saved, change: dict[str, object]) -> None:
     directory = saved("llama")

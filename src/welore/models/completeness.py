@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 GENERATION = "generation_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NUMBERS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "length_penalty", "max_length", "num_beams")
+SWITCHES = ("do_sample", "use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits")
 MASK = 1 << 30  # numbers of a buffer that a configuration may ask for, such as a mask of its context
 
 
@@ -89,7 +90,8 @@ def _require_generation_config(directory: Path) -> None:
     if not path.is_file():
         return
     content = typed(read_json(path), Mapping, str(path))
-    kinds = dict.fromkeys(TOKENS, int | tuple[int, ...] | None) | dict.fromkeys(NUMBERS, float | None)
+    kinds: dict[str, Any] = dict.fromkeys(TOKENS, int | tuple[int, ...] | None)
+    kinds |= dict.fromkeys(NUMBERS, float | None) | dict.fromkeys(SWITCHES, bool | None)
     for name, kind in kinds.items():
         typed(content.get(name), kind, f"{name} of {path}")
     try:
