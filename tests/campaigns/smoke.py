@@ -9,9 +9,9 @@ import mutations
 from zygote import campaign
 
 CHOSEN = {
-    "mutate": (mutations.CASES, "header index spectra compressed report unfinished task text reference options"),
-    "kill": (kills.CASES, "allocate compress merge evaluate"),
-    "fault": (faults.CASES, "neighbours streams changed"),
+    "mutate": (mutations.CASES, "config header layout spectra plan compressed report unfinished text settings"),
+    "kill": (kills.CASES, "allocate compress merge finetune"),
+    "fault": (faults.CASES, "own_input neighbours odd_output streams"),
 }
 CASES = {f"{way}-{name}": cases[name] for way, (cases, names) in CHOSEN.items() for name in names.split()}
 
