@@ -17,6 +17,7 @@ from toys import calibrate, characters, checkpoint
 from welore.allocation.neurons import Neurons, as_json, dense_numel, read_neurons
 from welore.allocation.plan import Plan
 from welore.calibration.statistics import Statistics
+from welore.compression.mlp_pruning import select_neurons
 from welore.config import RecoveryConfig
 from welore.errors import WeLoreError
 from welore.linalg.brain_surgeon import refit, removal
@@ -198,6 +199,18 @@ def test_params_alone_takes_out_what_is_worth_it(tmp_path: Path) -> None:
     assert asked.settings["mlp_pruning"] == 0
     named = compress(source, tmp_path / "named", keep=0.4, strategy="waterfill", scaling="kfac", **alone)
     assert named.settings["mlp_pruning"] == 0
+
+
+def test_pruning_that_puts_the_target_out_of_reach_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, statistics = calibrated(tmp_path)
+
+    def most(*arguments: Any, **_: Any) -> dict[str, Neurons]:
+        return select_neurons(*arguments, share=0.8, price=None)
+
+    monkeypatch.setattr("welore.compression.pipeline.select_neurons", most)
+    record = compress(source, tmp_path / "small", keep=0.8, statistics=statistics, recovery=None)
+    assert record.settings["mlp_pruning"] == 0
+    assert record.numbers["parameter_ratio"] == pytest.approx(0.8, abs=0.02)
 
 
 @pytest.mark.slow
