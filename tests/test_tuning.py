@@ -393,7 +393,15 @@ def test_old_run_stays_until_the_one_that_replaces_it_is_finished(
     assert everything(out) == before
     assert caught.value.__notes__ == [f"the run lies in {tmp_path}/run.work: --resume goes on there"]
     monkeypatch.undo()
-    (tmp_path / "run.work/checkpoints/checkpoint-2/checksums.json").unlink()  # as if killed just before
+    checkpoint = tmp_path / "run.work/checkpoints/checkpoint-2"
+    (checkpoint / "checksums.json").unlink()  # as if killed just before
+    stored = (checkpoint / "optimizer.pt").read_bytes()
+    for damage in (b"", stored[:-99], b"\x80\x02cos\nsystem\n(S'true'\ntR."):
+        (checkpoint / "optimizer.pt").write_bytes(damage)
+        with pytest.raises(WeLoreError, match="checkpoint-2 is damaged .*: delete it to go on without it"):
+            finetuned(model, out, resume=True, **settings | {"seed": 5})
+        (checkpoint / "checksums.json").unlink(missing_ok=True)
+    (checkpoint / "optimizer.pt").write_bytes(stored)
     assert finetuned(model, out, resume=True, **settings | {"seed": 5}).numbers["resumed_at"] == 2
     assert (out / "checkpoints/checkpoint-2/checksums.json").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

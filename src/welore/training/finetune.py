@@ -29,7 +29,7 @@ from welore.training.methods import known_warnings, state_classes
 from welore.training.objective import Objective
 from welore.training.originals import borrowed
 from welore.training.preparation import Prepared, cast, prepare
-from welore.training.run_dir import MODEL, TUNED, gathered, run_directory
+from welore.training.run_dir import MODEL, TUNED, gathered, read_checkpoint, run_directory
 from welore.training.teacher import share_frozen
 from welore.training.trainer import FinetuneTrainer, RunCallback, peak_memory
 
@@ -142,6 +142,7 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
         known_warnings(),
         torch.serialization.safe_globals(state_classes(config.method)),
         _set_up(base),
+        read_checkpoint(run.last),
     ):
         trainer.train(resume_from_checkpoint=None if run.last is None else str(run.last))
     tokens = sum(map(measure.tokens, range(trainer.state.global_step)))  # of the run, also of what was resumed

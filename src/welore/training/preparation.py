@@ -115,7 +115,7 @@ def prepare(
         begin(out, _identity(config, marked, digests | configs, args.world_size), resume=resume)
         if written is not None:
             write_windows(out / WRITTEN, written)
-        if last is not None:  # the run was perhaps killed before it sealed it
+        if last is not None and args.world_size == 1:  # the run was perhaps killed before it sealed it
             seal(last)
     inputs, trained = loaded.inputs | digests, originals.trained(marked)
     return Prepared(args, marked, tokenizer, data, inputs, originals, trained, teacher, last)

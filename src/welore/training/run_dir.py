@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, first_line
 from welore.io.atomic import (
     atomic_directory,
     read_json,
@@ -105,14 +105,27 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
 def last_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint that is complete; what a killed run left incomplete, or is damaged, is passed over."""
     checkpoints = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    for path in sorted(checkpoints, key=lambda path: -int(path.name.split("-")[1])):
+    sealed = [path for path in checkpoints if (path / CHECKSUMS).is_file()]  # none of several processes
+    for path in sorted(sealed or checkpoints, key=lambda path: -int(path.name.split("-")[1])):
         try:
             json.loads((path / STATE).read_text(encoding="utf-8"))
-            if not (path / CHECKSUMS).is_file() or read_json(path / CHECKSUMS) == _checksums(path):
+            if not sealed or read_json(path / CHECKSUMS) == _checksums(path):
                 return path
         except (OSError, ValueError):
             continue
     return None
+
+
+@contextmanager
+def read_checkpoint(checkpoint: Path | None) -> Iterator[None]:
+    """Name the checkpoint from which a run goes on if it turns out to be damaged."""
+    try:
+        yield
+    except Exception as error:  # torch and safetensors have many errors for that
+        damaged = {"SafetensorError", "UnpicklingError", "EOFError"} & {type(error).__name__}
+        if checkpoint is None or not (damaged or "PytorchStreamReader" in str(error)):
+            raise
+        raise WeLoreError(f"{checkpoint} is damaged ({first_line(error)}): delete it to go on without it") from error
 
 
 def seal(checkpoint: Path) -> None:
