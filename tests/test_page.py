@@ -1,5 +1,6 @@
 """The report: everything that was made is on the page, its numbers are right, and it needs nothing from outside."""
 
+import errno
 import json
 import re
 import sys
@@ -509,6 +510,27 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(
         report([run], tmp_path / "out")
     assert page.read_bytes() == before
     assert made(tmp_path / "out") == files
+
+
+def test_a_new_directory_has_its_name_only_when_the_page_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    perplexity(SOURCE, 20.0).save(tmp_path / "in" / "a.ppl.json")
+    with monkeypatch.context() as patch, pytest.raises(WeLoreError, match="cannot be written"):
+        write, texts = Path.write_bytes, []
+
+        def full(path: Path, data: bytes) -> int:
+            texts.append(path)
+            if len(texts) > 1:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return write(path, data)
+
+        patch.setattr(Path, "write_bytes", full)
+        report([tmp_path / "in"], tmp_path / "out")
+    assert len(texts) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    report([tmp_path / "in"], tmp_path / "out")
+    assert made(tmp_path / "out") == ["perplexity.png", "report.html"]
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])

@@ -3,13 +3,14 @@
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
-from welore.io.atomic import atomic_write
+from welore.io.atomic import atomic_directory, atomic_write
 from welore.records import MODEL_FINGERPRINT, Record
 from welore.reporting import figures, tables
 from welore.reporting.discover import LOADERS, ROWS, Content, find_artefacts, load_sections, machine_text
@@ -68,13 +69,15 @@ def report(directories: Sequence[str | Path], output_dir: str | Path) -> Path:
     jinja.filters |= {function.__name__: function for function in filters}
     html = jinja.get_template("page.html.jinja").render(content)
 
-    page = Path(output_dir) / "report.html"
-    for drawing in pictures:
-        with atomic_write(page.with_name(drawing.file)) as partial:
-            partial.write_bytes(drawing.png)
-    with atomic_write(page) as partial:
-        partial.write_text(html, encoding="utf-8", errors="replace")  # half a letter may stand in a path
-    return page
+    out = Path(output_dir)
+    new = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    with atomic_directory(out) if new else nullcontext(out) as directory:
+        files = [(drawing.file, drawing.png) for drawing in pictures]
+        # Half a letter may stand in a path. The page comes last: in a directory that was there it marks the end.
+        for name, data in [*files, ("report.html", html.encode(errors="replace"))]:
+            with atomic_write(directory / name) as partial:
+                partial.write_bytes(data)
+    return out / "report.html"
 
 
 def _content(artefacts: Mapping[Path, Any], shown_elsewhere: set[str]) -> Content:
