@@ -75,8 +75,9 @@ class Spectra:
         blocks = [name for layer, grid in self.grids.items() for name in block_names(layer, grid)]
         if lost := {*self.unreached, *self.outliers, *blocks} - set(self.values):
             raise WeLoreError(f"the spectra name {min(lost)} and have no values of it")
-        if self.outliers and len(self.outliers) < len(self.values):
-            raise WeLoreError("the spectra have the outliers of some matrices, not of all")
+        shares = self.outliers.values()
+        if (shares and len(shares) < len(self.values)) or not all(0 <= share <= 1 for share in shares):
+            raise WeLoreError("the spectra have no share of outliers, from 0 to 1, of some matrices")
 
     def normalised(self) -> dict[str, Values]:
         """Name -> normalised spectrum s (k,), see `normalise`."""
