@@ -80,6 +80,10 @@ def test_prompt_longer_than_the_context_keeps_its_end_and_is_counted(tmp_path: P
     outputs, truncated = answers(model, characters(), ["a" * 100 + end, end], 2)
     assert truncated == 1
     assert outputs[0] == outputs[1]
+    opening, shorter = characters(opens=True), "b" * (511 - NEW_TOKENS)  # BOS stays in front of what is left
+    outputs, truncated = answers(model, opening, ["a" * 100 + shorter, shorter], 2)
+    assert truncated == 1
+    assert outputs[0] == outputs[1]
 
 
 def test_the_number_of_an_end_token_that_is_none_is_one_sentence() -> None:

@@ -18,9 +18,9 @@ from welore.training.data import IGNORED, collate, questions_of_task, shuffled
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
 
-def questions_of_svamp(path: Path, length: int = 200, **settings: Any) -> DatasetSplit:
+def questions_of_svamp(path: Path, length: int = 200, tokenizer: Any = None, **settings: Any) -> DatasetSplit:
     config = FinetuneConfig(task="svamp", task_dataset=path, max_length=length, **settings)
-    return questions_of_task(config, characters())
+    return questions_of_task(config, tokenizer or characters())
 
 
 @pytest.fixture
@@ -164,6 +164,9 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(tmp_path: 
     assert characters().decode(found.train[3]["input_ids"]) == "bic numerals) is 3.</s>"
     with pytest.raises(WeLoreError, match="an answer of svamp alone has 5 tokens"):
         questions_of_svamp(tmp_path, 5)
+    opened = questions_of_svamp(tmp_path, 20, tokenizer=characters(opens=True)).train[3]
+    assert characters().decode(opened["input_ids"]) == "<pad>ic numerals) is 3.</s>"
+    assert (opened["labels"] != IGNORED).sum() == 4
 
 
 def test_batches_are_padded_on_the_right_to_their_longest() -> None:

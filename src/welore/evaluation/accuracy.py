@@ -12,7 +12,7 @@ from torch import Tensor
 
 from welore.config import RunOptions, ScoreConfig, TaskName, as_record
 from welore.data.self_generated import configured_ends
-from welore.data.windows import require_known_tokens
+from welore.data.windows import opening_tokens, require_known_tokens
 from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS, Item, Task, items, majority_rate
 from welore.io.context import RunContext
@@ -116,7 +116,9 @@ def answers(
         raise WeLoreError(f"this model reads at most {room} tokens at once: a question and its answer need more")
     encoded: list[list[int]] = [tokenizer(prompt, verbose=False).input_ids for prompt in prompts]
     require_known_tokens(model, *map(torch.tensor, encoded))
-    inputs = [ids if room is None else ids[-max(1, room - NEW_TOKENS) :] for ids in encoded]
+    space = max(map(len, encoded)) if room is None else room - NEW_TOKENS
+    first = min(len(opening_tokens(tokenizer)), space - 1)  # a text that loses its beginning keeps what opens it
+    inputs = [ids if len(ids) <= space else [*ids[:first], *ids[first - space :]] for ids in encoded]
     longest_first = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
     batches = [longest_first[start : start + batch_size] for start in range(0, len(inputs), batch_size)]
     outputs = [""] * len(inputs)

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from welore.config import FinetuneConfig
 from welore.data.packing import HELD_OUT, IGNORED, Batch, DatasetSplit, Example, digest_of_texts
+from welore.data.windows import opening_tokens
 from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS, Item, items
 from welore.training.arguments import length_of
@@ -37,10 +38,10 @@ def questions_of_task(
     answers = [] if config.loss_on_prompt else [int((each["labels"] != IGNORED).sum()) for each in encoded]
     if min(answers, default=1) < 1:
         raise WeLoreError(f"the tokenizer gives no tokens for an answer of {config.task}: it is damaged")
-    longest = max(answers, default=2)
-    if longest >= length:
+    longest, first = max(answers, default=2), len(opening_tokens(tokenizer))
+    if longest + first >= length:
         raise WeLoreError(f"max_length is {length}: an answer of {config.task} alone has {longest} tokens")
-    cut = [{name: values[-length:] for name, values in sequence.items()} for sequence in encoded]
+    cut = [_cut(sequence, length, first) for sequence in encoded]
     border = len(cut) - max(1, len(cut) // HELD_OUT)
     counts = {"train_items": border, "held_out_items": len(cut) - border, "prompts_cut": too_long}
     return DatasetSplit(
@@ -63,6 +64,13 @@ def _encoded(item: Item, tokenizer: "PreTrainedTokenizerBase", loss_on_prompt: b
     if not loss_on_prompt:
         labels[:same] = IGNORED
     return {"input_ids": torch.tensor(ids), "labels": labels}
+
+
+def _cut(sequence: Example, length: int, first: int) -> Example:
+    """The last tokens of an example that is too long, after its `first`, which open every text."""
+    if len(sequence["input_ids"]) <= length:
+        return sequence
+    return {name: torch.cat([values[:first], values[first - length :]]) for name, values in sequence.items()}
 
 
 def collate(sequences: Sequence[Example], pad: int = 0) -> Batch:
