@@ -46,6 +46,17 @@ def test_registry_has_the_names_of_the_settings() -> None:
     assert tuple(METHODS) == choices(MethodName)
 
 
+def test_the_merged_model_of_an_adapter_is_an_ordinary_one(small: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(small)
+    names = [name for name, _ in model.named_parameters()]
+    marked = welore.mark_trainable(model, "lora", rank=2)
+    torch.nn.init.ones_(marked.parameters[1])  # B is zero, so that an adapter adds nothing
+    expected = marked.model(IDS).logits
+    assert [name for name, _ in marked.merged().named_parameters()] == names
+    torch.testing.assert_close(marked.merged()(IDS).logits, expected)
+    assert welore.mark_trainable(AutoModelForCausalLM.from_pretrained(small), "lrc").merged() is not None
+
+
 def test_a_bare_loop_trains_the_factors_alone(small: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(small)
     before = {name: p.clone() for name, p in model.named_parameters()}

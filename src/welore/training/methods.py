@@ -57,6 +57,10 @@ class MarkedModel:
         """The model without the adapters' wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "merge_and_unload") else self.model
 
+    def merged(self) -> Any:
+        """The ordinary model: adapters, if there are any, are added to the weights they adapt."""
+        return self.model.merge_and_unload() if hasattr(self.model, "merge_and_unload") else self.model
+
 
 @dataclass(frozen=True)
 class Method:

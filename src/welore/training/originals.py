@@ -49,15 +49,13 @@ class Originals:
 
     def merged(self, marked: "MarkedModel") -> Any:
         """The ordinary model: adapters are added to the weights as they were, in float32, whatever was computed in."""
-        if not hasattr(marked.model, "merge_and_unload"):
-            return marked.model
         for layer in marked.model.modules():
             if hasattr(layer, "merged_adapters"):
                 weight = layer.get_base_layer().weight
                 weight.data = self._original(self.names[id(weight)], weight.data).to(weight.device, torch.float32)
                 layer.merge()
                 weight.requires_grad_()  # it has been trained
-        return marked.model.unload()
+        return marked.model.unload() if hasattr(marked.model, "unload") else marked.model
 
     def restored(self, name: str, now: Tensor, trained: set[str], dtype: torch.dtype | None) -> Tensor:
         """A parameter after the training, in `dtype` or its own; a frozen one of a model in memory as it was."""
