@@ -756,6 +756,25 @@ def test_a_loss_that_is_not_a_number_stops_the_run(dense: Path, text: str, tmp_p
         finetuned(tmp_path / "broken", tmp_path / "run", "full", dataset=text, **SHORT | {"eval_steps": 0})
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_is_gone_after_its_training_mixes_with_nothing(text: str, tmp_path: Path, dtype: str) -> None:
+    model = checkpoint(tmp_path / "model")
+    before = weights(model)
+
+    class Remove(TrainerCallback):
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            (model / "model.safetensors").unlink()
+
+    how = SHORT | {"dataset": text, "dtype": dtype, "max_steps": 2, "eval_steps": 0, "callbacks": [Remove()]}
+    if dtype == "float32":  # nothing was rounded, so that memory has it all
+        finetuned(model, tmp_path / "run", **how)
+        factors = {name for name in before if name.endswith(FACTORS)}
+        assert differing(before, weights(tmp_path / "run" / "model")) == factors
+    else:
+        with pytest.raises(WeLoreError, match="was changed while its model was trained: put it back and resume"):
+            finetuned(model, tmp_path / "run", **how)
+
+
 def test_weights_that_are_no_numbers_after_the_last_step_are_no_result(dense: Path, text: str, tmp_path: Path) -> None:
     """The last step has no loss after it, if nothing is evaluated."""
     how = SHORT | {"max_steps": 1, "warmup_steps": 0, "eval_steps": 0, "learning_rate": 1e38}

@@ -155,6 +155,7 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
 
 def _save(run: Prepared, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     """Write the tuned model, whole or not at all; plan and compression record come along. Returns its sizes."""
+    copied = run.originals.readable(exact=not (run.arguments.bf16 or run.arguments.fp16))
     tuned, source = run.originals.merged(run.marked), run.originals.directory
     state = gathered(tuned)
     own = dict(tuned.named_parameters())
@@ -168,7 +169,7 @@ def _save(run: Prepared, out: Path, dtype: torch.dtype | None) -> dict[str, Any]
         state = {n: run.originals.restored(n, tensor, run.trained, dtype) for n, tensor in state.items()}
     if run.leads:
         with atomic_directory(out / MODEL, overwrite=True) as unfinished:
-            if source is None:
+            if not copied:
                 tuned.save_pretrained(unfinished, state_dict=state)
                 run.tokenizer.save_pretrained(unfinished)
             else:

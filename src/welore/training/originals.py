@@ -1,6 +1,6 @@
 """The model before its training: frozen tensors stay so bit for bit, and a model in memory gets all else back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from welore.errors import DivergedError
+from welore.errors import DivergedError, WeLoreError
 from welore.io.atomic import read_json, write_json
-from welore.io.checkpoint import CheckpointReader, OutputTensors, write_config, write_weights
+from welore.io.checkpoint import CheckpointReader, OutputTensors, weight_files, write_config, write_weights
 from welore.io.progress import silent
+from welore.io.resume import file_states
 from welore.io.safetensors_stream import TensorInfo
 from welore.models.source import CheckpointSource
 
@@ -26,20 +27,39 @@ class Originals:
     """The parameters of a model before its training.
 
     directory: of its checkpoint; None for a model in memory, of which `data` holds the tensors. names: of the
-    parameters, by their id. dtypes: by their names.
+    parameters, by their id. dtypes: by their names. state: of the checkpoint's files.
     """
 
     directory: Path | None
     names: Mapping[int, str]
     dtypes: Mapping[str, torch.dtype]
     data: Mapping[str, Tensor]
+    state: Sequence[Any] = ()
 
     @classmethod
     def of(cls, model: nn.Module, directory: Path | None) -> "Originals":
         """Those of a model that nothing has been done to yet."""
         named = dict(model.named_parameters())
         data = {name: p.data for name, p in named.items()} if directory is None else {}
-        return cls(directory, {id(p): name for name, p in named.items()}, {n: p.dtype for n, p in named.items()}, data)
+        names, dtypes = {id(p): name for name, p in named.items()}, {name: p.dtype for name, p in named.items()}
+        return cls(directory, names, dtypes, data, () if directory is None else _files(directory))
+
+    def readable(self, *, exact: bool) -> bool:
+        """Whether frozen tensors can be copied from the checkpoint.
+
+        If it was changed during the training, they are taken from memory, where they are what they were if the
+        computation was `exact`; WeLoreError if not.
+        """
+        try:
+            same = self.directory is not None and _files(self.directory) == self.state
+        except (OSError, WeLoreError):
+            same = False
+        if not same and self.directory is not None and not exact:
+            raise WeLoreError(
+                f"{self.directory} was changed while its model was trained: put it back and resume the run, so that "
+                "what is frozen can be copied from there"
+            )
+        return same
 
     def trained(self, marked: "MarkedModel") -> set[str]:
         """The names of the parameters that a training changes: those it trains, and those that get adapters."""
@@ -99,6 +119,11 @@ class Originals:
             return self.data[name]
         source = CheckpointSource(self.directory)
         return source.tensor(name) if name in set(source.names()) else now
+
+
+def _files(directory: Path) -> Sequence[Any]:
+    """Sizes and times of the weight files and config.json."""
+    return file_states([*weight_files(directory), directory / "config.json"])
 
 
 def _output(key: str, info: TensorInfo, new: Tensor | None, source: CheckpointReader) -> OutputTensors:
