@@ -84,8 +84,8 @@ def test_row_without_text_is_named(tmp_path: Path, records: list[Any], number: i
         ("a.jsonl", b"", r"a\.jsonl holds no text"),
         ("a.jsonl", b'{"text": ""}\n', r"a\.jsonl holds no text"),
         ("a.txt", b"\xef\xbb\xbf", r"a\.txt holds no text"),
-        ("a.jsonl", b'\n{"n": ' + b"1" * 5000 + b"}", r"a\.jsonl, line 2 is not JSON in UTF-8 \(Exceeds the limit"),
-        ("a.jsonl", b"[" * 10**6, r"a\.jsonl, line 1 is not JSON in UTF-8 \(.*recursion"),
+        ("a.jsonl", b'\n{"n": ' + b"1" * 5000 + b"}", r"a\.jsonl, line 2 is not JSON in UTF-8 \(it has a number of"),
+        ("a.jsonl", b"[" * 10**6, r"a\.jsonl, line 1 is not JSON in UTF-8 \(its brackets are nested"),
     ],
 )
 def test_file_that_gives_no_text_is_one_sentence(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:

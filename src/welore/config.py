@@ -298,9 +298,9 @@ class RecoveryConfig:
         counts = ("num_tokens", "max_steps", "batch_size", "save_steps", "max_eval_samples")
         require_at_least(1, **{name: getattr(self, name) for name in counts})
         require_at_least(0, warmup_steps=self.warmup_steps)
-        require_positive(learning_rate=self.learning_rate, relative_learning_rate=self.relative_learning_rate)
-        require_positive(**{f"fallbacks[{at}]": share for at, share in enumerate(self.fallbacks)})
-        require_not_negative(tolerance=self.tolerance, largest_share=self.largest_share)
+        require_number("above 0", learning_rate=self.learning_rate, relative_learning_rate=self.relative_learning_rate)
+        require_number("above 0", **{f"fallbacks[{at}]": share for at, share in enumerate(self.fallbacks)})
+        require_number("at least 0", tolerance=self.tolerance, largest_share=self.largest_share)
         if not self.fallbacks or not 0 < self.teacher_weight <= 1:
             raise WeLoreError(
                 f"fallbacks is {self.fallbacks}, teacher_weight {self.teacher_weight}: give one share or more, and a "
@@ -425,8 +425,8 @@ class FinetuneConfig:
         require_at_least(1, **{name: getattr(self, name) for name in counts})
         require_at_least(2, max_length=self.max_length)
         require_at_least(0, warmup_steps=self.warmup_steps, eval_steps=self.eval_steps, save_steps=self.save_steps)
-        require_not_negative(weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm)
-        require_positive(learning_rate=self.learning_rate)
+        require_number("at least 0", weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm)
+        require_number("above 0", learning_rate=self.learning_rate)
         if not (isinstance(self.seed, Integral) and 0 <= self.seed < 1 << 32):
             raise WeLoreError(f"seed is {self.seed}: it must be a whole number from 0 to {(1 << 32) - 1}")
         if self.max_steps and self.warmup_steps and self.warmup_steps >= self.max_steps:
@@ -533,20 +533,12 @@ def require_at_least(minimum: int, **values: Any) -> None:
             raise WeLoreError(f"{name} is {value}: it must be {limits}")
 
 
-def require_not_negative(**values: Any) -> None:
-    """Raise WeLoreError for the first value that is no finite number, 0 or above; None is passed over."""
+def require_number(kind: Literal["above 0", "at least 0"], **values: Any) -> None:
+    """Raise WeLoreError for the first value that is no finite number of that kind; None is passed over."""
     for name, value in values.items():
         number = isinstance(value, Real)
-        if value is not None and not (number and 0 <= value < float("inf")):
-            raise WeLoreError(f"{name} is {value}: it must be a number, at least 0")
-
-
-def require_positive(**values: Any) -> None:
-    """Raise WeLoreError for the first value that is no finite number above 0; None is passed over."""
-    for name, value in values.items():
-        number = isinstance(value, Real)
-        if value is not None and not (number and 0 < value < float("inf")):
-            raise WeLoreError(f"{name} is {value}: it must be above 0")
+        if value is not None and not (number and (value > 0 or kind == "at least 0") and 0 <= value < float("inf")):
+            raise WeLoreError(f"{name} is {value}: it must be a number, {kind}")
 
 
 def require_choice(kind: str, name: str, literal: Any) -> None:

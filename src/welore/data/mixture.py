@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from welore.config import SELF, Dataset
+from welore.config import SELF, Dataset, require_number
 from welore.data.packing import Blocks, blocks_of_text
 from welore.data.text import TextOptions, dataset_name
 from welore.data.windows import digest, given_windows, is_windows
-from welore.errors import WeLoreError, first_line
+from welore.errors import WeLoreError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,10 +36,8 @@ class Source:
 def parse_mixture(dataset: str | Path | Mapping[str, float]) -> dict[str, float]:
     """Name -> weight, of "NAME", "NAME:WEIGHT,NAME:WEIGHT" or a mapping."""
     if isinstance(dataset, Mapping):
-        try:
-            pairs = [(str(name), float(weight)) for name, weight in dataset.items()]
-        except (TypeError, ValueError) as error:
-            raise WeLoreError(f"the weights of a mixture are numbers: {first_line(error)}") from error
+        require_number("above 0", **{str(name): weight for name, weight in dataset.items()})
+        pairs = [(str(name), float(weight)) for name, weight in dataset.items()]
     else:
         pairs = [_weighted(part.strip()) for part in str(dataset).split(",")]
     if not pairs or not all(name for name, _ in pairs):

@@ -1,12 +1,12 @@
 """Texts and records of local files, which anybody may have made: read as UTF-8, or refused in one sentence."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from welore.errors import WeLoreError, first_line
+from welore.io.fields import parse_json
 
 
 def local_path(name: str | Path) -> Path:
@@ -59,8 +59,8 @@ def require_file(path: Path) -> None:
 
 def _json_value(content: bytes, where: str) -> Any:
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:  # also of another encoding, too long a number, too deep a nesting
+        return parse_json(content.decode("utf-8-sig"))
+    except ValueError as error:
         raise WeLoreError(f"{where} is not JSON in UTF-8 ({first_line(error)})") from error
 
 

@@ -45,19 +45,14 @@ class Originals:
         return cls(directory, names, dtypes, data, () if directory is None else _files(directory))
 
     def readable(self, *, exact: bool) -> bool:
-        """Whether frozen tensors can be copied from the checkpoint.
-
-        If it was changed during the training, they are taken from memory, where they are what they were if the
-        computation was `exact`; WeLoreError if not.
-        """
+        """Whether the checkpoint is as it was; if not, its frozen tensors are those in memory if these are `exact`."""
         try:
             same = self.directory is not None and _files(self.directory) == self.state
         except (OSError, WeLoreError):
             same = False
         if not same and self.directory is not None and not exact:
             raise WeLoreError(
-                f"{self.directory} was changed while its model was trained: put it back and resume the run, so that "
-                "what is frozen can be copied from there"
+                f"{self.directory} was changed while its model was trained: put it back and resume the run"
             )
         return same
 
