@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import welore
-from campaigns.architectures import SMOKE, WRAPPERS, check, truncated
+from campaigns.architectures import SMOKE, WRAPPERS, check, loaded, truncated
 from campaigns.architectures import build as build_architecture
 from conftest import build, logits
 from welore.config import CompressionConfig
@@ -102,3 +103,22 @@ def test_names_are_those_of_the_files_and_of_each_class(tmp_path: Path) -> None:
         rename = submodule_names(model)
         assert rename(key) == expected
         assert rename(f"{key}.0") == f"{expected}.0"
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_shared_layers_that_are_stored_twice(equal: bool, tmp_path: Path) -> None:
+    """transformers ties them only where both are equal: then one of them is compressed and stored."""
+    model = build_architecture("Zamba2")
+    first, second = (model.model.layers[i].shared_transformer.self_attn for i in (1, 4))
+    model.save_pretrained(tmp_path / "dense")
+    tensors = load_file(tmp_path / "dense/model.safetensors")
+    name = "model.layers.4.shared_transformer.self_attn.o_proj.weight"
+    assert name not in tensors
+    assert second.o_proj.weight is first.o_proj.weight
+    tensors[name] = first.o_proj.weight.detach().clone() * (1 if equal else 2)
+    save_file(tensors, tmp_path / "dense/model.safetensors", {"format": "pt"})
+    config = CompressionConfig(rank_reduction=0.3, scaling="none", min_ratio=0)
+    plan = welore.compress(tmp_path / "dense", tmp_path / "small", config).plan
+    assert ("model.layers.1.shared_transformer.self_attn.o_proj" in {a.name for a in plan.allocations}) == equal
+    assert (name in load_file(tmp_path / "small/model.safetensors")) == (not equal)
+    loaded(tmp_path / "small")

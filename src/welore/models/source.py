@@ -16,12 +16,12 @@ from welore.io.checkpoint import CheckpointReader, OutputTensors, check_finite, 
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.resume import file_states
-from welore.io.safetensors_stream import FLOATS, TensorInfo
+from welore.io.safetensors_stream import FLOATS, TensorInfo, raw_bytes
 from welore.models.completeness import require_complete
 from welore.models.key_names import loaded_name, saved_name
 from welore.models.mlp import resize_layers
 from welore.models.skeleton import config_of, dense_skeleton, skeleton_of
-from welore.models.targets import Target, find_targets
+from welore.models.targets import Target, find_targets, shared_layers
 from welore.records import Identity
 
 if TYPE_CHECKING:
@@ -118,8 +118,7 @@ class ModelSource(TensorSource):
         """A digest of all targeted weights: weights in memory have no files to look at."""
         digest = hashlib.sha256(self.identity.fingerprint.encode())
         for target in self.targets:
-            weight = self.tensor(target.layer + ".weight").cpu().reshape(-1)
-            digest.update(weight.view(torch.uint8).numpy().data)
+            digest.update(raw_bytes(self.tensor(target.layer + ".weight")))
         return digest.hexdigest()
 
     def empty_skeleton(self) -> "PreTrainedModel":
@@ -201,7 +200,7 @@ class CheckpointSource(TensorSource):
         """The targeted matrices that lie in the files under their own name; the others stay as they are."""
         require_dense(self.config)
         targets = []
-        names = set(self.names())
+        names, shared = set(self.names()), shared_layers(self.skeleton)
         for target in find_targets(self.skeleton, self.include, self.exclude):
             name = target.name + ".weight"
             if name not in names:
@@ -210,7 +209,9 @@ class CheckpointSource(TensorSource):
             if shape != expected:
                 raise WeLoreError(f"{name} has shape {shape}, config.json says {expected}")
             _require_float(name, self.info(name).dtype)
-            targets.append(target)
+            stored = [other for layer in shared.get(target.name, ()) if (other := f"{layer}.weight") in names]
+            if all(torch.equal(self.tensor(name), self.tensor(other)) for other in stored):  # else nothing ties them
+                targets.append(target)
         if not targets:
             raise WeLoreError(f"{self.name}: none of the model's linear layers is stored under its own name")
         return targets
