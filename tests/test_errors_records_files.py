@@ -391,6 +391,8 @@ def test_output_is_never_something_that_is_read(tmp_path: Path) -> None:
 def test_directory_that_cannot_be_renamed_is_refused_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(WeLoreError, match="is a mount point"), claimed("/proc", marker="config.json"):
         pass
+    with pytest.raises(WeLoreError, match="cannot be written"), claimed("/proc/out", marker="config.json"):
+        pass
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])

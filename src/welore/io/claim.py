@@ -108,6 +108,8 @@ def _locked(path: Path) -> Iterator[None]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
         except Timeout as error:
+            if not Path(lock.lock_file).exists():
+                raise WeLoreError(f"{path} cannot be written: no file can be made beside it") from error
             raise WeLoreError(f"another command is writing {path}: wait for its end, or name another output") from error
         yield
     finally:
