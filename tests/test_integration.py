@@ -145,6 +145,20 @@ def test_merge_refuses_a_checkpoint_that_lost_a_tensor(small: Path, name: str) -
         welore.merge(small, small.parent / "out")
 
 
+def test_merge_refuses_factors_that_hold_nan(small: Path) -> None:
+    name = f"{first_factored(small)}.A.weight"
+    edit_weights(small, **{name: load_file(small / "model.safetensors")[name] * torch.nan})
+    with pytest.raises(WeLoreError, match="holds NaN or Inf"):
+        welore.merge(small, small.parent / "out")
+    assert not (small.parent / "out").exists()
+
+
+def test_weights_that_are_integers_are_refused_in_a_compressed_checkpoint(small: Path) -> None:
+    edit_weights(small, **{"model.norm.weight": torch.ones(32, dtype=torch.int8)})
+    with pytest.raises(WeLoreError, match="norm.weight has dtype torch.int8"):
+        welore.merge(small, small.parent / "out")
+
+
 def test_factor_of_a_layer_that_is_dense_is_refused(small: Path) -> None:
     edit_weights(small, **{"model.norm.A.weight": torch.ones(3, 3), "model.layers.0.mlp.A.weight": torch.ones(3, 3)})
     with pytest.raises(WeLoreError, match=r"holds model\.layers\.0\.mlp\.A\.weight"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from welore.config import SHARD_SIZE, RunOptions
 from welore.errors import WeLoreError
-from welore.io.checkpoint import OutputTensors
+from welore.io.checkpoint import OutputTensors, check_finite
 from welore.io.claim import claimed, require_unread
 from welore.io.context import RunContext
 from welore.io.safetensors_stream import TensorInfo
@@ -94,7 +94,9 @@ def _merged(source: TensorSource, config: WeLoreConfig, context: RunContext) -> 
         dense = skeleton.get_submodule(layer)
         low_rank = part == "weight" and (layer in split or layer in forms)
         values = known_kind(dense).stored(matrix(layer)) if low_rank else source.tensor(name)
-        return {name: [pad_neurons(dense, values, copies.get(layer, 1)).to(dtype).flatten()]}
+        values = pad_neurons(dense, values, copies.get(layer, 1)).to(dtype)
+        check_finite(name, values)
+        return {name: [values.flatten()]}
 
     parts = {f"{name}.{part}" for name, form in forms.items() for part in FORMS[form].parts}
     parts |= {f"{name}.weight" for layer, grid in split.items() for name in block_names(layer, grid)}

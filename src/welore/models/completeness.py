@@ -64,8 +64,8 @@ def require_complete(directory: Path, skeleton: "PreTrainedModel", quantization:
     except Exception as error:  # a family reads a configuration that nobody has checked
         raise WeLoreError(f"{directory} cannot be loaded: {reason(error)}") from error
     require_all_loaded(directory, report)
-    for name, tensor in model.state_dict().items():
-        stored = files.entries.get(name, files.entries.get(name.removeprefix(f"{model.base_model_prefix}.")))
+    for name, tensor in skeleton.state_dict().items():
+        stored = files.entries.get(name, files.entries.get(name.removeprefix(f"{skeleton.base_model_prefix}.")))
         if tensor.is_floating_point() and stored is not None and stored.dtype not in FLOATS:
             raise WeLoreError(
                 f"{name} has dtype {stored.dtype}, and {CONFIG} does not say how: give the unquantized model"
