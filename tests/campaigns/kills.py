@@ -88,6 +88,7 @@ def moment(good: Undisturbed, rng: random.Random) -> tuple[dict[str, float], str
 def after_kill(at: Path, verb: Verb, good: Undisturbed, old: dict[str, str]) -> str | None:
     """HALF or LOST, or None if all is well after a kill."""
     there = digest(at / verb.output)
+    there = {name: data for name, data in there.items() if ".welore-" not in name}  # files in work
     if verb.command[0] == "report" and "report.html" not in there:
         return None  # the figures of a page that is written last
     if not verb.resumable and there not in ({}, old, good.result):

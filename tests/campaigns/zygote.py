@@ -309,9 +309,9 @@ def last_line(text: str) -> str:
 
 
 def tree(directory: Path) -> list[str]:
-    """Names of everything below a directory; the inside of a trainer's checkpoints is its own."""
+    """Names of everything below a directory but checkpoints: a kill may keep the Trainer from deleting an old one."""
     names = (str(path.relative_to(directory)) for path in directory.rglob("*"))
-    return sorted(name for name in names if not re.search(r"checkpoint-\d+/", name))
+    return sorted(name for name in names if not re.search(r"checkpoint-\d+", name))
 
 
 def digest(path: Path) -> dict[str, str]:
