@@ -194,7 +194,8 @@ def storage_errors(path: Path) -> Iterator[None]:
         elsewhere = isinstance(file, str) and path.parent not in Path(file).parents
         if reason is None or elsewhere or isinstance(error, WeLoreError):
             raise
-        raise WeLoreError(f"{path} cannot be written: {reason}; what was finished before stays") from error
+        at = f" ({file})" if isinstance(file, str) else ""
+        raise WeLoreError(f"{path} cannot be written: {reason}{at}; what was finished before stays") from error
 
 
 def storage_reason(error: BaseException) -> str | None:
