@@ -9,7 +9,7 @@ import typer
 import typer.main
 
 from welore.cli.compression import allocate, analyze, calibrate, compress, export, info, merge
-from welore.cli.ending import flush_output, say_end, stoppable
+from welore.cli.ending import Stopped, flush_output, say_end, stoppable
 from welore.cli.evaluation import evaluate, score
 from welore.cli.from_config import Verb, expand
 from welore.cli.reports import demo, report
@@ -67,8 +67,6 @@ def main() -> None:
         with stoppable():
             status = typer.main.get_command(app).main(prog_name="welore", standalone_mode=False)
             flush_output()
-    except SystemExit:
-        raise
-    except BaseException as error:  # the last net: whatever comes, no traceback
+    except (Exception, KeyboardInterrupt, Stopped) as error:  # the last net: whatever comes, no traceback
         sys.exit(say_end(error))
     sys.exit(status if isinstance(status, int) else 0)
