@@ -239,7 +239,7 @@ def build(name: str, seed: int = 0) -> Any:
             if parameter.ndim == 2 and min(parameter.shape) > 1:
                 U, S, V = torch.linalg.svd(torch.randn_like(parameter), full_matrices=False)
                 decay = torch.exp(-torch.arange(len(S)) * (1 + 2 * torch.rand(())) / len(S))
-                parameter.copy_(U @ torch.diag(S * decay) @ V / len(S) ** 0.5)
+                parameter.copy_(U @ torch.diag(S * decay) @ V / (2 * len(S) ** 0.5))
     return model
 
 
