@@ -132,6 +132,7 @@ def test_what_is_frozen_keeps_every_bit_and_its_dtype(
     assert differing(saved, {name: memory.state_dict()[name] for name in saved}) == set()
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_is_given_back_as_it_was(text: str, tmp_path: Path) -> None:
     """Also after an error: only what is trained has other numbers."""
 
