@@ -259,10 +259,9 @@ def test_import_never_replaces_the_model_it_reads(saved: Callable[..., Path], tm
     torch.save(state, tmp_path / "lrc.pt")
     model = saved()
     weights = (model / "model.safetensors").read_bytes()
-    with pytest.raises(WeLoreError, match="exists already"):
-        import_checkpoint(tmp_path / "lrc.pt", model, model)
-    with pytest.raises(WeLoreError, match="is or holds .*, which is read"):
-        import_checkpoint(tmp_path / "lrc.pt", model, model, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(WeLoreError, match="is or holds .*, which is read"):
+            import_checkpoint(tmp_path / "lrc.pt", model, model, overwrite=overwrite)
     assert (model / "model.safetensors").read_bytes() == weights
 
 

@@ -23,7 +23,8 @@ def report(
     from welore.io.claim import claimed
     from welore.reporting.page import report
 
-    with claimed(output / "report.html"):
+    used = output.is_dir() and any(output.iterdir())
+    with claimed(output / "report.html") if used else claimed(output, marker="report.html"):
         page = report(directories, output)
     print_result({"output": str(page)}, as_json, f"report -> {page}")
 
