@@ -480,6 +480,8 @@ FAULTS: list[Fault] = [
         neighbours,
         own_input,
         two_at_once,
+        others_at_work,
+        cache,
         streams,
     ),
     *(surroundings, processes, modes, out_of_memory_in_recovery, changed),
