@@ -1,10 +1,13 @@
 import json
 import os
+import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -286,6 +289,54 @@ def test_compressing_while_loading_is_the_method_of_compress(
     welore.compress(expected, keep=0.7, tokenizer=tokenizer)
     assert torch.equal(logits(loaded, tokens), logits(expected, tokens))
     assert loaded.config.quantization_config.to_dict() == expected.config.quantization_config.to_dict()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_mode_and_randomness_of_the_caller_change_nothing(saved, tokenizer, mode: type) -> None:
+    source = saved("llama")
+    torch.manual_seed(9876)
+    size, healing = welore.CalibrationConfig(num_tokens=256, max_length=64), welore.RecoveryConfig()
+    models = [AutoModelForCausalLM.from_pretrained(source) for _ in range(2)]
+    for model, context in zip(models, (mode, torch.enable_grad), strict=True):
+        drawn = random.getstate(), np.random.get_state()[1].tolist()
+        with context():
+            result = welore.compress(model, keep=0.7, tokenizer=tokenizer, calibration=size, recovery=healing)
+        assert "failed" not in result.record.settings["recovery"]
+        assert torch.initial_seed() == 9876
+        assert (random.getstate(), np.random.get_state()[1].tolist()) == drawn
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert not any(parameter.is_inference() for parameter in models[0].parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
+@pytest.mark.parametrize("wrap", ["peft", "inside", "parallel", "norm"])
+def test_wrapped_models_and_adapters_are_refused(small: Path, saved, wrap: str) -> None:
+    import peft
+
+    for source, verb in ((saved("llama"), partial(welore.compress, keep=0.9)), (small, welore.merge)):
+        model = AutoModelForCausalLM.from_pretrained(source)
+        if wrap == "parallel":
+            model = torch.nn.DataParallel(model)
+        elif wrap == "norm":
+            torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+        else:
+            model = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+            model = model.get_base_model() if wrap == "inside" else model
+        with pytest.raises(WeLoreError, match=r"is wrapped, or has adapters .*merge_and_unload"):
+            verb(model)
+
+
+@pytest.mark.parametrize("output", [".", "missing/../small"])
+def test_result_may_replace_the_directory_of_the_command(
+    saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    source, here = saved("llama"), tmp_path / "empty"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    compress(source, output, rank_reduction=0.4)
+    monkeypatch.chdir(tmp_path)
+    assert (here / output / "config.json").is_file() or (here / "small" / "config.json").is_file()
 
 
 def test_words_of_version_0_1_and_unknown_settings() -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+@torch.inference_mode(False)  # gradients are needed whatever the caller's mode is
 def calibrate(
     model: "str | Path | PreTrainedModel",
     config: CalibrationConfig | None = None,

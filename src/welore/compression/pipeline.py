@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
+import torch
 from torch import Tensor, nn
 
 from welore.allocation.neurons import Neurons
@@ -88,6 +89,7 @@ class Job:
         return self.statistics is None and self.plan is None and self.scaling != NONE
 
 
+@torch.inference_mode(False)  # gradients are needed whatever the caller's mode is
 def compress(
     model: "Directory | PreTrainedModel",
     output_dir: Directory | None = None,
@@ -384,7 +386,7 @@ def _result(
     """6. The checkpoint, or the model with other layers, written by the process that leads."""
     context = job.context
     assert context.workspace is not None
-    record = None
+    record, written = None, None if output_dir is None else resolved(output_dir)  # "." is another directory afterwards
     if context.processes.is_main:
         size = job.config.max_shard_size
         with open_sink(source, output_dir, max_shard_size=size, overwrite=context.overwrite) as sink:
@@ -396,8 +398,8 @@ def _result(
                 record.save(sink.directory / RECORD)
             context.workspace.retire()
     context.processes.wait()
-    if output_dir is not None:
-        record = Record.load(Path(output_dir) / RECORD)
+    if written is not None:
+        record = Record.load(written / RECORD)
     assert record is not None
     return CompressionResult(plan, record, None if output_dir is None else Path(output_dir))
 

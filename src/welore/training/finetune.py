@@ -27,7 +27,7 @@ from welore.training.arguments import check_launch, resolve_defaults, sequences_
 from welore.training.data import collate, shuffled
 from welore.training.methods import known_warnings, state_classes
 from welore.training.objective import Objective
-from welore.training.originals import borrowed
+from welore.training.originals import borrowed, same_randomness
 from welore.training.preparation import Prepared, cast, prepare
 from welore.training.run_dir import MODEL, TUNED, gathered, read_checkpoint, run_directory
 from welore.training.teacher import share_frozen
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 Callbacks = Sequence[TrainerCallback | Callable[[FinetuneTrainer], TrainerCallback]]
 
 
+@torch.inference_mode(False)  # gradients are needed whatever the caller's mode is
 def finetune(
     model: "str | Path | PreTrainedModel",
     output_dir: str | Path,
@@ -87,7 +88,7 @@ def finetune(
     warn_if_slow(getattr(torch, config.dtype), context.device)
     in_memory = borrowed(model) if isinstance(model, nn.Module) else nullcontext()
     directory = run_directory(output_dir, model, config, plan, resume=resume, overwrite=context.overwrite)
-    with in_memory, directory as out:
+    with in_memory, directory as out, same_randomness(context.device):
         run = prepare(model, config, plan, out, context, resume=resume)
         return _finetuned(run, config, out, label, callbacks, context)
 

@@ -1,11 +1,13 @@
 """The model before its training: frozen tensors stay so bit for bit, and a model in memory gets all else back."""
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -131,6 +133,18 @@ def is_checkpointing(model: Any) -> bool:
     """Whether a model computes activations again in the backward pass; its attribute has an older and a newer name."""
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     return bool(next((getattr(model, name) for name in names if hasattr(type(model), name)), False))
+
+
+@contextmanager
+def same_randomness(device: torch.device) -> Iterator[None]:
+    """The generators of torch, NumPy and Python, which the Trainer seeds, go on afterwards as if it had not."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager
