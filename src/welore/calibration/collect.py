@@ -116,9 +116,6 @@ def _calibrate(model: Any, config: CalibrationConfig, path: Path, context: RunCo
         statistics.save(path)
 
 
-# --- model and text -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Job:
     """A model, as matrices and as a network, and how it is read; config: with length and dtype filled in."""
@@ -177,9 +174,6 @@ def _workspace(
     workspace = Workspace(work_directory(path), restart_key(*state))
     with workspace.session():
         yield workspace
-
-
-# --- statistics -----------------------------------------------------------------------------------------------------
 
 
 def _collect(job: _Job, sources: Sequence[Source], ids: Tensor, seconds: float) -> Statistics:

@@ -86,9 +86,6 @@ def collect_statistics(
     return _whole_pass(frozen_copy(model, context.device, dtype), targets, text, context, collector)
 
 
-# --- labels sampled from the model ----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def sampled_gradient(logits: Tensor, uniform: Tensor) -> tuple[Tensor, float]:
     """Gradient (tokens, vocabulary) of the summed cross-entropy at the logits, and that sum; labels from the model.
@@ -105,9 +102,6 @@ def sampled_gradient(logits: Tensor, uniform: Tensor) -> tuple[Tensor, float]:
         raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
     gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
     return gradient.to(logits.dtype), loss
-
-
-# --- block by block, or the whole model -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

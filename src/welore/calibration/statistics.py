@@ -33,9 +33,6 @@ JSON_FIELDS = ("shapes", "counts", "shared", "include", "exclude", "measured", "
 FORMAT = "welore.calibration/2"  # 1 had losses along other directions (scaling.DAMPING_OUTPUTS was 0.01)
 
 
-# --- where the tensors lie ------------------------------------------------------------------------------------------
-
-
 class StatisticsStore(Protocol):
     """Where the tensors of statistics lie, such as a TensorReader. None stays in memory."""
 
@@ -103,9 +100,6 @@ class OverlayStore:
             part = part[:, selection.indices]
         weights = selection.weights
         return part if weights is None else (part * weights[:, None] * weights).to(part.dtype)
-
-
-# --- the statistics -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -135,9 +135,6 @@ def configured_ends(model: "PreTrainedModel") -> list[int]:
     return list(several)
 
 
-# --- sampling -------------------------------------------------------------------------------------------------------
-
-
 class _Batch:
     """Windows that are written together, token by token.
 

@@ -47,9 +47,8 @@ class Workspace:
                 if self._retired.exists() and not self.directory.exists():
                     self._retired.replace(self.directory)  # the result did not get its name
                 empty = all(path.name == KEY_FILE for path in self.directory.glob("*")) and isinstance(error, Exception)
-                if processes.size == 1 and (
-                    empty or isinstance(error, DamagedWeightsError)
-                ):  # others still write there
+                useless = empty or isinstance(error, DamagedWeightsError)
+                if useless and processes.size == 1:  # others still write there
                     self.remove()
                 if self.directory.exists():
                     error.add_note(f"the finished work lies in {self.directory}: the same command goes on there")

@@ -155,8 +155,7 @@ def read_tokenizer(
     except Exception as error:  # of damaged files the readers of several libraries make any error
         why = f" ({reason(error)})"
         raise WeLoreError(no_tokenizer.replace(":", f"{why}:", 1)) from error
-    if (
-        not isinstance(tokenizer.model_max_length, int | float) or not tokenizer.vocab_size
-    ):  # some classes make an empty one when the files are missing
+    # Some classes make an empty one when the files are missing.
+    if not isinstance(tokenizer.model_max_length, int | float) or not tokenizer.vocab_size:
         raise WeLoreError(no_tokenizer)
     return tokenizer

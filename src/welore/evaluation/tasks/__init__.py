@@ -62,9 +62,6 @@ def _divide(task: Task, part: Part, questions: Sequence[Item]) -> list[Item]:
     return [item for item in questions[:border] if item.prompt not in prompts]
 
 
-# --- original files -----------------------------------------------------------------------------------------------
-
-
 def _file_items(task: Task, part: Part, path: Path) -> list[Item]:
     if path.is_dir():
         path = _file_in(task, part, path)
@@ -104,9 +101,6 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
     yield from records
 
 
-# --- our own records ----------------------------------------------------------------------------------------------
-
-
 def _generated(task: Task, part: Part, seed: int) -> list[Item]:
     """As many items as the original part has, all different, in an order that depends on the seed alone."""
     if task.generate is None or task.train_share is None:
@@ -122,9 +116,6 @@ def _generated(task: Task, part: Part, seed: int) -> list[Item]:
         if (fraction < task.train_share) == (part == "train"):
             questions.setdefault(item.prompt, item)
     return list(questions.values())
-
-
-# --- the hub ------------------------------------------------------------------------------------------------------
 
 
 def _hub_items(task: Task, part: Part, cache_dir: str | Path | None) -> list[Item]:
