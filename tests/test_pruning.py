@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -185,6 +186,20 @@ def test_neurons_that_do_nothing_go_first_and_nothing_is_lost(tmp_path: Path, to
     assert record.numbers["lrcs"] == 0
     small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     torch.testing.assert_close(logits(small, tokens), logits(model, tokens), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-25])
+def test_an_mlp_that_says_next_to_nothing_loses_most_neurons(tmp_path: Path, tokens: Tensor, size: float) -> None:
+    source = checkpoint(tmp_path / "model", None, "llama", intermediate_size=128)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= size
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    calibrate(source, "self", tmp_path / "C.safetensors", num_tokens=256, max_length=64, measure_losses=0)
+    method = {"statistics": tmp_path / "C.safetensors", "mlp_pruning": 0.2, "recovery": None}
+    compress(source, tmp_path / "small", keep=0.7, **method)
+    neurons = Plan.load(tmp_path / "small" / "plan.json").neurons
+    assert neurons["model.layers.1.mlp"].pruned >= 50
+    assert torch.isfinite(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small"), tokens)).all()
 
 
 def test_params_alone_takes_out_what_is_worth_it(tmp_path: Path) -> None:

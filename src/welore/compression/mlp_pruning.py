@@ -24,6 +24,7 @@ from welore.models.source import OverlaySource, TensorSource
 from welore.models.targets import Target
 
 WORTH = 0.4  # the loss of pruning is predicted two and a half times worse than that of factorisation (research/LOG.md)
+NOTHING = 1e-30  # stands for inputs that are all zero, which nothing can be divided by
 LEAST = 0.05  # of all neurons: fewer are not worth layers of another size
 
 # Gives "W", the down layer's matrix (d, count) of the neurons that are left, and "stronger", (count,): the ratio of the
@@ -191,6 +192,8 @@ def _problem(
     assert G is not None
     assert H is not None
     W, G, H = (tensor.to(context.float64_device) for tensor in (source.read(mlp.down_layer), G, H))
+    if not H.any():  # an MLP whose neurons say nothing
+        H = torch.eye(len(H), dtype=torch.float64, device=H.device) * NOTHING
     return W, G.double(), damped(H.double(), DAMPING_INPUTS)
 
 

@@ -1,5 +1,7 @@
 """Optimal Brain Surgeon for columns (Hassibi & Stork 1993): which to take out, and what the others become."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,8 @@ def removal(W: Tensor, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]
     W (d, width) reads the neurons; outputs: G (d, d); inputs: H (width, width), positive definite. A group of them goes
     at once, those that cost least with the others refitted to what has gone before; each bears its share of the cost.
     """
-    inverse = torch.linalg.inv(inputs.double()).float()
+    scale = math.ldexp(1.0, math.frexp(float(inputs.diagonal().mean()))[1])  # exact; float32 cannot invert tiny ones
+    inverse = torch.linalg.inv(inputs.double() / scale).float()
     W, G = W.float(), outputs.float()
     group, left = _group(W.shape[1]), torch.arange(W.shape[1], device=W.device)
     order: list[Tensor] = []
@@ -38,7 +41,7 @@ def removal(W: Tensor, outputs: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]
         costs += [total / group] * group
         W, inverse = (W - W[:, gone] @ shared)[:, stay], (inverse - inverse[:, gone] @ shared)[stay][:, stay]
         left = left[stay]
-    return torch.cat(order).cpu(), torch.tensor(costs)
+    return torch.cat(order).cpu(), torch.tensor(costs) * scale
 
 
 def refit(W: Tensor, inputs: Tensor, neurons: Tensor) -> Tensor:
