@@ -403,6 +403,15 @@ def without(part: str, name: str) -> Callable[[Path], None]:
     return remove
 
 
+def with_strategy(value: Any) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        content = json.loads(path.read_text())
+        content["settings"]["strategy"] = value
+        path.write_text(json.dumps(content))
+
+    return change
+
+
 def with_number(value: Any) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         content = json.loads(path.read_text())
@@ -420,6 +429,7 @@ def with_number(value: Any) -> Callable[[Path], None]:
         ("dense.ppl.json", without("numbers", "perplexity")),
         ("dense.ppl.json", with_number("many")),
         ("ours/compression.json", without("settings", "target")),
+        ("ours/compression.json", with_strategy([1, 2])),
         ("ours/plan.json", cut),
         ("ours/plan.json", lambda path: path.write_text(path.read_text().replace('"welore.plan/1"', '"x"'))),
         ("ours/plan.json", lambda path: path.write_text(re.sub(r'"kept": \d+', '"kept": "x"', path.read_text()))),

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import shutil
 import signal
@@ -747,14 +748,21 @@ def test_another_run_is_not_resumed_and_a_finished_one_not_overwritten(model: Pa
         finetuned(out / "model", out, dataset=text, overwrite=True, **SHORT)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(dense: Path, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "sentence"),
+    [(1e38, "training loss is inf at step 1"), (math.inf, r"model\.norm\.weight holds NaN or Inf: the checkpoint is")],
+)
+def test_a_loss_that_is_not_a_number_stops_the_run(
+    dense: Path, text: str, tmp_path: Path, value: float, sentence: str
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(dense)
     with torch.no_grad():
-        model.model.norm.weight.fill_(float("inf"))
+        model.model.norm.weight.fill_(value)
     model.save_pretrained(tmp_path / "broken")
     characters().save_pretrained(tmp_path / "broken")
-    with pytest.raises(WeLoreError, match="training loss is nan at step 1"):
+    with pytest.raises(WeLoreError, match=sentence):
         finetuned(tmp_path / "broken", tmp_path / "run", "full", dataset=text, **SHORT | {"eval_steps": 0})
+    assert (tmp_path / "run").exists() == math.isfinite(value)  # damage is seen before anything is written
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

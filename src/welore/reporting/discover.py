@@ -14,7 +14,7 @@ from welore.errors import WeLoreError
 from welore.io.fields import ERRORS, typed
 from welore.records import MODEL_FINGERPRINT, Record
 from welore.reporting.style import Picture
-from welore.reporting.tables import comparisons, plan_row, results, task_table
+from welore.reporting.tables import PLAN_HEADINGS, Table, comparisons, plan_row, results, task_table
 from welore.reporting.training_figures import curves
 
 Loader = Callable[[Path], Any]
@@ -91,7 +91,7 @@ def machine_text(record: Record) -> str:
 # Kind of record -> the rows and curves that the page makes of one.
 ROWS: dict[str, Callable[[Record], Any]] = {
     "compression": lambda record: (
-        plan_row("", record.inputs["model"], record.settings, record.numbers),
+        Table("", PLAN_HEADINGS, [plan_row("", record.inputs["model"], record.settings, record.numbers)]),
         typed(record.numbers.get("left_dense_in_blocks", 0), int, "left_dense_in_blocks"),
         typed(record.numbers.get("left_dense_names", ()), tuple[str, ...], "left_dense_names"),
     ),

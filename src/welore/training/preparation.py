@@ -15,6 +15,7 @@ from welore.data.packing import Blocks, DatasetSplit, blocks_of_text, blocks_of_
 from welore.data.text import TextOptions
 from welore.data.windows import given_windows, is_windows, require_known_tokens, write_windows
 from welore.errors import WeLoreError, first_line
+from welore.io.checkpoint import check_finite
 from welore.io.claim import require_unread
 from welore.io.context import RunContext
 from welore.io.progress import silent
@@ -138,6 +139,8 @@ def _loaded(
     loaded = load_model(source, replace(context, device=torch.device("cpu")), attention=config.attention)
     if loaded.directory is not None:
         require_unread(out, loaded.directory)
+    for name, parameter in loaded.model.named_parameters():
+        check_finite(name, parameter.detach())
     require_context_length(length_of(config), context_length(loaded.model.config))
     return loaded
 
