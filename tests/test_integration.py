@@ -309,6 +309,34 @@ def test_mode_and_randomness_of_the_caller_change_nothing(saved, tokenizer, mode
     assert not any(parameter.is_inference() for parameter in models[0].parameters())
 
 
+def test_work_on_a_model_in_memory_promises_nothing(
+    saved, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import welore.calibration.collect as collect
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(collect, "_collect", stop)
+    size = welore.CalibrationConfig(num_tokens=128, max_length=64)
+    source = saved("llama")
+    tokenizer.save_pretrained(source)
+    given = {"tokenizer": tokenizer}
+    calls = [
+        lambda model: welore.calibrate(model, size, tmp_path / "C.safetensors", **given),
+        lambda model: welore.compress(model, keep=0.7, calibration=size, **given),
+        lambda model: welore.compress(model, tmp_path / "small", keep=0.7, calibration=size, **given),
+    ]
+    for call in calls:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            call(AutoModelForCausalLM.from_pretrained(source))
+        assert not getattr(caught.value, "__notes__", [])
+        assert [path.name for path in tmp_path.iterdir()] == [source.name]
+    with pytest.raises(KeyboardInterrupt) as caught:
+        calls[0](source)
+    assert "the finished work lies in" in caught.value.__notes__[0]
+
+
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 @pytest.mark.parametrize("wrap", ["peft", "inside", "parallel", "norm"])
 def test_wrapped_models_and_adapters_are_refused(small: Path, saved, wrap: str) -> None:

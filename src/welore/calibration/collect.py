@@ -169,9 +169,8 @@ def _workspace(
     """`PATH.work`, which is removed at the end; a killed run leaves it for the next one."""
     read = [source.sha256 for source in sources]
     state: list[Any] = [weights.state, as_record(config), str(context.device), read]
-    if isinstance(weights, ModelSource):  # nothing tells whether weights in memory are those of an earlier run
-        state.append(uuid.uuid4().hex)
-    workspace = Workspace(work_directory(path), restart_key(*state))
+    once = isinstance(weights, ModelSource)  # nothing tells whether weights in memory are those of an earlier run
+    workspace = Workspace(work_directory(path), restart_key(*state, *([uuid.uuid4().hex] if once else [])), once=once)
     with workspace.session():
         yield workspace
 

@@ -98,13 +98,14 @@ def open_statistics(statistics: "Statistics | str | Path | None", source: Tensor
 
 @contextmanager
 def shared_workspace(
-    directory: str | Path, source: TensorSource, context: RunContext, *key: Any
+    directory: str | Path, source: TensorSource, context: RunContext, *key: Any, once: bool = False
 ) -> Iterator[RunContext]:
     """The context with a workspace, which all processes share (see Workspace.session).
 
     key: what else its content depends on, as JSON, beside the weights, the device and the versions of the packages.
+    once: as in Workspace.
     """
-    workspace = Workspace(directory, restart_key(source.state, context.device.type, *key))
+    workspace = Workspace(directory, restart_key(source.state, context.device.type, *key), once=once)
     with workspace.session(context.processes):
         yield context.within(workspace)
 

@@ -265,12 +265,13 @@ def _workspace(job: Job, output_dir: Directory | None) -> Iterator[RunContext]:
     key = job.scaling, job.grids, rests_on
     output = None if output_dir is None else resolved(output_dir)  # it may be "." or end in a slash
     with ExitStack() as stack:
-        if output is not None and isinstance(job.source, CheckpointSource):
+        lasting = output is not None and isinstance(job.source, CheckpointSource)
+        if output is not None and lasting:
             directory = work_directory(output)
         else:
             directory = Path(tempfile.mkdtemp(prefix="welore-")) if output is None else hidden(output, "memory")
             stack.callback(remove, directory)
-        yield stack.enter_context(shared_workspace(directory, job.source, job.context, *key))
+        yield stack.enter_context(shared_workspace(directory, job.source, job.context, *key, once=not lasting))
 
 
 # --- the six steps --------------------------------------------------------------------------------------------------

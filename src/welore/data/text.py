@@ -92,9 +92,6 @@ def dataset_name(dataset: Any) -> str:
     return f"{type(dataset).__name__} of {len(dataset)} texts" if hasattr(dataset, "__len__") else "given texts"
 
 
-# --- registered data sets -------------------------------------------------------------------------------------------
-
-
 def _wikitext2(options: TextOptions) -> TextSource:
     """Raw WikiText-2, rows joined by two newlines (the protocol of GPTQ and its successors); test part to evaluate."""
 
@@ -141,9 +138,6 @@ DATASETS: dict[str, Callable[[TextOptions], TextSource]] = {"wikitext2": _wikite
 RESERVED = (SELF, NONE)  # never names of data sets: text that the model writes, and no text
 
 
-# --- the hub --------------------------------------------------------------------------------------------------------
-
-
 def _hub(name: str, repository: str, config: str | None, options: TextOptions) -> TextSource:
     """Any data set of the hub, streamed as far as it is read; the first tenth of what is trained on is held out."""
 
@@ -172,9 +166,6 @@ def hub_rows(
             f"the data set {name} cannot be fetched ({first_line(error)}): connect once, or give a local "
             f"{', '.join(FILES)} file or the built-in `pydoc`"
         ) from error
-
-
-# --- local files, and documents in memory ---------------------------------------------------------------------------
 
 
 def _one_document(name: str, read: Callable[[], str]) -> TextSource:

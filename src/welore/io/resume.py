@@ -25,10 +25,13 @@ CHECKSUM = "crc32"
 
 
 class Workspace:
-    """A directory of named groups of tensors, valid for one `key` (the weights, and how they are treated)."""
+    """A directory of named groups of tensors, valid for one `key` (the weights, and how they are treated).
 
-    def __init__(self, directory: str | Path, key: str) -> None:
-        self.directory, self.key = resolved(directory), key
+    once: no later run will know that it may continue there, so nothing stays.
+    """
+
+    def __init__(self, directory: str | Path, key: str, *, once: bool = False) -> None:
+        self.directory, self.key, self.once = resolved(directory), key, once
         self._retired = hidden(self.directory, "retired")
 
     @contextmanager
@@ -47,7 +50,7 @@ class Workspace:
                 if self._retired.exists() and not self.directory.exists():
                     self._retired.replace(self.directory)  # the result did not get its name
                 empty = all(path.name == KEY_FILE for path in self.directory.glob("*")) and isinstance(error, Exception)
-                useless = empty or isinstance(error, DamagedWeightsError)
+                useless = empty or self.once or isinstance(error, DamagedWeightsError)
                 if useless and processes.size == 1:  # others still write there
                     self.remove()
                 if self.directory.exists():
