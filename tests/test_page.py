@@ -403,19 +403,10 @@ def without(part: str, name: str) -> Callable[[Path], None]:
     return remove
 
 
-def with_strategy(value: Any) -> Callable[[Path], None]:
+def with_value(part: str, name: str, value: Any) -> Callable[[Path], None]:
     def change(path: Path) -> None:
         content = json.loads(path.read_text())
-        content["settings"]["strategy"] = value
-        path.write_text(json.dumps(content))
-
-    return change
-
-
-def with_number(value: Any) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        content = json.loads(path.read_text())
-        content["numbers"]["bytes"] = value
+        content[part][name] = value
         path.write_text(json.dumps(content))
 
     return change
@@ -427,9 +418,9 @@ def with_number(value: Any) -> Callable[[Path], None]:
         ("dense.ppl.json", cut),
         ("dense.ppl.json", lambda path: path.write_text("[]")),
         ("dense.ppl.json", without("numbers", "perplexity")),
-        ("dense.ppl.json", with_number("many")),
+        ("dense.ppl.json", with_value("numbers", "bytes", "many")),
         ("ours/compression.json", without("settings", "target")),
-        ("ours/compression.json", with_strategy([1, 2])),
+        ("ours/compression.json", with_value("settings", "strategy", [1, 2])),
         ("ours/plan.json", cut),
         ("ours/plan.json", lambda path: path.write_text(path.read_text().replace('"welore.plan/1"', '"x"'))),
         ("ours/plan.json", lambda path: path.write_text(re.sub(r'"kept": \d+', '"kept": "x"', path.read_text()))),

@@ -23,32 +23,22 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+import zygote  # noqa: F401 - finds conftest, also where this file is a script
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import welore
+from conftest import COMMON as D
+from conftest import GPT2
 from welore.config import CompressionConfig
 from welore.models.skeleton import auto_class, decoder_blocks
 
 TOLERANCE = 2e-5  # of the largest logit
 REDUCTION = 0.4
-VOCABULARY = 96
+VOCABULARY = D["vocab_size"]
 
-D = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 56,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 56}
-GPT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GPT = GPT2 | {"n_inner": 56, "pad_token_id": 0}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_ssm": 64}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
