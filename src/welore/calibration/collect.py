@@ -3,7 +3,6 @@
 import shutil
 import tempfile
 import time
-import uuid
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -168,9 +167,9 @@ def _workspace(
 ) -> Iterator[Workspace]:
     """`PATH.work`, which is removed at the end; a killed run leaves it for the next one."""
     read = [source.sha256 for source in sources]
-    state: list[Any] = [weights.state, as_record(config), str(context.device), read]
-    once = isinstance(weights, ModelSource)  # nothing tells whether weights in memory are those of an earlier run
-    workspace = Workspace(work_directory(path), restart_key(*state, *([uuid.uuid4().hex] if once else [])), once=once)
+    in_memory = isinstance(weights, ModelSource)  # nothing tells whether such weights are those of an earlier run
+    key = None if in_memory else restart_key(weights.state, as_record(config), str(context.device), read)
+    workspace = Workspace(work_directory(path), key)
     with workspace.session():
         yield workspace
 

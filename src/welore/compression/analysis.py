@@ -103,9 +103,9 @@ def shared_workspace(
     """The context with a workspace, which all processes share (see Workspace.session).
 
     key: what else its content depends on, as JSON, beside the weights, the device and the versions of the packages.
-    once: as in Workspace.
+    once: no later run continues there: weights in memory need not be digested for a key.
     """
-    workspace = Workspace(directory, restart_key(source.state, context.device.type, *key), once=once)
+    workspace = Workspace(directory, None if once else restart_key(source.state, context.device.type, *key))
     with workspace.session(context.processes):
         yield context.within(workspace)
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -27,11 +28,11 @@ CHECKSUM = "crc32"
 class Workspace:
     """A directory of named groups of tensors, valid for one `key` (the weights, and how they are treated).
 
-    once: no later run will know that it may continue there, so nothing stays.
+    key: None if no later run can know that it may continue there; then nothing stays.
     """
 
-    def __init__(self, directory: str | Path, key: str, *, once: bool = False) -> None:
-        self.directory, self.key, self.once = resolved(directory), key, once
+    def __init__(self, directory: str | Path, key: str | None) -> None:
+        self.directory, self.key, self.once = resolved(directory), key or uuid4().hex, key is None
         self._retired = hidden(self.directory, "retired")
 
     @contextmanager
