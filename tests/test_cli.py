@@ -267,6 +267,16 @@ def test_json_of_the_other_verbs_says_what_was_made(command: Command, model: Pat
     assert json.loads(done(command("merge", small, again, "--json"))) == {"output": str(again)}
 
 
+def test_report_clears_the_lock_of_a_killed_one(command: Command, model: Path, text: Path, tmp_path: Path) -> None:
+    done(command("evaluate", model, "--dataset", text, "--max-length", 9, "-o", tmp_path / "run" / "a.ppl.json"))
+    done(command("report", tmp_path / "run", "-o", tmp_path / "out"))
+    (tmp_path / ".out.welore-lock").touch()
+    (tmp_path / "out" / "report.html").unlink()
+    done(command("report", tmp_path / "run", "-o", tmp_path / "out"))
+    assert (tmp_path / "out" / "report.html").is_file()
+    assert not (tmp_path / ".out.welore-lock").exists()
+
+
 # --- files of the reference scripts ---------------------------------------------------------------------------------
 
 

@@ -131,10 +131,8 @@ def check_reachable(
     if name == "keep":
         dense = sum(m * n for m, n in shapes)
         numel = [rule.numel(ranks, shape) for ranks, shape in zip(every, shapes, strict=True)]
-        low, high = (
-            (1 - pruned) * sum(int(n.min()) for n in numel) / dense,
-            (sum(int(n.max()) for n in numel) - gone) / dense,
-        )
+        low = (1 - pruned) * sum(int(n.min()) for n in numel) / dense
+        high = (sum(int(n.max()) for n in numel) - gone) / dense
     else:
         removed = [(min(s) - r) * rule.factored(r, s) for r, s in zip(every, shapes, strict=True)]
         low, high = 0.0, sum(int(n.max()) for n in removed) / sum(min(shape) for shape in shapes)

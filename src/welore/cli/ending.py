@@ -71,10 +71,8 @@ def _end_of(error: BaseException) -> tuple[int, str]:
         return (0, text) if helps else (2, f"welore: {usage_sentence(text)}")
     memory = "can't allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError"
     if memory or isinstance(error, MemoryError):
-        return (
-            2,
-            f"welore: out of memory ({first_line(error)}): free some, or choose fewer --workers or another --device",
-        )
+        advice = "free some, or choose fewer --workers or another --device"
+        return 2, f"welore: out of memory ({first_line(error)}): {advice}"
     reason = storage_reason(error) or (first_line(error) if isinstance(error, OSError) else None)
     if reason is not None:
         file = getattr(error, "filename", None)

@@ -1,6 +1,7 @@
 """The verbs that show results: report, demo."""
 
 import dataclasses
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from welore.cli.output import print_result, quiet_libraries
 from welore.config import RunConfig
+from welore.errors import WeLoreError
 
 SIZES = "weights in float32: four to five times the 4-bit file that they were read from"
 
@@ -23,6 +25,8 @@ def report(
     from welore.io.claim import claimed
     from welore.reporting.page import report
 
+    with suppress(WeLoreError), claimed(output, overwrite=True, marker="report.html"):
+        pass  # clears what a killed report left beside a directory that is in use by now
     used = output.is_dir() and any(output.iterdir())
     with claimed(output / "report.html") if used else claimed(output, marker="report.html"):
         page = report(directories, output)
