@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 TRIAL = 16  # tokens on which single blocks are compared with the model
 
 MakeCollector = Callable[[Mapping[str, nn.Module]], Collector]
+Finish = Callable[[Sequence[str], Collector, int], None]  # names of targets, their sums, over how many tokens
 
 
 @dataclass(frozen=True)
@@ -62,17 +64,20 @@ def collect_statistics(
     *,
     seed: int,
     collector: MakeCollector = Moments,
+    finish: Finish | None = None,
 ) -> dict[str, Any]:
     """Put the statistics of every targeted matrix into the context's workspace, each as "NAME.KIND".
 
     KIND is inputs, magnitudes, outputs or losses; or "about", which holds `count`, the tokens that reached the matrix,
     and `kept_as`, the bytes of the name under which its inputs lie (none if it was never reached).
 
-    seed: of the labels. collector: makes what collects the statistics, for the layers of a block. The model runs whole
+    seed: of the labels. collector: makes what collects the statistics, for the layers of a block. finish: gets them,
+    block by block, in place of the workspace; called again for a block if a run was killed in it. The model runs whole
     if its blocks cannot be run one by one or a target lies outside them. Returns the numbers for the record.
     """
     assert context.workspace is not None
     dtype = getattr(torch, config.dtype)
+    finish = finish or partial(_store, context.workspace)
     text = LabelledText.create(ids, seed, config.batch_size, context.device)
     inside = decoder_blocks(model)[0] + "."
     if not config.whole_model and all(target.name.startswith(inside) for target in targets):
@@ -82,8 +87,8 @@ def collect_statistics(
             for target in targets:
                 index, _, layer = target.name.removeprefix(inside).partition(".")
                 layers[int(index)][target.name] = layer
-            return _BlockwisePass(runner, layers, text, context.workspace, collector).run(context.progress)
-    return _whole_pass(frozen_copy(model, context.device, dtype), targets, text, context, collector)
+            return _BlockwisePass(runner, layers, text, context.workspace, collector, finish).run(context.progress)
+    return _whole_pass(frozen_copy(model, context.device, dtype), targets, text, context, collector, finish)
 
 
 @torch.no_grad()
@@ -113,6 +118,7 @@ class _BlockwisePass:
     text: LabelledText
     workspace: Workspace
     collector: MakeCollector
+    finish: Finish
 
     def run(self, progress: Progress) -> dict[str, Any]:
         """All statistics, from wherever an earlier run has left off."""
@@ -185,15 +191,19 @@ class _BlockwisePass:
             collector.end_batch()
             assert leaf.grad is not None
             gradients.append(leaf.grad.cpu())
-        _store(collector, list(self.targets[index]), self.text.ids.numel(), self.workspace)
+        self.finish(list(self.targets[index]), collector, self.text.ids.numel())
         return torch.cat(gradients)
 
 
 def _whole_pass(
-    model: Any, targets: Sequence[Target], text: LabelledText, context: RunContext, make: MakeCollector
+    model: Any,
+    targets: Sequence[Target],
+    text: LabelledText,
+    context: RunContext,
+    make: MakeCollector,
+    finish: Finish,
 ) -> dict[str, Any]:
     """The model at once, forward and backward, all statistics in memory; equal to the blockwise pass."""
-    assert context.workspace is not None
     names = [target.name for target in targets]
     collector = make({name: model.get_submodule(name) for name in names})
     model.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.requires_grad_())
@@ -207,7 +217,7 @@ def _whole_pass(
         torch.autograd.backward(logits, torch.stack([gradient for gradient, _ in sampled]))
         collector.end_batch()
         forward, backward = forward + computed - started, backward + time.perf_counter() - computed
-    _store(collector, names, text.ids.numel(), context.workspace)
+    finish(names, collector, text.ids.numel())
     return _numbers("whole", total / text.ids.numel(), forward, backward)
 
 
@@ -215,7 +225,7 @@ def _numbers(mode: str, loss: float, forward: float, backward: float) -> dict[st
     return {"mode": mode, "sampled_label_nll": loss, "seconds_forward": forward, "seconds_backward": backward}
 
 
-def _store(collector: Collector, names: Sequence[str], tokens: int, workspace: Workspace) -> None:
+def _store(workspace: Workspace, names: Sequence[str], collector: Collector, tokens: int) -> None:
     for name in names:
         for kind, group in collector.statistics(name, tokens):
             workspace.store(f"{name}.{kind}", group)
