@@ -18,12 +18,14 @@ from toys import calibrate, checkpoint
 from welore.calibration import block_runner
 from welore.calibration import collect as collection
 from welore.calibration.hooks import Moments
+from welore.calibration.layerwise import collect_statistics
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import Statistics
 from welore.config import SELF, CalibrationConfig
 from welore.data.mixture import draw, seed_of
 from welore.data.windows import write_windows
 from welore.errors import WeLoreError
+from welore.io.context import RunContext
 from welore.io.parallel import Processes
 from welore.io.resume import Workspace
 from welore.io.safetensors_stream import TensorReader
@@ -126,6 +128,23 @@ def test_sliding_windows_and_their_masks_belong_to_their_blocks(tmp_path: Path) 
         torch.testing.assert_close(
             value.double(), expected[name], rtol=2e-3, atol=1e-5 * float(expected[name].abs().max())
         )
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_largest_log_probabilities_of_every_position_are_stored_on_request(
+    whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_runner, "LOGITS", 4 * 96)  # four positions
+    model, k = build("llama"), 5
+    context = RunContext.create(device="cpu").within(Workspace(tmp_path / "work", None))
+    context.workspace.open()
+    config = CalibrationConfig(whole_model=whole, batch_size=2, dtype="float32")
+    collect_statistics(model, find_targets(model), IDS, config, context, top_k=k)
+    stored = context.workspace.fetch("teacher")
+    with torch.no_grad():
+        expected = model(IDS).logits.log_softmax(-1).topk(k)
+    assert torch.equal(stored["ids"], expected.indices.int())
+    torch.testing.assert_close(stored["logprobs"], expected.values.half(), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(("family", "split"), [("llama", False), ("gpt2", False), ("gpt2", True)])

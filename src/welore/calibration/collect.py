@@ -176,8 +176,8 @@ def _workspace(
 
 def _collect(job: _Job, sources: Sequence[Source], ids: Tensor, seconds: float) -> Statistics:
     """Second moments of every targeted matrix, in the workspace; seconds: that the model wrote its text."""
-    seed = seed_of(job.config.seed, "labels")
-    numbers = collect_statistics(job.net, job.targets, ids, job.config, job.context, seed=seed)
+    labelled = replace(job.config, seed=seed_of(job.config.seed, "labels"))
+    numbers = collect_statistics(job.net, job.targets, ids, labelled, job.context)
     store = WorkspaceStore(job.workspace)
     counts, shared = {}, {}
     for target in job.targets:
@@ -220,8 +220,8 @@ def _measure_losses(job: _Job, statistics: Statistics, ids: Tensor) -> Statistic
     losses.open()
     grids = long_matrices(job.weights.skeleton, job.targets) if config.split else {}
     collector = partial(Losses, components=partial(_components, job, statistics, grids))
-    context, seed = job.context.within(losses), seed_of(config.seed, "measured")
-    collect_statistics(job.net, job.targets, some, config, context, seed=seed, collector=collector)
+    context, labelled = job.context.within(losses), replace(config, seed=seed_of(config.seed, "measured"))
+    collect_statistics(job.net, job.targets, some, labelled, context, collector=collector)
     return replace(statistics, store=WorkspaceStore(job.workspace, losses), measured=some.numel(), grids=grids)
 
 

@@ -31,6 +31,7 @@ from welore.models.targets import Target
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+TEACHER = "teacher"  # the group of the model's largest log-probabilities
 TRIAL = 16  # tokens on which single blocks are compared with the model
 
 MakeCollector = Callable[[Mapping[str, nn.Module]], Collector]
@@ -62,23 +63,26 @@ def collect_statistics(
     config: CalibrationConfig,
     context: RunContext,
     *,
-    seed: int,
     collector: MakeCollector = Moments,
     finish: Finish | None = None,
+    top_k: int = 0,
 ) -> dict[str, Any]:
     """Put the statistics of every targeted matrix into the context's workspace, each as "NAME.KIND".
 
     KIND is inputs, magnitudes, outputs or losses; or "about", which holds `count`, the tokens that reached the matrix,
     and `kept_as`, the bytes of the name under which its inputs lie (none if it was never reached).
 
-    seed: of the labels. collector: makes what collects the statistics, for the layers of a block. finish: gets them,
-    block by block, in place of the workspace; called again for a block if a run was killed in it. The model runs whole
+    config.seed: of the labels. collector: makes what collects the statistics, for the layers of a block. finish: gets
+    them, block by block, in place of the workspace; called again for a block if a run was killed in it. top_k: how many
+    of the model's largest log-probabilities at every position are stored, too, for a student that learns from them:
+    group "teacher" with "logprobs" (windows, length, k), float16, and "ids", int32, largest first. The model runs whole
     if its blocks cannot be run one by one or a target lies outside them. Returns the numbers for the record.
     """
     assert context.workspace is not None
     dtype = getattr(torch, config.dtype)
     finish = finish or partial(_store, context.workspace)
-    text = LabelledText.create(ids, seed, config.batch_size, context.device)
+    text = LabelledText.create(ids, config.seed, config.batch_size, context.device)
+    teacher = Teacher(top_k) if top_k else None
     inside = decoder_blocks(model)[0] + "."
     if not config.whole_model and all(target.name.startswith(inside) for target in targets):
         runner = block_runner(model, text.ids[:1, :TRIAL], context.device, dtype)
@@ -87,8 +91,35 @@ def collect_statistics(
             for target in targets:
                 index, _, layer = target.name.removeprefix(inside).partition(".")
                 layers[int(index)][target.name] = layer
-            return _BlockwisePass(runner, layers, text, context.workspace, collector, finish).run(context.progress)
-    return _whole_pass(frozen_copy(model, context.device, dtype), targets, text, context, collector, finish)
+            blocks = _BlockwisePass(runner, layers, text, teacher, context.workspace, collector, finish)
+            return blocks.run(context.progress)
+    model = frozen_copy(model, context.device, dtype)
+    return _whole_pass(model, targets, text, teacher, context, collector, finish)
+
+
+class Teacher:
+    """The k largest log-probabilities of a model at the positions of a text, in their order.
+
+    float16 changes a probability p by at most |log p| / 2048 of it.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k = k
+        self._logprobs: list[Tensor] = []
+        self._ids: list[Tensor] = []
+
+    @torch.no_grad()
+    def read(self, logits: Tensor) -> None:
+        """Take those of the logits (tokens, vocabulary) of the next positions."""
+        scores = logits.float()
+        largest, ids = scores.topk(min(self.k, scores.shape[-1]))
+        self._logprobs.append((largest - scores.logsumexp(-1, keepdim=True)).half())
+        self._ids.append(ids.int())
+
+    def tensors(self, windows: int) -> dict[str, Tensor]:
+        """Of all positions (windows, length, k), on the CPU."""
+        parts = {"logprobs": self._logprobs, "ids": self._ids}
+        return {name: torch.cat(part).unflatten(0, (windows, -1)).cpu() for name, part in parts.items()}
 
 
 @torch.no_grad()
@@ -116,6 +147,7 @@ class _BlockwisePass:
     runner: BlockRunner
     targets: list[dict[str, str]]  # of every block: name of a target -> its name in the block
     text: LabelledText
+    teacher: Teacher | None
     workspace: Workspace
     collector: MakeCollector
     finish: Finish
@@ -171,11 +203,15 @@ class _BlockwisePass:
             leaf = window[None].to(runner.device).requires_grad_()
             for piece in runner.pieces(len(ids)):
                 logits = runner.logits(ids[None], leaf, piece)
+                if self.teacher is not None:
+                    self.teacher.read(logits[0])
                 gradient, loss = sampled_gradient(logits[0], uniform[piece])
                 torch.autograd.backward(logits, gradient[None])
                 total += loss
             assert leaf.grad is not None
             gradients.append(leaf.grad.cpu())
+        if self.teacher is not None:
+            self.workspace.store(TEACHER, self.teacher.tensors(len(self.text.ids)))
         self.workspace.store("loss", {"mean": torch.tensor(total / self.text.ids.numel(), dtype=torch.float64)})
         return torch.cat(gradients)
 
@@ -199,11 +235,13 @@ def _whole_pass(
     model: Any,
     targets: Sequence[Target],
     text: LabelledText,
+    teacher: Teacher | None,
     context: RunContext,
     make: MakeCollector,
     finish: Finish,
 ) -> dict[str, Any]:
     """The model at once, forward and backward, all statistics in memory; equal to the blockwise pass."""
+    assert context.workspace is not None
     names = [target.name for target in targets]
     collector = make({name: model.get_submodule(name) for name in names})
     model.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.requires_grad_())
@@ -211,12 +249,16 @@ def _whole_pass(
     for batch in counted(context.progress, text.batches, "windows"):
         started = time.perf_counter()
         logits = model(text.ids[batch], use_cache=False).logits
+        if teacher is not None:
+            teacher.read(logits.flatten(0, 1))
         sampled = [sampled_gradient(*window) for window in zip(logits, text.uniform[batch], strict=True)]
         total += sum(loss for _, loss in sampled)
         computed = time.perf_counter()
         torch.autograd.backward(logits, torch.stack([gradient for gradient, _ in sampled]))
         collector.end_batch()
         forward, backward = forward + computed - started, backward + time.perf_counter() - computed
+    if teacher is not None:
+        context.workspace.store(TEACHER, teacher.tensors(len(text.ids)))
     finish(names, collector, text.ids.numel())
     return _numbers("whole", total / text.ids.numel(), forward, backward)
 
