@@ -1,4 +1,5 @@
-"""`compress` in a process of its own that measures itself, above what the imports take: for memory.py and scale.py.
+"""`compress` in a process of its own that measures itself, above what the imports take: for memory.py, scale.py and
+default_job.py.
 
 The process imports everything, notes its memory, compresses, and reads the peak that the kernel kept. Anonymous memory
 is what it allocated; the resident set also counts pages of mapped files. What every use of the command loads lazily
@@ -11,9 +12,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -35,10 +36,65 @@ def measured(model: Path, rank_reduction: float, workers: int) -> dict[str, Any]
     return found
 
 
-def status(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
+def status(*fields: str) -> tuple[int, ...]:
+    """Bytes of fields of /proc/self/status."""
     with Path("/proc/self/status").open() as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
+        read = {name: text.split()[0] for name, _, text in (line.partition(":") for line in file) if name in fields}
+    return tuple(int(read[field]) * 1024 for field in fields)
+
+
+class Watch:
+    """Samples this process while it works. A context manager, made when everything is imported.
+
+    progress: to be given to the verb; it names the stage. stages: its peaks above the memory at the start, in bytes,
+    and its seconds, of the wall clock and of all threads of the process. steps: label -> cost and seconds of every
+    item. whenever: called with the stages once in a while.
+    """
+
+    def __init__(self, interval: float, whenever: Callable[[dict[str, Any]], None] = lambda stages: None) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the present
+        self.anonymous, self.resident = status("RssAnon", "VmRSS")
+        self.interval, self.whenever = interval, whenever
+        self.stages: dict[str, dict[str, float]] = {}
+        self.steps: dict[str, list[tuple[float, float]]] = {}
+        self._stage, self._running = "start", True
+        self._thread = threading.Thread(target=self._watch)
+
+    def progress(self, items: Iterable[tuple[Item, float]], label: str, total: float) -> Iterator[Item]:
+        """The items; until the next one is taken, of this or of another work, the stage is `label`."""
+        self._stage, before = label, time.perf_counter()
+        for item, cost in items:  # with one worker, from one finished matrix to the next
+            self._stage, now = label, time.perf_counter()
+            self.steps.setdefault(label, []).append((cost, now - before))
+            before = now
+            yield item
+
+    def _watch(self) -> None:
+        wall, processor, told = time.perf_counter(), time.process_time(), 0.0
+        while self._running:
+            time.sleep(self.interval)
+            stage = self.stages.setdefault(self._stage, dict.fromkeys(("seconds", "processor_seconds"), 0.0))
+            now, spent = time.perf_counter(), time.process_time()
+            stage["seconds"], wall = stage["seconds"] + now - wall, now
+            stage["processor_seconds"], processor = stage["processor_seconds"] + spent - processor, spent
+            anonymous, resident = status("RssAnon", "VmRSS")
+            for name, size in (
+                ("anonymous_peak_bytes", anonymous - self.anonymous),
+                ("resident_peak_bytes", resident - self.resident),
+            ):
+                stage[name] = max(stage.get(name, 0), size)
+            if now > told + 1:
+                self.whenever(self.stages)
+                told = now
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._running = False
+        self._thread.join()
+        self.whenever(self.stages)
 
 
 def main(model: str, out: str, rank_reduction: float, workers: int) -> dict[str, Any]:
@@ -48,39 +104,18 @@ def main(model: str, out: str, rank_reduction: float, workers: int) -> dict[str,
     _ = CheckpointSource(Path(model)).skeleton
     return_freed_memory()  # as the command does
     modules = set(sys.modules)
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the present
-    baseline, resident = status("RssAnon"), status("VmRSS")
-    peaks: dict[str, int] = {}
-    steps: dict[str, list[tuple[float, float]]] = {}
-    stage, running = "start", True
-
-    def watch() -> None:
-        while running:
-            peaks[stage] = max(peaks.get(stage, 0), status("RssAnon") - baseline)
-            time.sleep(0.002)
-
-    def timed(items: Iterable[tuple[Item, float]], label: str, total: float) -> Iterator[Item]:
-        nonlocal stage
-        stage, before = label, time.perf_counter()
-        for item, cost in items:  # with one worker, from one finished matrix to the next
-            now = time.perf_counter()
-            steps.setdefault(label, []).append((cost, now - before))
-            before = now
-            yield item
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    result = compress(model, out, CompressionConfig(rank_reduction=rank_reduction), workers=workers, progress=timed)
-    running = False
-    watcher.join()
+    with Watch(0.002) as watch:
+        config = CompressionConfig(rank_reduction=rank_reduction)
+        result = compress(model, out, config, workers=workers, progress=watch.progress)
     assert set(sys.modules) == modules, f"loaded within what is measured: {sorted(set(sys.modules) - modules)}"
+    peaks = {label: stage["anonymous_peak_bytes"] for label, stage in watch.stages.items()}
     return {
-        "anonymous_baseline_bytes": baseline,
+        "anonymous_baseline_bytes": watch.anonymous,
         "anonymous_peak_bytes": max(peaks.values()),
         "anonymous_peak_bytes_by_stage": peaks,
-        "resident_baseline_bytes": resident,
-        "resident_peak_bytes": status("VmHWM") - resident,
-        "steps": steps,
+        "resident_baseline_bytes": watch.resident,
+        "resident_peak_bytes": status("VmHWM")[0] - watch.resident,
+        "steps": watch.steps,
         "numbers": result.record.numbers,
     }
 

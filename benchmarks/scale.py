@@ -23,15 +23,12 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from threadpoolctl import threadpool_limits
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from floor import operations, speeds
 from footprint import measured
-from welore.io.atomic import write_json
-from welore.io.checkpoint import INDEX
-from welore.io.safetensors_stream import TensorInfo, TensorWriter
+from random_model import SHAPES as RANDOM
+from random_model import heavy_tailed, make_checkpoint
 from welore.linalg.svd import factorise, reduce
-from welore.models.skeleton import dense_skeleton
 from welore.models.targets import Target
 from welore.records import Record
 
@@ -46,57 +43,13 @@ SHAPES = {
     "1B": {"square": (2048, 2048), "MLP": (8192, 2048)},
     "7B": {"square": (4096, 4096), "MLP": (11008, 4096)},
 }
-TAILS = {"q_proj": 0.9, "k_proj": 0.9, "o_proj": 0.5, "up_proj": 0.5, "down_proj": 0.5}
-
-
-def heavy_tailed(m: int, n: int, tail: float, seed: int) -> torch.Tensor:
-    """W (m, n), float32: a Gaussian matrix whose rows and columns have log-normal lengths of width `tail`."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(m, 1, generator=generator).mul(tail).exp()
-    columns = torch.randn(n, generator=generator).mul(tail).exp()
-    return torch.randn(m, n, generator=generator).mul_(rows).mul_(columns).mul_(0.02)
-
-
-def make_checkpoint(directory: Path, layers: int) -> None:
-    """Llama-2-7B with `layers` layers and a small vocabulary: one bf16 shard per layer, written tensor by tensor.
-
-    q and k get the heaviest tails, v and gate the lightest: matrices of both shapes end up factored, others dense.
-    """
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_attention_heads=32,
-        num_hidden_layers=layers,
-        vocab_size=1000,
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-    )
-    config.save_pretrained(directory)
-    parameters = dense_skeleton(config, AutoModelForCausalLM).named_parameters()
-    shards: dict[str, dict[str, TensorInfo]] = {}
-    for name, parameter in parameters:
-        number = int(name.split(".")[2]) + 2 if ".layers." in name else 1
-        filename = f"model-{number:05}-of-{layers + 1:05}.safetensors"
-        shards.setdefault(filename, {})[name] = TensorInfo(torch.bfloat16, tuple(parameter.shape))
-    seed = 0
-    for filename, tensors in shards.items():
-        with TensorWriter(directory / filename, tensors) as writer:
-            for name, (dtype, shape) in tensors.items():
-                seed += 1
-                tail = TAILS.get(name.split(".")[-2], 0.3)
-                W = heavy_tailed(shape[0], shape[1], tail, seed) if len(shape) == 2 else torch.ones(shape)
-                writer.write(name, [W.to(dtype).flatten()])
-    weight_map = {name: filename for filename, tensors in shards.items() for name in tensors}
-    total = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def compress_checkpoint(layers: int) -> dict[str, Any]:
     """Peak memory and seconds of `compress` with one worker, by shape and for all 32 layers."""
     with tempfile.TemporaryDirectory() as temporary:
         dense = Path(temporary) / "dense"
-        dense.mkdir()
-        make_checkpoint(dense, layers)
+        make_checkpoint(dense, RANDOM["llama-2-7b"] | {"num_hidden_layers": layers, "vocab_size": 1000})
         dense_bytes = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
         found = measured(dense, RANK_REDUCTION, workers=1)
     numbers, steps = found["numbers"], found["steps"]

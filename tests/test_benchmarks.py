@@ -76,6 +76,38 @@ def test_memory_is_measured_in_a_process_of_its_own(benchmark: Callable[..., Mod
 
 
 @pytest.mark.slow
+def test_a_default_job_that_is_killed_at_random_is_measured_and_ends_equal(
+    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = benchmark("default_job")
+    command = "default_job --shape tiny --tokens 1024 --kill-at-random 1 --kills 1 --record"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "job.json")])
+    job.main()
+    measured = numbers(tmp_path / "job.json")
+    assert measured["kills"]["unequal_files"] == []
+    assert measured["resident_peak_bytes"] > 0
+    assert measured["work_bytes"] > 0
+    assert measured["recovery"]["text"] == "self"
+    assert {"the model writes", "finetune", "writing"} <= measured["stages"].keys()
+
+
+@pytest.mark.slow
+def test_an_older_commit_is_measured_beside_today(
+    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    against = benchmark("against_commit", SIZE_OPTION={"before": "--keep", "now": "--keep"})
+    monkeypatch.setattr(against, "unpack", lambda commit, directory: against.ROOT)
+    text = tmp_path / "text.txt"
+    text.write_text("all work and no play " * 200)
+    command = ["against_commit", "--tokens", "64", "--windows", "2", "--text", str(text)]
+    monkeypatch.setattr(sys, "argv", command)
+    against.main()
+    one = numbers(tmp_path / "against_commit.json")["seeds"]["0"]
+    assert one["processor_seconds"]["before"] > 0
+    assert one["perplexity"]["text.txt"]["before"] == one["perplexity"]["text.txt"]["now"]  # the same code ran twice
+
+
+@pytest.mark.slow
 def test_scale_measures_shapes_and_draws_them(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
     shapes = {
         "small": {"square": (24, 24), "k, v": (8, 24), "MLP": (48, 24)},

@@ -1,0 +1,236 @@
+"""What every stage of the default job takes, `welore compress MODEL OUT --keep 0.8`, on a random model of any shape.
+
+    python benchmarks/default_job.py --shape llama-3.2-1b --tokens 8192 --work /tmp/job
+    python benchmarks/default_job.py --shape llama-3.2-1b --layers 2 --tokens 512 --kill-at-random 0
+
+The job runs in a process of its own, which samples its resident memory ten times a second, above that after a tiny job
+of the same kind (the imports, and what libraries set up once), and the size of the unfinished work. Beside the figures
+stand those that `welore.estimate` computes for the same job, and for 7B to 70B models on a card. With --work a killed
+measurement goes on where it was, as the job does. --kill-at-random kills the job at random moments, and compares what
+becomes of it with the result of a job that nobody disturbed.
+"""
+
+import argparse
+import gc
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from footprint import Watch, status
+from random_model import SHAPES, make_checkpoint
+from welore.cli.output import quiet_libraries
+from welore.compression.pipeline import compress
+from welore.config import CalibrationConfig
+from welore.io.atomic import read_json, work_directory, write_json
+from welore.io.checkpoint import RECORD
+from welore.records import Record
+
+HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+INTERVAL = 0.1  # seconds between two samples
+READY = "ready"
+DENSE, SETTINGS, RUNS = "dense", "settings.json", "runs"
+LIMITS = {"resident_peak_bytes": 4e9, "work_over_checkpoint": 2.5}  # of the shape with a billion parameters
+SHORT = 1024  # tokens of the tiny job: two windows, as few as a recovery needs
+
+
+def job(model: Path, out: Path, settings: dict[str, Any], **changes: Any) -> Record:
+    """The default job; changes: to the settings."""
+    settings = settings | changes
+    text = CalibrationConfig(num_tokens=settings["num_tokens"], seed=settings["seed"])
+    options = {name: settings[name] for name in ("device", "workers")}
+    progress = settings.get("progress", False)
+    return compress(model, out, keep=settings["keep"], calibration=text, progress=progress, **options).record
+
+
+def measure(directory: Path, name: str) -> None:
+    """Run in a process of its own: the job, and directory/runs/NAME-N.json, which tells of it up to a kill."""
+    quiet_libraries()
+    settings = read_json(directory / SETTINGS)
+    torch.set_num_threads(settings["threads"])
+    with tempfile.TemporaryDirectory() as tiny:
+        model = make_checkpoint(Path(tiny) / DENSE, SHAPES["tiny"])
+        job(model, Path(tiny) / "small", settings, num_tokens=SHORT)
+    gc.collect()
+    runs = directory / RUNS
+    file = runs / f"{name}-{len(list(runs.glob(f'{name}-*.json')))}.json"
+    out = directory / name
+    largest: Counter[str] = Counter()
+
+    def tell(stages: dict[str, Any], **more: Any) -> None:
+        nonlocal largest
+        largest = max(largest, unfinished(out), key=lambda sizes: sizes.total())
+        peaks = {"resident_baseline_bytes": watch.resident, "resident_peak_bytes": status("VmHWM")[0] - watch.resident}
+        write_json(file, {"stages": stages, "work_bytes_by_kind": dict(largest)} | peaks | more)
+
+    watch = Watch(INTERVAL, tell)
+    print(READY, flush=True)
+    with watch:
+        record = job(directory / DENSE, out, settings, progress=watch.progress)
+    kept = ("parameter_ratio", "bytes", "healed", "seconds", "stages")
+    finished = {name: record.numbers[name] for name in kept if name in record.numbers}
+    tell(watch.stages, finished=finished | {"recovery": record.settings["recovery"]})
+
+
+def unfinished(out: Path) -> Counter[str]:
+    """Bytes of the unfinished work by kind of file: the last word of its name."""
+    sizes: Counter[str] = Counter()
+    for file in work_directory(out).rglob("*"):
+        try:
+            if file.is_file():
+                sizes[file.name.removesuffix(".safetensors").rpartition(".")[2]] += file.stat().st_size
+        except OSError:  # it has just been deleted
+            continue
+    return sizes
+
+
+def started(directory: Path, name: str) -> subprocess.Popen[str]:
+    """The process of `measure`, which has just begun with the job itself."""
+    command = [sys.executable, __file__, "--measure", str(directory), name]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        line = process.stdout.readline().strip()
+    assert line == READY, f"the job did not begin: {line}"
+    return process
+
+
+def finish(directory: Path, name: str) -> dict[str, Any]:
+    """Run the job until it is done; what all of its runs together took."""
+    if not (directory / name).exists():
+        assert started(directory, name).wait() == 0, "the job failed"
+    return summed([read_json(file) for file in sorted((directory / RUNS).glob(f"{name}-*.json"))])
+
+
+def summed(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """One run of several, of which all but the last were killed: seconds are added, of peaks the largest counts."""
+    stages: dict[str, dict[str, float]] = {}
+    for run in runs:
+        for label, stage in run["stages"].items():
+            total = stages.setdefault(label, {})
+            for name, value in stage.items():
+                total[name] = total.get(name, 0) + value if "seconds" in name else max(total.get(name, 0), value)
+    work = max((run["work_bytes_by_kind"] for run in runs), key=lambda sizes: sum(sizes.values()))
+    peaks = {name: max(run[name] for run in runs) for name in ("resident_baseline_bytes", "resident_peak_bytes")}
+    seconds = sum(stage["processor_seconds"] for stage in stages.values())
+    shown = {"runs": len(runs), "processor_seconds": seconds, "stages": stages}
+    return shown | peaks | {"work_bytes": sum(work.values()), "work_bytes_by_kind": work} | runs[-1]["finished"]
+
+
+def kill_at_random(directory: Path, seed: int, kills: int) -> dict[str, Any]:
+    """Kills of the job at random moments, each followed by the same command; and whether its result is the same."""
+    whole = read_json(directory / RUNS / "small-0.json")["stages"]
+    duration = sum(stage["seconds"] for stage in whole.values())
+    chance = random.Random(seed)
+    killed_in = []
+    for number in range(kills):
+        process = started(directory, "killed")
+        time.sleep(chance.uniform(0, 2 * duration / kills))
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == 0:  # it was done before
+            break
+        file = directory / RUNS / f"killed-{number}.json"
+        killed_in.append(list(read_json(file)["stages"])[-1] if file.exists() else "start")
+    done = finish(directory, "killed")
+    unequal = different(directory / "small", directory / "killed")
+    return {"seed": seed, "killed_in": killed_in, "runs": done["runs"], "unequal_files": unequal}
+
+
+def different(one: Path, other: Path) -> list[str]:
+    """Files of two results that are not the same, byte for byte; of the record, which tells the time, its settings."""
+    names = {file.relative_to(at) for at in (one, other) for file in at.rglob("*") if file.is_file()}
+    unequal = [str(name) for name in names - {Path(RECORD)} if content(one / name) != content(other / name)]
+    records = [Record.load(at / RECORD) for at in (one, other)]
+    return sorted(unequal) + [RECORD] * (records[0].settings != records[1].settings)
+
+
+def content(file: Path) -> bytes | None:
+    """The bytes of a file, None without one."""
+    return file.read_bytes() if file.is_file() else None
+
+
+def shape_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The shape that was asked for."""
+    shape: dict[str, Any] = SHAPES[arguments.shape]
+    return shape | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+
+
+def prepare(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The model and the settings in a directory of the work; those of an earlier call must be the same."""
+    names = ("shape", "layers", "num_tokens", "keep", "seed", "device", "workers", "threads")
+    settings = {name: vars(arguments)[name] for name in names}
+    if (directory / SETTINGS).exists():
+        assert read_json(directory / SETTINGS) == settings, f"{directory} holds a job with other settings"
+        return settings
+    shutil.rmtree(directory / DENSE, ignore_errors=True)
+    make_checkpoint(directory / DENSE, shape_of(arguments))
+    (directory / RUNS).mkdir(exist_ok=True)
+    write_json(directory / SETTINGS, settings)
+    return settings
+
+
+def table(numbers: dict[str, Any]) -> str:
+    """The stages as text."""
+    lines = [f"{'stage':24}{'processor':>12}{'resident':>12}{'anonymous':>12}"]
+    for label, stage in numbers["stages"].items():
+        sizes = (f"{stage[name] / 1e6:,.0f} MB" for name in ("resident_peak_bytes", "anonymous_peak_bytes"))
+        lines.append(f"{label:24}{stage['processor_seconds']:>10,.0f} s" + "".join(f"{size:>12}" for size in sizes))
+    return "\n".join(lines)
+
+
+def run(directory: Path, arguments: argparse.Namespace) -> None:
+    """Measure, write the record, print."""
+    settings = prepare(directory, arguments)
+    numbers = finish(directory, "small")
+    checkpoint = sum(file.stat().st_size for file in (directory / DENSE).glob("*.safetensors"))
+    numbers |= {"checkpoint_bytes": checkpoint, "work_over_checkpoint": numbers["work_bytes"] / checkpoint}
+    if arguments.kill_at_random is not None:
+        numbers["kills"] = kill_at_random(directory, arguments.kill_at_random, arguments.kills)
+    inputs = {"model": f"{arguments.shape} shape, random heavy-tailed weights"}
+    Record("default_job", inputs, settings | {"limits": LIMITS}, numbers).save(arguments.record)
+    print(table(numbers))
+    print(
+        f"peak {numbers['resident_peak_bytes'] / 1e6:,.0f} MB above the imports; unfinished work at most "
+        f"{numbers['work_bytes'] / 1e6:,.0f} MB, {numbers['work_over_checkpoint']:.2f} of the checkpoint; "
+        f"{numbers['processor_seconds']:,.0f} s of processor time; {numbers.get('kills', '')}"
+    )
+    if numbers.get("kills", {}).get("unequal_files"):
+        raise SystemExit("a job that was killed and went on has another result")
+
+
+def main() -> None:
+    """Measure the job in a directory, write the record, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
+    parser.add_argument("--layers", type=int, help="decoder blocks, in place of those of the shape")
+    parser.add_argument("--tokens", type=int, default=8192, dest="num_tokens", help="that the model writes and reads")
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, help="keep model and work here, so that a killed measurement goes on")
+    parser.add_argument("--record", type=Path, default=HERE / "default_job.json", help="the file to write")
+    parser.add_argument("--kill-at-random", type=int, metavar="SEED", help="then kill a second job at random moments")
+    parser.add_argument("--kills", type=int, default=6, help="how often")
+    parser.add_argument("--measure", nargs=2, type=Path, help=argparse.SUPPRESS)  # in the process of the job
+    arguments = parser.parse_args()
+    if arguments.measure:
+        measure(arguments.measure[0], str(arguments.measure[1]))
+    elif arguments.work:
+        run(arguments.work, arguments)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            run(Path(directory), arguments)
+
+
+if __name__ == "__main__":
+    main()
