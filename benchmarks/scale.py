@@ -28,7 +28,7 @@ from floor import operations, speeds
 from footprint import measured
 from random_model import SHAPES as RANDOM
 from random_model import heavy_tailed, make_checkpoint
-from welore.linalg.svd import factorise, reduce
+from welore.linalg.svd import decompose
 from welore.models.targets import Target
 from welore.records import Record
 
@@ -138,10 +138,10 @@ def cost_of(model: str, kind: str, shape: tuple[int, int], smaller: Cost | None,
         if patient and not (svd and svd[0] > PATIENCE_SECONDS):
             svd.append(2 * seconds_of(lambda: torch.svd(W)))
         started = time.perf_counter()
-        reduction = reduce(W)
-        reduction.values()
+        decomposition = decompose(W)
+        decomposition.values()
         values.append(time.perf_counter() - started)
-        factors.append(seconds_of(partial(factorise, W, rank, None, reduction)))
+        factors.append(seconds_of(partial(decomposition.factors, W, rank)))
     two = min(svd) if patient else scaled
     floor = sum(count / fast for count, fast in zip(operations(shape, rank), speed, strict=True))
     return Cost(model, kind, shape, min(values), min(factors), two, not patient, floor)

@@ -29,7 +29,7 @@ from welore.config import CompressionConfig
 from welore.io._malloc import return_freed_memory
 from welore.io.hub import resolve_model
 from welore.linalg.spectrum import normalise
-from welore.linalg.svd import Reduction, factorise, reduce
+from welore.linalg.svd import Decomposition, decompose
 from welore.models.embedded import embedded_model
 from welore.models.source import CheckpointSource
 from welore.records import Record
@@ -49,8 +49,8 @@ def timed(totals: dict[str, float], name: str, function: Callable[..., Any], *ar
 
 def kept_on_disk(W: torch.Tensor) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
     """Ours, first half: the singular values, and what `compress` keeps for the factors."""
-    reduction = reduce(W)
-    return reduction.values(), reduction.tensors()
+    decomposition = decompose(W)
+    return decomposition.values(), decomposition.tensors()
 
 
 def floor_seconds(plan: Plan) -> float:
@@ -113,8 +113,8 @@ def main() -> None:
         for target in weights.targets:
             if target.name in by_name:
                 a, W = by_name[target.name], weights.read(target)
-                reduction = Reduction.from_tensors(kept.pop(target.name))
-                found = timed(seconds, "ours", factorise, W, a.rank, a.relative_error, reduction)
+                decomposition = Decomposition.from_tensors(kept.pop(target.name))
+                found = timed(seconds, "ours", decomposition.factors, W, a.rank, a.relative_error)
                 excess = max(excess, abs(found.excess))
         floor = floor_seconds(plan)
     same = sum(int((normalise(references[a.name]) >= plan.threshold).sum()) == a.rank for a in plan.allocations)

@@ -4,7 +4,7 @@ import torch
 
 from welore.errors import WeLoreError
 from welore.linalg import svd as factors
-from welore.linalg.svd import Factors, Metric, Reduction, factorise, reduce, residual, singular_values
+from welore.linalg.svd import Decomposition, Factors, Metric, Side, decompose, factorise, singular_values
 
 SHAPES = [(7, 5), (5, 7), (1, 9), (9, 1), (64, 64), (33, 150), (150, 33)]
 
@@ -73,45 +73,105 @@ def test_degenerate_matrices_give_finite_factors(W: torch.Tensor) -> None:
     torch.testing.assert_close(A @ B, W, rtol=1e-4, atol=1e-5 * float(W.abs().max()))
 
 
-def test_residual_is_the_squared_relative_error() -> None:
-    W = matrix(17, 29)
-    A, B = pair(factorise(W, 4))
-    expected = torch.linalg.matrix_norm(W.double() - A.double() @ B.double()) / torch.linalg.matrix_norm(W.double())
-    assert residual(W, A, B) == pytest.approx(float(expected) ** 2, rel=1e-5)
-    assert residual(torch.zeros(3, 4), A, B) == 0
+def optimum_of(W: torch.Tensor, metric: Metric | None) -> float:
+    sigma = singular_values(W, metric)
+    return float(np.sqrt((sigma[5:] ** 2).sum() / (sigma**2).sum()))
+
+
+def residual(W: torch.Tensor, found: Factors, metric: Metric | None = None) -> float:
+    """||W - A B||^2 / ||W||^2, in the norm of the metric."""
+    sides = [torch.eye(n) for n in W.shape] if metric is None else [metric.outputs, metric.inputs]
+    left, right = (root(side.double()) for side in sides if isinstance(side, torch.Tensor))
+    error, scaled = (left @ X.double() @ right for X in (W - found.A.double() @ found.B.double(), W))
+    return float(error.norm() / scaled.norm()) ** 2
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kept_reduction_gives_the_same_bits(shape: tuple[int, int]) -> None:
+def test_kept_decomposition_gives_the_same_bits(shape: tuple[int, int]) -> None:
     W = matrix(*shape)
-    kept = {name: tensor.clone() for name, tensor in reduce(W).tensors().items()}
+    kept = {name: tensor.clone() for name, tensor in decompose(W).tensors().items()}
     rank = max(1, min(shape) // 2)
-    fresh, again = factorise(W, rank), factorise(W, rank, reduction=Reduction.from_tensors(kept))
+    fresh, again = factorise(W, rank), factorise(W, rank, decomposition=Decomposition.from_tensors(kept))
     assert torch.equal(fresh.A, again.A)
     assert torch.equal(fresh.B, again.B)
 
 
-def test_factors_that_miss_the_optimum_are_computed_again_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    W = matrix(30, 20)
-    sigma = singular_values(W)
-    optimum = float(np.sqrt((sigma[5:] ** 2).sum() / (sigma**2).sum()))
-    right = factors._project
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("harm", ["turned", "doubled"])
+def test_factors_that_miss_the_optimum_are_computed_again_in_float64(
+    monkeypatch: pytest.MonkeyPatch, scaled: bool, harm: str
+) -> None:
+    W, metric = matrix(30, 20), Metric(weights(30, 1), weights(20, 2)) if scaled else None
+    optimum = optimum_of(W, metric)
+    right = factors.lapack.tridiagonal_vectors
     dtypes = []
 
-    def poor_in_float32(W: torch.Tensor, side: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dtypes.append(W.dtype)
-        A, B = right(W, side)
-        return (A * 0.9, B) if W.dtype == torch.float32 else (A, B)
+    def poor_in_float32(diagonal: np.ndarray, off: np.ndarray) -> np.ndarray:
+        dtypes.append(diagonal.dtype)
+        vectors = right(diagonal, off)
+        if diagonal.dtype == np.float32:
+            if harm == "turned":
+                vectors[:, -5] += 0.5 * vectors[:, -6]
+            else:
+                vectors[:, -5] = vectors[:, -1]
+        return vectors
 
-    monkeypatch.setattr(factors, "_project", poor_in_float32)
-    found = factorise(W, 5, optimum)
-    assert dtypes == [torch.float32, torch.float64]
+    monkeypatch.setattr(factors.lapack, "tridiagonal_vectors", poor_in_float32)
+    found = factorise(W, 5, optimum, metric=metric)
+    assert dtypes == [np.float32, np.float64]
     assert found.repaired
     assert found.A.dtype == torch.float32
     assert abs(found.excess) < 1e-12
-    assert residual(W, found.A, found.B) == pytest.approx(optimum**2, rel=1e-5)
+    assert residual(W, found, metric) == pytest.approx(optimum**2, rel=1e-5)
     monkeypatch.undo()
-    assert not factorise(W, 5, optimum).repaired
+    assert not factorise(W, 5, optimum, metric=metric).repaired
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("shape", [(30, 20), (20, 30)])
+def test_the_excess_is_what_the_factors_lose(
+    monkeypatch: pytest.MonkeyPatch, scaled: bool, shape: tuple[int, int]
+) -> None:
+    W, metric = matrix(*shape), Metric(weights(shape[0], 1), weights(shape[1], 2)) if scaled else None
+    optimum = optimum_of(W, metric)
+    right = factors.lapack.tridiagonal_vectors
+
+    def turned(diagonal: np.ndarray, off: np.ndarray) -> np.ndarray:
+        vectors = right(diagonal, off)
+        vectors[:, -5] += 0.5 * vectors[:, -6]
+        return vectors
+
+    monkeypatch.setattr(factors.lapack, "tridiagonal_vectors", turned)
+    monkeypatch.setattr(factors, "EXCESS", 1.0)
+    found = factorise(W, 5, optimum, metric=metric)
+    lost = residual(W, found, metric) - optimum**2
+    assert lost > 1e-5
+    assert found.excess == pytest.approx(lost, rel=0.01)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_decomposition_of_other_weights_is_refused(scaled: bool) -> None:
+    metric = Metric(weights(30, 1), weights(20, 2)) if scaled else None
+    W, other = matrix(30, 20), matrix(30, 20, seed=1)
+    for stale in (decompose(W, metric), Decomposition.from_tensors(decompose(W, metric).tensors())):
+        stale.factors(W, 5)
+        with pytest.raises(WeLoreError, match="other weights"):
+            stale.factors(other, 5)
+        with pytest.raises(WeLoreError, match="other weights"):
+            stale.factors(W[:, :12], 5)
+    with pytest.raises(WeLoreError, match="other weights"):  # of the same weights, in another norm
+        decompose(W, Metric(weights(30, 3), weights(20, 4))).factors(W, 5, optimum_of(W, metric))
+
+
+def test_matrices_with_one_side_in_common_share_its_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, made, make = weights(20, 2), [], factors._root
+    monkeypatch.setattr(factors, "_root", lambda weight, dtype: made.append(len(weight)) or make(weight, dtype))
+    shared = Side(inputs)
+    for seed in (1, 3):
+        W, outputs = matrix(30, 20, seed), weights(30, seed)
+        ours = singular_values(W, Metric(outputs, shared))
+        np.testing.assert_array_equal(ours, singular_values(W, Metric(outputs, inputs)))
+    assert made.count(20) == 3
 
 
 def test_optimum_of_other_weights_is_refused() -> None:
@@ -126,17 +186,28 @@ def test_impossible_rank_is_one_sentence(rank: int) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_way_of_gpus_gives_the_same(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("norm", ["plain", "matrices", "diagonals"])
+def test_the_way_of_gpus_gives_the_same(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], norm: str) -> None:
     """Tried on the CPU: torch.linalg in place of LAPACK, as for a matrix that lies on a GPU."""
-    W = matrix(*shape)
+    W, diagonal = matrix(*shape), norm == "diagonals"
+    sides = weights(shape[0], 1, diagonal=diagonal), weights(shape[1], 2, diagonal=diagonal)
+    metric = None if norm == "plain" else Metric(*sides)
     rank = max(1, min(shape) // 3)
-    sigma, factored = singular_values(W), factorise(W, rank)
+    sigma, factored = singular_values(W, metric), factorise(W, rank, metric=metric)
     monkeypatch.setattr(factors, "_by_lapack", lambda W: False)
-    np.testing.assert_allclose(singular_values(W), sigma, rtol=1e-6, atol=3e-8 * sigma[0])
+    digits = 1 if norm == "plain" else 10  # scaled matrices are multiplied in float32
+    np.testing.assert_allclose(singular_values(W, metric), sigma, rtol=digits * 1e-6, atol=digits * 3e-8 * sigma[0])
     optimum = float(np.sqrt((sigma[rank:] ** 2).sum() / (sigma**2).sum()))
-    again = factorise(W, rank, optimum)
+    decomposition = decompose(W, metric)
+    assert "tau" not in decomposition.tensors()
+    again = decomposition.factors(W, rank, optimum)
     assert not again.repaired
-    torch.testing.assert_close(again.A @ again.B, factored.A @ factored.B, rtol=1e-4, atol=1e-5 * float(sigma[0]))
+    if metric is None:
+        torch.testing.assert_close(again.A @ again.B, factored.A @ factored.B, rtol=1e-4, atol=1e-5 * float(sigma[0]))
+    assert residual(factored.A @ factored.B, again, metric) ** 0.5 < 1e-5
+    stored = Decomposition.from_tensors(decomposition.tensors()).factors(W, rank, optimum)
+    assert torch.equal(stored.A, again.A)
+    assert torch.equal(stored.B, again.B)
 
 
 def weights(k: int, seed: int, *, rank: int | None = None, diagonal: bool = False) -> torch.Tensor:
@@ -189,10 +260,10 @@ def test_rank_deficient_and_zero_metrics_give_finite_factors(shape: tuple[int, i
         assert torch.isfinite(found.B).all()
 
 
-def test_a_kept_reduction_of_the_scaled_matrix_gives_the_same_factors() -> None:
+def test_a_kept_decomposition_of_the_scaled_matrix_gives_the_same_factors() -> None:
     W, metric = matrix(30, 50), Metric(weights(30, 1), weights(50, 2))
-    kept = Reduction.from_tensors(reduce(W, metric).tensors())
-    one, other = factorise(W, 7, reduction=kept, metric=metric), factorise(W, 7, metric=metric)
+    kept = Decomposition.from_tensors(decompose(W, metric).tensors())
+    one, other = factorise(W, 7, decomposition=kept, metric=metric), factorise(W, 7, metric=metric)
     torch.testing.assert_close(one.A @ one.B, other.A @ other.B, rtol=1e-4, atol=1e-4)
 
 

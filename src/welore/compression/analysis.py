@@ -22,7 +22,7 @@ from welore.io.claim import claimed
 from welore.io.context import RunContext
 from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
-from welore.linalg.svd import reduce, singular_values
+from welore.linalg.svd import decompose, singular_values
 from welore.models.mlp import long_matrices
 from welore.models.source import TensorSource, open_source
 from welore.models.targets import Target, in_blocks
@@ -118,11 +118,11 @@ def analyze_source(
     scaling: str,
     grids: Mapping[str, Grid],
     neurons: Mapping[str, Neurons] | None = None,
-    keep_reductions: bool = False,
+    keep_decompositions: bool = False,
 ) -> Spectra:
     """Singular values of every targeted matrix, taken from the workspace if they are there already.
 
-    keep_reductions: store what the factors need of the decomposition, too; on the CPU only.
+    keep_decompositions: store what the factors need of the decomposition, too.
     """
     workspace = context.workspace
     targets = in_blocks(source.targets, grids)
@@ -134,10 +134,10 @@ def analyze_source(
         W = source.read(target)
         check_finite(target.name, W)
         norm = metric(scaling, statistics, target)
-        if workspace and keep_reductions:
-            reduction = reduce(W, norm)
-            sigma = reduction.values()
-            workspace.store(f"{target.key}.reduction", reduction.tensors())
+        if workspace and keep_decompositions:
+            decomposition = decompose(W.to(context.float64_device), norm)
+            sigma = decomposition.values()
+            workspace.store(f"{target.key}.decomposition", decomposition.tensors())
         else:
             sigma = singular_values(W.to(context.float64_device), norm)
         values = {"sigma": torch.from_numpy(sigma.copy())}

@@ -12,7 +12,7 @@ from welore.calibration.statistics import Statistics
 from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.storage_forms import FORMS
-from welore.linalg.svd import Reduction, factorise
+from welore.linalg.svd import Decomposition, factorise
 from welore.models.source import CheckpointSource, TensorSource
 from welore.models.targets import in_blocks, result_key
 
@@ -31,12 +31,12 @@ def factor_matrices(
         parts = workspace.fetch(_key(a))
         if parts is None:
             target = targets[a.name]
-            stored = workspace.fetch(_reduction(a)) if context.device.type == "cpu" else None
-            reduction = None if stored is None else Reduction.from_tensors(stored)
-            norm = metric(plan.scaling, statistics, target)
+            stored = workspace.fetch(_decomposition(a))
+            decomposition = None if stored is None else Decomposition.from_tensors(stored)
+            norm = None if decomposition else metric(plan.scaling, statistics, target)
             # The matrix has no name here: factorise makes its own copy and lets this one go.
             factors = factorise(
-                source.read(target).to(context.float64_device), a.rank, a.relative_error, reduction, norm
+                source.read(target).to(context.float64_device), a.rank, a.relative_error, decomposition, norm
             )
             dtype = source.dtype(target)
             packed = FORMS[a.form].pack(factors.A, factors.B)
@@ -46,7 +46,7 @@ def factor_matrices(
                 "repaired": torch.tensor(factors.repaired),
             }
             workspace.store(_key(a), parts)
-        workspace.drop(_reduction(a))
+        workspace.drop(_decomposition(a))
         return {name: parts[name] for name in ("excess", "repaired")}
 
     mine = processes.share(plan.lrcs)
@@ -82,5 +82,5 @@ def _key(a: Allocation) -> str:
     return f"{result_key(a.name, a.shape)}.{a.form}-{a.rank}"
 
 
-def _reduction(a: Allocation) -> str:
-    return f"{result_key(a.name, a.shape)}.reduction"
+def _decomposition(a: Allocation) -> str:
+    return f"{result_key(a.name, a.shape)}.decomposition"

@@ -327,7 +327,7 @@ def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, 
 
 
 def _allocated(job: Job, source: TensorSource, statistics: Statistics | None, neurons: dict[str, Neurons]) -> Plan:
-    """The plan for these weights. A CPU stores their reductions for the factors, if they fit beside the result."""
+    """The plan for these weights. Their decompositions are stored for the factors, if they fit beside the result."""
     context = job.context
     assert context.workspace is not None
     grids = grids_of(source, bool(job.config.split))
@@ -341,7 +341,7 @@ def _allocated(job: Job, source: TensorSource, statistics: Statistics | None, ne
         scaling=job.scaling,
         grids=grids,
         neurons=neurons,
-        keep_reductions=fit and context.device.type == "cpu",
+        keep_decompositions=fit,
     )
     return allocate(spectra, job.config)
 

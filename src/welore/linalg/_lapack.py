@@ -63,6 +63,28 @@ def back_transform(reflectors: Matrix, tau: Matrix, vectors: Matrix) -> None:
     _checked("ormtr", kind, b"L", b"L", b"N", k, r, reflectors, k, tau, vectors, k, work, len(work))
 
 
+def cholesky(weight: Matrix) -> bool:
+    """Overwrite the upper triangle of `weight` (k, k) with L^T, weight = L L^T; whether there is such an L (potrf)."""
+    info = np.zeros(1, np.int32)
+    _call(cython_lapack, "potrf", weight.dtype, b"U", len(weight), weight, len(weight), info)
+    return bool(info[0] == 0)
+
+
+def times_triangle(triangle: Matrix, X: Matrix, *, side: bytes, transposed: bytes) -> None:
+    """X (a, b) <- T X on side b"L", X T on b"R"; T^T if transposed is b"T" (trmm). triangle: upper, Fortran order."""
+    _triangular("trmm", triangle, X, side, transposed)
+
+
+def solve_triangle(triangle: Matrix, X: Matrix) -> None:
+    """X (a, b) <- T^-1 X (trsm). triangle: upper (a, a), Fortran order; its lower part is not looked at."""
+    _triangular("trsm", triangle, X, b"L", b"N")
+
+
+def _triangular(name: str, triangle: Matrix, X: Matrix, side: bytes, transposed: bytes) -> None:
+    size = (*X.shape, 1.0, triangle, len(triangle), X, len(X))
+    _call(cython_blas, name, X.dtype, side, b"U", transposed, b"N", *size)
+
+
 def pivoted_qr(matrix: Matrix) -> NDArray[np.int64]:
     """Order (m,) of the columns of `matrix` (r, m) in QR with column pivoting, each the longest that is left (geqp3).
 

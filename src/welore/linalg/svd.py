@@ -1,14 +1,18 @@
 """One matrix -> its singular values; one matrix + rank -> its two factors. Pure tensor mathematics.
 
-Shapes: W (m, n) = (out_features, in_features), k = min(m, n), A (m, r), B (r, n), W ~ A B.
+Shapes: W (m, n) = (out_features, in_features), k = min(m, n), A (m, r), B (r, n), W ~ A B; X (k, l) is W, its shorter
+side first.
 
 Which approximation is best depends on the norm: the plain one (Frobenius), or a Metric that weighs what enters and
 what leaves the matrix.
 
-Everything starts from the Gram matrix of the shorter side, (k, k), reduced to tridiagonal form; where float64 is
-needed, and where float32 is enough and is checked: docs/concepts/decomposition.md.
+Everything starts from the Gram matrix of the shorter side, (k, k); where float64 is needed, and where float32 is enough
+and is checked: docs/concepts/decomposition.md.
 """
 
+import math
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,95 +26,88 @@ from welore.errors import WeLoreError
 from welore.linalg import _lapack as lapack
 
 EXCESS = 1e-6  # share of ||W||^2 by which the factors may miss the optimum before float64 repeats them
+OTHER = 1e-4  # of ||W||: another matrix differs by more from the one that was decomposed, rounding by less
+FLOOR = 1e-12  # of a weight's largest direction: what is smaller counts as that
+PROBES = 4  # random vectors that the factors are tried on
 BLOCK = 384  # rows of W, or columns, that are held in float64 at once
+
+
+class Side:
+    """A weight of one side of a matrix, symmetric and positive (n, n) or the diagonal (n,) of one, and its root.
+
+    The root is made when it is first asked for, once, also by several threads; the weight is then let go. Give one
+    Side to all metrics that share a side: gate and up read the same inputs, as do q, k and v.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight: Tensor | None = weight
+        self._root: tuple[Tensor, int] | None = None
+        self._lock = threading.Lock()
+
+    def root(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, int]:
+        """L and e: weight = 4^e L L^T; L is a lower triangle (n, n), or the diagonal (n,) of one, of entries near 1."""
+        with self._lock:
+            if self._weight is not None:
+                self._root, self._weight = _root(self._weight.to(device, torch.float64), dtype), None
+            assert self._root is not None
+            half, exponent = self._root
+        return half.to(device, dtype), exponent
 
 
 @dataclass(frozen=True)
 class Metric:
     """The norm trace(G D H D^T)^(1/2) of an error D = W - A B: its rows weighed by G, its columns by H.
 
-    outputs: G (m, m); inputs: H (n, n); symmetric and positive, or the diagonals of such, (m,) and (n,).
+    outputs: G (m, m); inputs: H (n, n); symmetric and positive, or the diagonals of such, (m,) and (n,); or Side
+    of such, which share their roots.
     """
 
-    outputs: Tensor
-    inputs: Tensor
+    outputs: Tensor | Side
+    inputs: Tensor | Side
 
-    def sides(self, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W (k, long), the shorter side first, and the weights of that side and of the other; float64, where W is."""
-        wide = W.shape[0] <= W.shape[1]
-        ordered = (self.outputs, self.inputs) if wide else (self.inputs, self.outputs)
-        short, long = (weight.to(W.device, torch.float64) for weight in ordered)
-        double = (W if wide else W.T).to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-        return double, short, long
+    def sides(self, shape: tuple[int, ...]) -> tuple[Side, Side]:
+        """The weights of the shorter side of a matrix of this shape, and of the longer one."""
+        short, long = (self.outputs, self.inputs) if shape[0] <= shape[1] else (self.inputs, self.outputs)
+        return _side(short), _side(long)
 
 
-@dataclass(frozen=True)
-class Reduction:
-    """The Gram matrix as Q T Q^T: T tridiagonal, Q in Householder reflectors.
+def _side(weight: Tensor | Side) -> Side:
+    return weight if isinstance(weight, Side) else Side(weight)
 
-    diagonal (k,) and off_diagonal (k - 1,): float64. tau (k - 1,) and reflectors (k, k), Fortran order: float32
-    when they come from disk or are meant for it, else float64.
+
+def _root(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """`Side.root` of a float64 weight: by Cholesky, by eigenvalues if it has directions below the floor.
+
+    Any root will do. One of zeros counts as ones.
     """
-
-    diagonal: NDArray[Any]
-    off_diagonal: NDArray[Any]
-    tau: NDArray[Any]
-    reflectors: NDArray[Any]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors that lie on disk between the values and the factors: 4 k^2 bytes. See `from_tensors`."""
-        return {
-            "diagonal": torch.from_numpy(self.diagonal),
-            "off_diagonal": torch.from_numpy(self.off_diagonal),
-            "tau": torch.from_numpy(self.tau.astype(np.float32)),
-            "reflectors": torch.from_numpy(self.reflectors.T.astype(np.float32)),
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Reduction":
-        """The reduction that `tensors` wrote; its float32 factors have the same bits as before."""
-        diagonal, off_diagonal, tau = (tensors[name].numpy() for name in ("diagonal", "off_diagonal", "tau"))
-        return cls(diagonal, off_diagonal, tau, tensors["reflectors"].numpy().T)
-
-    def values(self) -> NDArray[np.float64]:
-        """Singular values (k,) of W, descending."""
-        squares = lapack.tridiagonal_values(self.diagonal, self.off_diagonal)
-        return np.sqrt(np.clip(squares[::-1], 0, None))
-
-    def vectors(self, rank: int, precision: Any) -> NDArray[Any]:
-        """The singular vectors (k, rank) of the `rank` largest values, on the shorter side of W, descending."""
-        scale = np.abs(self.diagonal).max() or 1.0  # the squares of tiny weights would vanish in float32
-        diagonal, off_diagonal = (x / scale for x in (self.diagonal, self.off_diagonal))
-        vectors = lapack.tridiagonal_vectors(diagonal.astype(precision), off_diagonal.astype(precision))
-        chosen = vectors[:, : -rank - 1 : -1].copy(order="F")
-        lapack.back_transform(self.reflectors.astype(precision, copy=False), self.tau.astype(precision), chosen)
-        return chosen
+    largest = float((weight if weight.ndim == 1 else weight.diagonal()).max())
+    exponent = math.frexp(largest)[1] // 2 if largest > 0 else 0  # 4^e is exact, and float32 cannot hold tiny ones
+    if weight.ndim == 1:
+        half = _floored(weight).sqrt()
+    else:
+        root = _cholesky(weight)
+        half = root if root is not None and float(root.diagonal().min()) ** 2 > largest * FLOOR else _by_values(weight)
+    return (half * 2.0**-exponent).to(dtype), exponent
 
 
-def reduce(W: Tensor, metric: Metric | None = None) -> Reduction:
-    """Float64 reduction of the Gram matrix of W (m, n) on the CPU; W W^T if m <= n, else W^T W.
-
-    metric: of W scaled by it, G^(1/2) W H^(1/2).
-    """
-    m, n = W.shape
-    if metric is not None:
-        scaled = np.asfortranarray(_scaled_gram(W.cpu(), metric).numpy())
-        return Reduction(*lapack.tridiagonalise(scaled), scaled)
-    gram = np.zeros((min(m, n), min(m, n)), order="F")
-    rows = W.T if m <= n else W
-    # A fresh copy, always laid out alike: the same W gives the same bits wherever it came from.
-    copy = torch.empty(BLOCK, min(m, n), dtype=torch.float64)
-    for block in rows.split(BLOCK):
-        lapack.add_gram(gram, copy[: len(block)].copy_(block).numpy())
-    return Reduction(*lapack.tridiagonalise(gram), gram)
+def _cholesky(weight: Tensor) -> Tensor | None:
+    """Lower triangle (k, k); None if the weight is not positive."""
+    if _by_lapack(weight):
+        triangle = np.array(weight.numpy(), order="F")
+        return torch.from_numpy(triangle.T).tril_() if lapack.cholesky(triangle) else None
+    half, info = torch.linalg.cholesky_ex(weight)
+    return None if int(info) else half
 
 
-def singular_values(W: Tensor, metric: Metric | None = None) -> NDArray[np.float64]:
-    """Singular values of W (m, n): (k,), descending, float64. On a GPU where W lies on one. metric: see `reduce`."""
-    if _by_lapack(W):
-        return reduce(W, metric).values()
-    squares = torch.linalg.eigvalsh(_gram(W.double()) if metric is None else _scaled_gram(W, metric))
-    return squares.flip(0).clamp(min=0).sqrt().cpu().numpy()
+def _by_values(weight: Tensor) -> Tensor:
+    """The lower triangular root of a weight whose eigenvalues below the floor count as the floor."""
+    values, vectors = torch.linalg.eigh(weight)
+    return torch.linalg.qr(_floored(values).sqrt()[:, None] * vectors.T, mode="r").R.T.contiguous()
+
+
+def _floored(values: Tensor) -> Tensor:
+    largest = float(values.max())
+    return values.clamp(min=largest * FLOOR) if largest > 0 else torch.ones_like(values)
 
 
 @dataclass(frozen=True)
@@ -127,76 +124,229 @@ class Factors:
     repaired: bool = False
 
 
+@dataclass(frozen=True)
+class Decomposition(ABC):
+    """All singular values of a matrix, and all that its factors of any rank need beside the matrix itself.
+
+    image (k,): X times a fixed vector, by which another matrix is told. scaled: whether there was a metric.
+    """
+
+    image: Tensor
+    scaled: bool
+
+    @abstractmethod
+    def squares(self) -> NDArray[np.float64]:
+        """The squares of the singular values (k,), ascending; those that are zero may be slightly negative."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to store between the values and the factors, on the CPU: 4 k^2 bytes. See `from_tensors`."""
+
+    @abstractmethod
+    def sides(self, rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """L U and L^-T U, (k, rank) each, and the energy (rank,) that each vector of U has, float64.
+
+        U: the first vectors of L^T X R, of the best factors (L U)^T X = B and L^-T U = A if m <= n. Computed on the
+        device if that is a GPU's decomposition, else on the CPU.
+        """
+
+    def values(self) -> NDArray[np.float64]:
+        """Singular values (k,) of W, in the norm of the metric, descending."""
+        return np.sqrt(np.clip(self.squares()[::-1], 0, None))
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, Tensor]) -> "Decomposition":
+        """The decomposition that `tensors` wrote; its factors have the same bits as before."""
+        parts: dict[str, Any] = {**tensors, "scaled": bool(tensors["scaled"])}
+        return Tridiagonal(**parts) if "tau" in parts else Spectral(**parts)
+
+    def factors(self, W: Tensor, rank: int, optimum: float | None = None) -> Factors:
+        """The best approximation A B of rank `rank` of the matrix that was decomposed; see `factorise`."""
+        k = min(W.shape)
+        if not 1 <= rank <= k:
+            raise WeLoreError(f"rank is {rank}: a matrix of shape {tuple(W.shape)} has ranks from 1 to {k}")
+        precision = _precision(W)
+        # A fresh copy, always laid out alike: the same W gives the same bits wherever it came from.
+        wide = W.shape[0] <= W.shape[1]
+        W = W.to(precision, copy=True, memory_format=torch.contiguous_format)
+        X = W if wide else W.T
+        image = self.image.to(X.device)
+        if len(image) != k or not float((_image(X) - image).norm()) <= OTHER * float(X.norm()):
+            raise WeLoreError("the decomposition is that of other weights: compute it again")
+        near, far, excess, repaired = self._checked(rank, precision, X.device, optimum)
+        projected = near.T @ X if wide else X.T @ near
+        rows = projected if wide else projected.T
+        lengths = torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(far, dim=0)
+        # Any positive scale gives the same product A B: where a singular value is zero it must only not be zero.
+        a, b = (x.clamp(min=float(x.max()) * 1e-6 or 1.0) for x in lengths)
+        rows *= (b / a).sqrt()[:, None]  # both are our own: in place
+        far *= (a / b).sqrt()
+        A, B = (far, rows) if wide else (rows.T, far.T)
+        return Factors(A.contiguous(), B.contiguous(), excess, repaired)
+
+    def _checked(
+        self, rank: int, precision: torch.dtype, device: torch.device, optimum: float | None
+    ) -> tuple[Tensor, Tensor, float, bool]:
+        """L U, L^-T U, their excess, and whether float64 was needed for them."""
+        total = float(self.squares().sum())
+        for dtype in dict.fromkeys((precision, torch.float64)):
+            near, far, energy = self.sides(rank, dtype, device)
+            if optimum is None or total <= 0:
+                excess = 0.0
+                break
+            excess = 1 - float(energy.sum()) / total + _missed(near, far, energy) / total - optimum**2
+            if abs(excess) <= EXCESS:
+                break
+        else:
+            raise WeLoreError(f"rank {rank} leaves {excess:+.1e} more of the loss than the plan says: other weights?")
+        return near.to(device, precision), far.to(device, precision), excess, dtype != precision
+
+
+def _missed(near: Tensor, far: Tensor, energy: Tensor) -> float:
+    """||(U^T U - I) S||^2, S^2 the energies: what factors lose that do not project, estimated by random vectors."""
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(len(energy), PROBES, generator=generator, dtype=torch.float64).to(energy.device)
+    probes *= energy.clamp(min=0).sqrt()[:, None]
+    sent = probes.to(near.dtype)
+    return float(((near.T @ (far @ sent) - sent).double() ** 2).sum()) / PROBES
+
+
+@dataclass(frozen=True)
+class Tridiagonal(Decomposition):
+    """The Gram matrix as Q T Q^T: T tridiagonal, Q in Householder reflectors. By LAPACK, on the CPU.
+
+    diagonal (k,) and off_diagonal (k - 1,): float64; tau (k - 1,) and packed (k, k), in float32 unless W is float64.
+    packed: the reflectors above the diagonal of the transposed matrix that LAPACK leaves, and L on and below it.
+    """
+
+    diagonal: Tensor
+    off_diagonal: Tensor
+    tau: Tensor
+    packed: Tensor
+
+    def squares(self) -> NDArray[np.float64]:
+        """See Decomposition."""
+        return lapack.tridiagonal_values(self.diagonal.numpy(), self.off_diagonal.numpy())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Decomposition."""
+        names = ("image", "diagonal", "off_diagonal", "tau", "packed")
+        return {name: getattr(self, name) for name in names} | {"scaled": torch.tensor(self.scaled)}
+
+    def sides(self, rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """See Decomposition."""
+        kind = np.float64 if dtype == torch.float64 else np.float32
+        scale = float(self.diagonal.abs().max()) or 1.0  # the squares of tiny weights would vanish in float32
+        diagonal, off = ((x.numpy() / scale) for x in (self.diagonal, self.off_diagonal))
+        vectors = lapack.tridiagonal_vectors(diagonal.astype(kind), off.astype(kind))
+        U = vectors[:, : -rank - 1 : -1].copy(order="F")
+        del vectors
+        energy = _rayleigh(diagonal, off, U) * scale
+        packed = self.packed.numpy().T.astype(kind, copy=False)
+        lapack.back_transform(packed, self.tau.numpy().astype(kind, copy=False), U)
+        U /= np.sqrt(np.einsum("ij,ij->j", U, U))  # float32 vectors are 1e-6 too long or short
+        near, far = U, U.copy(order="F")
+        if self.scaled:
+            lapack.times_triangle(packed, near, side=b"L", transposed=b"T")
+            lapack.solve_triangle(packed, far)
+        return torch.from_numpy(near), torch.from_numpy(far), torch.from_numpy(energy)
+
+
+def _rayleigh(diagonal: NDArray[np.float64], off: NDArray[np.float64], V: NDArray[Any]) -> NDArray[np.float64]:
+    """v^T T v / v^T v of every column v of V (k, r)."""
+    squares = V.astype(np.float64)
+    energy = 2 * np.einsum("i,ij,ij->j", off, squares[:-1], squares[1:])
+    np.square(squares, out=squares)
+    return np.asarray((diagonal @ squares + energy) / squares.sum(0))
+
+
+@dataclass(frozen=True)
+class Spectral(Decomposition):
+    """The eigenvectors of the Gram matrix, where W lies on a GPU.
+
+    energies (k,): the squares of the singular values, descending, float64; vectors (k, k): L U, columns in that order.
+    """
+
+    energies: Tensor
+    vectors: Tensor
+
+    def squares(self) -> NDArray[np.float64]:
+        """See Decomposition."""
+        return self.energies.flip(0).cpu().numpy()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See Decomposition."""
+        parts = {name: getattr(self, name).cpu() for name in ("image", "energies", "vectors")}
+        return parts | {"scaled": torch.tensor(self.scaled)}
+
+    def sides(self, rank: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """See Decomposition."""
+        vectors = self.vectors.to(device, dtype)
+        near = vectors[:, :rank]
+        # U is orthogonal: L^-T U is the inverse of (L U)^T.
+        far = torch.linalg.inv(vectors.double())[:rank].T.to(dtype) if self.scaled else near.clone()
+        return near, far, self.energies[:rank].to(device)
+
+
+def decompose(W: Tensor, metric: Metric | None = None) -> Decomposition:
+    """The decomposition of W (m, n), computed where W lies; from the float64 Gram matrix of its shorter side.
+
+    metric: of W scaled by it, L^T X R with G = L L^T and H = R R^T if m <= n.
+    """
+    half, exponent, X = None, 0, W if W.shape[0] <= W.shape[1] else W.T
+    image, precision = _image(X), _precision(W)
+    if metric is not None:
+        half, exponent, X = _scaled(X, metric.sides(W.shape), precision)
+    if not _by_lapack(W):
+        energies, vectors = torch.linalg.eigh(X.double() @ X.double().T)
+        vectors = vectors.flip(1)
+        if half is not None:
+            half = half.double()
+            vectors = half[:, None] * vectors if half.ndim == 1 else half @ vectors
+        return Spectral(image, half is not None, energies.flip(0) * 4.0**exponent, vectors.to(precision))
+
+    gram = np.zeros((len(X), len(X)), order="F")
+    copy = torch.empty(BLOCK, len(X), dtype=torch.float64)
+    for block in X.T.split(BLOCK):
+        lapack.add_gram(gram, copy[: len(block)].copy_(block).numpy())
+    del X, copy
+    diagonal, off, tau = (torch.from_numpy(x) for x in lapack.tridiagonalise(gram))
+    packed = torch.from_numpy(gram.T).to(precision)
+    if half is not None:
+        packed = packed.triu_(1) + (torch.diag(half) if half.ndim == 1 else half)
+    return Tridiagonal(
+        image, half is not None, diagonal * 4.0**exponent, off * 4.0**exponent, tau.to(precision), packed
+    )
+
+
+def singular_values(W: Tensor, metric: Metric | None = None) -> NDArray[np.float64]:
+    """Singular values of W (m, n): (k,), descending, float64. On a GPU where W lies on one. metric: see `decompose`."""
+    return decompose(W, metric).values()
+
+
 def factorise(
-    W: Tensor, rank: int, optimum: float | None = None, reduction: Reduction | None = None, metric: Metric | None = None
+    W: Tensor,
+    rank: int,
+    optimum: float | None = None,
+    decomposition: Decomposition | None = None,
+    metric: Metric | None = None,
 ) -> Factors:
     """A = U_r sqrt(S_r) and B = sqrt(S_r) V_r^T: the best approximation A B of W of rank `rank`.
 
     W: any float dtype; A and B: float32 (float64 if W is). optimum: the relative error ||W - A B|| / ||W|| that
-    the best factors have, if known; factors that miss it are computed again in float64. reduction: of this W, if
-    it is at hand. Raises WeLoreError if W cannot have that optimum. WeLore section 4.2; Eckart & Young 1936.
+    the best factors have, if known; factors that miss it are computed again in float64. decomposition: of this W in
+    this metric, if it is at hand. Raises WeLoreError if W cannot have that optimum. WeLore section 4.2; Eckart & Young
+    1936.
 
-    metric: the norm in which A B is best, and in which optimum and excess are meant; the reduction is the scaled one.
-    With U the first singular vectors of G^(1/2) W H^(1/2), m <= n: A B = G^(-1/2) U U^T G^(1/2) W, so only the weights
-    of the shorter side are ever inverted. Every column of A is as long as its row of B.
+    metric: the norm in which A B is best, and in which optimum and excess are meant. With U the first singular vectors
+    of L^T W R, m <= n, G = L L^T and H = R R^T: A B = L^-T U U^T L^T W, so only the weights of the shorter side are
+    ever inverted. Every column of A is as long as its row of B.
     """
-    k = min(W.shape)
-    if not 1 <= rank <= k:
-        raise WeLoreError(f"rank is {rank}: a matrix of shape {tuple(W.shape)} has ranks from 1 to {k}")
-    precision = torch.float64 if W.dtype == torch.float64 else torch.float32
-    if metric is not None:
-        return _factorise_scaled(W, rank, metric, optimum, reduction, precision)
-    W = W.to(precision, copy=True, memory_format=torch.contiguous_format)
-    for repaired in (False, True):
-        W = W.double() if repaired else W
-        A, B = _project(W, _vectors(W, rank, reduction, W.dtype))
-        excess = 0.0 if optimum is None else residual(W, A, B) - optimum**2
-        if abs(excess) <= EXCESS:
-            return Factors(A.to(precision), B.to(precision), excess, repaired)
-        del A, B
-        reduction = None
-    raise WeLoreError(f"rank {rank} leaves {excess:+.1e} more of ||W||^2 than the plan says: other weights?")
+    return (decomposition or decompose(W, metric)).factors(W, rank, optimum)
 
 
-def _factorise_scaled(
-    W: Tensor, rank: int, metric: Metric, optimum: float | None, reduction: Reduction | None, precision: torch.dtype
-) -> Factors:
-    """`factorise` in the norm of a metric: vectors in float32, all else in float64."""
-    double, short, long = metric.sides(W)
-    half, back = _roots(short)
-    for vectors_in in (torch.float32, torch.float64):
-        if not _by_lapack(W):
-            values, vectors = torch.linalg.eigh(_scaled_gram(W, metric))
-            vectors, total = vectors.flip(1)[:, :rank], float(values.sum())
-        else:
-            reduction = reduction or reduce(W, metric)
-            kind = np.float32 if vectors_in == torch.float32 else np.float64
-            vectors, total = torch.from_numpy(reduction.vectors(rank, kind)).double(), float(reduction.diagonal.sum())
-        vectors = vectors / torch.linalg.vector_norm(vectors, dim=0)
-        near, far = _times(half, vectors).T @ double, _times(back, vectors)
-        energy = float((_times(long, near.T) * near.T).sum())
-        excess = 0.0 if optimum is None or not total else 1 - energy / total - optimum**2
-        if abs(excess) <= EXCESS:
-            break
-        reduction = None
-    else:
-        raise WeLoreError(f"rank {rank} leaves {excess:+.1e} more of the loss than the plan says: other weights?")
-    lengths = [torch.linalg.vector_norm(near, dim=1), torch.linalg.vector_norm(far, dim=0)]
-    a, b = (x.clamp(min=float(x.max()) * 1e-6 or 1.0) for x in lengths)
-    near, far = (near * (b / a).sqrt()[:, None]).to(precision), (far * (a / b).sqrt()).to(precision)
-    A, B = (far, near) if W.shape[0] <= W.shape[1] else (near.T, far.T)
-    return Factors(A.contiguous(), B.contiguous(), excess, repaired=vectors_in == torch.float64)
-
-
-def residual(W: Tensor, A: Tensor, B: Tensor) -> float:
-    """(||W||^2 - ||A B||^2) / ||W||^2 (Frobenius): the squared relative error of factors that project W.
-
-    From r x r products, in the precision of the factors, summed in float64. W = 0: 0.
-    """
-    # In blocks, for torch makes the whole W float64 to sum it.
-    blocks = W.split(BLOCK)
-    norm = sum(float(torch.linalg.vector_norm(rows, dtype=torch.float64)) ** 2 for rows in blocks)
-    return 1 - float(((A.T @ A) * (B @ B.T)).sum(dtype=torch.float64)) / norm if norm else 0.0
+def _precision(W: Tensor) -> torch.dtype:
+    return torch.float64 if W.dtype == torch.float64 else torch.float32
 
 
 def _by_lapack(W: Tensor) -> bool:
@@ -204,58 +354,26 @@ def _by_lapack(W: Tensor) -> bool:
     return W.device.type == "cpu"
 
 
-def _gram(W: Tensor) -> Tensor:
-    return W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
+def _image(X: Tensor) -> Tensor:
+    """X times a fixed vector: (k,), in float32, in float64 if X is."""
+    vector = torch.arange(X.shape[1], dtype=torch.float64).cos().to(X.device, _precision(X))
+    return torch.cat([rows.to(vector.dtype) @ vector for rows in X.split(BLOCK)])
 
 
-def _scaled_gram(W: Tensor, metric: Metric) -> Tensor:
-    """(k, k), float64: G^(1/2) W H W^T G^(1/2) if m <= n, else H^(1/2) W^T G W H^(1/2)."""
-    double, short, long = metric.sides(W)
-    half, _ = _roots(short)
-    gram = _times(half, _times(half, _times(long, double.T).T @ double.T).T)
-    return (gram + gram.T) / 2
-
-
-def _times(weight: Tensor, X: Tensor) -> Tensor:
-    """weight @ X; weight: (k, k), or the diagonal (k,) of one."""
-    return weight[:, None] * X if weight.ndim == 1 else weight @ X
-
-
-def _roots(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric square root of a weight (k, k) or (k,), and its inverse, in float64.
-
-    By eigenvalues, so that rank-deficient weights do no harm: those below 1e-12 of the largest count as that; a weight
-    of zeros counts as ones.
-    """
-    if weight.ndim == 1:
-        root = _floored(weight).sqrt()
-        return root, 1 / root
-    values, vectors = torch.linalg.eigh(weight)
-    root = _floored(values).sqrt()
-    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
-
-
-def _floored(values: Tensor) -> Tensor:
-    largest = float(values.max())
-    return values.clamp(min=largest * 1e-12) if largest > 0 else torch.ones_like(values)
-
-
-def _vectors(W: Tensor, rank: int, reduction: Reduction | None, precision: torch.dtype) -> Tensor:
-    """The first `rank` singular vectors (k, rank) on the shorter side of W, where W is, float32 or float64."""
-    if not _by_lapack(W):
-        return torch.linalg.eigh(_gram(W.to(precision)))[1].flip(1)[:, :rank]
-    reduction = reduction or reduce(W)
-    return torch.from_numpy(reduction.vectors(rank, np.float64 if precision == torch.float64 else np.float32))
-
-
-def _project(W: Tensor, side: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B from orthonormal vectors (k, r): W is projected on them; both factors get sqrt(S)."""
-    wide = W.shape[0] <= W.shape[1]
-    side = side / torch.linalg.vector_norm(side, dim=0)  # float32 vectors are 1e-6 too long or short
-    other = side.T @ W if wide else W @ side
-    sigma = torch.linalg.vector_norm(other, dim=1 if wide else 0)
-    # Any positive scale gives the same product A B: where sigma is zero it must only not be zero.
-    root = sigma.clamp(min=float(sigma[0]) * 1e-6 or 1.0).sqrt()
-    side *= root  # both are our own: in place
-    other /= root[:, None] if wide else root
-    return (side, other) if wide else (other, side.T)
+def _scaled(X: Tensor, sides: tuple[Side, Side], precision: torch.dtype) -> tuple[Tensor, int, Tensor]:
+    """L, e and L^T X R of X (k, l), the last without its factor of 2^e."""
+    (short, e), (long, f) = (side.root(X.device, precision) for side in sides)
+    X = X.to(precision, copy=True, memory_format=torch.contiguous_format)
+    if short.ndim == 1:
+        X *= short[:, None]
+    if long.ndim == 1:
+        X *= long
+    if not _by_lapack(X):
+        X = X if short.ndim == 1 else short.T @ X
+        return short, e + f, X if long.ndim == 1 else X @ long
+    # In Fortran order the memory of X is X^T (l, k), that of L is L^T: X^T L, then R^T X^T, in place.
+    if short.ndim == 2:
+        lapack.times_triangle(short.numpy().T, X.numpy().T, side=b"R", transposed=b"T")
+    if long.ndim == 2:
+        lapack.times_triangle(long.numpy().T, X.numpy().T, side=b"L", transposed=b"N")
+    return short, e + f, X
