@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 MEMORY, SECONDS = 3 << 30, 30.0  # of a child, beyond the memory of its parent
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink", "shutil.rmtree"}
 OUTWARD = {"socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "subprocess.Popen"}
-TIMES = re.compile(r"\w*(second|memory|peak)\w*|created|resumed_at|timed_steps|tokens|work_bytes|probe_share")
+TIMES = re.compile(r"\w*(second|memory|peak)\w*|created|resumed_at|timed_steps|tokens|work_bytes|probe_share|stages")
 GOOD = {"accepted", "refused", "equal"}
 
 

@@ -3,7 +3,8 @@
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ import torch
 
 from welore.config import RunConfig
 from welore.errors import WeLoreError
+from welore.io.meter import Meter
 from welore.io.parallel import ALONE, Processes, default_workers, parallel_map
 from welore.io.progress import Progress, progress_bars, silent
 from welore.io.resume import Workspace
@@ -37,6 +39,7 @@ class RunContext:
     trust_remote_code: bool = False
     overwrite: bool = False
     tokenizer: Any = None
+    meter: Meter = field(default_factory=Meter, compare=False)
 
     @classmethod
     def create(
@@ -73,6 +76,10 @@ class RunContext:
     def float64_device(self) -> torch.device:
         """Where float64 is computed: on the device, or on the CPU if the device has none (MPS)."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Count what the block takes as a stage of the job, in `meter.stages`."""
+        return self.meter.stage(name, self.device)
 
     def map(
         self, function: Callable[[Item], Result], items: Sequence[Item], costs: Sequence[float], label: str
