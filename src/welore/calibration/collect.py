@@ -1,10 +1,12 @@
 """The verb calibrate: text, of people or of the model itself -> statistics of every targeted matrix."""
 
+import dataclasses
+import json
 import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from welore.calibration.hooks import Losses
-from welore.calibration.layerwise import collect_statistics
+from welore.calibration.layerwise import TEACHER, Finish, collect_statistics
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import GENERATED, Statistics, WorkspaceStore
 from welore.config import KFAC, MAX_LENGTH, SELF, CalibrationConfig, Dataset, RunOptions, as_record
@@ -39,6 +41,10 @@ from welore.records import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+TEACHER_SIZE = 64  # log-probabilities after every token of a text that the model wrote
+COLLECTED = "collected"  # in the workspace: all statistics are there, and this is their record
 
 
 @torch.inference_mode(False)  # gradients are needed whatever the caller's mode is
@@ -94,25 +100,87 @@ def calibrate(
 def _calibrate(model: Any, config: CalibrationConfig, path: Path, context: RunContext) -> None:
     """Write the statistics of a model to the file `path`."""
     weights = open_source(model, context, include=config.include, exclude=config.exclude)
-    targets = weights.targets  # patterns that match nothing are refused before any work
+    _ = weights.targets  # patterns that match nothing are refused before any work
     net, tokenizer = _load(model, config.dataset, context)
+    text = draw_text(config, net, tokenizer, context)
+    with _workspace(path, weights, text, context) as context:
+        statistics = collect(weights, text, tokenizer, context, lambda: net)
+        if config.measure_losses:
+            statistics = _measure_losses(weights, net, text, statistics, context)
+        statistics.save(path)
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of statistics: windows of texts that are there, and how many windows the model writes itself.
+
+    config: the settings, with the length of a window and the number of tokens filled in.
+    """
+
+    config: CalibrationConfig
+    sources: tuple[Source, ...]
+    own: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return self.config.max_length or MAX_LENGTH
+
+    @property
+    def state(self) -> list[Any]:
+        """Another value for another text, for the key of a workspace."""
+        return [as_record(self.config), [source.sha256 for source in self.sources]]
+
+
+def draw_text(config: CalibrationConfig, net: Any, tokenizer: Any, context: RunContext) -> Text:
+    """The text of statistics; net: the model, which may be on the meta device. WeLoreError if it cannot read it."""
     config = _complete(config, net)
     length, texts = config.max_length or MAX_LENGTH, TextOptions.of(config, context)
     counts, sources = draw(config.dataset, config.num_tokens, tokenizer, length, seed=config.seed, options=texts)
     require_known_tokens(net, *[source.windows for source in sources])
-    with _workspace(path, weights, config, context, sources) as workspace:
-        job = _Job(weights, targets, net, config, context.within(workspace), workspace)
-        started = time.perf_counter()
-        if SELF in counts:
-            sources.append(_own_text(job, tokenizer, counts[SELF]))
-        seconds = time.perf_counter() - started
-        ids = torch.cat([source.windows for source in sources])
-        statistics = _collect(job, sources, ids, seconds)
-        if SELF in counts:
-            statistics = replace(statistics, generated=(counts[SELF], length))
-        if config.measure_losses:
-            statistics = _measure_losses(job, statistics, ids)
-        statistics.save(path)
+    return Text(config, tuple(sources), counts.get(SELF, 0))
+
+
+def collect(
+    weights: TensorSource,
+    text: Text,
+    tokenizer: Any,
+    context: RunContext,
+    load: Callable[[], Any],
+    finish: Finish | None = None,
+) -> Statistics:
+    """Statistics of a model, in the context's workspace; an earlier run with the same key has perhaps left them there.
+
+    load: gives the model, on the CPU. finish: see `collect_statistics`; it stores what is wanted of second moments.
+    """
+    workspace = context.workspace
+    assert workspace is not None
+    stored = workspace.fetch(COLLECTED)
+    if stored is None:
+        job, started = _Job(weights, load(), text.config, context, workspace), time.perf_counter()
+        sources = [*text.sources, *([_own_text(job, tokenizer, text.own)] if text.own else [])]
+        record = _collect(job, sources, time.perf_counter() - started, finish)
+        stored = {"record": torch.tensor(list(json.dumps(dataclasses.asdict(record)).encode()), dtype=torch.uint8)}
+        workspace.store(COLLECTED, stored)
+    store = WorkspaceStore(workspace)
+    counts, shared = {}, {}
+    for target in weights.targets:
+        reached = store.group(f"{target.name}.about")
+        counts[target.name] = int(reached["count"])
+        if len(reached["kept_as"]):
+            shared[target.name] = bytes(reached["kept_as"].tolist()).decode()
+    return Statistics(
+        model=weights.identity,
+        shapes={target.name: target.shape for target in weights.targets},
+        counts=counts,
+        shared=shared,
+        store=store,
+        record=Record.of(json.loads(bytes(stored["record"].tolist()))),
+        include=tuple(text.config.include),
+        exclude=tuple(text.config.exclude),
+        generated=(text.own, text.length) if text.own else None,
+        teacher_size=store.group(TEACHER)["ids"].shape[-1] if text.own else 0,
+    )
 
 
 @dataclass(frozen=True)
@@ -120,7 +188,6 @@ class _Job:
     """A model, as matrices and as a network, and how it is read; config: with length and dtype filled in."""
 
     weights: TensorSource
-    targets: Sequence[Target]
     net: Any
     config: CalibrationConfig
     context: RunContext
@@ -162,35 +229,33 @@ def _own_text(job: _Job, tokenizer: Any, count: int) -> Source:
 
 
 @contextmanager
-def _workspace(
-    path: Path, weights: TensorSource, config: CalibrationConfig, context: RunContext, sources: Sequence[Source]
-) -> Iterator[Workspace]:
-    """`PATH.work`, which is removed at the end; a killed run leaves it for the next one."""
-    read = [source.sha256 for source in sources]
+def _workspace(path: Path, weights: TensorSource, text: Text, context: RunContext) -> Iterator[RunContext]:
+    """The context with `PATH.work`, which is removed at the end; a killed run leaves it for the next one."""
     in_memory = isinstance(weights, ModelSource)  # nothing tells whether such weights are those of an earlier run
-    key = None if in_memory else restart_key(weights.state, as_record(config), str(context.device), read)
+    key = None if in_memory else restart_key(weights.state, str(context.device), *text.state)
     workspace = Workspace(work_directory(path), key)
     with workspace.session():
-        yield workspace
+        yield context.within(workspace)
 
 
-def _collect(job: _Job, sources: Sequence[Source], ids: Tensor, seconds: float) -> Statistics:
-    """Second moments of every targeted matrix, in the workspace; seconds: that the model wrote its text."""
+def _collect(job: _Job, sources: Sequence[Source], seconds: float, finish: Finish | None) -> Record:
+    """Put the second moments of every targeted matrix into the workspace; seconds: that the model wrote its text."""
+    ids, targets = torch.cat([source.windows for source in sources]), job.weights.targets
     labelled = replace(job.config, seed=seed_of(job.config.seed, "labels"))
-    numbers = collect_statistics(job.net, job.targets, ids, labelled, job.context)
+    own = len(sources[-1].windows) if sources[-1].name == SELF else 0
+    top_k = TEACHER_SIZE if own else 0
+    numbers = collect_statistics(job.net, targets, ids, labelled, job.context, finish=finish, top_k=top_k)
+    if 0 < own < len(ids):
+        teacher = WorkspaceStore(job.workspace).group(TEACHER)
+        job.workspace.store(TEACHER, {name: tensor[-own:] for name, tensor in teacher.items()})
     store = WorkspaceStore(job.workspace)
-    counts, shared = {}, {}
-    for target in job.targets:
-        reached = store.group(f"{target.name}.about")
-        counts[target.name] = int(reached["count"])
-        if len(reached["kept_as"]):
-            shared[target.name] = bytes(reached["kept_as"].tolist()).decode()
+    never_reached = sum(not store.group(f"{target.name}.about")["count"] for target in targets)
     settings = as_record(job.config) | {"device": str(job.context.device)}
     if isinstance(job.config.dataset, str | Path | Mapping):
         mixture = parse_mixture(job.config.dataset)
         settings["dataset"] = [f"{name}:{weight:g}" for name, weight in mixture.items()]
     identity = job.weights.identity
-    record = Record(
+    return Record(
         "calibration",
         inputs={
             "model": identity.name,
@@ -201,35 +266,38 @@ def _collect(job: _Job, sources: Sequence[Source], ids: Tensor, seconds: float) 
         numbers={
             "tokens": ids.numel(),
             "windows": len(ids),
-            "matrices": len(job.targets),
-            "never_reached": sum(count == 0 for count in counts.values()),
+            "matrices": len(targets),
+            "never_reached": never_reached,
             "seconds_generation": seconds,
             **numbers,
         },
     )
-    shapes = {target.name: target.shape for target in job.targets}
-    include, exclude = tuple(job.config.include), tuple(job.config.exclude)
-    return Statistics(identity, shapes, counts, shared, store, record, include, exclude)
 
 
-def _measure_losses(job: _Job, statistics: Statistics, ids: Tensor) -> Statistics:
+def _measure_losses(
+    weights: TensorSource, net: Any, text: Text, statistics: Statistics, context: RunContext
+) -> Statistics:
     """The statistics with the losses of all components, measured on a share of the windows."""
-    config = job.config
+    config, workspace = text.config, context.workspace
+    assert workspace is not None
+    own = [statistics.generated_text()] if text.own else []
+    ids = torch.cat([*(source.windows for source in text.sources), *(t for t in own if t is not None)])
     some = ids[:: max(1, round(1 / config.measure_losses))]
-    losses = Workspace(job.workspace.directory / "measured", job.workspace.key)
+    losses = Workspace(workspace.directory / "measured", workspace.key)
     losses.open()
-    grids = long_matrices(job.weights.skeleton, job.targets) if config.split else {}
+    grids = long_matrices(weights.skeleton, weights.targets) if config.split else {}
+    job = _Job(weights, net, config, context.within(losses), losses)
     collector = partial(Losses, components=partial(_components, job, statistics, grids))
-    context, labelled = job.context.within(losses), replace(config, seed=seed_of(config.seed, "measured"))
-    collect_statistics(job.net, job.targets, some, labelled, context, collector=collector)
-    return replace(statistics, store=WorkspaceStore(job.workspace, losses), measured=some.numel(), grids=grids)
+    labelled = replace(config, seed=seed_of(config.seed, "measured"))
+    collect_statistics(net, weights.targets, some, labelled, job.context, collector=collector)
+    return replace(statistics, store=WorkspaceStore(workspace, losses), measured=some.numel(), grids=grids)
 
 
 def _components(
     job: _Job, statistics: Statistics, grids: Mapping[str, Grid], layer: str
 ) -> Iterable[tuple[Target, Factors]]:
     """All components of a layer's matrix, or of its blocks, in the order in which K-FAC removes them."""
-    for target in in_blocks([t for t in job.targets if t.name == layer], grids):
+    for target in in_blocks([t for t in job.weights.targets if t.name == layer], grids):
         norm = metric(KFAC, statistics, target)
         if norm is not None:
             W = job.weights.read(target).to(job.context.float64_device)

@@ -40,7 +40,7 @@ class Scaling:
 
 def asvd(statistics: Statistics, target: Target) -> Metric:
     """Columns scaled by E[|x_j|]^alpha. ASVD, arXiv 2312.05821, with its alpha of 0.5."""
-    magnitudes = _known(statistics.magnitudes(target.layer), statistics, target)[target.columns].double()
+    magnitudes = _known(statistics.magnitudes(target.layer, target.columns), statistics, target).double()
     scale = (magnitudes + DAMPING_INPUTS * magnitudes.mean()) ** ASVD_ALPHA
     return Metric(torch.ones(target.shape[0]), scale**2)
 
@@ -92,20 +92,19 @@ def outliers(W: Tensor, statistics: Statistics, target: Target) -> float:
 
 
 def damped(moments: Tensor, damping: float) -> Tensor:
-    """The matrix of second moments with a share of its mean diagonal added to the diagonal."""
-    moments = moments.clone()
+    """The matrix of second moments, changed in place: a share of its mean diagonal is added to the diagonal."""
     moments.diagonal().add_(damping * moments.diagonal().mean())
     return moments
 
 
 def _inputs(statistics: Statistics, target: Target) -> Tensor:
     """E[x x^T] of the inputs of W."""
-    return _known(statistics.inputs(target.layer), statistics, target)[target.columns, target.columns].double()
+    return _known(statistics.inputs(target.layer, target.columns), statistics, target).double()
 
 
 def _output_gradients(statistics: Statistics, target: Target) -> Tensor:
     """E[g g^T] of the gradients at the outputs of W."""
-    return _known(statistics.outputs(target.layer), statistics, target)[target.rows, target.rows].double()
+    return _known(statistics.outputs(target.layer, target.rows), statistics, target).double()
 
 
 def _known(statistic: Tensor | None, statistics: Statistics, target: Target) -> Tensor:

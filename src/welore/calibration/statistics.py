@@ -25,43 +25,83 @@ from welore.io.fields import LARGEST, parse_json, refusing, typed
 from welore.io.resume import Workspace, file_states
 from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
 from welore.layers.block_grid import Grid, read_grids
+from welore.linalg.triangles import ALL, unpack
 from welore.models.targets import Target, in_blocks
 from welore.records import Identity, Record
 
 GENERATED = "written"  # the tensor of the token ids that the model generated
-JSON_FIELDS = ("shapes", "counts", "shared", "include", "exclude", "measured", "grids")  # as the file names them
+TEACHER = "teacher.logprobs", "teacher.ids"  # what the model thinks of the text that it generated
+TEACHER_DTYPES = torch.float16, torch.int32
+JSON_FIELDS = (  # as the file names them
+    "shapes",
+    "counts",
+    "shared",
+    "include",
+    "exclude",
+    "measured",
+    "teacher_size",
+    "grids",
+)
 FORMAT = "welore.calibration/2"  # 1 had losses along other directions (scaling.DAMPING_OUTPUTS was 0.01)
 
 
 class StatisticsStore(Protocol):
     """Where the tensors of statistics lie, such as a TensorReader. None stays in memory."""
 
-    def read(self, name: str) -> Tensor:
-        """The tensor "LAYER.inputs", "LAYER.magnitudes", "LAYER.outputs", "MATRIX.losses" or "written"."""
+    def read(self, name: str, part: slice = ALL) -> Tensor:
+        """The tensor "LAYER.inputs", "LAYER.magnitudes", "LAYER.outputs", "MATRIX.losses", "written" or "teacher.KIND".
+
+        part: the rows of it that are read; of second moments the columns, too.
+        """
         ...
 
 
 class FileStore(TensorReader):
     """The tensors of a file, each checked when it is read."""
 
-    def read(self, name: str) -> Tensor:
-        """The tensor; DamagedWeightsError if it cannot be the mean of what its name says."""
-        tensor = super().read(name)
-        diagonal = tensor.diagonal() if tensor.ndim == 2 and name != GENERATED else tensor
-        if not bool(torch.isfinite(tensor).all()) or bool((diagonal < 0).any()):
+    def read(self, name: str, part: slice = ALL) -> Tensor:
+        """The tensor, or a part of it; DamagedWeightsError if it cannot be the mean of what its name says."""
+        square = name.endswith((".inputs", ".outputs"))
+        if part == ALL:
+            tensor = super().read(name)
+        else:
+            with self._open() as file:
+                tensor = file.get_slice(name)[(part, part) if square else part].clone()
+        diagonal = tensor.diagonal() if square else tensor
+        if not bool(torch.isfinite(tensor).all()) or (name != TEACHER[0] and bool((diagonal < 0).any())):
             raise DamagedWeightsError(f"{self.path}: {name} is NaN, infinite or negative: make the statistics again")
-        if diagonal is not tensor and not torch.equal(tensor, tensor.T):
+        if square and not torch.equal(tensor, tensor.T):
             raise DamagedWeightsError(f"{self.path}: {name} is not symmetric: make the statistics again")
         return tensor
 
 
-class WorkspaceStore:
+class MemoryStore:
+    """Tensors in memory, second moments as `pack` gives them: group -> its tensors."""
+
+    def __init__(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.groups = groups
+
+    def group(self, name: str) -> Mapping[str, Tensor]:
+        """A group of tensors."""
+        return self.groups[name]
+
+    def read(self, name: str, part: slice = ALL) -> Tensor:
+        """One tensor, or a part of it; it lies in the group of its name, those of the text beside each other."""
+        head, _, kind = name.rpartition(".")
+        group = self.group(head if name in TEACHER else name)
+        if "upper" in group:
+            return unpack(group, part)
+        tensor = group[kind]
+        return tensor[part, part] if kind in ("inputs", "outputs") else tensor[part]
+
+
+class WorkspaceStore(MemoryStore):
     """The tensors of an unfinished run; all of its workspaces lie in the directory of the first."""
 
     def __init__(self, *workspaces: Workspace) -> None:
         self.workspaces = workspaces
 
-    def group(self, name: str) -> dict[str, Tensor]:
+    def group(self, name: str) -> Mapping[str, Tensor]:
         """A group of tensors; OSError, and nothing is left, if it is damaged."""
         for workspace in self.workspaces:
             tensors = workspace.fetch(name)
@@ -69,10 +109,6 @@ class WorkspaceStore:
                 return tensors
         self.workspaces[0].remove()
         raise OSError(f"{name} in {self.workspaces[0].directory} was damaged: run the same command again")
-
-    def read(self, name: str) -> Tensor:
-        """One tensor, which lies in the group of its name."""
-        return self.group(name)[name.rpartition(".")[2]]
 
 
 @dataclass(frozen=True)
@@ -90,16 +126,17 @@ class OverlayStore:
     base: StatisticsStore
     selections: Mapping[str, Selection]
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, part: slice = ALL) -> Tensor:
         """One tensor, reduced if it has a selection."""
-        tensor, selection = self.base.read(name), self.selections.get(name)
+        selection = self.selections.get(name)
         if selection is None:
+            return self.base.read(name, part)
+        indices, tensor = selection.indices[part], self.base.read(name)
+        tensor = tensor[indices] if tensor.ndim < 2 else tensor[indices][:, indices]
+        if selection.weights is None:
             return tensor
-        part = tensor[selection.indices]
-        if part.ndim == 2:
-            part = part[:, selection.indices]
-        weights = selection.weights
-        return part if weights is None else (part * weights[:, None] * weights).to(part.dtype)
+        weights = selection.weights[part]
+        return (tensor * weights[:, None] * weights).to(tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -108,10 +145,11 @@ class Statistics:
 
     shapes: name -> (m, n). counts: name -> tokens that reached the matrix. shared: name -> the matrix under whose
     name the inputs are stored (itself, or the first that reads the same tensor); without an entry it was not reached.
-    store: "NAME.inputs", "NAME.magnitudes", "NAME.outputs" and "NAME.losses", float32, and "written", int32.
+    store: "NAME.inputs", "NAME.magnitudes", "NAME.outputs" and "NAME.losses", float32; "written", int32; "teacher.*".
     include, exclude: the patterns that chose the targets.
     measured: tokens on which the losses of all components were measured, 0 if they were not.
     generated: windows and length of the text that the model generated for it, None where it read other texts only.
+    teacher_size: how many log-probabilities of the model are stored after each token of that text.
     grids: layer -> blocks down and across of the matrices whose losses were measured block by block.
     """
 
@@ -125,19 +163,20 @@ class Statistics:
     exclude: tuple[str, ...] = ()
     measured: int = 0
     generated: tuple[int, int] | None = None
+    teacher_size: int = 0
     grids: Mapping[str, Grid] = field(default_factory=dict)
 
-    def inputs(self, name: str) -> Tensor | None:
-        """A (n, n), symmetric; zeros if no token reached the matrix, None if the statistics do not have it."""
-        return self._statistic(name, "inputs")
+    def inputs(self, name: str, part: slice = ALL) -> Tensor | None:
+        """A (n, n), symmetric, or that of some inputs; zeros if no token reached the matrix, None if it is unknown."""
+        return self._statistic(name, "inputs", part)
 
-    def magnitudes(self, name: str) -> Tensor | None:
-        """E[|x_j|] (n,); zeros if no token reached the matrix, None if the statistics do not have it."""
-        return self._statistic(name, "magnitudes")
+    def magnitudes(self, name: str, part: slice = ALL) -> Tensor | None:
+        """E[|x_j|] (n,), or that of some inputs; zeros if no token reached the matrix, None if it is unknown."""
+        return self._statistic(name, "magnitudes", part)
 
-    def outputs(self, name: str) -> Tensor | None:
-        """G (m, m), symmetric; zeros if no token reached the matrix, None if the statistics do not have it."""
-        return self._statistic(name, "outputs")
+    def outputs(self, name: str, part: slice = ALL) -> Tensor | None:
+        """G (m, m), symmetric, or that of some outputs; zeros if no token reached the matrix, None if it is unknown."""
+        return self._statistic(name, "outputs", part)
 
     def losses(self, name: str) -> Tensor | None:
         """The measured loss of removing each component, (k,), in the order of the values scaled by K-FAC.
@@ -150,6 +189,16 @@ class Statistics:
     def generated_text(self) -> Tensor | None:
         """Token ids (windows, length) that the model generated; None where it read other texts only."""
         return None if self.generated is None else self.store.read(GENERATED).long()
+
+    def teacher(self) -> tuple[Tensor, Tensor] | None:
+        """The model's k largest log-probabilities after every token of the generated text, and their ids.
+
+        (windows, length, k) each, float and int32; None where they were not stored.
+        """
+        if not self.teacher_size or self.generated is None:
+            return None
+        logprobs, ids = (self.store.read(name) for name in TEACHER)
+        return logprobs, ids
 
     @property
     def state(self) -> list[Any]:
@@ -165,12 +214,12 @@ class Statistics:
         store = OverlayStore(self.store, selections)
         return dataclasses.replace(self, shapes={**self.shapes, **shapes}, store=store, measured=0, grids={})
 
-    def _statistic(self, name: str, kind: str) -> Tensor | None:
+    def _statistic(self, name: str, kind: str, part: slice) -> Tensor | None:
         if name not in self.shapes:
             return None
         if name not in self.shared:
-            return torch.zeros(self._shape(name, kind))
-        return self.store.read(f"{name if kind == 'outputs' else self.shared[name]}.{kind}")
+            return torch.zeros([len(range(size)[part]) for size in self._shape(name, kind)])
+        return self.store.read(f"{name if kind == 'outputs' else self.shared[name]}.{kind}", part)
 
     def _shape(self, name: str, kind: str) -> tuple[int, ...]:
         m, n = self.shapes[name]
@@ -179,6 +228,9 @@ class Statistics:
     def layout(self) -> dict[str, TensorInfo]:
         """Name, dtype and shape of every tensor of the file."""
         tensors = {} if self.generated is None else {GENERATED: TensorInfo(torch.int32, self.generated)}
+        if self.generated is not None and self.teacher_size:
+            shape = (*self.generated, self.teacher_size)
+            tensors |= {n: TensorInfo(dtype, shape) for n, dtype in zip(TEACHER, TEACHER_DTYPES, strict=True)}
         for name, owner in self.shared.items():
             for layer, kind in ((name, "outputs"), (owner, "inputs"), (owner, "magnitudes")):
                 tensors[f"{layer}.{kind}"] = TensorInfo(torch.float32, self._shape(name, kind))
@@ -228,7 +280,8 @@ def _fields(metadata: Mapping[str, str]) -> dict[str, Any]:
 
     shapes, counts = read_grids(value("shapes", Any), "shapes", LARGEST), value("counts", Mapping[str, int])
     shared, measured = value("shared", Mapping[str, str]), value("measured", int, "0")
-    if counts.keys() != shapes.keys() or min([measured, *counts.values()]) < 0:
+    teacher_size = value("teacher_size", int, "0")
+    if counts.keys() != shapes.keys() or min([measured, teacher_size, *counts.values()]) < 0:
         raise WeLoreError("its counts are not those of its matrices")
     if {name for name, count in counts.items() if count} != shared.keys():
         raise WeLoreError("a matrix that tokens reached has no inputs, or one that none reached has some")
@@ -240,6 +293,6 @@ def _fields(metadata: Mapping[str, str]) -> dict[str, Any]:
         "record": Record.of(value("record", Any)),
         "generated": value(GENERATED, tuple[int, int] | None, "null"),
         "grids": read_grids(value("grids", Any, "{}")),
-        **{"shapes": shapes, "counts": counts, "shared": shared, "measured": measured},
+        **{"shapes": shapes, "counts": counts, "shared": shared, "measured": measured, "teacher_size": teacher_size},
         **{name: value(name, tuple[str, ...]) for name in ("include", "exclude")},
     }
