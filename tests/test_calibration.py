@@ -356,6 +356,24 @@ def test_a_saved_calibration_loads_equal_and_saves_to_the_same_bytes(tmp_path: P
     assert TensorReader(tmp_path / "c.safetensors").entries.keys() == again.layout().keys()
 
 
+def test_the_model_s_own_view_of_its_text_lies_in_the_file(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", None)
+    text = tmp_path / "text.txt"
+    text.write_text("a b c d e f " * 200)
+    size = {"num_tokens": 128, "max_length": 16, "measure_losses": 0}
+    found = calibrate(model, f"self:1,{text}:1", tmp_path / "C", **size)
+    again = Statistics.load(tmp_path / "C").teacher()
+    assert again is not None
+    logprobs, ids = again
+    written = found.generated_text()
+    assert written is not None
+    assert written.shape == (4, 16)
+    assert logprobs.shape == ids.shape == (4, 16, 64)
+    dense = AutoModelForCausalLM.from_pretrained(model)
+    expected = dense(written).logits.float().log_softmax(-1).gather(-1, ids.long())
+    torch.testing.assert_close(logprobs.float(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_the_file_can_be_read_by_anyone(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
