@@ -52,6 +52,44 @@ def test_costs_are_those_of_the_refitted_matrix() -> None:
     assert int(order[0]) == min(range(12), key=lambda i: loss([i]))
 
 
+def removal_anew(W: Tensor, G: Tensor, H: Tensor, group: int, count: int) -> tuple[list[int], list[float]]:
+    """The order and the costs from formulas in float64 that compute every group from the start."""
+    order: list[int] = []
+    costs: list[float] = []
+    while len(order) < count:
+        stay = torch.tensor([i for i in range(W.shape[1]) if i not in order])
+        inverse = torch.linalg.inv(H[stay][:, stay])
+        fitted = W @ H[:, stay] @ inverse
+        each = (fitted * (G @ fitted)).sum(0) / inverse.diagonal()
+        gone = each.argsort()[:group]
+        small = torch.linalg.inv(inverse[gone][:, gone])
+        total = float((fitted[:, gone].T @ G @ fitted[:, gone] * small).sum())
+        order += stay[gone].tolist()
+        costs += [total / group] * group
+    return order, costs
+
+
+def test_groups_go_in_the_order_and_at_the_cost_of_float64() -> None:
+    width, d = 400, 30
+    W = torch.randn(d, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    G, H = moments(d, 1), moments(width, 2)
+    order, costs = removal(W, G, H)
+    group, count = 4, 332
+    expected, each = removal_anew(W, G, H, group, count)
+    assert len(order) == count
+    assert [set(order[i : i + group].tolist()) for i in range(0, count, group)] == [
+        set(expected[i : i + group]) for i in range(0, count, group)
+    ]
+    assert costs.tolist() == pytest.approx(each, rel=1e-3)
+    most, fewer = removal(W, G, H, most=30)
+    assert torch.equal(most, order[:28])
+    assert torch.equal(fewer, costs[:28])
+    cheap, dear = removal(W, G, H, dearest=float(costs[99]))
+    assert len(cheap) == 104
+    assert torch.equal(dear, costs[:104])
+    assert removal(W, G, H, most=3)[0].tolist() == []
+
+
 def test_refit_is_the_least_squares_of_what_the_neurons_said() -> None:
     x = torch.randn(400, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[:, 7] = x[:, 1] - 2 * x[:, 3]  # what neuron 7 says, 1 and 3 say together

@@ -70,6 +70,11 @@ def cholesky(weight: Matrix) -> bool:
     return bool(info[0] == 0)
 
 
+def invert(triangle: Matrix) -> None:
+    """Overwrite L^T, the upper triangle that `cholesky` left, with that of (L L^T)^-1 (potri)."""
+    _checked("potri", triangle.dtype, b"U", len(triangle), triangle, len(triangle))
+
+
 def times_triangle(triangle: Matrix, X: Matrix, *, side: bytes, transposed: bytes) -> None:
     """X (a, b) <- T X on side b"L", X T on b"R"; T^T if transposed is b"T" (trmm). triangle: upper, Fortran order."""
     _triangular("trmm", triangle, X, side, transposed)

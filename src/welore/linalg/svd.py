@@ -24,10 +24,10 @@ from torch import Tensor
 
 from welore.errors import WeLoreError
 from welore.linalg import _lapack as lapack
+from welore.linalg.cholesky import cholesky, floored
 
 EXCESS = 1e-6  # share of ||W||^2 by which the factors may miss the optimum before float64 repeats them
 OTHER = 1e-4  # of ||W||: another matrix differs by more from the one that was decomposed, rounding by less
-FLOOR = 1e-12  # of a weight's largest direction: what is smaller counts as that
 PROBES = 4  # random vectors that the factors are tried on
 BLOCK = 384  # rows of W, or columns, that are held in float64 at once
 
@@ -48,7 +48,7 @@ class Side:
         """L and e: weight = 4^e L L^T; L is a lower triangle (n, n), or the diagonal (n,) of one, of entries near 1."""
         with self._lock:
             if self._weight is not None:
-                self._root, self._weight = _root(self._weight.to(device, torch.float64), dtype), None
+                self._root, self._weight = _root(self._weight.to(device, torch.float64, copy=True), dtype), None
             assert self._root is not None
             half, exponent = self._root
         return half.to(device, dtype), exponent
@@ -76,38 +76,11 @@ def _side(weight: Tensor | Side) -> Side:
 
 
 def _root(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """`Side.root` of a float64 weight: by Cholesky, by eigenvalues if it has directions below the floor.
-
-    Any root will do. One of zeros counts as ones.
-    """
+    """`Side.root` of a float64 weight, which is overwritten."""
     largest = float((weight if weight.ndim == 1 else weight.diagonal()).max())
     exponent = math.frexp(largest)[1] // 2 if largest > 0 else 0  # 4^e is exact, and float32 cannot hold tiny ones
-    if weight.ndim == 1:
-        half = _floored(weight).sqrt()
-    else:
-        root = _cholesky(weight)
-        half = root if root is not None and float(root.diagonal().min()) ** 2 > largest * FLOOR else _by_values(weight)
-    return (half * 2.0**-exponent).to(dtype), exponent
-
-
-def _cholesky(weight: Tensor) -> Tensor | None:
-    """Lower triangle (k, k); None if the weight is not positive."""
-    if _by_lapack(weight):
-        triangle = np.array(weight.numpy(), order="F")
-        return torch.from_numpy(triangle.T).tril_() if lapack.cholesky(triangle) else None
-    half, info = torch.linalg.cholesky_ex(weight)
-    return None if int(info) else half
-
-
-def _by_values(weight: Tensor) -> Tensor:
-    """The lower triangular root of a weight whose eigenvalues below the floor count as the floor."""
-    values, vectors = torch.linalg.eigh(weight)
-    return torch.linalg.qr(_floored(values).sqrt()[:, None] * vectors.T, mode="r").R.T.contiguous()
-
-
-def _floored(values: Tensor) -> Tensor:
-    largest = float(values.max())
-    return values.clamp(min=largest * FLOOR) if largest > 0 else torch.ones_like(values)
+    half = floored(weight).sqrt() if weight.ndim == 1 else cholesky(weight)
+    return half.mul_(2.0**-exponent).to(dtype), exponent
 
 
 @dataclass(frozen=True)
