@@ -1,6 +1,7 @@
 """Every verb on a tiny model, on the GPU of this process: a simulated one, or the machine's own.
 
-python tests/device_runs.py simulated|real DIRECTORY NAME...    # a line of JSON for every run
+python tests/device_runs.py simulated|single|real DIRECTORY NAME...    # a line of JSON for every run; single: a
+simulated one without float64
 
 Nothing says `device` but what a user would say: "auto" has to find the GPU.
 """
@@ -61,6 +62,7 @@ def analyze(at: Path) -> None:
 
 def compress(at: Path) -> None:
     result = welore.compress(at / "dense", at / "best", keep=0.8, calibration=CalibrationConfig(**WRITTEN))
+    assert "failed" not in result.record.settings["recovery"], result.record.settings["recovery"]
     assert abs(result.parameter_ratio - 0.8) < 0.03
 
 
@@ -209,10 +211,10 @@ def prepare(at: Path) -> None:
 def main(kind: str, at: Path, names: list[str]) -> None:
     """Run them in order; a failure does not stop the next."""
     ledger = None
-    if kind == "simulated":
+    if kind != "real":
         import simulated_gpu
 
-        simulated_gpu.install(2)
+        simulated_gpu.install(2, float64=kind == "simulated")
         ledger = simulated_gpu.ledger
     for name in names:
         if ledger is not None:

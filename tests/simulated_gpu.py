@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import sys
 import threading
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +92,7 @@ class Ledger:
 ledger = Ledger()
 _threads = threading.local()
 _current = 0  # the GPU that "cuda" means
+_has_float64 = True
 
 
 def _line() -> str:
@@ -202,6 +204,8 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if not isinstance(x, Tensor) or isinstance(x, GPUTensor):
             return x
         if id(x) not in same:
+            if x.dtype == torch.float64 and not _has_float64:
+                raise TypeError("this simulated device has no float64")  # as MPS has none
             ledger.float64[line] += x.dtype == torch.float64
             same[id(x)] = GPUTensor(x, target)
         return same[id(x)]
@@ -320,10 +324,12 @@ def _enter() -> None:
 # --- what torch says of the machine ---------------------------------------------------------------------------------
 
 
-def install(count: int = 1) -> None:
-    """Give this process `count` simulated GPUs, for good."""
+def install(count: int = 1, *, float64: bool = True) -> None:
+    """Give this process `count` simulated GPUs, for good; float64: whether they have it."""
     import transformers.trainer  # noqa: F401 - bitsandbytes looks for the real CUDA when it is imported
 
+    global _has_float64
+    _has_float64 = float64
     _install_driver(count)
     _install_conversions()
     _install_attention()
@@ -368,7 +374,12 @@ def _install_driver(count: int) -> None:
         setattr(torch.cuda, name, constant(value))
     for name in ("get_rng_state", "get_rng_state_all", "set_rng_state", "set_rng_state_all"):
         setattr(torch.cuda.random, name, constant(answers[name]))
-    torch.cuda.synchronize = synchronize
+    torch.cuda.synchronize = torch.accelerator.synchronize = synchronize
+    torch.accelerator.is_available = constant(True)
+    torch.accelerator.current_accelerator = constant(torch.device("cuda"))
+    torch.accelerator.device_count = constant(count)
+    torch.accelerator.current_stream = constant(types.SimpleNamespace(is_capturing=constant(False)))
+    torch.accelerator.current_device_index = lambda: _current
     torch.cuda.current_device = torch._C._cuda_getDevice = lambda: _current
     torch.cuda.set_device = lambda device: _exchange(_full(device).index)
     torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = _exchange
@@ -389,6 +400,7 @@ def _install_conversions() -> None:
 
     Tensor.to = to_device  # type: ignore[method-assign,assignment]
     Tensor.cuda = cuda  # type: ignore[method-assign,assignment]
+    Tensor.pin_memory = lambda self, *args: self  # type: ignore[method-assign,assignment]  # C++ would ask the driver
 
     def through_cpu(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, device: Any = None, **options: Any) -> Tensor:

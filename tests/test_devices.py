@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from device_runs import COMPRESSION, RUNS, TRAINED, prepare
+from welore.io.context import resolve_device
 
 TESTS = Path(__file__).parent
 
@@ -23,12 +25,18 @@ HOST_LINES = ("emergence/subspace.py", "linalg/interpolative.py")
 FAILING: dict[str, str] = {}
 
 
+# Verbs that compute sums, run on a device without float64 as well.
+WITHOUT_FLOAT64 = ("calibrate", "compress", "finetune_lrc", "distill", "pretrain", "evaluate")
+
+
 def outcomes(kind: str, directory: Path) -> dict[str, dict[str, Any]]:
     """Runs all verbs; name -> error and counts."""
     prepare(directory)
     lines: list[str] = []
-    for group in (COMPRESSION, TRAINED):
-        names = [name for name in group if kind == "simulated" or name != "second_gpu"]
+    groups: list[list[str]] = [[*COMPRESSION], [*TRAINED]]
+    if kind == "real":
+        groups[1].remove("second_gpu")
+    for names in [[*WITHOUT_FLOAT64]] if kind == "single" else groups:
         command = [sys.executable, str(TESTS / "device_runs.py"), kind, str(directory), *names]
         process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         assert process.returncode == 0, process.stderr
@@ -39,6 +47,11 @@ def outcomes(kind: str, directory: Path) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return outcomes("simulated", tmp_path_factory.mktemp("simulated"))
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    return outcomes("single", tmp_path_factory.mktemp("single"))
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +67,16 @@ def each(marks: dict[str, str]) -> Any:
     )
 
 
+@pytest.mark.parametrize(("kind", "device"), [("cuda", "cuda:1"), ("xpu", "xpu:1"), ("mps", "mps")])
+def test_auto_is_the_accelerator_of_torch(monkeypatch: pytest.MonkeyPatch, kind: str, device: str) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(resolve_device("auto")) == device
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert str(resolve_device("auto")) == "cpu"
+
+
 @pytest.mark.slow
 @each(FAILING)
 def test_verb_runs_on_a_simulated_gpu(simulated: dict[str, dict[str, Any]], name: str) -> None:
@@ -65,6 +88,13 @@ def test_verb_runs_on_a_simulated_gpu(simulated: dict[str, dict[str, Any]], name
 def test_verb_leaves_no_work_to_the_cpu(simulated: dict[str, dict[str, Any]], name: str) -> None:
     assert simulated[name]["launches"], "nothing was computed on the GPU"
     assert not [line for line in simulated[name]["cpu_work"] if not line.startswith(HOST_LINES)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITHOUT_FLOAT64)
+def test_verb_runs_on_a_device_without_float64(single: dict[str, dict[str, Any]], name: str) -> None:
+    assert not single[name]["error"], single[name]["error"]
+    assert single[name]["launches"]
 
 
 @pytest.mark.slow

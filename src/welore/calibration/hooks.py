@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError
+from welore.io.context import finest_dtype
 from welore.linalg.svd import Factors
 from welore.models.targets import Target
 
@@ -72,7 +73,7 @@ class Moments:
         if (name, kind) not in self._sums:
             n = x.shape[-1]
             shape = (n,) if kind == "magnitudes" else (n, n)
-            self._sums[name, kind] = torch.zeros(shape, dtype=_precision(x), device=x.device)
+            self._sums[name, kind] = torch.zeros(shape, dtype=finest_dtype(x.device), device=x.device)
         return self._sums[name, kind]
 
     def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -118,7 +119,7 @@ class Losses:
 
     def _measure(self, module: nn.Module, target: Target, factors: Factors) -> Tensor:
         """The sums (k,) for a matrix, which grow while the module runs."""
-        total = torch.zeros(factors.B.shape[0], dtype=_precision(factors.B), device=factors.B.device)
+        total = torch.zeros(factors.B.shape[0], dtype=finest_dtype(factors.B.device), device=factors.B.device)
 
         def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
             x = _entering(args, kwargs)
@@ -151,11 +152,6 @@ def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The input of a layer."""
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x.detach()
-
-
-def _precision(x: Tensor) -> torch.dtype:
-    """The dtype of sums on the device of a tensor; MPS has no float64."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:

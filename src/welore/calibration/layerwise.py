@@ -21,7 +21,7 @@ from welore.calibration.block_runner import BlockRunner, block_runner
 from welore.calibration.hooks import Collector, Moments
 from welore.config import CalibrationConfig
 from welore.errors import WeLoreError
-from welore.io.context import RunContext
+from welore.io.context import RunContext, finest_dtype
 from welore.io.progress import Progress, counted
 from welore.io.resume import Workspace
 from welore.models.copies import frozen_copy
@@ -50,8 +50,7 @@ class LabelledText:
     def create(cls, ids: Tensor, seed: int, batch_size: int, device: torch.device) -> "LabelledText":
         """The text with the random numbers of a seed, which depend on neither device nor batch size."""
         uniform = torch.rand(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        if device.type == "mps":  # has no float64
-            uniform = uniform.float()
+        uniform = uniform.to(finest_dtype(device))
         batches = [slice(start, start + batch_size) for start in range(0, len(ids), batch_size)]
         return cls(ids.to(device), uniform.to(device), batches)
 

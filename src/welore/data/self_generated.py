@@ -16,6 +16,7 @@ from torch import Tensor
 from welore.config import MAX_LENGTH, CalibrationConfig, require_at_least
 from welore.data.windows import opening_tokens, require_known_tokens
 from welore.errors import WeLoreError, choose, first_line
+from welore.io.context import finest_dtype
 from welore.io.progress import Progress, counted, silent
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ def generate_text(
     windows = -(-config.num_tokens // length)
     # One row of numbers per window: a window does not depend on its batch.
     uniform = torch.rand((windows, length), dtype=torch.float64, generator=torch.Generator().manual_seed(config.seed))
-    if model.device.type == "mps":  # has no float64
-        uniform = uniform.float()
+    uniform = uniform.to(finest_dtype(model.device))
     steps = [(start, position) for start in range(0, windows, batch_size) for position in range(length)]
     written = torch.empty((windows, length), dtype=torch.long)
     warp = _warpers(config)

@@ -119,9 +119,11 @@ class Probe(TrainerCallback):
 
         def one(of: tuple[Target, Sequence[Tensor]]) -> tuple[Arrays, Directions]:
             target, both = of
-            weight = model.get_submodule(target.name).weight.detach()
+            device = self.context.float64_device
+            both = [gradient.to(device) for gradient in both]
+            weight = model.get_submodule(target.name).weight.detach().to(device)
             with safe_open(self.start, "pt") as start:
-                change = weight.float() - start.get_tensor(f"{target.name}.weight").to(weight.device)
+                change = weight.float() - start.get_tensor(f"{target.name}.weight").to(device)
             arrays, directions = _of_gradients(target.name, both)
             arrays[key(target.name, "weight")] = singular_values(weight)
             arrays[key(target.name, "change")] = singular_values(change)

@@ -17,7 +17,7 @@ from welore.data.text import TextOptions
 from welore.data.windows import Openings, evaluation_text, require_known_tokens, stack, windows
 from welore.errors import WeLoreError
 from welore.evaluation.divergence import divergence
-from welore.io.context import RunContext
+from welore.io.context import RunContext, finest_dtype
 from welore.io.progress import counted
 from welore.models.load import LoadedModel, evaluating, load_model, warn_if_slow
 from welore.models.skeleton import context_length, require_context_length
@@ -114,7 +114,7 @@ def negative_log_likelihood(model: Any, batches: Iterable[Batch], device: torch.
             logits = model(**inputs, use_cache=False).logits
             for scores, target in zip(logits, labels, strict=True):
                 losses = cross_entropy(scores[:-1].float(), target[1:], reduction="none", ignore_index=IGNORED)
-                total += float(losses.sum(dtype=torch.float64))
+                total += float(losses.sum(dtype=finest_dtype(device)))
             tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     return total, tokens
 

@@ -1,6 +1,7 @@
 """The context that travels through every stage of a verb: device, workers, progress, processes, unfinished work."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -74,8 +75,8 @@ class RunContext:
 
     @property
     def float64_device(self) -> torch.device:
-        """Where float64 is computed: on the device, or on the CPU if the device has none (MPS)."""
-        return torch.device("cpu") if self.device.type == "mps" else self.device
+        """Where float64 is computed: on the device, or on the CPU if the device has none."""
+        return self.device if finest_dtype(self.device) == torch.float64 else torch.device("cpu")
 
     def stage(self, name: str) -> AbstractContextManager[None]:
         """Count what the block takes as a stage of the job, in `meter.stages`."""
@@ -103,12 +104,23 @@ class RunContext:
         }
 
 
+@functools.cache
+def finest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums on a device: float64, or float32 where there is none (MPS, some NPUs)."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).sum()
+    except (TypeError, RuntimeError):
+        return torch.float32
+    return torch.float64
+
+
 def resolve_device(name: str) -> torch.device:
-    """The device of a name; "auto" is a GPU if there is one (of a launcher's process its own), else the CPU."""
+    """The device of a name; "auto" is torch's accelerator (of a launcher's process its own), or the CPU without one."""
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if kind is None:
+            return torch.device("cpu")
+        return kind if kind.type == "mps" else torch.device(kind.type, int(os.environ.get("LOCAL_RANK", "0")))
     try:
         torch.empty(0, device=name).cpu()  # "meta" is a device, too, but nothing comes back from it
     except (RuntimeError, AssertionError, NotImplementedError) as error:

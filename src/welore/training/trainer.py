@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from welore.data.packing import IGNORED, Batch
 from welore.errors import DivergedError
 from welore.evaluation.perplexity import negative_log_likelihood, perplexity_of
+from welore.io.context import finest_dtype
 from welore.io.progress import Progress, counted
 from welore.training.objective import Objective
 from welore.training.run_dir import seal
@@ -81,7 +82,7 @@ class FinetuneTrainer(Trainer):
         """Mean negative log-likelihood of a model over all tokens held out."""
         device = self.args.device
         mine = share(self.evaluation, self.args.process_index, self.args.world_size)
-        sums = torch.tensor(negative_log_likelihood(model, mine, device), dtype=torch.float64, device=device)
+        sums = torch.tensor(negative_log_likelihood(model, mine, device), dtype=finest_dtype(device), device=device)
         total, tokens = self.accelerator.reduce(sums, "sum").tolist()
         return float(total / tokens)
 
