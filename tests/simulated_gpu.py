@@ -14,6 +14,7 @@ errors takes the branches that it would take on a GPU. Speed and memory are not 
 """
 
 import collections
+import contextlib
 import dataclasses
 import sys
 import threading
@@ -380,9 +381,23 @@ def _install_driver(count: int) -> None:
     torch.accelerator.device_count = constant(count)
     torch.accelerator.current_stream = constant(types.SimpleNamespace(is_capturing=constant(False)))
     torch.accelerator.current_device_index = lambda: _current
+    torch.cuda.Stream = lambda *args, **options: _Stream()
+    torch.cuda.current_stream = lambda *args, **options: _Stream()
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
     torch.cuda.current_device = torch._C._cuda_getDevice = lambda: _current
     torch.cuda.set_device = lambda device: _exchange(_full(device).index)
     torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = _exchange
+
+
+class _Stream:
+    """All work is done when it is given."""
+
+    def wait_stream(self, other: "_Stream") -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """The host waits."""
+        ledger.waits[f"{_line()} (synchronize)"] += 1
 
 
 def _install_conversions() -> None:

@@ -19,8 +19,9 @@ import welore
 from conftest import build, compress
 from welore.config import CalibrationConfig, CompressionConfig
 from welore.errors import WeLoreError
+from welore.io import parallel
 from welore.io.context import RunContext
-from welore.io.parallel import Processes, join_processes, launched_rank, parallel_map
+from welore.io.parallel import Processes, default_workers, join_processes, launched_rank, parallel_map
 from welore.io.progress import silent
 from welore.io.resume import Workspace, restart_key
 
@@ -76,6 +77,46 @@ def test_results_come_in_order_whatever_the_workers() -> None:
         ]
 
 
+def test_the_dearest_item_begins_and_results_stay_in_order() -> None:
+    begun: list[int] = []
+    costs = [1.0, 5.0, 3.0, 5.0]
+
+    def work(x: int) -> int:
+        begun.append(x)
+        return x
+
+    assert parallel_map(work, range(4), costs, workers=1, progress=silent, label="") == [0, 1, 2, 3]
+    assert begun == [1, 3, 2, 0]
+
+
+@pytest.mark.parametrize(("free", "at_once"), [(100, 2), (39, 1), (None, 4)])
+def test_no_more_items_run_at_once_than_memory_holds(
+    monkeypatch: pytest.MonkeyPatch, free: int | None, at_once: int
+) -> None:
+    monkeypatch.setattr(parallel, "free_memory", lambda device: free)
+    running, most, lock = [0], [0], threading.Lock()
+
+    def work(x: int) -> int:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        with lock:
+            running[0] -= 1
+        return x
+
+    context = RunContext(device=torch.device("cpu"), workers=4)
+    assert context.map(work, range(8), [1.0] * 8, "", [40] * 8) == list(range(8))
+    assert most[0] == at_once
+
+
+def test_two_items_at_most_run_on_a_gpu() -> None:
+    assert default_workers(torch.device("cuda")) == 2
+    assert default_workers(torch.device("mps")) == 1
+    assert RunContext(device=torch.device("cuda"), workers=16).at_once == 2
+    assert RunContext(device=torch.device("cpu"), workers=16).at_once == 16
+
+
 def test_first_error_stops_the_rest() -> None:
     seen = []
 
@@ -115,6 +156,12 @@ def test_processes_share_all_items_and_none_twice() -> None:
     items = list(range(11))
     shares = [Processes(rank, 3).share(items) for rank in range(3)]
     assert sorted(x for share in shares for x in share) == items
+
+
+def test_processes_share_the_costs_evenly() -> None:
+    costs = [1.0, 9.0, 2.0, 8.0, 1.0, 3.0]
+    shares = [Processes(rank, 3).share("abcdef", costs) for rank in range(3)]
+    assert shares == [["b"], ["d"], ["a", "c", "e", "f"]]
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

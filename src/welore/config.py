@@ -82,7 +82,10 @@ class RunConfig:
 
     device: str = option("auto", "Where to compute: auto (a GPU if there is one), cpu, cuda:1, mps.", panel="Run")
     workers: int | None = option(
-        None, "Matrices in work at once.", panel="Run", shown="one per core on a CPU, one on a GPU"
+        None,
+        "Matrices in work at once, fewer where memory is short.",
+        panel="Run",
+        shown="one per core on a CPU, two on a GPU",
     )
     cache_dir: str | Path | None = option(None, "Where downloads and converted .gguf files are kept.", panel="Run")
     revision: str | None = option(None, "Branch, tag or commit of a hub model.", panel="Run")

@@ -14,7 +14,7 @@ import torch
 from welore.config import RunConfig
 from welore.errors import WeLoreError
 from welore.io.meter import Meter
-from welore.io.parallel import ALONE, Processes, default_workers, parallel_map
+from welore.io.parallel import ALONE, STREAMS, Processes, default_workers, parallel_map
 from welore.io.progress import Progress, progress_bars, silent
 from welore.io.resume import Workspace
 
@@ -59,7 +59,7 @@ class RunContext:
         device = resolve_device(config.device)
         return cls(
             device=device,
-            workers=config.workers or (default_workers() if device.type == "cpu" else 1),
+            workers=config.workers or default_workers(device),
             progress=progress if callable(progress) else progress_bars(progress),
             processes=processes,
             cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
@@ -82,11 +82,34 @@ class RunContext:
         """Count what the block takes as a stage of the job, in `meter.stages`."""
         return self.meter.stage(name, self.device)
 
+    @property
+    def at_once(self) -> int:
+        """How many matrices are in work at once, at most: as many as there are workers, on a GPU streams."""
+        return min(self.workers, STREAMS.get(self.device.type, self.workers))
+
     def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item], costs: Sequence[float], label: str
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        costs: Sequence[float],
+        label: str,
+        memory: Sequence[int] | None = None,
     ) -> list[Result]:
-        """function(item) of every item, in order, by `workers` threads; costs: relative time of every item."""
-        return parallel_map(function, items, costs, workers=self.workers, progress=self.progress, label=label)
+        """function(item) of every item, in order, by `at_once` threads.
+
+        costs: relative time of every item. memory: bytes that every item needs where it is computed, in float64; by it
+        fewer run at once if memory is short.
+        """
+        return parallel_map(
+            function,
+            items,
+            costs,
+            workers=self.at_once,
+            progress=self.progress,
+            label=label,
+            memory=memory,
+            device=self.float64_device,
+        )
 
     @property
     def options(self) -> dict[str, Any]:
