@@ -165,7 +165,7 @@ class _Room:
 
 @contextmanager
 def _own_stream(device: torch.device) -> Iterator[None]:
-    """What this thread gives a GPU runs beside what other threads give it, after all that came before; and is done."""
+    """Work for a GPU runs beside that of other threads, after all that it was given before; done at the end."""
     if device.type not in STREAMS:
         yield
         return
