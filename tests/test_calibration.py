@@ -524,10 +524,16 @@ def test_a_file_of_windows_is_read_as_it_is(tmp_path: Path) -> None:
     assert torch.equal(mixed[0].windows, ids[:2])
 
 
-def test_on_a_cpu_a_model_in_half_precision_writes_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("instructions", "dtype"), [(True, torch.bfloat16), (False, torch.float32), (None, torch.float32)]
+)
+def test_on_a_cpu_a_model_writes_in_bfloat16_where_the_processor_multiplies_it(
+    instructions: bool | None, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = checkpoint(tmp_path / "model", rank_reduction=None)
     half = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
     half.save_pretrained(directory)
+    monkeypatch.setattr("welore.models.copies.multiplies", lambda dtype, device: instructions)
     seen = []
     usual = collection.generate_text
     monkeypatch.setattr(
@@ -535,8 +541,8 @@ def test_on_a_cpu_a_model_in_half_precision_writes_in_float32(tmp_path: Path, mo
     )
     found = calibrate(directory, "self", tmp_path / "c.safetensors", num_tokens=64, max_length=16, measure_losses=0)
     size = CalibrationConfig(num_tokens=64, max_length=16, seed=seed_of(0, SELF))
-    expected = usual(half.float(), read_tokenizer(directory), size)
-    assert seen == [torch.float32]
+    expected = usual(half.to(dtype), read_tokenizer(directory), size)
+    assert seen == [dtype]
     assert torch.equal(found.generated_text(), expected)
 
 

@@ -221,8 +221,10 @@ def _own_text(job: _Job, tokenizer: Any, count: int) -> Source:
     if stored is None:
         tokens, seed = count * (config.max_length or MAX_LENGTH), seed_of(config.seed, SELF)
         size, net = replace(config, num_tokens=tokens, seed=seed), generation_copy(job.net, context.device)
-        stored = {GENERATED: generate_text(net, tokenizer, size, progress=context.progress).int()}
-        job.workspace.store(GENERATED, stored)
+        shared: dict[str, Any] = {"processes": context.processes, "workspace": job.workspace}
+        stored = {GENERATED: generate_text(net, tokenizer, size, progress=context.progress, **shared).int()}
+        if context.processes.is_main:
+            job.workspace.store(GENERATED, stored)
     ids = stored[GENERATED].long()
     assert isinstance(config.dataset, str | Mapping)
     return Source(SELF, parse_mixture(config.dataset)[SELF], ids, digest(ids))

@@ -56,6 +56,16 @@ class Processes:
             except RuntimeError as error:  # that process has said why
                 raise WeLoreError("another process of this job ended before its work was done") from error
 
+    def gather(self, item: Item) -> list[Item]:
+        """The item of every process, in order of rank, in every process."""
+        everyones = [item] * self.size
+        if self.size > 1:
+            try:
+                dist.all_gather_object(everyones, item)
+            except RuntimeError as error:
+                raise WeLoreError("another process of this job ended before its work was done") from error
+        return everyones
+
 
 ALONE = Processes(0, 1)
 CPU = torch.device("cpu")

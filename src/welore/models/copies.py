@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError
+from welore.io.memory import free_memory
+from welore.models.load import multiplies
 
 
 def frozen_copy(module: Any, device: torch.device, dtype: torch.dtype, omitted: Iterable[nn.Module] = ()) -> Any:
@@ -38,8 +40,28 @@ def frozen_copy(module: Any, device: torch.device, dtype: torch.dtype, omitted: 
 
 
 def generation_copy(model: "PreTrainedModel", device: torch.device) -> Any:
-    """A frozen copy that writes on a device: in the model's own dtype, on a CPU in float32.
+    """A frozen copy that writes on a device: in bfloat16 where that multiplies it, on another CPU in float32.
 
-    There products of a few rows in half precision take several times as long, even with instructions for them.
+    Without such instructions products in half precision take several times as long; still, a model of which the CPU
+    cannot hold a copy in float32 writes with the weights that are there. WeLoreError if a device cannot hold the model.
     """
-    return frozen_copy(model, device, torch.float32 if device.type == "cpu" else model.dtype)
+    dtype = writing_dtype(model.dtype, device)
+    tensors = [*model.parameters(), *model.buffers()]
+    moved = [t for t in tensors if t.device.type != device.type or (t.is_floating_point() and t.dtype != dtype)]
+    needed, free = sum(t.numel() for t in moved) * dtype.itemsize, free_memory(device)
+    if free is not None and needed > free:
+        if device.type != "cpu":
+            sizes = f"{needed / 1e9:.1f} GB and {device} has {free / 1e9:.1f} GB free"
+            raise WeLoreError(
+                f"the model takes {sizes}, so it cannot write a text there: name another device or the writer vllm, or "
+                "give a text (a file of people's words, or of windows as .safetensors)"
+            )
+        dtype = model.dtype
+    return frozen_copy(model, device, dtype)
+
+
+def writing_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which a model of this one writes on a device."""
+    if multiplies(torch.bfloat16, device) and (device.type == "cpu" or dtype.itemsize > 2):
+        return torch.bfloat16
+    return torch.float32 if device.type == "cpu" else dtype

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from welore.config import SELF, CalibrationConfig, FinetuneConfig
@@ -12,6 +13,7 @@ from welore.data.self_generated import generate_text
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
+from welore.io.parallel import ALONE, Processes
 from welore.io.progress import Progress, silent
 from welore.models.copies import generation_copy
 from welore.models.load import LoadedModel, load
@@ -73,15 +75,13 @@ def write_text(
     processes: int = 1,
     progress: Progress = silent,
 ) -> Tensor:
-    """Windows (count, max_length) that the teacher writes: self_tokens, or all that the steps read and a tenth more."""
+    """Windows (count, max_length) that the teacher writes: self_tokens, or all that the steps read and a tenth more.
+
+    The processes of a launcher write a share each.
+    """
     length = length_of(config)
     tokens = config.self_tokens or blocks_to_write(sequences_read(config, processes)) * length
     size = CalibrationConfig(num_tokens=tokens, max_length=length, seed=seed_of(config.seed, SELF))
-    windows = generate_text(generation_copy(teacher, device), tokenizer, size, progress=progress)
-    if not torch.distributed.is_initialized():
-        return windows
-    # Every process writes, so that none waits for long. All take the first one's windows: two GPUs may differ in a
-    # last bit, and then in a word.
-    everyones = [windows]
-    torch.distributed.broadcast_object_list(everyones)
-    return everyones[0]
+    together = Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
+    writer = generation_copy(teacher, device)
+    return generate_text(writer, tokenizer, size, progress=progress, processes=together)
