@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import random
@@ -13,8 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import welore
 from conftest import build, compress
-from welore.config import EvaluationConfig
+from toys import checkpoint
+from welore.config import EvaluationConfig, ScoreConfig
 from welore.errors import WeLoreError
+from welore.evaluation.perplexity import negative_log_likelihood
 
 IDS = random.Random(0).choices(range(96), k=24)
 LENGTH = 7
@@ -104,6 +107,44 @@ def test_perplexity_does_not_depend_on_the_batch_size(
     together = welore.evaluate(path, EvaluationConfig(text, max_length=LENGTH, batch_size=batch_size)).numbers
     assert together["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
     assert together["tokens"] == alone["tokens"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])  # Gemma 2 caps its logits, so that no piece of them is right
+def test_logits_in_pieces_give_the_same_perplexity(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    model = build(family, vocab_size=96)
+    batches = [{"input_ids": window[None], "labels": window[None]} for window in map(torch.tensor, WINDOWS)]
+    at_once = negative_log_likelihood(model, batches, torch.device("cpu"))
+    largest = []
+    model.get_output_embeddings().register_forward_hook(lambda head, inputs, logits: largest.append(logits.numel()))
+    monkeypatch.setattr("welore.evaluation.perplexity.LOGITS", 2 * 96)
+    in_pieces = negative_log_likelihood(model, batches, torch.device("cpu"))
+    assert in_pieces == pytest.approx(at_once, rel=1e-6)
+    assert max(largest) == (96 if family == "llama" else LENGTH * 96)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["factored", "pivoted", "split"])
+def test_a_model_on_the_disk_has_the_same_perplexity(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, storage: str
+) -> None:
+    path = checkpoint(tmp_path / "model", storage=storage, intermediate_size=96)
+    (tmp_path / "text.txt").write_text("all work and no play " * 9)
+    how = EvaluationConfig(str(tmp_path / "text.txt"), max_length=32)
+    usual = welore.evaluate(path, how, device="cpu")
+    monkeypatch.setattr(
+        "transformers.integrations.accelerate.get_max_memory", lambda *_: {"cpu": usual.numbers["bytes"] * 4 // 5}
+    )
+    spread = welore.evaluate(path, dataclasses.replace(how, device_map="auto"), against=path)
+    assert (usual.settings["device"], spread.settings["device"]) == ("cpu", "cpu, disk")
+    for name in ("perplexity", "bytes", "parameter_ratio", "rank_reduction"):
+        assert spread.numbers[name] == usual.numbers[name]
+    assert spread.numbers["kl_mean"] == 0
+    questions = ScoreConfig("coin_flip", "generated", limit=2)
+    answers = [
+        welore.score(path, dataclasses.replace(questions, device_map=how), device="cpu") for how in ("auto", None)
+    ]
+    assert answers[0].settings["device"] == "cpu, disk"
+    assert answers[0].numbers["accuracy"] == answers[1].numbers["accuracy"]
 
 
 def test_limit_reads_only_the_first_windows(directory: Callable[..., Path], text: str) -> None:
@@ -262,6 +303,7 @@ def test_record_comes_back_from_disk(directory: Callable[..., Path], text: str, 
         "dataset_split": None,
         "text_column": "text",
         "bos": "text",  # the tokenizer puts nothing in front of a text
+        "device_map": None,
     }
 
 

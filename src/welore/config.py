@@ -23,6 +23,7 @@ TaskName = Literal["commonsense_qa", "svamp", "boolq", "coin_flip", "object_trac
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 BosName = Literal["auto", "window", "text", "never"]
 OpeningName = Literal["vocabulary", "word", "nothing", "chat"]
+DeviceMapName = Literal["auto"]
 TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
 ExportFormat = Literal["dense"]
 MinRatio = float | Literal["break-even"]
@@ -39,6 +40,7 @@ NUM_TOKENS, MAX_LENGTH = 65_536, 512  # of calibration
 LARGEST = (1 << 31) - 1  # of all counts
 LEAST_PROBES = 4  # of a pre-training, to describe its course
 BOS = "Begin every window with BOS (window), only a text (text), nothing (never); auto: as the tokenizer's family does."
+DEVICE_MAP = "Spread a model larger than one device over all of them, the host's memory and the disk: auto."
 
 # A text: a name, a hub id, a file, several of them with weights ("wikitext2:1,my.txt:2"), a list of strings, a
 # datasets.Dataset, or windows of token ids (count, length).
@@ -326,9 +328,11 @@ class EvaluationConfig:
     dataset_split: str | None = option(None, "Split of a hub data set.", panel="Text", shown="test")
     text_column: str = option("text", "Column or field of the text.", panel="Text")
     bos: BosName = option("auto", BOS, panel="Text")
+    device_map: DeviceMapName | None = option(None, DEVICE_MAP, panel="Run", shown="one device")
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DtypeName)
+        require_choice("device_map", self.device_map or AUTO, DeviceMapName)
         require_at_least(1, batch_size=self.batch_size, num_windows=self.num_windows)
         require_at_least(2, max_length=self.max_length)
 
@@ -345,8 +349,10 @@ class ScoreConfig:
     batch_size: int = option(8, "Questions answered at once.", panel="Task")
     dtype: DtypeName = option("auto", "Data type of the weights; auto is that of the checkpoint.", panel="Task")
     seed: int = option(0, "Random seed of generated questions.", panel="Task")
+    device_map: DeviceMapName | None = option(None, DEVICE_MAP, panel="Run", shown="one device")
 
     def __post_init__(self) -> None:
+        require_choice("device_map", self.device_map or AUTO, DeviceMapName)
         if self.task is not None:
             require_choice("task", self.task, TaskName)
         require_choice("dtype", self.dtype, DtypeName)

@@ -47,6 +47,8 @@ def evaluate(
     usual = EvaluationConfig()
     if lm_eval is None and (limit, tasks_dir) != (None, None):
         raise WeLoreError("--limit and --tasks-dir go with --lm-eval; of a text, --num-windows are read")
+    if lm_eval is not None and config.device_map is not None:
+        raise WeLoreError("--device-map goes with --dataset; for tasks, name a device that holds the model")
     if lm_eval is not None and config.dataset != usual.dataset:
         raise WeLoreError("give --dataset or --lm-eval, not both: a text or tasks")
     windows = (config.max_length, config.num_windows, config.bos)

@@ -17,7 +17,7 @@ from welore.errors import WeLoreError
 from welore.evaluation.tasks import TASKS, Item, Task, items, majority_rate
 from welore.io.context import RunContext
 from welore.io.progress import Progress, counted, silent
-from welore.models.load import evaluating, load_model, warn_if_slow
+from welore.models.load import evaluating, input_device, load_model, warn_if_slow
 from welore.models.skeleton import context_length
 from welore.records import Record
 
@@ -62,7 +62,7 @@ def score(
         raise WeLoreError(f"name the task: --task {', '.join(TASKS)}")
     the_task = TASKS[config.task]
     questions = items(the_task, "evaluation", config.dataset, config.seed, context.cache_dir)[: config.limit]
-    loaded = load_model(model, context, config.dtype, label)
+    loaded = load_model(model, context, config.dtype, label, device_map=config.device_map)
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
     started = time.perf_counter()
@@ -144,8 +144,9 @@ def _write(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", promp
     end = configured_ends(model) or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
     known = range(len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
     pad = next((token for token in (tokenizer.pad_token_id, *end) if token in known), 0)  # masked out
-    ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    device = input_device(model)
+    ids = torch.tensor([[pad] * (length - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(p)) + [1] * len(p) for p in prompts], device=device)
     greedy = GenerationConfig(
         do_sample=False, num_beams=1, max_new_tokens=NEW_TOKENS, eos_token_id=end or None, pad_token_id=pad
     )

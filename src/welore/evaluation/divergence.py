@@ -9,7 +9,7 @@ from torch import Tensor
 
 from welore.errors import WeLoreError
 from welore.io.progress import Progress, counted, silent
-from welore.models.load import evaluating
+from welore.models.load import evaluating, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +47,7 @@ def divergence(
 
 def logit_pieces(model: "PreTrainedModel", batch: Tensor) -> Iterator[Tensor]:
     """Logits (rows, vocabulary) of all tokens of a batch but the last of each window, at most ROWS at once."""
-    batch, cache = batch[:, :-1].to(model.device), None
+    batch, cache = batch[:, :-1].to(input_device(model)), None
     for at in range(0, batch.shape[1], ROWS // len(batch) or 1):
         ids = batch[:, at : at + (ROWS // len(batch) or 1)]
         out: Any = model(ids, past_key_values=cache, use_cache=True)

@@ -19,12 +19,14 @@ from welore.errors import WeLoreError
 from welore.evaluation.divergence import divergence
 from welore.io.context import RunContext, finest_dtype
 from welore.io.progress import counted
-from welore.models.load import LoadedModel, evaluating, load_model, warn_if_slow
+from welore.models.load import LoadedModel, evaluating, input_device, load_model, warn_if_slow
 from welore.models.skeleton import context_length, require_context_length
 from welore.records import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+LOGITS = 1 << 27  # that are in memory at once, of all positions of a batch
 
 
 def evaluate(
@@ -60,7 +62,7 @@ def evaluate(
     config = config or EvaluationConfig()
     config = config if dataset is None else replace(config, dataset=dataset)
     text, digest = evaluation_text(config.dataset, TextOptions.of(config, context))
-    loaded = load_model(model, context, config.dtype, label)
+    loaded = load_model(model, context, config.dtype, label, device_map=config.device_map)
     net = loaded.model
     warn_if_slow(net.dtype, net.device)
     pieces = windows(loaded.tokenizer, text, config.max_length, config.num_windows, config.bos)
@@ -69,7 +71,7 @@ def evaluate(
     batches = stack(pieces, config.batch_size)
     started = time.perf_counter()
     labelled = ({"input_ids": batch, "labels": batch} for batch in counted(context.progress, batches, "perplexity"))
-    nll, tokens = negative_log_likelihood(net, labelled, net.device)
+    nll, tokens = negative_log_likelihood(net, labelled, input_device(net))
     if not math.isfinite(nll):
         raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
     numbers = {
@@ -81,7 +83,7 @@ def evaluate(
     }
     loaded.inputs["text_sha256"] = digest
     if against is not None:
-        dense = load_model(against, context, config.dtype, None)
+        dense = load_model(against, context, config.dtype, device_map=config.device_map)
         loaded.inputs["against"] = dense.inputs["model"]
         _require_equal_tokens(dense, text, batches, config)
         numbers |= divergence(net, dense.model, batches, context.progress)
@@ -106,17 +108,69 @@ def _require_equal_tokens(
 @torch.no_grad()
 def negative_log_likelihood(model: Any, batches: Iterable[Batch], device: torch.device) -> tuple[float, int]:
     """Sum of -log p over the labelled tokens, and their number; float32 logits, float64 sums."""
-    total, tokens = 0.0, 0
+    total, tokens, head = 0.0, 0, _HeadInPieces(model)
     with evaluating(model):
         for batch in batches:
             inputs = {name: values.to(device) for name, values in batch.items()}
             labels = inputs.pop("labels")
-            logits = model(**inputs, use_cache=False).logits
-            for scores, target in zip(logits, labels, strict=True):
-                losses = cross_entropy(scores[:-1].float(), target[1:], reduction="none", ignore_index=IGNORED)
-                total += float(losses.sum(dtype=finest_dtype(device)))
+            summed = head.negative_log_likelihood(inputs, labels)
+            if summed is None:
+                summed = _summed(model(**inputs, use_cache=False).logits, labels)
+            total += summed
             tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     return total, tokens
+
+
+def _summed(logits: Tensor, labels: Tensor) -> float:
+    """Sum of -log p over windows; logits (windows, length, vocabulary)."""
+    total = 0.0
+    for scores, target in zip(logits, labels.to(logits.device), strict=True):
+        losses = cross_entropy(scores[:-1].float(), target[1:], reduction="none", ignore_index=IGNORED)
+        total += float(losses.sum(dtype=finest_dtype(losses.device)))
+    return total
+
+
+class _HeadInPieces:
+    """The output layer of a model with a large vocabulary, run on some positions at a time.
+
+    It runs inside the model's forward pass, where a head that is cut over processes is whole. A model that does more
+    than its head (Gemma 2 caps its logits) is seen at the first batch; its logits are made at once.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.head = model, model.get_output_embeddings()
+
+    def negative_log_likelihood(self, inputs: Batch, labels: Tensor) -> float | None:
+        """Sum of -log p over a batch; None if its logits are small, or cannot be made in pieces."""
+        size = self.model.config.get_text_config(decoder=True).vocab_size
+        if self.head is None or labels.numel() * size <= LOGITS:
+            return None
+        total, last = 0.0, torch.zeros(0)
+
+        def read(head: Any, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            nonlocal total
+            for hidden, target in zip(arguments[0], labels, strict=True):
+                step = max(1, LOGITS // size)
+                for start in range(0, len(target) - 1, step):
+                    stop = start + step
+                    scores = head.forward(hidden[None, start : stop + 1])  # of the last no loss is taken
+                    total += _summed(scores, target[None, start : stop + 1])
+            return (arguments[0][:, -1:], *arguments[1:])
+
+        def keep(head: Any, arguments: Any, result: Tensor) -> None:
+            nonlocal last
+            last = result
+
+        hooks = [self.head.register_forward_pre_hook(read), self.head.register_forward_hook(keep)]
+        try:
+            logits = self.model(**inputs, use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if torch.equal(logits.float(), last.to(logits.device).float()):
+            return total
+        self.head = None
+        return None
 
 
 def perplexity_of(nll: float) -> float:

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,9 @@ class LoadedModel:
     def record(self, kind: str, settings: dict[str, Any], numbers: dict[str, Any]) -> Record:
         """The record of an evaluation: dtype, device and sizes of the model are added."""
         dtype = str(self.model.dtype).removeprefix("torch.")
-        settings = settings | {"dtype": dtype, "device": str(self.model.device)}
+        spread = getattr(self.model, "hf_device_map", None) or {"": self.model.device}
+        devices = dict.fromkeys(at if at == "disk" else str(torch.device(at)) for at in spread.values())
+        settings = settings | {"dtype": dtype, "device": ", ".join(devices)}
         return Record(kind, self.inputs, settings, numbers | sizes(self.model))
 
 
@@ -54,11 +57,12 @@ def load_model(
     dtype: str = "auto",
     label: str | None = None,
     attention: str | None = None,
+    device_map: str | None = None,
 ) -> LoadedModel:
     """Load MODEL (hub id, directory, .gguf file) on the context's device, or take a model in memory as it is.
 
     A model in memory stays on its device and in its dtype, and needs the context's tokenizer. dtype: a name; "auto" is
-    that of the checkpoint. label: a name for tables. attention: as in `load`.
+    that of the checkpoint. label: a name for tables. attention, device_map: as in `load`.
     """
     if isinstance(model, nn.Module):
         if context.tokenizer is None:
@@ -67,7 +71,8 @@ def load_model(
         return LoadedModel(model, context.tokenizer, {"model": name, "label": label, "compression": None})
     directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
     kind = dtype if dtype == AUTO else getattr(torch, dtype)
-    loaded, tokenizer = load(directory, kind, context.device, attention, trust_remote_code=context.trust_remote_code)
+    how: Any = {"attention": attention, "device_map": device_map, "trust_remote_code": context.trust_remote_code}
+    loaded, tokenizer = load(directory, kind, context.device, **how)
     inputs = {"model": str(model), "label": label, "compression": compression_of(directory)}
     return LoadedModel(loaded, tokenizer, inputs, directory)
 
@@ -95,15 +100,20 @@ def load(
     device: str | torch.device,
     attention: str | None = None,
     *,
+    device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Model and tokenizer of a directory; WeLoreError rather than a tensor of random numbers.
 
     attention: one of transformers' implementations (sdpa, eager, flash_attention_2); None leaves the choice to it.
+    device_map: "auto" spreads the model over all devices, the host's memory and the disk, in place of `device`.
     """
+    if device_map is not None and not find_spec("accelerate"):
+        raise WeLoreError("device_map needs accelerate: pip install 'welore[eval]'")
     auto = auto_class(CheckpointSource(directory, trust_remote_code=trust_remote_code).require_complete().config)
     tokenizer = read_tokenizer(directory, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
+    options |= {} if device_map is None else {"device_map": device_map}
     checks: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = auto.from_pretrained(directory, dtype=dtype, **options, **checks)
@@ -112,8 +122,14 @@ def load(
     except Exception as error:  # transformers and quantizers of other libraries read files that nobody has checked
         raise WeLoreError(f"{directory} cannot be loaded: {reason(error)}") from error
     require_all_loaded(directory, report)
-    nn.Module.to(model, device)
+    if device_map is None:
+        nn.Module.to(model, device)
     return model, tokenizer
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids: one of which the embedding lies on the disk fetches them from the host."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 def multiplies(dtype: torch.dtype, device: str | torch.device) -> bool | None:
