@@ -4,7 +4,7 @@ import torch
 
 from welore.errors import WeLoreError
 from welore.linalg import svd as factors
-from welore.linalg.svd import Decomposition, Factors, Metric, Side, decompose, factorise, singular_values
+from welore.linalg.svd import Decomposition, Factors, Metric, Side, decompose, factorise, singular_values, working_bytes
 
 SHAPES = [(7, 5), (5, 7), (1, 9), (9, 1), (64, 64), (33, 150), (150, 33)]
 
@@ -161,6 +161,12 @@ def test_the_decomposition_of_other_weights_is_refused(scaled: bool) -> None:
             stale.factors(W[:, :12], 5)
     with pytest.raises(WeLoreError, match="other weights"):  # of the same weights, in another norm
         decompose(W, Metric(weights(30, 3), weights(20, 4))).factors(W, 5, optimum_of(W, metric))
+
+
+@pytest.mark.parametrize("shape", [(4096, 11008), (11008, 4096)])
+def test_a_matrix_needs_the_same_memory_lying_down(shape: tuple[int, int]) -> None:
+    assert working_bytes(shape, scaled=False) == 12 * 4096 * 11008 + 16 * 4096**2
+    assert working_bytes(shape, scaled=True) > 8 * (4096**2 + 11008**2) + working_bytes(shape, scaled=False) / 2
 
 
 def test_matrices_with_one_side_in_common_share_its_root(monkeypatch: pytest.MonkeyPatch) -> None:

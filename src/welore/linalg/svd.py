@@ -29,6 +29,7 @@ from welore.linalg.cholesky import cholesky, floored
 EXCESS = 1e-6  # share of ||W||^2 by which the factors may miss the optimum before float64 repeats them
 OTHER = 1e-4  # of ||W||: another matrix differs by more from the one that was decomposed, rounding by less
 PROBES = 4  # random vectors that the factors are tried on
+SOME = 64  # rows of X by which it is known again
 BLOCK = 384  # rows of W, or columns, that are held in float64 at once
 
 
@@ -101,7 +102,7 @@ class Factors:
 class Decomposition(ABC):
     """All singular values of a matrix, and all that its factors of any rank need beside the matrix itself.
 
-    image (k,): X times a fixed vector, by which another matrix is told. scaled: whether there was a metric.
+    image: some rows of X times a fixed vector, by which another matrix is told. scaled: whether there was a metric.
     """
 
     image: Tensor
@@ -110,6 +111,10 @@ class Decomposition(ABC):
     @abstractmethod
     def squares(self) -> NDArray[np.float64]:
         """The squares of the singular values (k,), ascending; those that are zero may be slightly negative."""
+
+    @abstractmethod
+    def total(self) -> float:
+        """The sum of the squares."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -143,11 +148,11 @@ class Decomposition(ABC):
         wide = W.shape[0] <= W.shape[1]
         W = W.to(precision, copy=True, memory_format=torch.contiguous_format)
         X = W if wide else W.T
-        image = self.image.to(X.device)
-        if len(image) != k or not float((_image(X) - image).norm()) <= OTHER * float(X.norm()):
+        image, expected = _image(X), self.image.to(X.device)
+        if len(image) != len(expected) or not float((image - expected).norm()) <= OTHER * float(X.norm()):
             raise WeLoreError("the decomposition is that of other weights: compute it again")
         near, far, excess, repaired = self._checked(rank, precision, X.device, optimum)
-        projected = near.T @ X if wide else X.T @ near
+        projected = _product(near.T, X) if wide else _product(W, near)
         rows = projected if wide else projected.T
         lengths = torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(far, dim=0)
         # Any positive scale gives the same product A B: where a singular value is zero it must only not be zero.
@@ -161,7 +166,7 @@ class Decomposition(ABC):
         self, rank: int, precision: torch.dtype, device: torch.device, optimum: float | None
     ) -> tuple[Tensor, Tensor, float, bool]:
         """L U, L^-T U, their excess, and whether float64 was needed for them."""
-        total = float(self.squares().sum())
+        total = self.total()
         for dtype in dict.fromkeys((precision, torch.float64)):
             near, far, energy = self.sides(rank, dtype, device)
             if optimum is None or total <= 0:
@@ -201,6 +206,10 @@ class Tridiagonal(Decomposition):
         """See Decomposition."""
         return lapack.tridiagonal_values(self.diagonal.numpy(), self.off_diagonal.numpy())
 
+    def total(self) -> float:
+        """See Decomposition."""
+        return float(self.diagonal.sum())
+
     def tensors(self) -> dict[str, Tensor]:
         """See Decomposition."""
         names = ("image", "diagonal", "off_diagonal", "tau", "packed")
@@ -227,10 +236,12 @@ class Tridiagonal(Decomposition):
 
 def _rayleigh(diagonal: NDArray[np.float64], off: NDArray[np.float64], V: NDArray[Any]) -> NDArray[np.float64]:
     """v^T T v / v^T v of every column v of V (k, r)."""
-    squares = V.astype(np.float64)
-    energy = 2 * np.einsum("i,ij,ij->j", off, squares[:-1], squares[1:])
-    np.square(squares, out=squares)
-    return np.asarray((diagonal @ squares + energy) / squares.sum(0))
+    energies = [np.empty(0)]
+    for start in range(0, V.shape[1], BLOCK):
+        v = V[:, start : start + BLOCK].astype(np.float64)
+        mixed = 2 * np.einsum("i,ij,ij->j", off, v[:-1], v[1:])
+        energies.append((diagonal @ np.square(v, out=v) + mixed) / v.sum(0))
+    return np.concatenate(energies)
 
 
 @dataclass(frozen=True)
@@ -246,6 +257,10 @@ class Spectral(Decomposition):
     def squares(self) -> NDArray[np.float64]:
         """See Decomposition."""
         return self.energies.flip(0).cpu().numpy()
+
+    def total(self) -> float:
+        """See Decomposition."""
+        return float(self.energies.sum())
 
     def tensors(self) -> dict[str, Tensor]:
         """See Decomposition."""
@@ -292,6 +307,15 @@ def decompose(W: Tensor, metric: Metric | None = None) -> Decomposition:
     )
 
 
+def working_bytes(shape: tuple[int, int], *, scaled: bool) -> int:
+    """Bytes that a matrix of this shape takes at most while it is decomposed or factored on the CPU.
+
+    W itself in float32 is counted; scaled: the weights of the metric, too, in float64.
+    """
+    k, long = sorted(shape)
+    return max(12 * k * long + 16 * k * k, (8 * k * long + 28 * k * k + 20 * long * long) if scaled else 0)
+
+
 def singular_values(W: Tensor, metric: Metric | None = None) -> NDArray[np.float64]:
     """Singular values of W (m, n): (k,), descending, float64. On a GPU where W lies on one. metric: see `decompose`."""
     return decompose(W, metric).values()
@@ -327,10 +351,15 @@ def _by_lapack(W: Tensor) -> bool:
     return W.device.type == "cpu"
 
 
+def _product(X: Tensor, Y: Tensor) -> Tensor:
+    """X @ Y; on the CPU by numpy, twice as fast as torch where a side is short."""
+    return torch.from_numpy(X.numpy() @ Y.numpy()) if _by_lapack(X) else X @ Y
+
+
 def _image(X: Tensor) -> Tensor:
-    """X times a fixed vector: (k,), in float32, in float64 if X is."""
-    vector = torch.arange(X.shape[1], dtype=torch.float64).cos().to(X.device, _precision(X))
-    return torch.cat([rows.to(vector.dtype) @ vector for rows in X.split(BLOCK)])
+    """Some rows of X, spread over all of it, times a fixed vector; in float32, in float64 if X is."""
+    rows = X[:: -(-len(X) // SOME)].to(_precision(X))
+    return rows @ torch.arange(X.shape[1], dtype=torch.float64).cos().to(X.device, rows.dtype)
 
 
 def _scaled(X: Tensor, sides: tuple[Side, Side], precision: torch.dtype) -> tuple[Tensor, int, Tensor]:
