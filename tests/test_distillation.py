@@ -7,8 +7,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from conftest import build
+from welore.data.windows import TopK
 from welore.training import objective
-from welore.training.objective import Objective
+from welore.training.objective import Objective, top_k_divergence
 
 IDS = torch.tensor([[5, 17, 3, 88, 42, 9, 61, 30], [7, 7, 1, 90, 2, 4, 95, 50]])
 MASKED = torch.where(torch.arange(8) < torch.tensor([[4], [0]]), -100, IDS)  # a prompt of four tokens in the first row
@@ -153,3 +154,49 @@ def test_padding_is_hidden_from_the_teacher() -> None:
     for ids in (padded, torch.where(mask.bool(), IDS, 33)):
         found.append(bound.teacher_outputs({"input_ids": ids, "attention_mask": mask})[mask.bool()])
     assert torch.equal(*found)
+
+
+def predictions(teacher: PreTrainedModel, k: int) -> TopK:
+    logprobs, ids = teacher.eval()(IDS).logits.detach().double().log_softmax(-1).topk(k)
+    return TopK(logprobs.float(), ids.int())
+
+
+def taught(student: PreTrainedModel, teacher: TopK, labels: Tensor, **how: Any) -> tuple[float, dict[str, Tensor]]:
+    objective = Objective(student.eval(), taught=True, **how)
+    loss = objective(student, {"input_ids": IDS, "labels": labels, **vars(teacher)})[0] / 9
+    loss.backward()
+    return loss.item(), gradients(student)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.7])
+def test_all_of_a_teachers_log_probabilities_teach_what_the_teacher_does(weight: float) -> None:
+    teacher = teacher_of("llama")
+    vocabulary = teacher.config.vocab_size
+    wanted, slopes, _ = distilled(build("llama"), teacher, MASKED, weight=weight)
+    loss, own = taught(build("llama"), predictions(teacher, vocabulary), MASKED, weight=weight)
+    assert loss == pytest.approx(wanted, rel=1e-5)
+    for name, slope in slopes.items():
+        assert torch.allclose(own[name], slope, atol=1e-6)
+
+
+def test_the_tokens_that_a_teacher_does_not_list_are_one_class() -> None:
+    scores = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    p = torch.randn(5, 12, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    ids = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(i))[:4] for i in range(5)])
+    loss = top_k_divergence(scores, TopK(p.gather(-1, ids), ids.int()))
+    expected = torch.zeros(())
+    for row in range(5):
+        mine = torch.zeros(12, dtype=torch.bool).index_fill(0, ids[row], True)
+        classes = [torch.cat((x[mine], x[~mine].sum()[None])) for x in (p[row].exp(), scores[row].softmax(-1))]
+        expected = expected + (classes[0] * (classes[0] / classes[1]).log()).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    own, theirs = (torch.autograd.grad(x, scores, retain_graph=True)[0] for x in (loss, expected))
+    assert torch.allclose(own, theirs, atol=1e-6)
+
+
+def test_a_few_log_probabilities_teach_nearly_the_same() -> None:
+    teacher = teacher_of("llama")
+    wanted, _, _ = distilled(build("llama"), teacher, MASKED)
+    losses = [taught(build("llama"), predictions(teacher, k), MASKED)[0] for k in (1, 16, 64)]
+    assert losses == sorted(losses)  # a bound from below
+    assert losses[-1] <= wanted * (1 + 1e-5)

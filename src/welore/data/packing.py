@@ -11,7 +11,7 @@ from torch import Tensor
 
 from welore.config import BosName
 from welore.data.text import TextOptions, open_text
-from welore.data.windows import Openings, digest
+from welore.data.windows import Openings, TopK, digest
 from welore.errors import WeLoreError
 
 if TYPE_CHECKING:
@@ -20,25 +20,29 @@ if TYPE_CHECKING:
 HELD_OUT = 10  # one part in ten
 TOKENIZED_AT_ONCE = 64  # documents
 CHARACTERS_PER_TOKEN = 8  # at most, of nearly all texts
-Example = dict[str, Tensor]  # input_ids and labels, (length,) each
-Batch = dict[str, Tensor]  # input_ids, labels and, where there is padding, attention_mask: (b, length) each
+Example = dict[str, Tensor]  # input_ids and labels, (length,) each; of a teacher's top k logprobs and ids, (length, k)
+Batch = dict[str, Tensor]  # the same and, where there is padding, attention_mask: (b, length) or (b, length, k) each
 IGNORED = -100  # label of a token that is not predicted: the prompt, padding
 
 
 class Blocks(Sequence[Example]):
-    """Packed blocks as examples; tokens: (count, length), int32."""
+    """Packed blocks as examples; tokens: (count, length), int32.
 
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
+    predictions: of a teacher at every position, (count, length, k); examples have them as `logprobs` and `ids`.
+    """
+
+    def __init__(self, tokens: Tensor, predictions: TopK | None = None) -> None:
+        self.tokens, self.predictions = tokens, predictions
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Blocks(self.tokens[index])
+            return Blocks(self.tokens[index], None if self.predictions is None else self.predictions[index])
         ids = self.tokens[index].long()
-        return {"input_ids": ids, "labels": ids}
+        taught = {} if self.predictions is None else vars(self.predictions[index])
+        return {"input_ids": ids, "labels": ids, **taught}
 
 
 @dataclass(frozen=True)
@@ -108,12 +112,17 @@ def training_texts(dataset: Any, tokens: int, options: TextOptions = TextOptions
     return [text[len(text) // HELD_OUT :]]
 
 
-def blocks_of_windows(windows: Tensor, name: str, *, eval_items: int) -> DatasetSplit:
-    """Windows (count, length) of token ids as a dataset; the first tenth is held out."""
+def blocks_of_windows(
+    windows: Tensor, name: str, *, eval_items: int, predictions: TopK | None = None
+) -> DatasetSplit:
+    """Windows (count, length) of token ids as a dataset; the first tenth is held out.
+
+    predictions: of a teacher at every position of the windows, (count, length, k).
+    """
     held_out, train, split = _first_tenth(windows)
     counts = {"train_blocks": len(train), "held_out_blocks": len(held_out), "tokens_unused": 0}
-    sha256 = digest(windows.long())
-    return DatasetSplit(Blocks(train), Blocks(held_out[:eval_items]), f"{name}: {split}", counts, sha256)
+    blocks, border, sha256 = Blocks(windows, predictions), len(held_out), digest(windows.long())
+    return DatasetSplit(blocks[border:], blocks[: min(border, eval_items)], f"{name}: {split}", counts, sha256)
 
 
 def blocks_to_write(train_blocks: int) -> int:

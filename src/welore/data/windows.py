@@ -21,6 +21,25 @@ if TYPE_CHECKING:
 WINDOWS = ".safetensors"  # a file of windows: tokens, not text
 
 
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's prediction of the next token: k different tokens and their log-probabilities over the vocabulary.
+
+    logprobs (..., k), floating; ids (..., k). The k likeliest tell most; any others are as true.
+    """
+
+    logprobs: Tensor
+    ids: Tensor
+
+    def __getitem__(self, index: Any) -> "TopK":
+        return TopK(self.logprobs[index], self.ids[index])
+
+    @torch.no_grad()
+    def rest(self) -> Tensor:
+        """The probability (...,) of all other tokens together."""
+        return -torch.expm1(self.logprobs.float().logsumexp(-1).clamp(max=0))
+
+
 def evaluation_text(dataset: Any, options: TextOptions) -> tuple[str | Tensor, str]:
     """A text to evaluate on, or windows (count, length) of token ids that are given; and the SHA-256 of it."""
     if is_windows(dataset):
@@ -111,7 +130,7 @@ def is_windows(dataset: Any) -> bool:
 def given_windows(dataset: Tensor | str | Path, length: int | None = None) -> Tensor:
     """Windows (count, length) of token ids, int64, of a tensor or a file of them; length: that a file must have."""
     name = "the dataset" if isinstance(dataset, Tensor) else str(dataset)
-    ids = dataset if isinstance(dataset, Tensor) else _read_windows(local_path(dataset))
+    ids = dataset if isinstance(dataset, Tensor) else _read_file(local_path(dataset))["windows"]
     no_ids = ids.is_floating_point() or ids.is_complex() or ids.dtype is torch.bool
     if ids.ndim != 2 or ids.shape[0] < 1 or ids.shape[1] < 2 or no_ids:
         raise WeLoreError(
@@ -123,16 +142,36 @@ def given_windows(dataset: Tensor | str | Path, length: int | None = None) -> Te
     return ids.cpu().long()
 
 
-def write_windows(path: Path, ids: Tensor) -> None:
-    """Write windows (count, length) of token ids, so that several verbs read the same; a file that exists stays."""
-    if not path.is_file():
-        with atomic_write(path) as partial:
-            save_file({"windows": ids.to(torch.int32)}, partial)
+def write_windows(path: Path, ids: Tensor, predictions: TopK | None = None) -> None:
+    """Write windows (count, length) of token ids, so that several verbs read the same; a file that exists stays.
+
+    predictions: of a teacher at every position, (count, length, k).
+    """
+    if path.is_file():
+        return
+    tensors = {"windows": ids.to(torch.int32)}
+    if predictions is not None:
+        tensors |= {"logprobs": predictions.logprobs.contiguous(), "ids": predictions.ids.to(torch.int32).contiguous()}
+    with atomic_write(path) as partial:
+        save_file(tensors, partial)
 
 
-def _read_windows(path: Path) -> Tensor:
+def given_predictions(path: str | Path) -> TopK:
+    """The predictions of a teacher that a file of windows holds; WeLoreError if it has none that fit its windows."""
+    tensors = _read_file(local_path(path))
+    shape = tuple(tensors["windows"].shape)
+    if {"logprobs", "ids"} - tensors.keys():
+        raise WeLoreError(f"{path} holds windows without a teacher's predictions: name the teacher's directory")
+    predictions = TopK(tensors["logprobs"], tensors["ids"])
+    if predictions.ids.shape[:2] != shape or predictions.ids.shape != predictions.logprobs.shape:
+        raise WeLoreError(f"{path}: its predictions are not those of its windows")
+    return predictions
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)["windows"]
+        tensors: dict[str, Tensor] = load_file(path)
+        return {"windows": tensors["windows"]} | tensors
     except Exception as error:  # safetensors reads a file that anybody may have made
         raise WeLoreError(f"{path} is no file of windows: {first_line(error)}") from error
 

@@ -83,7 +83,8 @@ def collate(sequences: Sequence[Example], pad: int = 0) -> Batch:
     batch = {"input_ids": padded(ids, pad), "labels": padded([s["labels"] for s in sequences], IGNORED)}
     if len({len(row) for row in ids}) > 1:
         batch["attention_mask"] = padded([torch.ones_like(row) for row in ids], 0)
-    return batch
+    taught = [name for name in ("logprobs", "ids") if name in sequences[0]]  # of windows, which are equally long
+    return batch | {name: torch.stack([sequence[name] for sequence in sequences]) for name in taught}
 
 
 def shuffled(sequences: Sequence[Any], count: int, seed: int) -> list[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from welore.data.packing import IGNORED, Batch
+from welore.data.windows import TopK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ class Objective:
     Without a teacher, -log of the probability of the text's next token. With one, p and q being teacher's and
     student's distributions over the vocabulary at `temperature` T: weight T^2 KL(p || q) + (1 - weight) times that.
     T^2 keeps the size of the gradient (Hinton et al., arXiv 1503.02531). The teacher is frozen and lies on the
-    student's device. chunked: whether logits are made in chunks, which a model that changes its head's product (Gemma 2
+    student's device; or a batch holds its predictions (`logprobs`, `ids`; see top_k_divergence), with `taught`. chunked: whether logits are made in chunks, which a model that changes its head's product (Gemma 2
     caps it) does not allow; this is seen at the first batch.
     """
 
@@ -37,9 +38,10 @@ class Objective:
         weight: float = 1.0,
         temperature: float = 1.0,
         whole_logits: bool = False,
+        taught: bool = False,
     ) -> None:
         self.teacher, self.weight, self.temperature = teacher, weight, temperature
-        self.head = None if whole_logits else _linear_head(student, by_torch=teacher is None)
+        self.head = None if whole_logits else _linear_head(student, by_torch=teacher is None and not taught)
         self.teacher_head = None if whole_logits or teacher is None else _linear_head(teacher)
         self.compared = False  # what the model makes of its head's result
 
@@ -51,8 +53,12 @@ class Objective:
     def __call__(self, model: Any, inputs: Batch) -> tuple[Tensor, Any]:
         """The sum of the losses, and the outputs of `model`: the student, or what a Trainer has made of it."""
         labels = inputs["labels"]
-        text = {name: values for name, values in inputs.items() if name != "labels"}
-        expected = None if self.teacher is None else self.teacher_outputs(text)[:, :-1][labels[:, 1:] != IGNORED]
+        text = {name: values for name, values in inputs.items() if name not in ("labels", "logprobs", "ids")}
+        predicted, expected = labels[:, 1:] != IGNORED, None
+        if "ids" in inputs:
+            expected = TopK(inputs["logprobs"], inputs["ids"])[:, :-1][predicted]
+        elif self.teacher is not None:
+            expected = self.teacher_outputs(text)[:, :-1][predicted]
         if self.head is not None:
             total, outputs = _at_head(model, self.head, text, lambda hidden: self._total(hidden, expected, labels))
             if self.compared or torch.equal(total.float(), outputs.logits.float()):
@@ -74,7 +80,7 @@ class Objective:
         logits: Tensor = self.teacher(**text, use_cache=False).logits
         return logits
 
-    def _total(self, states: Tensor, expected: Tensor | None, labels: Tensor) -> Tensor:
+    def _total(self, states: Tensor, expected: Tensor | TopK | None, labels: Tensor) -> Tensor:
         """(1, 1, 1), of hidden states or logits (b, length, ...); expected: the teacher's at predicted tokens."""
         target = labels[:, 1:].to(states.device)
         if expected is None and self.head is not None:
@@ -88,7 +94,7 @@ class Objective:
             total = self._distance(states[:, :-1][predicted], expected, target[predicted])
         return total.view(1, 1, 1)
 
-    def _distance(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+    def _distance(self, student: Tensor, teacher: Tensor | TopK, target: Tensor) -> Tensor:
         """The sum over positions. Gradients are found chunk by chunk on the way, so that only one chunk's logits exist.
 
         The result is the sum and a linear function of value 0 with those gradients: the backward pass repeats nothing.
@@ -109,14 +115,33 @@ class Objective:
         linear = sum((t.float() * slope).sum() for t, slope in zip((student, *weights), slopes, strict=True))
         return total + (linear - linear.detach())
 
-    def _distance_of_chunk(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-        scores, expected = _logits(student, self.head), _logits(teacher, self.teacher_head)
-        T = self.temperature
-        p, q = (functional.log_softmax(logits / T if T != 1 else logits, -1) for logits in (expected, scores))
-        loss = self.weight * T**2 * functional.kl_div(q, p, reduction="sum", log_target=True)
+    def _distance_of_chunk(self, student: Tensor, teacher: Tensor | TopK, target: Tensor) -> Tensor:
+        scores, T = _logits(student, self.head), self.temperature
+        if isinstance(teacher, TopK):
+            loss = self.weight * top_k_divergence(scores, teacher)
+        else:
+            expected = _logits(teacher, self.teacher_head)
+            p, q = (functional.log_softmax(logits / T if T != 1 else logits, -1) for logits in (expected, scores))
+            loss = self.weight * T**2 * functional.kl_div(q, p, reduction="sum", log_target=True)
         if self.weight < 1:
             loss = loss + (1 - self.weight) * functional.cross_entropy(scores, target, reduction="sum")
         return loss
+
+
+def top_k_divergence(scores: Tensor, teacher: TopK) -> Tensor:
+    """Sum over positions of KL(p || q) between a teacher's k tokens and one class for all others, and the student.
+
+    scores: (positions, vocabulary), the student's logits, float32. With k = vocabulary it is KL(p || q) itself; with
+    fewer tokens it is a lower bound, and equal where p and q share out the rest alike.
+    """
+    ids, p = teacher.ids.long(), teacher.logprobs.float()
+    top = scores.gather(-1, ids)
+    if ids.shape[-1] == scores.shape[-1]:
+        return functional.kl_div(top.log_softmax(-1), p, reduction="sum", log_target=True)
+    others = scores.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    q = torch.cat((top, others), -1).log_softmax(-1)
+    expected = torch.cat((p.exp(), teacher.rest()[:, None]), -1)
+    return functional.kl_div(q, expected, reduction="sum")  # 0 log 0 is 0
 
 
 def _linear_head(model: "PreTrainedModel", *, by_torch: bool = False) -> Any:
