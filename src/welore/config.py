@@ -408,7 +408,9 @@ class FinetuneConfig:
     max_eval_samples: int = option(64, "Held-out sequences to evaluate on.", panel="Output")
     save_steps: int = option(500, "Steps between checkpoints; 0: none.", panel="Output")
     distill: str | Path | None = option(
-        None, "A teacher to imitate: the dense model from which MODEL was made.", panel="Distillation"
+        None,
+        "A teacher to imitate: the dense model from which MODEL was made, or a file of windows with its predictions.",
+        panel="Distillation",
     )
     distill_weight: float | None = option(
         None, "The teacher's share of the loss; the rest is the text's.", panel="Distillation", shown="1"

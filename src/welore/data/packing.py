@@ -50,6 +50,7 @@ class DatasetSplit:
     """Examples to train on and examples to evaluate on, which have nothing in common.
 
     split: how they were told apart. counts: of what was left over, cut or held out. sha256: of what was read.
+    teacher_loss: of recorded predictions, on what is held out.
     """
 
     train: Sequence[Example]
@@ -57,6 +58,7 @@ class DatasetSplit:
     split: str
     counts: dict[str, int]
     sha256: str
+    teacher_loss: float | None = None
 
 
 def blocks_of_text(
@@ -112,17 +114,22 @@ def training_texts(dataset: Any, tokens: int, options: TextOptions = TextOptions
     return [text[len(text) // HELD_OUT :]]
 
 
-def blocks_of_windows(
-    windows: Tensor, name: str, *, eval_items: int, predictions: TopK | None = None
-) -> DatasetSplit:
+def blocks_of_windows(windows: Tensor, name: str, *, eval_items: int, predictions: TopK | None = None) -> DatasetSplit:
     """Windows (count, length) of token ids as a dataset; the first tenth is held out.
 
     predictions: of a teacher at every position of the windows, (count, length, k).
     """
     held_out, train, split = _first_tenth(windows)
     counts = {"train_blocks": len(train), "held_out_blocks": len(held_out), "tokens_unused": 0}
-    blocks, border, sha256 = Blocks(windows, predictions), len(held_out), digest(windows.long())
-    return DatasetSplit(blocks[border:], blocks[: min(border, eval_items)], f"{name}: {split}", counts, sha256)
+    evaluation, border, sha256 = Blocks(held_out[:eval_items]), len(held_out), digest(windows.long())
+    loss = None
+    if predictions is not None:
+        sha256 = hashlib.sha256(
+            f"{sha256} {digest(predictions.ids)} {digest(predictions.logprobs)}".encode()
+        ).hexdigest()
+        loss = predictions[: len(evaluation)].loss(evaluation.tokens)
+    taught = Blocks(windows, predictions)[border:]
+    return DatasetSplit(taught, evaluation, f"{name}: {split}", counts, sha256, loss)
 
 
 def blocks_to_write(train_blocks: int) -> int:

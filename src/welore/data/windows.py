@@ -39,6 +39,16 @@ class TopK:
         """The probability (...,) of all other tokens together."""
         return -torch.expm1(self.logprobs.float().logsumexp(-1).clamp(max=0))
 
+    def loss(self, windows: Tensor) -> float:
+        """Mean -log p of the next tokens in windows (count, length), of the predictions (count, length, k) there.
+
+        A token that is not listed counts as likely as the least likely one that is: a bound from below.
+        """
+        logprobs, next_ids = self.logprobs[:, :-1].double(), windows[:, 1:, None]
+        listed = self.ids[:, :-1] == next_ids
+        own = logprobs.masked_fill(~listed, -torch.inf).amax(-1)
+        return -float(torch.where(listed.any(-1), own, logprobs.amin(-1)).mean())
+
 
 def evaluation_text(dataset: Any, options: TextOptions) -> tuple[str | Tensor, str]:
     """A text to evaluate on, or windows (count, length) of token ids that are given; and the SHA-256 of it."""
@@ -177,7 +187,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def digest(ids: Tensor) -> str:
-    """SHA-256 of token ids, int64."""
+    """SHA-256 of token ids, int64, or of other numbers."""
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 

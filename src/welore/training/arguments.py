@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from welore.config import FinetuneConfig
+from welore.data.windows import is_windows
 from welore.errors import WeLoreError, choose, first_line
 from welore.models.load import fastest
 from welore.training.methods import METHODS, refuse_options
@@ -28,8 +29,19 @@ FSDP = "ACCELERATE_USE_FSDP"  # set by accelerate's launcher
 IGNORED = ("num_train_epochs", "per_device_eval_batch_size", "train_sampling_strategy", "do_train", "do_eval")
 
 
+def is_recorded(teacher: str | Path | None) -> bool:
+    """Whether a teacher is no model but a file of windows with its predictions."""
+    return teacher is not None and is_windows(teacher)
+
+
 def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneConfig:
     """The settings with the usual values in place of None and auto; WeLoreError for what cannot work together."""
+    if is_recorded(config.distill):
+        if config.task is not None or config.dataset not in (None, config.distill):
+            raise WeLoreError(f"{config.distill} holds its own text: leave dataset and task out")
+        if config.distill_temperature not in (None, 1):
+            raise WeLoreError(f"distill_temperature is {config.distill_temperature}: recorded predictions have only 1")
+        config = dataclasses.replace(config, dataset=config.distill)
     if config.dataset is None and config.task is None:
         raise WeLoreError("give dataset or task, one of them; task_dataset names the file of a task")
     usual: dict[str, Any] = dict(CONTINUAL if config.task is None else DOWNSTREAM)
@@ -80,8 +92,10 @@ def check_launch(environment: Mapping[str, str], method: str, device: str, disti
         raise WeLoreError(
             "every process reads the checkpoint itself: pass --fsdp_cpu_ram_efficient_loading false as well"
         )
-    if distill is not None:
-        raise WeLoreError("distill does not run under FSDP: use torchrun, which is DDP")
+    if distill is not None and not is_recorded(distill):
+        raise WeLoreError(
+            "a teacher in memory does not run under FSDP: use torchrun, which is DDP, or a file of its predictions"
+        )
     if not METHODS[method].fsdp:
         names = ", ".join(name for name, entry in METHODS.items() if entry.fsdp)
         raise WeLoreError(f"method {method} does not run under FSDP, only {names} do: use torchrun, which is DDP")

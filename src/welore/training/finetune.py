@@ -23,7 +23,7 @@ from welore.io.progress import silent
 from welore.models.load import warn_if_slow
 from welore.models.replace import sizes
 from welore.records import Record
-from welore.training.arguments import check_launch, resolve_defaults, sequences_read
+from welore.training.arguments import check_launch, is_recorded, resolve_defaults, sequences_read
 from welore.training.data import collate, shuffled
 from welore.training.methods import known_warnings, state_classes
 from welore.training.objective import Objective
@@ -151,6 +151,8 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
     numbers["logits_in_pieces"] = objective is not None and objective.chunked
     if run.teacher is not None:
         numbers |= _numbers_of_teacher(run.teacher, base, trainer if config.eval_steps else None)
+    if run.data.teacher_loss is not None and config.eval_steps:
+        numbers["teacher_eval_loss"] = run.data.teacher_loss
     return numbers
 
 
@@ -185,15 +187,16 @@ def _objective(
     student: "PreTrainedModel", teacher: "PreTrainedModel | None", config: FinetuneConfig, args: TrainingArguments
 ) -> Objective | None:
     """The training loss; None for the model's own, which knows its head best."""
+    weights: dict[str, Any] = {"weight": config.distill_weight, "temperature": config.distill_temperature}
+    if is_recorded(config.distill):
+        nn.Module.to(student, args.device)
+        return Objective(student, taught=True, **weights, whole_logits=config.whole_logits)
     if teacher is None:
         objective = Objective(student, whole_logits=config.whole_logits or args.use_liger_kernel)
         return objective if objective.chunked and not args.label_smoothing_factor else None
-    assert config.distill_weight is not None
-    assert config.distill_temperature is not None
     share_frozen(student, teacher)
     for model in (teacher, student):  # what they share moves once
         nn.Module.to(model, args.device)
-    weights = {"weight": config.distill_weight, "temperature": config.distill_temperature}
     return Objective(student, teacher, **weights, whole_logits=config.whole_logits)
 
 

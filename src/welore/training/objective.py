@@ -26,8 +26,9 @@ class Objective:
     Without a teacher, -log of the probability of the text's next token. With one, p and q being teacher's and
     student's distributions over the vocabulary at `temperature` T: weight T^2 KL(p || q) + (1 - weight) times that.
     T^2 keeps the size of the gradient (Hinton et al., arXiv 1503.02531). The teacher is frozen and lies on the
-    student's device; or a batch holds its predictions (`logprobs`, `ids`; see top_k_divergence), with `taught`. chunked: whether logits are made in chunks, which a model that changes its head's product (Gemma 2
-    caps it) does not allow; this is seen at the first batch.
+    student's device; for a student that is `taught`, every batch holds a teacher's predictions in its place (see
+    top_k_divergence). chunked: whether logits are made in chunks, which a model that changes its head's product (Gemma
+    2 caps it) does not allow; this is seen at the first batch.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from welore.allocation.plan import Plan
 from welore.config import SELF, FinetuneConfig, as_record
 from welore.data.packing import Blocks, DatasetSplit, blocks_of_text, blocks_of_windows
 from welore.data.text import TextOptions
-from welore.data.windows import given_windows, is_windows, require_known_tokens, write_windows
+from welore.data.windows import given_predictions, given_windows, is_windows, require_known_tokens, write_windows
 from welore.errors import WeLoreError, first_line
 from welore.io.checkpoint import check_finite
 from welore.io.claim import require_unread
@@ -23,7 +23,7 @@ from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.models.load import LoadedModel, load_model
 from welore.models.skeleton import context_length, require_context_length
 from welore.training.activations import keep_wide_products
-from welore.training.arguments import length_of, sequences_read, training_arguments
+from welore.training.arguments import is_recorded, length_of, sequences_read, training_arguments
 from welore.training.data import questions_of_task
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable
 from welore.training.originals import Originals
@@ -85,7 +85,7 @@ def prepare(
     model, tokenizer = loaded.model, loaded.tokenizer
     originals = Originals.of(model, loaded.directory)
     teacher = None
-    if config.distill is not None:
+    if config.distill is not None and not is_recorded(config.distill):
         teacher = load_teacher(config, loaded, context)
         require_context_length(length_of(config), context_length(teacher.config))
     configs = {"model_settings_sha256": [config_digest(net.config) for net in (model, teacher) if net is not None]}
@@ -166,7 +166,9 @@ def _data(
         windows = given_windows(config.dataset, length)  # type: ignore[arg-type]
         if windows.shape[1] != length:
             raise WeLoreError(f"the dataset has windows of {windows.shape[1]} tokens: give that as max_length")
-        return blocks_of_windows(windows, "windows of token ids", eval_items=config.max_eval_samples)
+        predictions = given_predictions(config.dataset) if is_recorded(config.distill) else None  # type: ignore[arg-type]
+        name, count = "windows of token ids", config.max_eval_samples
+        return blocks_of_windows(windows, name, eval_items=count, predictions=predictions)
     return blocks_of_text(
         config.dataset,
         tokenizer,
