@@ -74,7 +74,7 @@ def collect_statistics(
     config.seed: of the labels. collector: makes what collects the statistics, for the layers of a block. finish: gets
     them, block by block, in place of the workspace; called again for a block if a run was killed in it. top_k: how many
     of the model's largest log-probabilities at every position are stored, too, for a student that learns from them:
-    group "teacher" with "logprobs" (windows, length, k), float16, and "ids", int32, largest first. The model runs whole
+    group "teacher" with "logprobs" (windows, length, k), float16, and "ids", int32 (see Teacher). The model runs whole
     if its blocks cannot be run one by one or a target lies outside them. Returns the numbers for the record.
     """
     assert context.workspace is not None
@@ -99,7 +99,8 @@ def collect_statistics(
 class Teacher:
     """The k largest log-probabilities of a model at the positions of a text, in their order.
 
-    float16 changes a probability p by at most |log p| / 2048 of it.
+    The last of them is that of the token which comes next in the text, where that is not among the others: so the
+    model's loss on the text can be told. float16 changes a probability p by at most |log p| / 2048 of it.
     """
 
     def __init__(self, k: int) -> None:
@@ -108,11 +109,13 @@ class Teacher:
         self._ids: list[Tensor] = []
 
     @torch.no_grad()
-    def read(self, logits: Tensor) -> None:
-        """Take those of the logits (tokens, vocabulary) of the next positions."""
+    def read(self, logits: Tensor, following: Tensor) -> None:
+        """Take those of the logits (tokens, vocabulary) of the next positions; following: (tokens,), the next ids."""
         scores = logits.float()
-        largest, ids = scores.topk(min(self.k, scores.shape[-1]))
-        self._logprobs.append((largest - scores.logsumexp(-1, keepdim=True)).half())
+        ids = scores.topk(min(self.k, scores.shape[-1])).indices
+        listed = (ids == following[:, None]).any(-1)
+        ids[:, -1] = torch.where(listed, ids[:, -1], following)
+        self._logprobs.append((scores.gather(-1, ids) - scores.logsumexp(-1, keepdim=True)).half())
         self._ids.append(ids.int())
 
     def tensors(self, windows: int) -> dict[str, Tensor]:
@@ -203,7 +206,7 @@ class _BlockwisePass:
             for piece in runner.pieces(len(ids)):
                 logits = runner.logits(ids[None], leaf, piece)
                 if self.teacher is not None:
-                    self.teacher.read(logits[0])
+                    self.teacher.read(logits[0], ids.roll(-1)[piece])
                 gradient, loss = sampled_gradient(logits[0], uniform[piece])
                 torch.autograd.backward(logits, gradient[None])
                 total += loss
@@ -249,7 +252,7 @@ def _whole_pass(
         started = time.perf_counter()
         logits = model(text.ids[batch], use_cache=False).logits
         if teacher is not None:
-            teacher.read(logits.flatten(0, 1))
+            teacher.read(logits.flatten(0, 1), text.ids[batch].roll(-1, 1).flatten())
         sampled = [sampled_gradient(*window) for window in zip(logits, text.uniform[batch], strict=True)]
         total += sum(loss for _, loss in sampled)
         computed = time.perf_counter()
