@@ -18,7 +18,8 @@ StrategyName = Literal["welore", "uniform", "owl", "energy", "waterfill"]
 ScalingName = Literal["none", "asvd", "whitening", "kfac"]
 StorageName = Literal["factored", "pivoted", "auto"]
 PresetName = Literal["best", "fast", "paper"]
-MethodName = Literal["lrc", "nlrc", "full", "lora", "galore"]
+MethodName = Literal["lrc", "nlrc", "full", "lora", "updates", "galore"]
+TrainableName = Literal["auto", "factors", "updates"]
 TaskName = Literal["commonsense_qa", "svamp", "boolq", "coin_flip", "object_tracking", "strategy_qa"]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 BosName = Literal["auto", "window", "text", "never"]
@@ -272,6 +273,13 @@ class RecoveryConfig:
     num_tokens: int | None = option(
         None, "Tokens to read of a text that people wrote.", panel="Recovery", flag=None, shown="as for calibration"
     )
+    trainable: TrainableName = option(
+        AUTO,
+        "Train the factors, low-rank updates of them, or (auto) the factors if they fit into memory.",
+        panel="Recovery",
+        flag="recovery-trainable",
+    )
+    rank: int = option(8, "Rank of the updates.", panel="Recovery", flag="recovery-rank")
     max_steps: int = option(64, "Steps at most on self-written text.", panel="Recovery", flag="recovery-max-steps")
     batch_size: int = option(2, "Windows of a step.", panel="Recovery", flag="recovery-batch-size")
     learning_rate: float | None = option(
@@ -282,6 +290,9 @@ class RecoveryConfig:
         "Automatic learning rate over the root mean square of the factors, times the share of parameters removed.",
         panel="Recovery",
         flag=None,
+    )
+    relative_update_rate: float = option(
+        1 / 300, "The same for low-rank updates, where their first factor has unit rows.", panel="Recovery", flag=None
     )
     fallbacks: tuple[float, ...] = option(
         (1.0, 0.25, 0.0625), "Shares of the learning rate to try until one does no harm.", panel="Recovery", flag=None
@@ -300,10 +311,12 @@ class RecoveryConfig:
     max_eval_samples: int = option(16, "Windows held out at most.", panel="Recovery", flag="recovery-max-eval-samples")
 
     def __post_init__(self) -> None:
-        counts = ("num_tokens", "max_steps", "batch_size", "save_steps", "max_eval_samples")
+        require_choice("trainable", self.trainable, TrainableName)
+        counts = ("num_tokens", "rank", "max_steps", "batch_size", "save_steps", "max_eval_samples")
         require_at_least(1, **{name: getattr(self, name) for name in counts})
         require_at_least(0, warmup_steps=self.warmup_steps)
         require_number("above 0", learning_rate=self.learning_rate, relative_learning_rate=self.relative_learning_rate)
+        require_number("above 0", relative_update_rate=self.relative_update_rate)
         require_number("above 0", **{f"fallbacks[{at}]": share for at, share in enumerate(self.fallbacks)})
         require_number("at least 0", tolerance=self.tolerance, largest_share=self.largest_share)
         if not self.fallbacks or not 0 < self.teacher_weight <= 1:

@@ -43,7 +43,7 @@ from welore.config import (
 )
 from welore.data.mixture import parse_mixture
 from welore.data.text import TextOptions
-from welore.data.windows import require_known_tokens
+from welore.data.windows import TopK, require_known_tokens
 from welore.errors import DamagedWeightsError, WeLoreError
 from welore.io.atomic import atomic_directory, hidden, remove, resolved, work_directory
 from welore.io.checkpoint import RECORD
@@ -347,16 +347,17 @@ def _allocated(job: Job, source: TensorSource, statistics: Statistics | None, ne
 
 
 def _recovery(job: Job, source: TensorSource, plan: Plan, statistics: Statistics | None) -> Recovery:
-    """5. The training of the factors, by the process that leads."""
-    if job.recovery is None or not plan.ranks or not job.context.processes.is_main:
+    """5. The training of the factors, by all processes."""
+    if job.recovery is None or not plan.ranks:
         return Recovery()
     try:
-        windows = job.recovery_text
+        windows, predictions = job.recovery_text, None
         if windows is None and statistics is not None:
-            windows = statistics.generated_text()
+            windows, predictions = statistics.generated_text(), statistics.teacher()
         assert windows is not None
-        teacher = _dense_directory(job)
-        return recover(source, plan, windows, job.recovery, job.context, seed=job.calibration.seed, teacher=teacher)
+        known = None if predictions is None else TopK(*predictions)
+        options: dict[str, Any] = {"seed": job.calibration.seed, "teacher": _dense_directory(job), "predictions": known}
+        return recover(source, plan, windows, job.recovery, job.context, **options)
     except Exception as error:  # whatever it is, the cut is finished and is written; the record tells the reason
         return failed_recovery(job.recovery, error)
 
@@ -368,7 +369,7 @@ def _dense_directory(job: Job) -> Path:
         return source.directory.resolve()
     assert job.context.workspace is not None
     directory = job.context.workspace.directory / "dense"
-    if not directory.is_dir():
+    if not directory.is_dir() and job.context.processes.is_main:
         with atomic_directory(directory) as unfinished:
             source.model.save_pretrained(unfinished)
             _tokenizer(job).save_pretrained(unfinished)

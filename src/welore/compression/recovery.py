@@ -1,11 +1,12 @@
 """Recovery: the factors learn from the dense model for a few dozen steps. A longer training is `finetune --distill`."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import math
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,24 @@ from welore.allocation.neurons import as_json
 from welore.allocation.plan import Plan
 from welore.compression.factorize import stored_factors
 from welore.compression.writing import write_compressed
-from welore.config import MAX_LENGTH, SELF, FinetuneConfig, RecoveryConfig
+from welore.config import MAX_LENGTH, SELF, FinetuneConfig, MethodName, RecoveryConfig
 from welore.data.mixture import draw, mixed
 from welore.data.text import TextOptions
-from welore.data.windows import digest, write_windows
+from welore.data.windows import TopK, digest, write_windows
 from welore.errors import DivergedError, WeLoreError, first_line
 from welore.io.atomic import atomic_directory
 from welore.io.context import RunContext
+from welore.io.memory import free_memory
 from welore.io.progress import silent
 from welore.layers.storage_forms import FORMS
 from welore.models.load import fastest
 from welore.models.sink import DirectorySink
-from welore.models.skeleton import context_length
+from welore.models.skeleton import context_length, decoder_blocks
 from welore.models.source import CheckpointSource, TensorSource
 from welore.records import Record
+from welore.training.objective import CHUNK
 from welore.training.run_dir import MODEL, RUN, TUNED, WRITTEN
+from welore.training.teacher import recorded_predictions
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,71 @@ def recovery_text(config: RecoveryConfig, model_config: Any, tokenizer: Any, see
     return windows
 
 
+@dataclass(frozen=True)
+class Trainable:
+    """Numbers that a recovery can train.
+
+    method: of fine-tuning. checkpointing: whether activations are computed again for the backward pass.
+    """
+
+    name: str
+    method: MethodName
+    checkpointing: bool = False
+
+
+FACTORS = Trainable("factors", "lrc")
+UPDATES = Trainable("updates", "updates")
+CHOICES = {  # in the order in which they are taken, the first that fits
+    "auto": (FACTORS, UPDATES, replace(UPDATES, checkpointing=True)),
+    "factors": (FACTORS, replace(FACTORS, checkpointing=True)),
+    "updates": (UPDATES, replace(UPDATES, checkpointing=True)),
+}
+
+
+def choose_trainable(
+    source: TensorSource, plan: Plan, config: RecoveryConfig, training: FinetuneConfig, context: RunContext
+) -> tuple[str, FinetuneConfig]:
+    """The name of what is trained, and the settings for it: the first choice that fits into the free memory."""
+    free, needed = free_memory(context.device), 0.0
+    for choice in CHOICES[config.trainable]:
+        rank = None if choice.name == FACTORS.name else config.rank
+        chosen = replace(training, method=choice.method, gradient_checkpointing=choice.checkpointing, rank=rank)
+        needed = memory_needed(source, plan, chosen)
+        if free is None or needed <= free:
+            return choice.name, chosen
+    raise WeLoreError(
+        f"recovery needs {needed / 1e9:.1f} GB on {context.device}, {(free or 0) / 1e9:.1f} GB are free: take another "
+        "device, or --recovery none"
+    )
+
+
+def memory_needed(source: TensorSource, plan: Plan, training: FinetuneConfig) -> float:
+    """Bytes on the device at the peak of a recovery, an upper bound (docs/concepts/recovery.md)."""
+    text, itemsize = (
+        source.original.skeleton.config.get_text_config(decoder=True),
+        2 if training.dtype != "float32" else 4,
+    )
+    assert training.batch_size
+    assert training.max_length
+    tokens, layers = training.batch_size * training.max_length, len(decoder_blocks(source.original.skeleton)[1])
+    dense = sum(p.numel() for p in source.original.skeleton.parameters())
+    stored = dense - sum(math.prod(t.shape) for t in source.original.targets) + plan.stored_parameters
+    shapes = [shape for a in plan.lrcs for shape in FORMS[a.form].shapes(*a.shape, a.rank).values() if len(shape) == 2]
+    if training.method == FACTORS.method:
+        trained = sum(map(math.prod, shapes))
+        weights = itemsize * stored + (16 if itemsize == 2 else 12) * trained
+    else:
+        trained = (training.rank or 0) * sum(map(sum, shapes))
+        weights = itemsize * stored + 16 * trained
+    width = sum(sum(a.shape) + a.rank for a in plan.allocations)  # of all that enters or leaves a matrix
+    activations = 1.5 * itemsize * tokens * width
+    if training.attention == "eager":
+        activations += 4 * itemsize * tokens * training.max_length * layers * text.num_attention_heads
+    if training.gradient_checkpointing:
+        activations = activations / layers + itemsize * tokens * layers * text.hidden_size
+    return weights + activations + 16 * CHUNK * text.vocab_size
+
+
 def failed_recovery(config: RecoveryConfig, error: Exception) -> Recovery:
     """The outcome of a training that ended in an error: factors that stay as they are, and the reason."""
     known = isinstance(error, WeLoreError | torch.OutOfMemoryError)
@@ -97,26 +166,33 @@ def recover(
     *,
     seed: int,
     teacher: Path,
+    predictions: TopK | None = None,
 ) -> Recovery:
-    """Train the factors of the model that `plan` makes of `source`; they stay as they are if that does harm.
+    """The outcome of a training of the factors that `plan` makes of `source`; they stay as they are if it does harm.
 
-    A killed training continues in the workspace; one that was begun with other settings begins anew. windows: token ids
-    (count, length), at least two. teacher: the directory of the dense model.
+    A killed training continues in the workspace; one that was begun with other settings begins anew. All processes of
+    the context train, the first of them writes. windows: token ids (count, length), at least two. teacher: the
+    directory of the dense model. predictions: its own, at every position of the windows; None: they are computed first.
+    Raises WeLoreError if the device has too little memory for any training.
     """
     assert context.workspace is not None
-    training = _training(teacher, windows, config, seed, context)
-    key = [plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), config.learning_rate]
+    trainable, training = choose_trainable(source, plan, config, _training(windows, config, seed, context), context)
+    key = [plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), config.learning_rate, config.fallbacks]
     key += [config.relative_learning_rate, config.largest_share, dataclasses.asdict(training)]
     name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
     directory = context.workspace.directory / f"recovery-{name}"
     compressed = directory / "compressed"
-    if not compressed.is_dir():
-        with atomic_directory(compressed) as unfinished:
-            sink = DirectorySink(teacher, unfinished, rename=source.original.stored_name)
-            write_compressed(source, plan, stored_factors(context.workspace), sink, silent)
-    write_windows(directory / WRITTEN, windows)
-    training = dataclasses.replace(training, dataset=str(directory / WRITTEN))
-    rate = config.learning_rate or learning_rate(compressed, plan, training.max_steps or 1, config)
+    if context.processes.is_main:
+        if not compressed.is_dir():
+            with atomic_directory(compressed) as unfinished:
+                sink = DirectorySink(teacher, unfinished, rename=source.original.stored_name)
+                write_compressed(source, plan, stored_factors(context.workspace), sink, silent)
+        if not (directory / WRITTEN).is_file():
+            predictions = predictions or recorded_predictions(teacher, windows, context)
+            write_windows(directory / WRITTEN, windows, predictions)
+    context.processes.wait()
+    training = replace(training, distill=str(directory / WRITTEN))
+    rate = config.learning_rate or learning_rate(compressed, plan, training, config)
     run, record = _without_harm(compressed, directory, rate, training, config, context)
     settings, losses = record.settings, _losses(record)
     names = ["max_steps", "batch_size", "max_length", "learning_rate", "warmup_steps", "dtype", "seed"]
@@ -128,7 +204,9 @@ def recover(
         "held_out_loss": losses,
     }
     return Recovery(
-        run / MODEL if run else None, {"text": _text(config)} | {name: settings[name] for name in names}, numbers
+        run / MODEL if run else None,
+        {"text": _text(config), "trained": trainable} | {name: settings[name] for name in names},
+        numbers | {"healing_parameters": record.numbers["trainable_parameters"]},
     )
 
 
@@ -136,19 +214,19 @@ def _text(config: RecoveryConfig) -> str:
     return str(config.dataset) if isinstance(config.dataset, str | Path) else type(config.dataset).__name__
 
 
-def _training(teacher: Path, windows: Tensor, config: RecoveryConfig, seed: int, context: RunContext) -> FinetuneConfig:
-    """Settings of the fine-tuning, but for its text and its learning rate."""
+def _training(windows: Tensor, config: RecoveryConfig, seed: int, context: RunContext) -> FinetuneConfig:
+    """Settings of the fine-tuning, but for its text, its learning rate and what it trains."""
     own = config.dataset == SELF
-    steps = max(1, (len(windows) - max(1, len(windows) // 10)) // config.batch_size)
+    batch_size = -(-config.batch_size // context.processes.size)
+    steps = max(1, (len(windows) - max(1, len(windows) // 10)) // (batch_size * context.processes.size))
     steps = min(config.max_steps, steps) if own else steps
     return FinetuneConfig(
-        distill=teacher,
+        distill=WRITTEN,
         distill_weight=1.0 if own else config.teacher_weight,
         max_steps=steps,
         warmup_steps=min(config.warmup_steps, steps // 4),
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         max_length=windows.shape[1],
-        save_dtype="float32",
         eval_steps=steps,
         max_eval_samples=config.max_eval_samples,
         save_steps=config.save_steps,
@@ -175,7 +253,7 @@ def _without_harm(
             if (run / TUNED).is_file():
                 record = Record.load(run / TUNED)
             else:
-                settings = dataclasses.replace(training, learning_rate=learning_rate)
+                settings = replace(training, learning_rate=learning_rate)
                 resume, device = (run / RUN).is_file(), str(context.device)
                 record = finetune(compressed, run, settings, resume=resume, device=device, progress=context.progress)
         except DivergedError:
@@ -184,21 +262,31 @@ def _without_harm(
         else:
             if is_sound(_losses(record), config.tolerance):
                 return run, record
-        shutil.rmtree(run / MODEL, ignore_errors=True)
+        if context.processes.is_main:
+            shutil.rmtree(run / MODEL, ignore_errors=True)
+        context.processes.wait()
+        gc.collect()  # the model of this trial, before the next one is loaded
     return None, record
 
 
-def learning_rate(compressed: Path, plan: Plan, steps: int, config: RecoveryConfig) -> float:
-    """The peak learning rate, by the parameters removed, the steps and the size of the factors (docs/method.md)."""
-    squares, count = 0.0, 0
-    source = CheckpointSource(compressed)
+def learning_rate(compressed: Path, plan: Plan, training: FinetuneConfig, config: RecoveryConfig) -> float:
+    """The peak learning rate, by the parameters removed, the steps and the size of the factors (docs/method.md).
+
+    Updates of a factor (m, n) have the size of its numbers if their rate is in proportion to its root mean square times
+    the square root of n: their own first factor is drawn with numbers of size n^(-1/2).
+    """
+    squares, count = 0.0, 0.0
+    source, updates = CheckpointSource(compressed), training.method != FACTORS.method
     for name, form in plan.forms.items():
         for part in FORMS[form].numbers:
             factor = source.tensor(f"{name}.{part}").float()
-            squares, count = squares + float(factor.square().sum(dtype=torch.float64)), count + factor.numel()
+            scale = factor.shape[1] if updates else 1
+            squares += scale * float(factor.square().sum(dtype=torch.float64))
+            count += factor.numel()
     removed = max(1 - plan.parameter_ratio, 0.01)
-    longer = min(config.largest_share, removed * math.sqrt(steps / config.max_steps))
-    return config.relative_learning_rate * max(removed, longer) * math.sqrt(squares / count)
+    longer = min(config.largest_share, removed * math.sqrt((training.max_steps or 1) / config.max_steps))
+    relative = config.relative_update_rate if updates else config.relative_learning_rate
+    return relative * max(removed, longer) * math.sqrt(squares / count)
 
 
 def is_sound(losses: dict[str, float], tolerance: float) -> bool:

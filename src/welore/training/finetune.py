@@ -202,11 +202,14 @@ def _objective(
 
 @contextmanager
 def _set_up(model: "PreTrainedModel") -> Iterator[None]:
-    """No cache of keys and values; and tied weights, which are in no checkpoint, are not missed on resuming."""
+    """No cache of keys and values; checkpoints hold what is trained alone, and the rest is not missed on resuming."""
     anything: Any = model
     before = anything.config.use_cache, anything._keys_to_ignore_on_save
+    trained = {id(p) for p in anything.parameters() if p.requires_grad}
+    named = anything.named_parameters(remove_duplicate=False)
+    frozen = {name for name, parameter in named if id(parameter) not in trained}
     anything.config.use_cache = False
-    anything._keys_to_ignore_on_save = {*(before[1] or ()), *anything.all_tied_weights_keys}
+    anything._keys_to_ignore_on_save = {*(before[1] or ()), *anything.all_tied_weights_keys, *frozen}
     try:
         yield
     finally:

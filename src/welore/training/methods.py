@@ -97,11 +97,12 @@ def mark_trainable(
     Args:
         model: A model in memory, compressed or dense.
         method: lrc (the factors of the low-rank matrices; WeLore, section 3.3), nlrc (the targeted matrices that
-            stayed dense), full, lora (arXiv 2106.09685) or galore (arXiv 2403.03507).
+            stayed dense), full, lora (arXiv 2106.09685), updates (lora on the factors alone) or galore (arXiv
+            2403.03507).
         plan: For a dense model, which of its matrices count as low-rank components: the control of the paper's
             comparison.
         train_norms: Train the norms, too (lrc, nlrc).
-        rank: The rank of lora (8) or galore (128).
+        rank: The rank of lora and updates (8) or galore (128).
 
     Returns:
         The model, a description of what is trained, and the arguments of the method's optimiser if it has its own.
@@ -186,16 +187,37 @@ def _full(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedMode
 
 def _lora(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
     """Adapters on every linear layer of the blocks, of factors on each."""
+    names = _linear_layers(model, (*matrices.lrc, *matrices.nlrc))
+    return MarkedModel(
+        _adapted(model, names, rank), f"LoRA adapters of rank {rank} on every linear layer of the blocks"
+    )
+
+
+def _updates(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
+    """LoRA adapters on the factors alone."""
+    if not matrices.lrc:
+        raise WeLoreError("method updates has nothing to train: this model has no low-rank matrices; compress it first")
+    return MarkedModel(
+        _adapted(model, _linear_layers(model, matrices.lrc), rank), f"LoRA adapters of rank {rank} on the factors"
+    )
+
+
+def _linear_layers(model: "PreTrainedModel", names: Sequence[str]) -> list[str]:
+    """The linear layers of matrices: the factors of a low-rank one, another itself."""
+    layers: list[str] = []
+    for name in names:
+        layer = model.get_submodule(name)
+        layers += [f"{name}.{child}" for child, _ in layer.named_children()] if _parts(layer) else [name]
+    return layers
+
+
+def _adapted(model: "PreTrainedModel", names: Sequence[str], rank: int) -> Any:
+    """The model in peft's wrapper, with adapters of a rank on these layers."""
     from peft import LoraConfig, get_peft_model
 
-    names: list[str] = []
-    for name in (*matrices.lrc, *matrices.nlrc):
-        layer = model.get_submodule(name)
-        names += [f"{name}.{child}" for child, _ in layer.named_children()] if _parts(layer) else [name]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=names, task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=[*names], task_type="CAUSAL_LM")
     with known_warnings():
-        adapted = get_peft_model(model, config)
-    return MarkedModel(adapted, f"LoRA adapters of rank {rank} on every linear layer of the blocks")
+        return get_peft_model(model, config)
 
 
 def _galore(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
@@ -215,6 +237,7 @@ METHODS: dict[str, Method] = {
     "nlrc": Method(_nlrc, supports_norms=True, fsdp=True),
     "full": Method(_full, fsdp=True),
     "lora": Method(_lora, default_rank=8, packages=("peft",), extra="train"),
+    "updates": Method(_updates, default_rank=8, packages=("peft",), extra="train"),
     "galore": Method(
         _galore,
         default_rank=128,

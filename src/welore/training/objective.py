@@ -55,7 +55,8 @@ class Objective:
         """The sum of the losses, and the outputs of `model`: the student, or what a Trainer has made of it."""
         labels = inputs["labels"]
         text = {name: values for name, values in inputs.items() if name not in ("labels", "logprobs", "ids")}
-        predicted, expected = labels[:, 1:] != IGNORED, None
+        predicted = labels[:, 1:] != IGNORED
+        expected: Tensor | TopK | None = None
         if "ids" in inputs:
             expected = TopK(inputs["logprobs"], inputs["ids"])[:, :-1][predicted]
         elif self.teacher is not None:

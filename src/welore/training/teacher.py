@@ -1,22 +1,26 @@
 """The model that another one learns from: loaded frozen, sharing what is equal, writing the text if asked to."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from welore.calibration.collect import TEACHER_SIZE
+from welore.calibration.layerwise import Teacher
 from welore.config import SELF, CalibrationConfig, FinetuneConfig
 from welore.data.mixture import seed_of
 from welore.data.packing import blocks_to_write
 from welore.data.self_generated import generate_text
+from welore.data.windows import TopK
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.parallel import ALONE, Processes
-from welore.io.progress import Progress, silent
+from welore.io.progress import Progress, counted, silent
 from welore.models.copies import generation_copy
-from welore.models.load import LoadedModel, load
+from welore.models.load import LoadedModel, fastest, load
 from welore.training.arguments import length_of, sequences_read
 
 if TYPE_CHECKING:
@@ -38,6 +42,24 @@ def load_teacher(config: FinetuneConfig, student: LoadedModel, context: RunConte
     refuse_other_vocabulary(student.model, student.tokenizer, teacher, teacher_tokenizer)
     teacher.requires_grad_(False)
     return teacher.eval()
+
+
+@torch.no_grad()
+def recorded_predictions(directory: Path, windows: Tensor, context: RunContext) -> TopK:
+    """The predictions of a directory's model at every position of windows (count, length) of token ids.
+
+    The model is in memory meanwhile, in the dtype in which the device computes fastest, and no longer.
+    """
+    settings = fastest(context.device)
+    dtype = getattr(torch, settings["dtype"])
+    trust = context.trust_remote_code
+    model, _ = load(directory, dtype, context.device, settings["attention"], trust_remote_code=trust)
+    model.eval()
+    predictions = Teacher(TEACHER_SIZE)
+    for window in counted(context.progress, list(windows), "predictions of the teacher"):
+        ids = window.to(context.device)
+        predictions.read(model(ids[None], use_cache=False).logits[0], ids.roll(-1))
+    return TopK(**predictions.tensors(len(windows)))
 
 
 def refuse_other_vocabulary(
