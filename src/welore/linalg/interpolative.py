@@ -17,6 +17,7 @@ from torch import Tensor
 
 from welore.errors import WeLoreError
 from welore.linalg import _lapack as lapack
+from welore.linalg.svd import precision_of, product
 
 LARGEST = 1.01  # no |C| above this
 
@@ -33,7 +34,7 @@ class Pivoted(NamedTuple):
 
 
 def pivoted(A: Tensor, B: Tensor) -> Pivoted:
-    """The product A B in pivoted form; |C| <= 1.01. P and C in the dtype of A, computed in float64.
+    """The product A B in pivoted form; |C| <= 1.01. P and C in the dtype of A, C computed in float64.
 
     The pivots come from QR of A^T with column pivoting; then, while a |c| of C is larger, its row changes places with
     its pivot, which multiplies the volume of the pivots by |c| and so comes to an end (Goreinov et al. 2010, How to
@@ -43,14 +44,13 @@ def pivoted(A: Tensor, B: Tensor) -> Pivoted:
     m, r = A.shape
     if B.shape[0] != r or r > m:
         raise WeLoreError(f"factors of shapes {tuple(A.shape)} and {tuple(B.shape)} are no A (m, r), B (r, n), r <= m")
-    left = A.to("cpu", torch.float64, copy=True, memory_format=torch.contiguous_format)
-    triangle = left.numpy().T.copy(order="F")  # (r, m)
+    triangle = np.array(A.cpu().double().numpy().T, order="F")  # (r, m); torch has no pivoted QR, so the host makes it
     rows = lapack.pivoted_qr(triangle)
     C = _exchange(_coefficients(triangle), rows)
     pivots, others = np.argsort(rows[:r]), np.argsort(rows[r:])
     C = C[np.ix_(others, pivots)]
     rows = np.concatenate([rows[:r][pivots], rows[r:][others]])
-    P = left[torch.from_numpy(rows[:r])] @ B.to("cpu", torch.float64)
+    P = product(A[torch.from_numpy(rows[:r]).to(A.device)].to(precision_of(A)), B.to(precision_of(A)))
     return Pivoted(
         P.to(A.device, A.dtype),
         torch.from_numpy(C).to(A.device, A.dtype),

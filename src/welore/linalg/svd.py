@@ -143,7 +143,7 @@ class Decomposition(ABC):
         k = min(W.shape)
         if not 1 <= rank <= k:
             raise WeLoreError(f"rank is {rank}: a matrix of shape {tuple(W.shape)} has ranks from 1 to {k}")
-        precision = _precision(W)
+        precision = precision_of(W)
         # A fresh copy, always laid out alike: the same W gives the same bits wherever it came from.
         wide = W.shape[0] <= W.shape[1]
         W = W.to(precision, copy=True, memory_format=torch.contiguous_format)
@@ -152,7 +152,7 @@ class Decomposition(ABC):
         if len(image) != len(expected) or not float((image - expected).norm()) <= OTHER * float(X.norm()):
             raise WeLoreError("the decomposition is that of other weights: compute it again")
         near, far, excess, repaired = self._checked(rank, precision, X.device, optimum)
-        projected = _product(near.T, X) if wide else _product(W, near)
+        projected = product(near.T, X) if wide else product(W, near)
         rows = projected if wide else projected.T
         lengths = torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(far, dim=0)
         # Any positive scale gives the same product A B: where a singular value is zero it must only not be zero.
@@ -282,7 +282,7 @@ def decompose(W: Tensor, metric: Metric | None = None) -> Decomposition:
     metric: of W scaled by it, L^T X R with G = L L^T and H = R R^T if m <= n.
     """
     half, exponent, X = None, 0, W if W.shape[0] <= W.shape[1] else W.T
-    image, precision = _image(X), _precision(W)
+    image, precision = _image(X), precision_of(W)
     if metric is not None:
         half, exponent, X = _scaled(X, metric.sides(W.shape), precision)
     if not _by_lapack(W):
@@ -342,7 +342,8 @@ def factorise(
     return (decomposition or decompose(W, metric)).factors(W, rank, optimum)
 
 
-def _precision(W: Tensor) -> torch.dtype:
+def precision_of(W: Tensor) -> torch.dtype:
+    """The dtype of the factors of W, float32 or float64."""
     return torch.float64 if W.dtype == torch.float64 else torch.float32
 
 
@@ -351,14 +352,14 @@ def _by_lapack(W: Tensor) -> bool:
     return W.device.type == "cpu"
 
 
-def _product(X: Tensor, Y: Tensor) -> Tensor:
+def product(X: Tensor, Y: Tensor) -> Tensor:
     """X @ Y; on the CPU by numpy, twice as fast as torch where a side is short."""
     return torch.from_numpy(X.numpy() @ Y.numpy()) if _by_lapack(X) else X @ Y
 
 
 def _image(X: Tensor) -> Tensor:
     """Some rows of X, spread over all of it, times a fixed vector; in float32, in float64 if X is."""
-    rows = X[:: -(-len(X) // SOME)].to(_precision(X))
+    rows = X[:: -(-len(X) // SOME)].to(precision_of(X))
     return rows @ torch.arange(X.shape[1], dtype=torch.float64).cos().to(X.device, rows.dtype)
 
 
