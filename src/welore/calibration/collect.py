@@ -106,7 +106,7 @@ def _calibrate(model: Any, config: CalibrationConfig, path: Path, context: RunCo
     with _workspace(path, weights, text, context) as context:
         statistics = collect(weights, text, tokenizer, context, lambda: net)
         if config.measure_losses:
-            statistics = _measure_losses(weights, net, text, statistics, context)
+            statistics = measure_losses(weights, net, text, statistics, context)
         statistics.save(path)
 
 
@@ -276,7 +276,7 @@ def _collect(job: _Job, sources: Sequence[Source], seconds: float, finish: Finis
     )
 
 
-def _measure_losses(
+def measure_losses(
     weights: TensorSource, net: Any, text: Text, statistics: Statistics, context: RunContext
 ) -> Statistics:
     """The statistics with the losses of all components, measured on a share of the windows."""

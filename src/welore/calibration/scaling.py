@@ -5,7 +5,8 @@ order, where x enters the matrix and g is the gradient of the loss at its output
 x and g are independent (K-FAC, arXiv 1503.05671). The other scalings know less.
 """
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,11 +16,30 @@ from torch import Tensor
 from welore.calibration.statistics import Statistics
 from welore.config import ASVD, KFAC, NONE, WHITENING, current_name
 from welore.errors import WeLoreError, choose
-from welore.linalg.svd import Metric
+from welore.linalg.svd import Metric, Side
 from welore.models.targets import Target
 
 DAMPING_INPUTS, DAMPING_OUTPUTS = 1e-3, 1e-1  # of the mean diagonal: directions that the sample has not shown
 ASVD_ALPHA = 0.5
+SHARED_SIDES = 4  # are remembered, the last ones used
+
+
+class Sides:
+    """The weights of sides that several matrices share, of the matrices in work: gate and up read the same inputs."""
+
+    def __init__(self) -> None:
+        self._sides: dict[Hashable, Side] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str, part: slice, make: Callable[[], Tensor]) -> Side:
+        """The side of a part of a statistic, made if it is not at hand."""
+        key = name, part.start, part.stop
+        with self._lock:
+            side = self._sides.pop(key, None) or Side(make())
+            self._sides[key] = side
+            if len(self._sides) > SHARED_SIDES:
+                del self._sides[next(iter(self._sides))]
+            return side
 
 
 @dataclass(frozen=True)
@@ -33,32 +53,34 @@ class Scaling:
     """
 
     unit: Literal["loss", "relative"]
-    metric: Callable[[Statistics, Target], Metric] | None = None
+    metric: Callable[[Statistics, Target, Sides], Metric] | None = None
     block_split: bool = False
     measured: bool = False
 
 
-def asvd(statistics: Statistics, target: Target) -> Metric:
+def asvd(statistics: Statistics, target: Target, sides: Sides) -> Metric:
     """Columns scaled by E[|x_j|]^alpha. ASVD, arXiv 2312.05821, with its alpha of 0.5."""
     magnitudes = _known(statistics.magnitudes(target.layer, target.columns), statistics, target).double()
     scale = (magnitudes + DAMPING_INPUTS * magnitudes.mean()) ** ASVD_ALPHA
     return Metric(torch.ones(target.shape[0]), scale**2)
 
 
-def whitening(statistics: Statistics, target: Target) -> Metric:
+def whitening(statistics: Statistics, target: Target, sides: Sides) -> Metric:
     """The error of the outputs on the text of the statistics, which SVD-LLM (arXiv 2403.07378) minimises.
 
     All outputs of a matrix weigh the same: the mean of E[g_i^2]. That moves no singular vector, but makes the values
     of different matrices comparable.
     """
     gradients = _output_gradients(statistics, target).diagonal().mean()
-    return Metric(gradients.repeat(target.shape[0]), damped(_inputs(statistics, target), DAMPING_INPUTS))
+    return Metric(gradients.repeat(target.shape[0]), _input_side(statistics, target, sides))
 
 
-def kfac(statistics: Statistics, target: Target) -> Metric:
+def kfac(statistics: Statistics, target: Target, sides: Sides) -> Metric:
     """Both sides: the rise of the loss, as far as inputs and gradients are independent."""
-    outputs = damped(_output_gradients(statistics, target), DAMPING_OUTPUTS)
-    return Metric(outputs, damped(_inputs(statistics, target), DAMPING_INPUTS))
+    outputs = sides.get(
+        f"{target.layer}.outputs", target.rows, lambda: damped(_output_gradients(statistics, target), DAMPING_OUTPUTS)
+    )
+    return Metric(outputs, _input_side(statistics, target, sides))
 
 
 SCALINGS: dict[str, Scaling] = {
@@ -74,14 +96,17 @@ def scaling_of(name: str) -> Scaling:
     return choose("scaling", current_name(name), SCALINGS)
 
 
-def metric(name: str, statistics: Statistics | None, target: Target) -> Metric | None:
-    """The norm of a scaling for one matrix; None is the plain one, also for a matrix that no token reached."""
+def metric(name: str, statistics: Statistics | None, target: Target, sides: Sides | None = None) -> Metric | None:
+    """The norm of a scaling for one matrix; None is the plain one, also for a matrix that no token reached.
+
+    sides: of the matrices in work with these statistics.
+    """
     scaling = scaling_of(name)
     if scaling.metric is None:
         return None
     if statistics is None:
         raise WeLoreError(f"scaling {name} needs statistics: make them with `welore calibrate MODEL -o FILE`")
-    return scaling.metric(statistics, target) if statistics.counts.get(target.layer) else None
+    return scaling.metric(statistics, target, sides or Sides()) if statistics.counts.get(target.layer) else None
 
 
 def outliers(W: Tensor, statistics: Statistics, target: Target) -> float:
@@ -95,6 +120,11 @@ def damped(moments: Tensor, damping: float) -> Tensor:
     """The matrix of second moments, changed in place: a share of its mean diagonal is added to the diagonal."""
     moments.diagonal().add_(damping * moments.diagonal().mean())
     return moments
+
+
+def _input_side(statistics: Statistics, target: Target, sides: Sides) -> Side:
+    name = f"{statistics.shared.get(target.layer, target.layer)}.inputs"
+    return sides.get(name, target.columns, lambda: damped(_inputs(statistics, target), DAMPING_INPUTS))
 
 
 def _inputs(statistics: Statistics, target: Target) -> Tensor:

@@ -1,7 +1,8 @@
 """analyze: the singular values of every targeted matrix of a model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -12,20 +13,20 @@ from torch import Tensor
 
 from welore.allocation.neurons import Neurons
 from welore.allocation.spectra import Spectra
-from welore.calibration.scaling import metric, outliers, scaling_of
+from welore.calibration.scaling import Sides, metric, outliers, scaling_of
 from welore.calibration.statistics import Statistics
 from welore.config import KFAC, NONE, RunOptions, current_name
 from welore.errors import WeLoreError
 from welore.io.atomic import work_directory
-from welore.io.checkpoint import check_finite
 from welore.io.claim import claimed
 from welore.io.context import RunContext
+from welore.io.progress import Progress
 from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
-from welore.linalg.svd import decompose, singular_values
+from welore.linalg.svd import decompose
 from welore.models.mlp import long_matrices
 from welore.models.source import TensorSource, open_source
-from welore.models.targets import Target, in_blocks
+from welore.models.targets import Target, in_blocks, result_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +75,7 @@ def analyze(
         key = scaling, grids, known and known.state
         shared = nullcontext(context) if work_dir is None else shared_workspace(work_dir, source, context, *key)
         with shared as context:
-            spectra = analyze_source(source, known, context, scaling=scaling, grids=grids)
+            spectra = Analyzer(source, known, context, scaling, outliers=known is not None).spectra(grids)
             if output is not None and context.processes.is_main:
                 spectra.save(output)
             return spectra
@@ -110,63 +111,75 @@ def shared_workspace(
         yield context.within(workspace)
 
 
-def analyze_source(
-    source: TensorSource,
-    statistics: Statistics | None,
-    context: RunContext,
-    *,
-    scaling: str,
-    grids: Mapping[str, Grid],
-    neurons: Mapping[str, Neurons] | None = None,
-    keep_decompositions: bool = False,
-) -> Spectra:
-    """Singular values of every targeted matrix, taken from the workspace if they are there already.
+@dataclass(frozen=True)
+class Analyzer:
+    """Singular values of targeted matrices; those in the context's workspace are not computed again.
 
-    keep_decompositions: store what the factors need of the decomposition, too.
+    outliers: whether they are counted, too. keep: whether all that the factors of a matrix need is stored in the
+    workspace. stored: is told of every matrix whose results are stored.
     """
-    workspace = context.workspace
-    targets = in_blocks(source.targets, grids)
 
-    def compute(target: Target) -> dict[str, Tensor]:
+    source: TensorSource
+    statistics: Statistics | None
+    context: RunContext
+    scaling: str
+    outliers: bool = False
+    keep: Callable[[Target], bool] = lambda target: False
+    stored: Callable[[Target], None] = lambda target: None
+    sides: Sides = field(default_factory=Sides)
+
+    def compute(self, target: Target) -> dict[str, Tensor]:
+        """The values of one matrix, "sigma", and its share of "outliers"."""
+        workspace = self.context.workspace
         values = workspace.fetch(f"{target.key}.values") if workspace else None
         if values is not None:
             return values
-        W = source.read(target)
-        check_finite(target.name, W)
-        norm = metric(scaling, statistics, target)
-        if workspace and keep_decompositions:
-            decomposition = decompose(W.to(context.float64_device), norm)
-            sigma = decomposition.values()
-            workspace.store(f"{target.key}.decomposition", decomposition.tensors())
-        else:
-            sigma = singular_values(W.to(context.float64_device), norm)
-        values = {"sigma": torch.from_numpy(sigma.copy())}
-        if statistics:
-            values["outliers"] = torch.tensor(outliers(W, statistics, target), dtype=torch.float64)
+        W = self.source.read(target)
+        norm = metric(self.scaling, self.statistics, target, self.sides)
+        decomposition = decompose(W.to(self.context.float64_device), norm)
+        values = {"sigma": torch.from_numpy(decomposition.values().copy())}
+        if self.outliers and self.statistics is not None:
+            values["outliers"] = torch.tensor(outliers(W, self.statistics, target), dtype=torch.float64)
         if workspace:
+            if self.keep(target):
+                workspace.store(decomposition_key(target.name, target.shape), decomposition.tensors())
             workspace.store(f"{target.key}.values", values)
+            self.stored(target)
         return values
 
-    mine = context.processes.share(targets)
-    computed = context.map(compute, mine, [t.cost for t in mine], "singular values")
-    values = {target.name: result for target, result in zip(mine, computed, strict=True)}
-    context.processes.wait()
-    values = {t.name: values[t.name] if t.name in values else compute(t) for t in targets}
-    return Spectra(
-        model=source.identity,
-        values={name: result["sigma"].numpy() for name, result in values.items()},
-        shapes={target.name: target.shape for target in targets},
-        include=source.include,
-        exclude=source.exclude,
-        scaling=scaling,
-        statistics=summary(statistics),
-        losses=_losses(scaling, statistics, targets),
-        outliers={name: float(result["outliers"]) for name, result in values.items()} if statistics else {},
-        unreached=tuple(t.name for t in targets if not statistics.counts.get(t.layer)) if statistics else (),
-        grids=grids,
-        neurons=neurons or {},
-        unit=scaling_of(scaling).unit,
-    )
+    def share(self, targets: Sequence[Target], progress: Progress | None = None) -> dict[str, dict[str, Tensor]]:
+        """The values of the matrices that are this process's part; the others compute theirs."""
+        context = self.context if progress is None else replace(self.context, progress=progress)
+        mine = context.processes.share(targets)
+        computed = context.map(self.compute, mine, [t.cost for t in mine], "singular values")
+        context.processes.wait()
+        return {target.name: result for target, result in zip(mine, computed, strict=True)}
+
+    def spectra(self, grids: Mapping[str, Grid], neurons: Mapping[str, Neurons] | None = None) -> Spectra:
+        """The spectra of all targeted matrices, those with a grid in blocks; neurons: that are left of MLPs."""
+        source, statistics, targets = self.source, self.statistics, in_blocks(self.source.targets, grids)
+        values = self.share(targets)
+        values = {t.name: values[t.name] if t.name in values else self.compute(t) for t in targets}
+        return Spectra(
+            model=source.identity,
+            values={name: result["sigma"].numpy() for name, result in values.items()},
+            shapes={target.name: target.shape for target in targets},
+            include=source.include,
+            exclude=source.exclude,
+            scaling=self.scaling,
+            statistics=summary(statistics),
+            losses=_losses(self.scaling, statistics, targets),
+            outliers={n: float(result["outliers"]) for n, result in values.items()} if self.outliers else {},
+            unreached=tuple(t.name for t in targets if not statistics.counts.get(t.layer)) if statistics else (),
+            grids=grids,
+            neurons=neurons or {},
+            unit=scaling_of(self.scaling).unit,
+        )
+
+
+def decomposition_key(name: str, shape: tuple[int, int]) -> str:
+    """Name under which the decomposition of a matrix is stored."""
+    return f"{result_key(name, shape)}.decomposition"
 
 
 def _losses(scaling: str, statistics: Statistics | None, targets: Sequence[Target]) -> dict[str, NDArray[np.float64]]:

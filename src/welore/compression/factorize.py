@@ -7,33 +7,40 @@ import torch
 from torch import Tensor
 
 from welore.allocation.plan import Allocation, Plan
-from welore.calibration.scaling import metric
+from welore.calibration.scaling import Sides, metric
 from welore.calibration.statistics import Statistics
+from welore.compression.analysis import decomposition_key
 from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.storage_forms import FORMS
 from welore.linalg.svd import Decomposition, factorise
 from welore.models.source import CheckpointSource, TensorSource
-from welore.models.targets import in_blocks, result_key
+from welore.models.targets import Target, in_blocks, result_key
 
 Factors = Callable[[Allocation], dict[str, Tensor]]  # of a matrix: part of its storage form -> tensor
 
 
 def factor_matrices(
-    source: TensorSource, plan: Plan, statistics: Statistics | None, context: RunContext
+    source: TensorSource,
+    plan: Plan,
+    statistics: Statistics | None,
+    context: RunContext,
+    stored: Callable[[Target], None] = lambda target: None,
 ) -> dict[str, Any]:
-    """Store the factors of every LRC in the workspace; returns how good they are, in the process that leads."""
+    """Store the factors of every LRC in the workspace; returns how good they are, in the process that leads.
+
+    stored: is told of every matrix whose factors are stored.
+    """
     assert context.workspace is not None
     workspace, processes = context.workspace, context.processes
-    targets = {target.name: target for target in in_blocks(source.targets, plan.grids)}
+    targets, sides = {target.name: target for target in in_blocks(source.targets, plan.grids)}, Sides()
 
     def compute(a: Allocation) -> dict[str, Tensor]:
-        parts = workspace.fetch(_key(a))
+        parts, target = workspace.fetch(factors_key(a)), targets[a.name]
         if parts is None:
-            target = targets[a.name]
-            stored = workspace.fetch(_decomposition(a))
-            decomposition = None if stored is None else Decomposition.from_tensors(stored)
-            norm = None if decomposition else metric(plan.scaling, statistics, target)
+            tensors = workspace.fetch(decomposition_key(a.name, a.shape))
+            decomposition = None if tensors is None else Decomposition.from_tensors(tensors)
+            norm = None if decomposition else metric(plan.scaling, statistics, target, sides)
             # The matrix has no name here: factorise makes its own copy and lets this one go.
             factors = factorise(
                 source.read(target).to(context.float64_device), a.rank, a.relative_error, decomposition, norm
@@ -45,8 +52,9 @@ def factor_matrices(
                 "excess": torch.tensor(factors.excess, dtype=torch.float64),
                 "repaired": torch.tensor(factors.repaired),
             }
-            workspace.store(_key(a), parts)
-        workspace.drop(_decomposition(a))
+            workspace.store(factors_key(a), parts)
+        workspace.drop(decomposition_key(a.name, a.shape))
+        stored(target)
         return {name: parts[name] for name in ("excess", "repaired")}
 
     mine = processes.share(plan.lrcs)
@@ -66,7 +74,7 @@ def stored_factors(workspace: Workspace, trained: CheckpointSource | None = None
     """The factors in a workspace, read one matrix at a time; trained: a checkpoint that holds better ones."""
 
     def factors(a: Allocation) -> dict[str, Tensor]:
-        parts = workspace.fetch(_key(a))
+        parts = workspace.fetch(factors_key(a))
         if parts is None:
             raise OSError(f"the factors of {a.name} in {workspace.directory} were damaged: run the same command again")
         form = FORMS[a.form]
@@ -78,9 +86,6 @@ def stored_factors(workspace: Workspace, trained: CheckpointSource | None = None
     return factors
 
 
-def _key(a: Allocation) -> str:
+def factors_key(a: Allocation) -> str:
+    """Name under which the factors of a matrix are stored."""
     return f"{result_key(a.name, a.shape)}.{a.form}-{a.rank}"
-
-
-def _decomposition(a: Allocation) -> str:
-    return f"{result_key(a.name, a.shape)}.decomposition"

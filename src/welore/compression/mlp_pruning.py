@@ -6,6 +6,7 @@ A neuron is a row of each up layer (gate and up) and a column of the down layer,
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -25,6 +26,7 @@ from welore.models.targets import Target
 
 WORTH = 0.4  # the loss of pruning is predicted two and a half times worse than that of factorisation (research/LOG.md)
 NOTHING = 1e-30  # stands for inputs that are all zero, which nothing can be divided by
+DEAREST = 1.0  # times the price, a neuron beyond which none is looked at: two and a half times what is WORTH it
 LEAST = 0.05  # of all neurons: fewer are not worth layers of another size
 
 # Gives "W", the down layer's matrix (d, count) of the neurons that are left, and "stronger", (count,): the ratio of the
@@ -45,33 +47,66 @@ def require_neurons(name: str, mlps: Sequence[Mlp], share: float | None) -> int:
     return wanted * min((mlp.numbers for mlp in mlps), default=0)
 
 
+@dataclass(frozen=True)
+class Search:
+    """How many neurons are looked for.
+
+    share: of all neurons, those of the least loss are taken out. price: without a share, those whose loss is less than
+    the price of the numbers that they store (the threshold of a plan by water-filling). most: numbers that may go at
+    most with them, so that the target stays within reach; None is no limit.
+    """
+
+    share: float | None = None
+    price: float | None = None
+    most: int | None = None
+
+    def level(self, losses: Mapping[Mlp, NDArray[np.float64]]) -> float:
+        """The loss per number below which neurons go; losses: of the neurons of every MLP, ascending."""
+        assert self.price is not None
+        each = np.concatenate([values / mlp.numbers for mlp, values in losses.items()])
+        numbers = np.concatenate([np.full(len(values), mlp.numbers) for mlp, values in losses.items()])
+        order = np.argsort(each, kind="stable")
+        too_many = np.flatnonzero(np.cumsum(numbers[order]) > (math.inf if self.most is None else self.most))
+        return min(WORTH * self.price, float(each[order[too_many[0]]]) if len(too_many) else math.inf)
+
+    def limits(self, mlp: Mlp) -> tuple[int, float]:
+        """How many neurons of an MLP are looked at, at most, and the loss of one beyond which none is."""
+        most = most_removed(mlp.width)
+        if self.share is not None or self.price is None:
+            return most, math.inf
+        return most if self.most is None else min(most, self.most // mlp.numbers), DEAREST * self.price * mlp.numbers
+
+
+def is_worth_it(mlps: Sequence[Mlp], removed: int) -> bool:
+    """Whether a target that removes so many numbers leaves room for the fewest neurons that are worth taking out."""
+    return LEAST * sum(mlp.width for mlp in mlps) * min((mlp.numbers for mlp in mlps), default=0) <= removed
+
+
 def select_neurons(
-    source: TensorSource, statistics: Statistics, context: RunContext, *, share: float | None, price: float | None
+    source: TensorSource, statistics: Statistics, context: RunContext, search: Search
 ) -> dict[str, Neurons]:
     """MLP -> the neurons that are left; {} if pruning is not worth it.
 
-    share: of all neurons, those of the least loss are taken out. price: without a share, those whose loss is less than
-    the price of the numbers that they store (the threshold of a plan by water-filling). An MLP that no token of the
-    statistics has reached keeps all.
+    An MLP that no token of the statistics has reached keeps all.
     """
     mlps = find_mlps(source.skeleton, source.targets)
     mlps = [mlp for mlp in mlps if all(statistics.counts.get(layer.name) for layer in mlp.layers)]
-    require_neurons(source.name, mlps, share)
+    require_neurons(source.name, mlps, search.share)
     if not mlps:
         return {}
-    compute = partial(_removal, source, statistics, context)
+    compute = partial(_removal, source, statistics, context, search)
     _share(mlps, compute, context, "neurons")
     removals = {mlp.name: compute(mlp) for mlp in mlps}
     # Later groups may lose less: a neuron is taken out for the least loss that is still to come.
     losses = {name: np.minimum.accumulate(r["costs"].double().numpy()[::-1])[::-1] for name, r in removals.items()}
     total = sum(mlp.width for mlp in mlps)
-    if share is None:
-        assert price is not None
-        counts = {mlp.name: int((losses[mlp.name] < WORTH * price * mlp.numbers).sum()) for mlp in mlps}
+    if search.share is None:
+        level = search.level({mlp: losses[mlp.name] for mlp in mlps})
+        counts = {mlp.name: int((losses[mlp.name] < level * mlp.numbers).sum()) for mlp in mlps}
         if sum(counts.values()) < LEAST * total:
             return {}
     else:
-        counts = _cheapest(losses, round(share * total))
+        counts = _cheapest(losses, round(search.share * total))
     neurons = {}
     for mlp in mlps:
         pruned = removals[mlp.name]["order"][: counts[mlp.name]]
@@ -81,13 +116,16 @@ def select_neurons(
     return neurons
 
 
-def _removal(source: TensorSource, statistics: Statistics, context: RunContext, mlp: Mlp) -> dict[str, Tensor]:
+def _removal(
+    source: TensorSource, statistics: Statistics, context: RunContext, search: Search, mlp: Mlp
+) -> dict[str, Tensor]:
     """The order in which neurons are taken out, and their losses; from the workspace if they are there."""
     assert context.workspace is not None
-    workspace, key = context.workspace, f"{mlp.name}.removal"
+    workspace, (most, dearest) = context.workspace, search.limits(mlp)
+    key = f"{mlp.name}.removal-{most}-{dearest:.17g}"
     stored = workspace.fetch(key)
     if stored is None:
-        order, costs = removal(*_problem(source, statistics, context, mlp))
+        order, costs = removal(*_problem(source, statistics, context, mlp), most=most, dearest=dearest)
         stored = {"order": order, "costs": costs}
         workspace.store(key, stored)
     return stored
@@ -191,10 +229,11 @@ def _problem(
     G, H = statistics.outputs(mlp.down_layer.name), statistics.inputs(mlp.down_layer.name)
     assert G is not None
     assert H is not None
-    W, G, H = (tensor.to(context.float64_device) for tensor in (source.read(mlp.down_layer), G, H))
+    device = context.float64_device
     if not H.any():  # an MLP whose neurons say nothing
-        H = torch.eye(len(H), dtype=torch.float64, device=H.device) * NOTHING
-    return W, G.double(), damped(H.double(), DAMPING_INPUTS)
+        H = torch.eye(len(H)) * NOTHING
+    H = damped(H.to(device, torch.float64), DAMPING_INPUTS)
+    return source.read(mlp.down_layer).to(device), G.to(device, torch.float64), H
 
 
 def _share(mlps: Sequence[Mlp], compute: Callable[[Mlp], dict[str, Tensor]], context: RunContext, label: str) -> None:

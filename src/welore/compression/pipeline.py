@@ -8,8 +8,7 @@ import json
 import shutil
 import tempfile
 import time
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,17 +20,19 @@ from torch import Tensor, nn
 from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate, check_reachable
-from welore.calibration.collect import calibrate
+from welore.calibration.collect import Text, collect, draw_text, measure_losses
 from welore.calibration.statistics import Statistics
-from welore.compression.analysis import analyze_source, grids_of, open_statistics, shared_workspace, summary
-from welore.compression.factorize import factor_matrices, stored_factors
-from welore.compression.mlp_pruning import prune, pruned_shapes, require_neurons, select_neurons
+from welore.compression.analysis import Analyzer, grids_of, open_statistics, shared_workspace, summary
+from welore.compression.blockwise import BlockAnalyzer, LastingMoments
+from welore.compression.factorize import factor_matrices, factors_key, stored_factors
+from welore.compression.mlp_pruning import Search, is_worth_it, prune, pruned_shapes, require_neurons, select_neurons
 from welore.compression.presets import PRESETS, resolve, resolve_calibration
 from welore.compression.recovery import Recovery, failed_recovery, recover, recovery_text, resolve_recovery
 from welore.compression.result import CompressionResult
 from welore.compression.writing import write_compressed
 from welore.config import (
     AUTO,
+    KFAC,
     MAX_LENGTH,
     NONE,
     SELF,
@@ -41,7 +42,6 @@ from welore.config import (
     RunOptions,
     as_record,
 )
-from welore.data.mixture import parse_mixture
 from welore.data.text import TextOptions
 from welore.data.windows import TopK, require_known_tokens
 from welore.errors import DamagedWeightsError, WeLoreError
@@ -49,13 +49,13 @@ from welore.io.atomic import atomic_directory, hidden, remove, resolved, work_di
 from welore.io.checkpoint import RECORD
 from welore.io.claim import claimed, require_unread
 from welore.io.context import RunContext
-from welore.io.resume import file_states
-from welore.layers.block_grid import Grid
-from welore.models.load import read_tokenizer
-from welore.models.mlp import find_mlps
+from welore.io.parallel import ALONE
+from welore.layers.block_grid import Grid, layer_of
+from welore.models.load import load_model, read_tokenizer
+from welore.models.mlp import Mlp, find_mlps
 from welore.models.sink import open_sink
 from welore.models.source import CheckpointSource, TensorSource, open_source
-from welore.models.targets import in_blocks
+from welore.models.targets import Target, in_blocks
 from welore.records import Record
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Job:
     plan: Plan | None
     statistics: Statistics | None
     grids: dict[str, Grid]
+    text: Text | None = None
     recovery_text: Tensor | None = None
 
     @property
@@ -87,6 +88,22 @@ class Job:
     def collects(self) -> bool:
         """Whether statistics have to be collected."""
         return self.statistics is None and self.plan is None and self.scaling != NONE
+
+    @property
+    def counts_outliers(self) -> bool:
+        """Whether the strategy asks for outliers."""
+        return self.config.strategy == "owl"
+
+    @property
+    def prunable(self) -> list[Mlp]:
+        """The MLPs that may lose neurons."""
+        return find_mlps(self.source.skeleton, self.source.targets) if self.config.mlp_pruning else []
+
+    @property
+    def removed(self) -> int | None:
+        """The numbers that the target removes from the targeted matrices; None if it does not tell."""
+        dense = sum(m * n for m, n in (target.shape for target in self.source.targets))
+        return None if self.config.keep is None else int((1 - self.config.keep) * dense)
 
 
 @torch.inference_mode(False)  # gradients are needed whatever the caller's mode is
@@ -143,10 +160,10 @@ def compress(
         stack.enter_context(claim)
         source = _source(model, output_dir, config, context)
         job = make_job(source, config, calibration, recovery, plan, statistics, context)
-        job = replace(job, recovery_text=_recovery_text(job))
+        job = replace(job, text=_text(job), recovery_text=_recovery_text(job))
         job = replace(job, context=stack.enter_context(_workspace(job, output_dir)))
         plan, smaller, known = _plan(job, _statistics(job))
-        numbers = factor_matrices(smaller, plan, known, job.context)
+        numbers = factor_matrices(smaller, plan, known, job.context, _release(job, plan))
         recovered = _recovery(job, smaller, plan, known)
         return _result(job, smaller, plan, recovered, numbers, output_dir, started)
 
@@ -195,6 +212,8 @@ def make_job(
         grids = dict(plan.grids)
     calibration = resolve_calibration(calibration, config)
     job = Job(source, context, config, calibration, None, plan, known, grids)
+    if config.mlp_pruning == AUTO and job.removed is not None and not is_worth_it(job.prunable, job.removed):
+        job = replace(job, config=replace(config, mlp_pruning=0.0))
     windows = known.generated[0] if known and known.generated else 0
     if job.collects and calibration.dataset == SELF:
         windows = -(-calibration.num_tokens // (calibration.max_length or MAX_LENGTH))
@@ -203,6 +222,13 @@ def make_job(
     if training is not None:
         training = replace(training, num_tokens=training.num_tokens or calibration.num_tokens)
     return replace(job, recovery=training)
+
+
+def _text(job: Job) -> Text | None:
+    """The text of the statistics; None if none are collected."""
+    if not job.collects:
+        return None
+    return draw_text(job.calibration, job.source.skeleton, _tokenizer(job), job.context)
 
 
 def _recovery_text(job: Job) -> Tensor | None:
@@ -257,12 +283,10 @@ def _workspace(job: Job, output_dir: Directory | None) -> Iterator[RunContext]:
 
     Nothing tells whether weights in memory are those of an earlier run, so their work never continues.
     """
-    rests_on: list[Any] = job.statistics.state if job.statistics else [as_record(job.calibration)]
-    if isinstance(job.calibration.dataset, str | Path | Mapping):
-        rests_on.append(file_states(parse_mixture(job.calibration.dataset)))
-    else:
-        rests_on.append(uuid.uuid4().hex)  # nor whether objects in memory are the same
-    key = job.scaling, job.grids, rests_on
+    rests_on = job.statistics.state if job.statistics else []
+    if job.text is not None:  # its statistics are used up for this target
+        rests_on = [*job.text.state, as_record(job.config)]
+    key = job.scaling, job.grids, job.counts_outliers, rests_on
     output = None if output_dir is None else resolved(output_dir)  # it may be "." or end in a slash
     with ExitStack() as stack:
         lasting = output is not None and isinstance(job.source, CheckpointSource)
@@ -278,25 +302,29 @@ def _workspace(job: Job, output_dir: Directory | None) -> Iterator[RunContext]:
 
 
 def _statistics(job: Job) -> Statistics | None:
-    """1. The statistics that are given, or collected by the process that leads; None if nothing needs them."""
-    if not job.collects:
+    """1. The statistics that are given, or collected; of these only what the next steps need is there afterwards."""
+    if job.text is None:
         return job.statistics
-    context, original = job.context, job.source.original
+    context, original, mlps = job.context, job.source.original, job.prunable
     assert context.workspace is not None
-    path = context.workspace.directory / "calibration.safetensors"
-    if context.processes.is_main and not path.is_file():
-        calibrate(
-            original.directory if isinstance(original, CheckpointSource) else original.skeleton,
-            job.calibration,
-            path,
-            device=str(context.device),
-            progress=context.progress,
-            cache_dir=context.cache_dir,
-            trust_remote_code=context.trust_remote_code,
-            tokenizer=_tokenizer(job),
-        )
+    model: Any = original.directory if isinstance(original, CheckpointSource) else original.skeleton
+
+    def load() -> Any:
+        return load_model(model, replace(context, device=torch.device("cpu"), tokenizer=tokenizer)).model
+
+    def analyzed(alone: RunContext) -> Statistics:
+        assert job.text is not None
+        finish = BlockAnalyzer(original, alone, job.scaling, job.grids, mlps, job.counts_outliers)
+        statistics = collect(original, job.text, tokenizer, alone, load, finish)
+        if not job.text.config.measure_losses or job.scaling != KFAC:
+            return statistics
+        return measure_losses(original, load(), job.text, statistics, alone)
+
+    tokenizer = _tokenizer(job)
+    if context.processes.is_main:
+        analyzed(replace(context, processes=ALONE))
     context.processes.wait()
-    return Statistics.load(path)
+    return analyzed(replace(context, processes=ALONE))
 
 
 def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, Statistics | None]:
@@ -313,8 +341,8 @@ def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, 
     if statistics is None or pruning == 0:
         assert plan is not None
         return plan, source, statistics
-    share, price = (float(pruning or 0), None) if plan is None else (None, plan.threshold)
-    neurons = select_neurons(source, statistics, context, share=share, price=price)
+    search = Search(float(pruning or 0)) if plan is None else Search(price=plan.threshold, most=job.removed)
+    neurons = select_neurons(source, statistics, context, search)
     if plan is not None and not neurons:
         return plan, source, statistics
     smaller, fewer = prune(source, statistics, neurons, context)
@@ -328,22 +356,25 @@ def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, 
 
 def _allocated(job: Job, source: TensorSource, statistics: Statistics | None, neurons: dict[str, Neurons]) -> Plan:
     """The plan for these weights. Their decompositions are stored for the factors, if they fit beside the result."""
-    context = job.context
-    assert context.workspace is not None
+    workspace = job.context.workspace
+    assert workspace is not None
     grids = grids_of(source, bool(job.config.split))
-    shapes = [target.shape for target in in_blocks(source.targets, grids)]
-    needed = sum(4 * min(shape) ** 2 + 4 * shape[0] * shape[1] for shape in shapes)
-    fit = shutil.disk_usage(context.workspace.directory).free > 1.2 * needed
-    spectra = analyze_source(
-        source,
-        statistics,
-        context,
-        scaling=job.scaling,
-        grids=grids,
-        neurons=neurons,
-        keep_decompositions=fit,
+    targets = in_blocks(source.targets, grids)
+    needed = sum(4 * min(shape) ** 2 + 4 * shape[0] * shape[1] for shape in (target.shape for target in targets))
+    fit = shutil.disk_usage(workspace.directory).free > 1.2 * needed
+    pruned = [mlp for mlp in job.prunable if mlp.name in neurons] if fit and job.collects else []
+    moments = LastingMoments(workspace, pruned, {f"{target.key}.values": target.layer for target in targets})
+    analyzer = Analyzer(
+        source, statistics, job.context, job.scaling, job.counts_outliers, lambda _: fit, moments.release
     )
-    return allocate(spectra, job.config)
+    return allocate(analyzer.spectra(grids, neurons), job.config)
+
+
+def _release(job: Job, plan: Plan) -> Callable[[Target], None]:
+    """Deletes the statistics of an MLP when the factors of its matrices are stored."""
+    assert job.context.workspace is not None
+    made = {factors_key(a): layer_of(a.name, plan.grids) for a in plan.lrcs}
+    return LastingMoments(job.context.workspace, job.prunable if job.collects else [], made).release
 
 
 def _recovery(job: Job, source: TensorSource, plan: Plan, statistics: Statistics | None) -> Recovery:

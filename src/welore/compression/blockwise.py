@@ -1,0 +1,103 @@
+"""The statistics of a decoder block, used up as soon as they are complete.
+
+Second moments are large: those of all blocks would take several times the size of the model. Those of one block are in
+memory when its matrices are decomposed, and are let go. In the workspace stay the values of every matrix, and what a
+plan may ask for later: decompositions, from which factors of any rank are made; of an MLP that may lose neurons second
+moments, packed, until it is known how many go.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from welore.calibration.hooks import Collector
+from welore.calibration.statistics import MemoryStore, Statistics
+from welore.compression.analysis import Analyzer
+from welore.io.context import RunContext
+from welore.io.progress import silent
+from welore.io.resume import Workspace
+from welore.layers.block_grid import Grid
+from welore.linalg.triangles import pack
+from welore.models.mlp import Mlp
+from welore.models.source import TensorSource
+from welore.models.targets import Target, in_blocks
+from welore.records import Record
+
+
+@dataclass(frozen=True)
+class BlockAnalyzer:
+    """Decomposes the matrices of a block by its statistics: `finish` of `collect_statistics`.
+
+    mlps: those that may lose neurons, whose second moments last. outliers: see Analyzer.
+    """
+
+    source: TensorSource
+    context: RunContext
+    scaling: str
+    grids: Mapping[str, Grid]
+    mlps: Sequence[Mlp]
+    outliers: bool
+
+    def __call__(self, names: Sequence[str], collector: Collector, tokens: int) -> None:
+        """Use up the sums of the layers of a block."""
+        workspace = self.context.workspace
+        assert workspace is not None
+        lasting = {layer.name for mlp in self.mlps for layer in mlp.layers}
+        groups: dict[str, dict[str, Tensor]] = {}
+        counts: dict[str, int] = {}
+        shared: dict[str, str] = {}
+        for name in names:
+            for kind, group in collector.statistics(name, tokens):
+                if kind in ("inputs", "outputs"):
+                    # What is stored of gradients may be rounded: they are damped by a tenth of their mean.
+                    group = pack(group[kind], rounded=kind == "outputs" and name in lasting)
+                groups[f"{name}.{kind}"] = group
+            about = groups[f"{name}.about"]
+            counts[name] = int(about["count"])
+            if counts[name]:
+                shared[name] = bytes(about["kept_as"].tolist()).decode()
+        if self.context.processes.is_main:
+            needed = {f"{name}.outputs" for name in lasting & shared.keys()}
+            needed |= {
+                f"{shared[name]}.{kind}" for name in lasting & shared.keys() for kind in ("inputs", "magnitudes")
+            }
+            for name in sorted(needed) + [f"{name}.about" for name in names]:
+                workspace.store(name, groups[name])
+        targets = [target for target in self.source.targets if target.name in counts]
+        shapes, record = {target.name: target.shape for target in targets}, Record("calibration", {}, {}, {})
+        statistics = Statistics(self.source.identity, shapes, counts, shared, MemoryStore(groups), record)
+        analyzer = Analyzer(
+            self.source,
+            statistics,
+            self.context,
+            self.scaling,
+            self.outliers,
+            keep=lambda target: target.layer not in lasting,
+        )
+        analyzer.share(in_blocks(targets, self.grids), silent)
+
+
+@dataclass(frozen=True)
+class LastingMoments:
+    """The second moments of MLPs in the workspace, which are deleted when all that is made of them is stored.
+
+    made: group that is made of moments -> the layer whose matrix, or block of it, it is of.
+    """
+
+    workspace: Workspace
+    mlps: Sequence[Mlp]
+    made: Mapping[str, str]
+
+    def release(self, target: Target) -> None:
+        """Delete the moments of the MLP around a matrix if nothing needs them any more."""
+        for mlp in self.mlps:
+            layers = [layer.name for layer in mlp.layers]
+            if target.layer not in layers or not all(
+                self.workspace.holds(k) for k, n in self.made.items() if n in layers
+            ):
+                continue
+            for layer in layers:
+                self.workspace.drop(f"{layer}.outputs")
+            for kind in ("inputs", "magnitudes"):  # what the other layers read is small, and perhaps not theirs alone
+                self.workspace.drop(f"{mlp.down_layer.name}.{kind}")
