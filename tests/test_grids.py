@@ -14,7 +14,7 @@ from conftest import COMMON, allocate, build, compress, logits
 from toys import calibrate
 from welore.allocation.spectra import Spectra
 from welore.calibration.statistics import Statistics
-from welore.compression.analysis import analyze_source, grids_of
+from welore.compression.analysis import Analyzer, grids_of
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.layers.block_grid import Grid
@@ -194,7 +194,7 @@ def test_losses_that_were_measured_in_another_way_are_left_aside(tmp_path: Path)
 
     def losses(calibration: Statistics, split: bool) -> int:
         context, grids = RunContext.create(progress=False), grids_of(weights, split)
-        return len(analyze_source(weights, calibration, context, scaling="kfac", grids=grids).losses)
+        return len(Analyzer(weights, calibration, context, "kfac").spectra(grids).losses)
 
     blocks = calibrate(model, ids, tmp_path / "blocks", measure_losses=1)
     whole = calibrate(model, ids, tmp_path / "whole", measure_losses=1, split=False)

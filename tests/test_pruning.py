@@ -18,7 +18,7 @@ from toys import calibrate, characters, checkpoint
 from welore.allocation.neurons import Neurons, as_json, dense_numel, read_neurons
 from welore.allocation.plan import Plan
 from welore.calibration.statistics import Statistics
-from welore.compression.mlp_pruning import select_neurons
+from welore.compression.mlp_pruning import Search, select_neurons
 from welore.config import RecoveryConfig
 from welore.errors import WeLoreError
 from welore.linalg.brain_surgeon import refit, removal
@@ -257,8 +257,8 @@ def test_params_alone_takes_out_what_is_worth_it(tmp_path: Path) -> None:
 def test_pruning_that_puts_the_target_out_of_reach_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, statistics = calibrated(tmp_path)
 
-    def most(*arguments: Any, **_: Any) -> dict[str, Neurons]:
-        return select_neurons(*arguments, share=0.8, price=None)
+    def most(*arguments: Any) -> dict[str, Neurons]:
+        return select_neurons(*arguments[:-1], Search(share=0.8))
 
     monkeypatch.setattr("welore.compression.pipeline.select_neurons", most)
     record = compress(source, tmp_path / "small", keep=0.8, statistics=statistics, recovery=None)

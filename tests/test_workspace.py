@@ -336,7 +336,7 @@ def test_run_that_makes_its_own_calibration_continues_to_the_same_bytes(
 
     with pytest.raises(Killed):
         compress(source, tmp_path / "out", **ours, progress=stopping)
-    assert list((tmp_path / "out.work").glob("calibration*"))
+    assert (tmp_path / "out.work").is_dir()
     compress(source, tmp_path / "out", **ours)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
     assert not (tmp_path / "out.work").exists()

@@ -30,13 +30,13 @@ from welore.io.claim import claimed
 from welore.io.context import RunContext
 from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
-from welore.linalg.svd import Factors, factorise
+from welore.linalg.svd import Decomposition, Factors, decompose
 from welore.models.copies import generation_copy
 from welore.models.load import load_model
 from welore.models.mlp import long_matrices
 from welore.models.skeleton import context_length, require_context_length
 from welore.models.source import ModelSource, TensorSource, open_source
-from welore.models.targets import Target, in_blocks
+from welore.models.targets import Target, decomposition_key, in_blocks
 from welore.records import Record
 
 if TYPE_CHECKING:
@@ -289,19 +289,23 @@ def measure_losses(
     losses.open()
     grids = long_matrices(weights.skeleton, weights.targets) if config.split else {}
     job = _Job(weights, net, config, context.within(losses), losses)
-    collector = partial(Losses, components=partial(_components, job, statistics, grids))
+    collector = partial(Losses, components=partial(_components, job, statistics, workspace, grids))
     labelled = replace(config, seed=seed_of(config.seed, "measured"))
     collect_statistics(net, weights.targets, some, labelled, job.context, collector=collector)
     return replace(statistics, store=WorkspaceStore(workspace, losses), measured=some.numel(), grids=grids)
 
 
 def _components(
-    job: _Job, statistics: Statistics, grids: Mapping[str, Grid], layer: str
+    job: _Job, statistics: Statistics, workspace: Workspace, grids: Mapping[str, Grid], layer: str
 ) -> Iterable[tuple[Target, Factors]]:
-    """All components of a layer's matrix, or of its blocks, in the order in which K-FAC removes them."""
+    """All components of a layer's matrix, or of its blocks, in the order in which K-FAC removes them.
+
+    workspace: where decompositions may lie, of matrices whose statistics are used up.
+    """
     for target in in_blocks([t for t in job.weights.targets if t.name == layer], grids):
-        norm = metric(KFAC, statistics, target)
-        if norm is not None:
-            W = job.weights.read(target).to(job.context.float64_device)
-            factors, device = factorise(W, min(target.shape), metric=norm), job.context.device
+        if statistics.counts[layer]:
+            W, device = job.weights.read(target).to(job.context.float64_device), job.context.device
+            stored = workspace.fetch(decomposition_key(target.name, target.shape))
+            known = Decomposition.from_tensors(stored) if stored else decompose(W, metric(KFAC, statistics, target))
+            factors = known.factors(W, min(target.shape))
             yield target, replace(factors, A=factors.A.to(device), B=factors.B.to(device))

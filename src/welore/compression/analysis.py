@@ -26,7 +26,7 @@ from welore.layers.block_grid import Grid
 from welore.linalg.svd import decompose
 from welore.models.mlp import long_matrices
 from welore.models.source import TensorSource, open_source
-from welore.models.targets import Target, in_blocks, result_key
+from welore.models.targets import Target, decomposition_key, in_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -175,11 +175,6 @@ class Analyzer:
             neurons=neurons or {},
             unit=scaling_of(self.scaling).unit,
         )
-
-
-def decomposition_key(name: str, shape: tuple[int, int]) -> str:
-    """Name under which the decomposition of a matrix is stored."""
-    return f"{result_key(name, shape)}.decomposition"
 
 
 def _losses(scaling: str, statistics: Statistics | None, targets: Sequence[Target]) -> dict[str, NDArray[np.float64]]:

@@ -9,13 +9,12 @@ from torch import Tensor
 from welore.allocation.plan import Allocation, Plan
 from welore.calibration.scaling import Sides, metric
 from welore.calibration.statistics import Statistics
-from welore.compression.analysis import decomposition_key
 from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.storage_forms import FORMS
 from welore.linalg.svd import Decomposition, factorise
 from welore.models.source import CheckpointSource, TensorSource
-from welore.models.targets import Target, in_blocks, result_key
+from welore.models.targets import Target, decomposition_key, in_blocks, result_key
 
 Factors = Callable[[Allocation], dict[str, Tensor]]  # of a matrix: part of its storage form -> tensor
 

@@ -175,6 +175,11 @@ def result_key(name: str, shape: tuple[int, int]) -> str:
     return f"{name}.{shape[0]}x{shape[1]}"
 
 
+def decomposition_key(name: str, shape: tuple[int, int]) -> str:
+    """Name under which the decomposition of a matrix is stored."""
+    return f"{result_key(name, shape)}.decomposition"
+
+
 def in_blocks(targets: Iterable[Target], grids: Mapping[str, Grid]) -> list[Target]:
     """The targets, those with a grid in blocks; WeLoreError for a grid that does not fit."""
     blocks = []
