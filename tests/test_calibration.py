@@ -29,6 +29,7 @@ from welore.io.context import RunContext
 from welore.io.parallel import Processes
 from welore.io.resume import Workspace
 from welore.io.safetensors_stream import TensorReader
+from welore.linalg.svd import Side
 from welore.models.load import read_tokenizer
 from welore.models.source import ModelSource
 from welore.models.targets import find_targets, in_blocks
@@ -166,9 +167,9 @@ def test_losses_of_components_are_measured(family: str, split: bool, tmp_path: P
         assert norm is not None
         assert losses is not None
         L, R = (_root(weight) for weight in (norm.outputs, norm.inputs))
-        U, S, V = torch.linalg.svd(L @ weights.read(target).double() @ R, full_matrices=False)
+        U, S, V = torch.linalg.svd(L.T @ weights.read(target).double() @ R, full_matrices=False)
         g, x = seen[f"{target.layer}.g"][:, target.rows], seen[f"{target.layer}.x"][:, target.columns]
-        along = (g @ torch.linalg.inv(L) @ U) * S * (x @ torch.linalg.inv(R) @ V.T)
+        along = (g @ torch.linalg.inv(L).T @ U) * S * (x @ torch.linalg.inv(R).T @ V.T)
         wanted = along.square().sum(0) / IDS.numel()
         assert losses.shape == wanted.shape
         torch.testing.assert_close(losses[:6].double(), wanted[:6], rtol=2e-2, atol=1e-3 * float(wanted.max()))
@@ -182,9 +183,10 @@ def test_losses_are_left_out_when_nothing_is_to_be_measured(tmp_path: Path) -> N
         gathered(build("llama"), tmp_path, measure_losses=2)
 
 
-def _root(weight: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(weight)
-    return (vectors * values.sqrt()) @ vectors.T
+def _root(weight: Tensor | Side) -> Tensor:
+    assert isinstance(weight, Side)
+    half, exponent = weight.root(torch.device("cpu"), torch.float64)
+    return half * 2.0**exponent
 
 
 class Leaves(LlamaDecoderLayer):
