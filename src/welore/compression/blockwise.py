@@ -53,10 +53,10 @@ class BlockAnalyzer:
                     # What is stored of gradients may be rounded: they are damped by a tenth of their mean.
                     group = pack(group[kind], rounded=kind == "outputs" and name in lasting)
                 groups[f"{name}.{kind}"] = group
-            about = groups[f"{name}.about"]
-            counts[name] = int(about["count"])
+            reached = groups[f"{name}.about"]
+            counts[name] = int(reached["count"])
             if counts[name]:
-                shared[name] = bytes(about["kept_as"].tolist()).decode()
+                shared[name] = bytes(reached["kept_as"].tolist()).decode()
         if self.context.processes.is_main:
             needed = {f"{name}.outputs" for name in lasting & shared.keys()}
             needed |= {
