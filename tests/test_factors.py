@@ -246,6 +246,23 @@ def test_factors_are_the_best_in_the_norm_of_a_metric(shape: tuple[int, int], di
         torch.testing.assert_close(found.A.norm(dim=0), found.B.norm(dim=1), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(60, 150), (150, 60)])
+def test_the_least_values_are_right_beside_outliers_of_the_statistics(shape: tuple[int, int]) -> None:
+    """Products with the roots are in float32; the tail of the squares is what a plan reads."""
+    W, sides = matrix(*shape), []
+    for seed, n in enumerate(shape):
+        torch.manual_seed(seed)
+        samples = torch.randn(2 * n, n) * torch.logspace(0, -2, n) + 100 * torch.randn(2 * n, 1) * torch.eye(n)[:3].sum(
+            0
+        )
+        moments = (samples.T @ samples / len(samples)).double()
+        sides.append(moments + 1e-3 * moments.diagonal().mean() * torch.eye(n))
+    squares, exact = (singular_values(X, Metric(*sides)) ** 2 for X in (W, W.double()))
+    tail, best = (np.cumsum(x[::-1])[::-1] for x in (squares, exact))
+    assert best[-1] < 1e-6 * best[0]
+    np.testing.assert_allclose(tail, best, rtol=1e-5)
+
+
 def test_a_metric_of_ones_is_no_metric() -> None:
     W = matrix(12, 20)
     metric = Metric(torch.ones(12), torch.eye(20))

@@ -286,7 +286,9 @@ def decompose(W: Tensor, metric: Metric | None = None) -> Decomposition:
     if metric is not None:
         half, exponent, X = _scaled(X, metric.sides(W.shape), precision)
     if not _by_lapack(W):
-        energies, vectors = torch.linalg.eigh(X.double() @ X.double().T)
+        double = X.double()
+        energies, vectors = torch.linalg.eigh(double @ double.T)
+        del X, double
         vectors = vectors.flip(1)
         if half is not None:
             half = half.double()
