@@ -196,6 +196,8 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     ledger.waits[line] += func in WAITS
     if func in PRODUCTS:
         inner_args = _autocast(inner_args)
+    if func is aten.mm.dtype:  # which torch has on a GPU only
+        func, inner_args = aten.mm.default, tuple(x.to(inner_args[2]) for x in inner_args[:2])
     result = func(*inner_args, **inner_kwargs)
     if target.type != "cuda" or (func in COPIES and not isinstance(args[0], GPUTensor)):
         return args[0] if func in COPIES else result

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,12 +38,20 @@ from welore.models.targets import find_targets, in_blocks
 IDS = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(1))
 
 
+def hashed(x: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """lowbias32: https://nullprogram.com/blog/2018/07/31/."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
 def by_hand(model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Tensor]:
     """The same statistics from autograd: gradients of what is added to every output, one window after the other."""
     model = copy.deepcopy(model)
     if model.config.model_type not in MIXTURES:  # fused experts have no product in float64
         model.double()
-    uniform = torch.rand(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(-(2**31), 2**31, ids.shape, dtype=torch.int32, generator=generator).numpy().view(np.uint32)
     inputs: dict[str, list[Tensor]] = {}
     added: dict[str, list[Tensor]] = {}
 
@@ -58,10 +67,12 @@ def by_hand(model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Tensor]
     targets = find_targets(model)
     for target in targets:
         model.get_submodule(target.name).register_forward_hook(hook(target.name))
-    for window, numbers in zip(ids, uniform, strict=True):
+    for window, numbers in zip(ids, drawn, strict=True):
         logits = model(window[None], use_cache=False).logits[0].double()
-        below = logits.softmax(-1).cumsum(-1) <= numbers[:, None]
-        cross_entropy(logits, below.sum(-1), reduction="sum").backward()
+        words = hashed(np.arange(logits.shape[-1], dtype=np.uint32) * np.uint32(2654435769))
+        waiting = -np.log1p(-((hashed(numbers[:, None] ^ words) & np.uint32(2**31 - 1)) + 0.5) / 2.0**31)
+        labels = (logits.detach().softmax(-1) / torch.from_numpy(waiting)).argmax(-1)
+        cross_entropy(logits, labels, reduction="sum").backward()
     found = {}
     for target in targets:
         x = torch.cat(inputs[target.name]).double()
@@ -78,7 +89,7 @@ def by_hand(model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Tensor]
 
 
 def gathered(model: PreTrainedModel, directory: Path, ids: Tensor = IDS, **how: Any) -> Statistics:
-    return calibrate(model, ids, directory / "c.safetensors", **how)
+    return calibrate(model, ids, directory / "c.safetensors", **{"dtype": "float32"} | how)
 
 
 def statistics(found: Statistics) -> dict[str, Tensor]:
@@ -425,7 +436,7 @@ def test_files_that_are_no_calibration_are_refused(tmp_path: Path) -> None:
 
 def test_without_an_output_the_file_lives_as_long_as_the_statistics(tmp_path: Path) -> None:
     expected = gathered(build("llama"), tmp_path)
-    found = calibrate(build("llama"), IDS)
+    found = calibrate(build("llama"), IDS, dtype="float32")
     path = found.store.path  # type: ignore[attr-defined]
     found.save(tmp_path / "saved.safetensors")
     assert (tmp_path / "saved.safetensors").is_file()

@@ -231,7 +231,9 @@ class CalibrationConfig:
     )
     seed: int = option(0, "Random seed.", panel="Calibration")
     batch_size: int = option(4, "Windows in work at once.", panel="Calibration")
-    dtype: DtypeName = option("float32", "Data type of the computation.", panel="Calibration")
+    dtype: DtypeName = option(
+        AUTO, "Data type of products; auto: bfloat16 where the device multiplies it.", panel="Calibration"
+    )
     measure_losses: float = option(
         0.25, "Share of the windows on which the loss of every cut is measured; 0: none.", panel="Calibration"
     )

@@ -32,12 +32,15 @@ class _BlockCalledError(Exception):
 class BlockRunner:
     """Runs single blocks of a decoder. The backbone, all but the blocks, stays on the device.
 
-    outputs: how many values a block returns as a tuple, None for the hidden states alone; learnt from the first block.
+    products: dtype of the products in the blocks, where it is not that of everything else. outputs: how many values a
+    block returns as a tuple, None for the hidden states alone; learnt from the first block.
     """
 
-    def __init__(self, model: "PreTrainedModel", device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", device: torch.device, dtype: torch.dtype, products: torch.dtype | None = None
+    ) -> None:
         self.name, self._blocks = decoder_blocks(model)
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.products = device, dtype, products
         self.outputs: int | None = None
         self._backbone: Any = frozen_copy(model, device, dtype, omitted=self._blocks)
         self._stop: int | None = None
@@ -59,7 +62,8 @@ class BlockRunner:
     def run(self, index: int, block: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:
         """The hidden states that leave the block, of those that enter it for these tokens."""
         args, kwargs = self._arguments(index, ids)
-        result = block(hidden, *args[1:], **kwargs) if args else block(**(kwargs | {"hidden_states": hidden}))
+        with torch.autocast(self.device.type, self.products, enabled=self.products is not None):
+            result = block(hidden, *args[1:], **kwargs) if args else block(**(kwargs | {"hidden_states": hidden}))
         if index == 0:
             self.outputs = None if isinstance(result, Tensor) else len(result)
         return result if isinstance(result, Tensor) else result[0]
@@ -95,7 +99,9 @@ class BlockRunner:
         return hidden if self.outputs is None else (hidden, *[None] * (self.outputs - 1))
 
 
-def block_runner(model: "PreTrainedModel", ids: Tensor, device: torch.device, dtype: torch.dtype) -> BlockRunner | None:
+def block_runner(
+    model: "PreTrainedModel", ids: Tensor, device: torch.device, dtype: torch.dtype, products: torch.dtype | None
+) -> BlockRunner | None:
     """A runner of the model's blocks; None unless they agree with the model on a few tokens (1, length)."""
     trial, ids = BlockRunner(model, device, model.dtype), ids.to(device)
     frozen: Any = frozen_copy(model, device, model.dtype)
@@ -114,7 +120,7 @@ def block_runner(model: "PreTrainedModel", ids: Tensor, device: torch.device, dt
         raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
     if float((logits - expected).abs().max()) > TOLERANCE * float(expected.abs().max()):
         return None
-    runner = BlockRunner(model, device, dtype)
+    runner = BlockRunner(model, device, dtype, products)
     runner.outputs = trial.outputs
     return runner
 

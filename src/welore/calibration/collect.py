@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from welore.calibration.hooks import Losses
-from welore.calibration.layerwise import TEACHER, Finish, collect_statistics
+from welore.calibration.layerwise import TEACHER, Finish, collect_statistics, fast_dtype
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import GENERATED, Statistics, WorkspaceStore
 from welore.config import KFAC, MAX_LENGTH, SELF, CalibrationConfig, Dataset, RunOptions, as_record
@@ -134,7 +134,7 @@ class Text:
 
 def draw_text(config: CalibrationConfig, net: Any, tokenizer: Any, context: RunContext) -> Text:
     """The text of statistics; net: the model, which may be on the meta device. WeLoreError if it cannot read it."""
-    config = _complete(config, net)
+    config = _complete(config, net, context.device)
     length, texts = config.max_length or MAX_LENGTH, TextOptions.of(config, context)
     counts, sources = draw(config.dataset, config.num_tokens, tokenizer, length, seed=config.seed, options=texts)
     require_known_tokens(net, *[source.windows for source in sources])
@@ -202,9 +202,9 @@ def _load(model: Any, dataset: Dataset, context: RunContext) -> tuple[Any, Any]:
     return loaded.model, loaded.tokenizer
 
 
-def _complete(config: CalibrationConfig, net: Any) -> CalibrationConfig:
+def _complete(config: CalibrationConfig, net: Any, device: torch.device) -> CalibrationConfig:
     """The settings with the length of a window and the dtype of the computation."""
-    dtype: Any = str(net.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
+    dtype = fast_dtype(config.dtype, device)
     if isinstance(config.dataset, Tensor):
         ids = given_windows(config.dataset)
         return replace(config, max_length=ids.shape[1], num_tokens=ids.numel(), dtype=dtype)

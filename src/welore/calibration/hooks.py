@@ -1,7 +1,7 @@
 """Second moments of the inputs and of the output gradients of linear layers, summed by hooks while a model runs.
 
-torch only. Products of one batch are made in float32 (whatever the model computes in); sums over batches are kept in
-float64, so 8 bytes for every number of the statistics while they are gathered.
+torch only. Products and their sums are float32, whatever the model computes in: 4 bytes for every number of the
+statistics while they are gathered.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +17,7 @@ from welore.linalg.svd import Factors
 from welore.models.targets import Target
 
 PIECES = 4  # of a product x^T x, of which only the upper triangle of pieces is made
+MIXED = hasattr(torch.ops.aten.mm, "dtype")  # torch 2.8: products of bfloat16 on CUDA give float32
 SMALL = 256  # columns up to which it is made in one piece
 
 
@@ -34,7 +35,7 @@ class Moments:
         self.owner: dict[str, str] = {}
         self._sums: dict[tuple[str, str], Tensor] = {}  # of a layer and a kind
         self._batch: dict[str, list[Tensor]] = {}
-        self._half: set[str] = set()  # layers that compute in float16
+        self._dtypes: dict[str, torch.dtype] = {}  # in which the layers compute
         for name, module in modules.items():
             module.register_forward_hook(partial(self._enters, name), with_kwargs=True)
 
@@ -44,8 +45,7 @@ class Moments:
             return
         self._batch.setdefault(name, []).append(x)
         total = self._sum(name, "outputs", y)
-        if y.dtype == torch.float16:
-            self._half.add(name)
+        self._dtypes[name] = y.dtype
         if y.requires_grad:
             y.register_hook(lambda g: _add_gram(total, g.reshape(-1, g.shape[-1])))
 
@@ -62,18 +62,19 @@ class Moments:
             if name not in self.owner:
                 self.owner[name] = new.setdefault(tensors[name], name)
             for x in inputs:
-                rows = x.reshape(-1, x.shape[-1])
+                rows = x.reshape(-1, x.shape[-1]).float()
                 self.counts[name] += len(rows)
                 if self.owner[name] == name:
-                    _add_gram(self._sum(name, "inputs", rows), rows)
-                    self._sum(name, "magnitudes", rows).add_(rows.float().abs().sum(0))
+                    exact = MIXED and x.is_cuda and self._dtypes[name] == torch.bfloat16
+                    _add_gram(self._sum(name, "inputs", rows), rows.bfloat16() if exact else rows)
+                    self._sum(name, "magnitudes", rows).add_(rows.abs().sum(0))
         self._batch.clear()
 
     def _sum(self, name: str, kind: str, x: Tensor) -> Tensor:
         if (name, kind) not in self._sums:
             n = x.shape[-1]
             shape = (n,) if kind == "magnitudes" else (n, n)
-            self._sums[name, kind] = torch.zeros(shape, dtype=finest_dtype(x.device), device=x.device)
+            self._sums[name, kind] = torch.zeros(shape, device=x.device)
         return self._sums[name, kind]
 
     def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -85,7 +86,7 @@ class Moments:
         for kind, word in words.items() if name in self.owner else ():
             if kind == "outputs" or self.owner[name] == name:
                 mean = _mean(self._sums.pop((name, kind)), tokens, f"the {word} of {name}")
-                if kind == "outputs" and name in self._half:
+                if kind == "outputs" and self._dtypes[name] == torch.float16:
                     self._require_no_underflow(name, mean, tokens)
                 yield kind, {kind: mean}
         owner = torch.tensor(list(self.owner.get(name, "").encode()), dtype=torch.uint8)
@@ -160,19 +161,29 @@ def _identity(x: Tensor) -> tuple[Any, ...]:
 
 
 def _add_gram(total: Tensor, x: Tensor) -> None:
-    """Add x^T x to the upper triangle of `total` (n, n); x: (tokens, n). Below the diagonal it is undefined."""
-    x = x.float()
+    """Add x^T x to the upper triangle of `total` (n, n), float32; x: (tokens, n). Below it `total` stays as it is.
+
+    On a CPU the product of bfloat16 numbers is bfloat16: every batch is rounded once, to 2^-9 of each entry.
+    """
     n = x.shape[1]
     step = n if n <= SMALL else -(-n // PIECES)
+    half = x.dtype == torch.bfloat16
+    how: dict[str, Any] = {"out_dtype": torch.float32} if half and x.is_cuda and MIXED else {}
+    x = x if half else x.float()
     for start in range(0, n, step):
-        total[start : start + step, start:] += x[:, start : start + step].T @ x[:, start:]
+        rows, left = total[start : start + step, start:], x[:, start : start + step].T
+        if half:
+            rows += torch.mm(left, x[:, start:], **how)
+        else:
+            rows.addmm_(left, x[:, start:])
 
 
 def _mean(total: Tensor, tokens: int, name: str) -> Tensor:
-    mean = (total / tokens).float()
-    if not bool(torch.isfinite(mean).all()):
-        raise WeLoreError(f"{name} hold NaN or Inf: try --dtype float32, or look for damaged weights")
+    """The mean of a sum, which it takes the memory of."""
+    mean = total.div_(tokens).float()
     if mean.ndim == 2:
         mean.triu_()
         mean += mean.triu(1).T
+    if not bool(torch.isfinite(mean.sum())):
+        raise WeLoreError(f"{name} hold NaN or Inf: try --dtype float32, or look for damaged weights")
     return mean.cpu()

@@ -1,9 +1,9 @@
 """Statistics of every targeted matrix of a decoder, with one block of it in memory at a time.
 
 Three steps, each stored in a workspace so that a killed run goes on: forward, block after block, the hidden states at
-every boundary go to disk; at the top the loss, with labels sampled from the model, gives the gradient there;
-backward, block after block, each is run again with hooks on its targeted matrices. A decoder whose blocks cannot be
-run one by one (see block_runner) runs as a whole model.
+every boundary go to disk, batch by batch; at the top the loss, with labels sampled from the model, gives the gradient
+there; backward, block after block, each is run again with hooks on its targeted matrices. A decoder whose blocks cannot
+be run one by one (see block_runner) runs as a whole model.
 """
 
 import math
@@ -19,12 +19,13 @@ from torch.nn.functional import cross_entropy
 
 from welore.calibration.block_runner import BlockRunner, block_runner
 from welore.calibration.hooks import Collector, Moments
-from welore.config import CalibrationConfig
+from welore.config import AUTO, CalibrationConfig, DtypeName
 from welore.errors import WeLoreError
-from welore.io.context import RunContext, finest_dtype
-from welore.io.progress import Progress, counted
+from welore.io.context import RunContext
+from welore.io.progress import counted
 from welore.io.resume import Workspace
 from welore.models.copies import frozen_copy
+from welore.models.load import multiplies
 from welore.models.skeleton import decoder_blocks
 from welore.models.targets import Target
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TEACHER = "teacher"  # the group of the model's largest log-probabilities
+LARGEST, GOLDEN = 0x7FFFFFFF, -0x61C88647  # of int32; 2^32 by the golden ratio
 TRIAL = 16  # tokens on which single blocks are compared with the model
 
 MakeCollector = Callable[[Mapping[str, nn.Module]], Collector]
@@ -40,19 +42,19 @@ Finish = Callable[[Sequence[str], Collector, int], None]  # names of targets, th
 
 @dataclass(frozen=True)
 class LabelledText:
-    """ids (windows, length) and the uniform numbers that choose their labels, on the device; batches of windows."""
+    """ids (windows, length) and the random numbers that choose their labels, on the device; batches of windows."""
 
     ids: Tensor
-    uniform: Tensor
+    numbers: Tensor
     batches: list[slice]
 
     @classmethod
     def create(cls, ids: Tensor, seed: int, batch_size: int, device: torch.device) -> "LabelledText":
         """The text with the random numbers of a seed, which depend on neither device nor batch size."""
-        uniform = torch.rand(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        uniform = uniform.to(finest_dtype(device))
+        generator = torch.Generator().manual_seed(seed)
+        numbers = torch.randint(-LARGEST - 1, LARGEST + 1, ids.shape, dtype=torch.int32, generator=generator)
         batches = [slice(start, start + batch_size) for start in range(0, len(ids), batch_size)]
-        return cls(ids.to(device), uniform.to(device), batches)
+        return cls(ids.to(device), numbers.to(device), batches)
 
 
 def collect_statistics(
@@ -78,22 +80,46 @@ def collect_statistics(
     if its blocks cannot be run one by one or a target lies outside them. Returns the numbers for the record.
     """
     assert context.workspace is not None
-    dtype = getattr(torch, config.dtype)
+    dtype, products = precision(config.dtype, context.device)
     finish = finish or partial(_store, context.workspace)
     text = LabelledText.create(ids, config.seed, config.batch_size, context.device)
     teacher = Teacher(top_k) if top_k else None
     inside = decoder_blocks(model)[0] + "."
     if not config.whole_model and all(target.name.startswith(inside) for target in targets):
-        runner = block_runner(model, text.ids[:1, :TRIAL], context.device, dtype)
+        runner = block_runner(model, text.ids[:1, :TRIAL], context.device, dtype, products)
         if runner is not None:
             layers: list[dict[str, str]] = [{} for _ in range(len(runner))]
             for target in targets:
                 index, _, layer = target.name.removeprefix(inside).partition(".")
                 layers[int(index)][target.name] = layer
-            blocks = _BlockwisePass(runner, layers, text, teacher, context.workspace, collector, finish)
-            return blocks.run(context.progress)
-    model = frozen_copy(model, context.device, dtype)
+            return _BlockwisePass(runner, layers, text, teacher, context, collector, finish).run()
+    model = mixed(frozen_copy(model, context.device, dtype), context.device, products)
     return _whole_pass(model, targets, text, teacher, context, collector, finish)
+
+
+def fast_dtype(name: DtypeName, device: torch.device) -> DtypeName:
+    """The name of a dtype; of "auto" bfloat16 where the device multiplies it, else float32."""
+    if name != AUTO:
+        return name
+    return "bfloat16" if multiplies(torch.bfloat16, device) else "float32"
+
+
+def precision(name: DtypeName, device: torch.device) -> tuple[torch.dtype, torch.dtype | None]:
+    """The dtype of the computation, and that of the products in its blocks where it is another one.
+
+    With bfloat16 only the products are that: hidden states, logits and sums are float32.
+    """
+    name = fast_dtype(name, device)
+    return (torch.float32, torch.bfloat16) if name == "bfloat16" else (getattr(torch, name), None)
+
+
+def mixed(model: Any, device: torch.device, products: torch.dtype | None) -> Any:
+    """The model, which computes its products, but for the logits, in another dtype."""
+    if products is not None:
+        for module, wanted in ((model, True), (model.get_output_embeddings(), False)):
+            module.forward = torch.autocast(device.type, products, enabled=wanted)(module.forward)
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].float(),))
+    return model
 
 
 class Teacher:
@@ -125,112 +151,166 @@ class Teacher:
 
 
 @torch.no_grad()
-def sampled_gradient(logits: Tensor, uniform: Tensor) -> tuple[Tensor, float]:
+def sampled_gradient(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient (tokens, vocabulary) of the summed cross-entropy at the logits, and that sum; labels from the model.
 
-    uniform: (tokens,) in [0, 1): the label is where the cumulated probabilities pass it, on any device.
+    numbers: (tokens,) int32, random. With the number of an entry of the vocabulary each gives an exponential variate
+    E; the label is where p / E is largest (Gumbel-max), which happens with probability p. A small change of the
+    probabilities changes few labels: about as many as the sum of all changes of p.
     """
     scores = logits.float()
     gradient = scores.softmax(-1)
-    cumulated = gradient.cumsum(-1, dtype=uniform.dtype)
-    labels = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
-    labels = labels.clamp_(max=logits.shape[-1] - 1).squeeze(1)
-    loss = float(cross_entropy(scores, labels, reduction="sum"))
-    if not math.isfinite(loss):
-        raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
+    size = logits.shape[-1]
+    words = _mixed(torch.arange(size, dtype=torch.int32, device=logits.device) * GOLDEN)
+    uniform = (_mixed(numbers[:, None] ^ words) & LARGEST).float().add_(0.5).mul_(1 / (LARGEST + 1))
+    labels = (gradient / uniform.neg_().log1p_().neg_()).argmax(-1)
+    loss = cross_entropy(scores, labels, reduction="sum")
     gradient[torch.arange(len(labels), device=labels.device), labels] -= 1
     return gradient.to(logits.dtype), loss
 
 
+def _mixed(x: Tensor) -> Tensor:
+    """Integers (int32) whose every bit depends on all bits of those given; a bijection (lowbias32, C. Wellons)."""
+    x = x ^ ((x >> 16) & 0xFFFF)
+    x.mul_(0x7FEB352D)
+    x ^= (x >> 15) & 0x1FFFF
+    x.mul_(0x846CA68B - (1 << 32))
+    x ^= (x >> 16) & 0xFFFF
+    return x
+
+
+def _require_finite(loss: Tensor) -> None:
+    if not math.isfinite(loss):
+        raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
+
+
 @dataclass(frozen=True)
 class _BlockwisePass:
-    """One block at a time. Everything that was computed is in the workspace, or is computed when it is wanted."""
+    """One block, and one batch of hidden states, at a time.
+
+    Everything that was computed is in the workspace, or is computed when it is wanted. "loss" and "block-INDEX" say
+    that the head and a block are done.
+    """
 
     runner: BlockRunner
     targets: list[dict[str, str]]  # of every block: name of a target -> its name in the block
     text: LabelledText
     teacher: Teacher | None
-    workspace: Workspace
+    context: RunContext
     collector: MakeCollector
     finish: Finish
 
-    def run(self, progress: Progress) -> dict[str, Any]:
+    @property
+    def workspace(self) -> Workspace:
+        """Where everything is stored."""
+        assert self.context.workspace is not None
+        return self.context.workspace
+
+    def run(self) -> dict[str, Any]:
         """All statistics, from wherever an earlier run has left off."""
-        count = len(self.runner)
-        begun = next((i for i in range(count + 1) if self.workspace.holds(f"gradient-{i}")), count + 1)
-        started = time.perf_counter()
-        if begun > count:
+        count, progress, started = len(self.runner), self.context.progress, time.perf_counter()
+        if not self.workspace.holds("loss"):
             for index in counted(progress, range(count + 1), "blocks, forward"):
-                self.boundary(index)
+                self.forward(index)
+            self.head()
         forward = time.perf_counter()
-        for index in counted(progress, range(begun - 1, -1, -1), "blocks, backward"):
-            self.gradient(index)
+        for index in counted(progress, range(count - 1, -1, -1), "blocks, backward"):
+            if not self.workspace.holds(f"block-{index}"):
+                self.backward(index)
         seconds = forward - started, time.perf_counter() - forward
         loss = self.workspace.fetch("loss")
         return _numbers("blocks", float(loss["mean"]) if loss else float("nan"), *seconds)
 
-    @torch.no_grad()
-    def boundary(self, index: int) -> Tensor:
-        """Hidden states (windows, length, width) that enter block `index`, or leave the last one."""
-        stored = self.workspace.fetch(f"boundary-{index}")
-        if stored is not None:
-            return stored["hidden"]
-        runner, ids, batches = self.runner, self.text.ids, self.text.batches
-        if index == 0:
-            pieces = [runner.embed(ids[batch]).cpu() for batch in batches]
-        else:
-            below, block = self.boundary(index - 1), runner.block(index - 1)
-            pieces = [
-                runner.run(index - 1, block, ids[batch], below[batch].to(runner.device)).cpu() for batch in batches
-            ]
-        hidden = torch.cat(pieces)
-        self.workspace.store(f"boundary-{index}", {"hidden": hidden})
-        return hidden
+    def forward(self, index: int) -> None:
+        """Hidden states that enter block `index`, or leave the last one."""
+        block = self.runner.block(index - 1) if index else None
+        for batch in self.text.batches:
+            self.boundary(index, batch, block)
 
-    def gradient(self, index: int) -> Tensor:
-        """Gradient of the summed loss at that boundary; the statistics of the block above it are stored on the way."""
-        stored = self.workspace.fetch(f"gradient-{index}")
-        if stored is not None:
-            return stored["gradient"]
-        gradient = self._head_gradient() if index == len(self.runner) else self._block_gradient(index)
-        self.workspace.store(f"gradient-{index}", {"gradient": gradient})
-        for name in (f"gradient-{index + 1}", f"boundary-{index + 1}"):
-            self.workspace.drop(name)
-        return gradient
-
-    def _head_gradient(self) -> Tensor:
-        runner = self.runner
-        hidden, gradients, total = self.boundary(len(runner)), [], 0.0
-        for ids, uniform, window in zip(self.text.ids, self.text.uniform, hidden, strict=True):
-            leaf = window[None].to(runner.device).requires_grad_()
-            for piece in runner.pieces(len(ids)):
-                logits = runner.logits(ids[None], leaf, piece)
-                if self.teacher is not None:
-                    self.teacher.read(logits[0], ids.roll(-1)[piece])
-                gradient, loss = sampled_gradient(logits[0], uniform[piece])
-                torch.autograd.backward(logits, gradient[None])
-                total += loss
-            assert leaf.grad is not None
-            gradients.append(leaf.grad.cpu())
+    def head(self) -> None:
+        """The loss and its gradient at the last boundary, and what a student learns from."""
+        count = len(self.runner)
+        total = torch.zeros((), device=self.runner.device)
+        for batch in self.text.batches:
+            total += self.head_gradient(batch, self.teacher)
         if self.teacher is not None:
             self.workspace.store(TEACHER, self.teacher.tensors(len(self.text.ids)))
-        self.workspace.store("loss", {"mean": torch.tensor(total / self.text.ids.numel(), dtype=torch.float64)})
-        return torch.cat(gradients)
+        self.workspace.store("loss", {"mean": total.cpu().double() / self.text.ids.numel()})
+        self.drop(boundary=count)
 
-    def _block_gradient(self, index: int) -> Tensor:
-        above, hidden = self.gradient(index + 1), self.boundary(index)
-        block, device = self.runner.block(index), self.runner.device
+    def backward(self, index: int) -> None:
+        """The statistics of a block, and the gradients below it."""
+        block = self.runner.block(index)
         collector = self.collector({name: block.get_submodule(layer) for name, layer in self.targets[index].items()})
-        gradients = []
         for batch in self.text.batches:
-            leaf = hidden[batch].to(device).requires_grad_()
-            result = self.runner.run(index, block, self.text.ids[batch], leaf)
-            torch.autograd.backward(result, above[batch].to(device))
+            self.block_gradient(index, batch, block)
             collector.end_batch()
-            assert leaf.grad is not None
-            gradients.append(leaf.grad.cpu())
         self.finish(list(self.targets[index]), collector, self.text.ids.numel())
-        return torch.cat(gradients)
+        self.workspace.store(f"block-{index}", {"done": torch.ones(1)})
+        self.drop(boundary=index, gradient=index + 1)
+
+    def drop(self, **names: int) -> None:
+        """Delete hidden states or gradients of all batches."""
+        for kind, index in names.items():
+            for batch in self.text.batches:
+                self.workspace.drop(_name(kind, index, batch))
+
+    @torch.no_grad()
+    def boundary(self, index: int, batch: slice, block: nn.Module | None = None) -> Tensor:
+        """Hidden states (batch, length, width) that enter block `index`; block: the one below, if it is in memory."""
+        name, runner, ids = _name("boundary", index, batch), self.runner, self.text.ids[batch]
+        stored = self.workspace.fetch(name)
+        if stored is not None:
+            return stored["hidden"].to(runner.device)
+        if index == 0:
+            hidden = runner.embed(ids)
+        else:
+            below = self.boundary(index - 1, batch)
+            hidden = runner.run(index - 1, block or runner.block(index - 1), ids, below)
+        self.workspace.store(name, {"hidden": hidden})
+        return hidden
+
+    def gradient(self, index: int, batch: slice) -> Tensor:
+        """Gradient of the summed loss at a boundary."""
+        stored = self.workspace.fetch(_name("gradient", index, batch))
+        if stored is not None:
+            return stored["gradient"].to(self.runner.device)
+        if index == len(self.runner):
+            self.head_gradient(batch)
+        else:
+            self.block_gradient(index, batch, self.runner.block(index))
+        return self.gradient(index, batch)
+
+    def block_gradient(self, index: int, batch: slice, block: nn.Module) -> None:
+        """Run a block forward and backward, and store the gradient at the boundary below."""
+        leaf = self.boundary(index, batch).requires_grad_()
+        result = self.runner.run(index, block, self.text.ids[batch], leaf)
+        torch.autograd.backward(result, self.gradient(index + 1, batch))
+        assert leaf.grad is not None
+        self.workspace.store(_name("gradient", index, batch), {"gradient": leaf.grad})
+
+    def head_gradient(self, batch: slice, teacher: Teacher | None = None) -> Tensor:
+        """The summed loss; its gradient at the last boundary is stored."""
+        runner, loss, gradients = self.runner, torch.zeros((), device=self.runner.device), []
+        windows = self.boundary(len(runner), batch).split(1)
+        for ids, numbers, window in zip(self.text.ids[batch], self.text.numbers[batch], windows, strict=True):
+            leaf = window.requires_grad_()
+            for piece in runner.pieces(len(ids)):
+                logits = runner.logits(ids[None], leaf, piece)
+                if teacher is not None:
+                    teacher.read(logits[0], ids.roll(-1)[piece])
+                gradient, summed = sampled_gradient(logits[0], numbers[piece])
+                torch.autograd.backward(logits, gradient[None])
+                loss += summed
+            assert leaf.grad is not None
+            gradients.append(leaf.grad)
+        _require_finite(loss)
+        self.workspace.store(_name("gradient", len(runner), batch), {"gradient": torch.cat(gradients)})
+        return loss
+
+
+def _name(kind: str, index: int, batch: slice) -> str:
+    return f"{kind}-{index}-{batch.start}"
 
 
 def _whole_pass(
@@ -247,14 +327,15 @@ def _whole_pass(
     names = [target.name for target in targets]
     collector = make({name: model.get_submodule(name) for name in names})
     model.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.requires_grad_())
-    forward = backward = total = 0.0
+    total, forward, backward = torch.zeros((), device=text.ids.device), 0.0, 0.0
     for batch in counted(context.progress, text.batches, "windows"):
         started = time.perf_counter()
         logits = model(text.ids[batch], use_cache=False).logits
         if teacher is not None:
             teacher.read(logits.flatten(0, 1), text.ids[batch].roll(-1, 1).flatten())
-        sampled = [sampled_gradient(*window) for window in zip(logits, text.uniform[batch], strict=True)]
-        total += sum(loss for _, loss in sampled)
+        sampled = [sampled_gradient(*window) for window in zip(logits, text.numbers[batch], strict=True)]
+        total += torch.stack([loss for _, loss in sampled]).sum()
+        _require_finite(total)
         computed = time.perf_counter()
         torch.autograd.backward(logits, torch.stack([gradient for gradient, _ in sampled]))
         collector.end_batch()
@@ -262,7 +343,7 @@ def _whole_pass(
     if teacher is not None:
         context.workspace.store(TEACHER, teacher.tensors(len(text.ids)))
     finish(names, collector, text.ids.numel())
-    return _numbers("whole", total / text.ids.numel(), forward, backward)
+    return _numbers("whole", float(total) / text.ids.numel(), forward, backward)
 
 
 def _numbers(mode: str, loss: float, forward: float, backward: float) -> dict[str, Any]:
