@@ -24,6 +24,7 @@ TaskName = Literal["commonsense_qa", "svamp", "boolq", "coin_flip", "object_trac
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
 BosName = Literal["auto", "window", "text", "never"]
 OpeningName = Literal["vocabulary", "word", "nothing", "chat"]
+WriterName = Literal["transformers", "vllm"]
 DeviceMapName = Literal["auto"]
 TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
 ExportFormat = Literal["dense"]
@@ -242,12 +243,18 @@ class CalibrationConfig:
     top_k: int = option(0, "Sample from the k likeliest tokens; 0: from all.", panel="Self-written text")
     top_p: float = option(1.0, "Sample from the likeliest tokens up to this probability.", panel="Self-written text")
     first: OpeningName = option("vocabulary", "Beginning of a self-written text.", panel="Self-written text")
+    writer: WriterName = option(
+        "transformers",
+        "Engine of self-written text; vllm: for a model that no single device holds.",
+        panel="Self-written text",
+    )
     whole_model: bool = option(False, "Run the model whole instead of block by block.", panel="Calibration")
     include: tuple[str, ...] = option((), "Target only modules that match: q_proj, 'layers.*.mlp'.", panel="Targets")
     exclude: tuple[str, ...] = option((), "Leave modules that match out.", panel="Targets")
 
     def __post_init__(self) -> None:
         require_choice("dtype", self.dtype, DtypeName)
+        require_choice("writer", self.writer, WriterName)
         require_at_least(1, num_tokens=self.num_tokens, batch_size=self.batch_size)
         require_at_least(2, max_length=self.max_length)
         if not 0 <= self.measure_losses <= 1:

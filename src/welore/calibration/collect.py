@@ -22,9 +22,11 @@ from welore.calibration.scaling import metric
 from welore.calibration.statistics import GENERATED, Statistics, WorkspaceStore
 from welore.config import KFAC, MAX_LENGTH, SELF, CalibrationConfig, Dataset, RunOptions, as_record
 from welore.data.mixture import Source, draw, parse_mixture, seed_of
-from welore.data.self_generated import generate_text
+from welore.data.self_generated import Texts, generate_text
 from welore.data.text import TextOptions
+from welore.data.vllm_writer import write_with_vllm
 from welore.data.windows import digest, given_windows, require_known_tokens
+from welore.errors import WeLoreError
 from welore.io.atomic import resolved, work_directory
 from welore.io.claim import claimed
 from welore.io.context import RunContext
@@ -35,7 +37,7 @@ from welore.models.copies import generation_copy
 from welore.models.load import load_model
 from welore.models.mlp import long_matrices
 from welore.models.skeleton import context_length, require_context_length
-from welore.models.source import ModelSource, TensorSource, open_source
+from welore.models.source import CheckpointSource, ModelSource, TensorSource, open_source
 from welore.models.targets import Target, decomposition_key, in_blocks
 from welore.records import Record
 
@@ -220,14 +222,27 @@ def _own_text(job: _Job, tokenizer: Any, count: int) -> Source:
     stored = job.workspace.fetch(GENERATED)
     if stored is None:
         tokens, seed = count * (config.max_length or MAX_LENGTH), seed_of(config.seed, SELF)
-        size, net = replace(config, num_tokens=tokens, seed=seed), generation_copy(job.net, context.device)
-        shared: dict[str, Any] = {"processes": context.processes, "workspace": job.workspace}
-        stored = {GENERATED: generate_text(net, tokenizer, size, progress=context.progress, **shared).int()}
+        stored = {GENERATED: _write(job, tokenizer, replace(config, num_tokens=tokens, seed=seed)).int()}
         if context.processes.is_main:
             job.workspace.store(GENERATED, stored)
     ids = stored[GENERATED].long()
     assert isinstance(config.dataset, str | Mapping)
     return Source(SELF, parse_mixture(config.dataset)[SELF], ids, digest(ids))
+
+
+def _write(job: _Job, tokenizer: Any, size: CalibrationConfig) -> Tensor:
+    """Windows that the model writes, by the engine of the settings."""
+    context, original = job.context, job.weights.original
+    if size.writer != "vllm":
+        shared: dict[str, Any] = {"processes": context.processes, "workspace": job.workspace}
+        net = generation_copy(job.net, context.device)
+        return generate_text(net, tokenizer, size, progress=context.progress, **shared)
+    if context.processes.size > 1:
+        raise WeLoreError("the writer vllm takes all devices from one process: run this command without a launcher")
+    if not isinstance(original, CheckpointSource):
+        raise WeLoreError("the writer vllm reads a checkpoint: save the model in memory and name its directory")
+    texts, trust = Texts.of(job.net, tokenizer, size), context.trust_remote_code
+    return write_with_vllm(original.directory, job.net.config, texts, size, trust_remote_code=trust)
 
 
 @contextmanager

@@ -51,11 +51,9 @@ def generate_text(
     not depend on it. processes: each writes its share, and all get every window. workspace: keeps finished batches.
     """
     require_at_least(1, batch_size=batch_size)
-    length, count = config.max_length or MAX_LENGTH, windows_to_write(config)
     texts = Texts.of(model, tokenizer, config)
-    # One row of numbers per window: a window does not depend on its batch.
-    uniform = torch.rand((count, length), dtype=torch.float64, generator=torch.Generator().manual_seed(config.seed))
-    uniform = uniform.to(finest_dtype(model.device))
+    uniform = uniform_numbers(config).to(finest_dtype(model.device))
+    count, length = uniform.shape
     mine = range(count)[processes.rank :: processes.size]
     size = batch_size or windows_at_once(model.config, model.dtype, model.device, length, len(mine))
     written = _Written(workspace, mine, size)
@@ -80,9 +78,11 @@ def generate_text(
     return windows
 
 
-def windows_to_write(config: CalibrationConfig) -> int:
-    """The number of windows that hold config.num_tokens tokens."""
-    return -(-config.num_tokens // (config.max_length or MAX_LENGTH))
+def uniform_numbers(config: CalibrationConfig) -> Tensor:
+    """Numbers (windows, length) in [0, 1) that choose the tokens, float64; no window depends on its batch."""
+    length = config.max_length or MAX_LENGTH
+    shape = -(-config.num_tokens // length), length
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(config.seed))
 
 
 def window_bytes(config: Any, length: int, itemsize: int) -> int:
