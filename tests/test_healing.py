@@ -1,3 +1,7 @@
+import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +14,19 @@ from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES, MIXTURES, Command, build, compress, logits
 from toys import calibrate
+from welore.allocation.plan import Plan
 from welore.calibration.statistics import Statistics
 from welore.compression import recovery as healing
-from welore.config import RecoveryConfig
+from welore.config import FinetuneConfig, RecoveryConfig
 from welore.data.text import TextOptions
-from welore.data.windows import write_windows
+from welore.data.windows import TopK, write_windows
 from welore.errors import WeLoreError
-from welore.io.parallel import Processes
+from welore.io.context import RunContext
 from welore.models.load import fastest, read_tokenizer
 from welore.models.skeleton import config_of
+from welore.models.source import CheckpointSource
 from welore.records import Record
+from welore.training.teacher import recorded_predictions
 from welore.training.trainer import FinetuneTrainer
 
 IDS = torch.randint(0, 96, (4, 16), generator=torch.Generator().manual_seed(3))
@@ -70,6 +77,100 @@ def test_params_alone_heals_the_factors_and_nothing_else(
     assert not list(tmp_path.glob("*.work"))
 
 
+def test_updates_of_low_rank_are_merged_into_the_factors_alone(source: Path, own: Statistics, tmp_path: Path) -> None:
+    recovery = RecoveryConfig(trainable="updates", relative_learning_rate=1 / 20)  # nine steps only
+    record = compress(source, tmp_path / "healed", keep=0.25, statistics=own, seed=1, recovery=recovery)
+    compress(source, tmp_path / "cut", keep=0.25, statistics=own, recovery=None)
+    assert record.settings["recovery"]["trained"] == "updates"
+    after, before = weights(tmp_path / "healed"), weights(tmp_path / "cut")
+    factors = {name for name in after if name.split(".")[-2] in "ABPC"}
+    assert {name for name in after if not torch.equal(after[name], before[name])} == factors
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+    assert record.numbers["healing_parameters"] == 8 * sum(sum(after[name].shape) for name in factors)
+    ranks = [int(torch.linalg.matrix_rank((after[name] - before[name]).double(), rtol=1e-4)) for name in factors]
+    assert max(ranks) <= 8
+    assert distance(tmp_path / "healed") < distance(tmp_path / "cut")
+
+
+def test_what_is_trained_fits_into_the_memory_that_is_free(
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(source, tmp_path / "cut", keep=0.5, statistics=own, recovery=None)
+    plan = Plan.load(tmp_path / "cut" / "plan.json")
+    weights, context = CheckpointSource(source), RunContext.create(device="cpu")
+    training = FinetuneConfig(distill="t", batch_size=2, max_length=16, dtype="bfloat16")
+
+    def choice(free: float | None, trainable: Any = "auto") -> tuple[str, bool]:
+        monkeypatch.setattr(healing, "free_memory", lambda _: free)
+        config = RecoveryConfig(trainable=trainable)
+        name, chosen = healing.choose_trainable(weights, plan, config, training, context)
+        return name, chosen.gradient_checkpointing
+
+    ways = [("factors", False), ("updates", False), ("updates", True)]
+    settings = [replace(training, method="lrc"), replace(training, method="updates", rank=8)]
+    settings.append(replace(settings[1], gradient_checkpointing=True))
+    needed = [healing.memory_needed(weights, plan, each) for each in settings]
+    assert needed == sorted(needed, reverse=True)
+    assert [choice(size) for size in needed] == ways
+    assert choice(None) == choice(1e12) == ways[0]
+    assert choice(1e12, "updates") == ways[1]
+    with pytest.raises(WeLoreError, match=r"recovery needs .* GB on cpu"):
+        choice(needed[-1] - 1)
+
+
+def test_a_cut_is_written_where_no_training_fits(
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(healing, "free_memory", lambda _: 1000)
+    record = compress(source, tmp_path / "out", keep=0.5, statistics=own)
+    assert "take another device, or --recovery none" in record.settings["recovery"]["failed"]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_predictions_are_those_of_the_dense_model(
+    source: Path, own: Statistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows, stored = own.generated_text(), own.teacher()
+    assert windows is not None
+    assert stored is not None
+    monkeypatch.setattr("welore.training.teacher.fastest", lambda _: {"dtype": "float32", "attention": None})
+    predictions = recorded_predictions(source, windows, RunContext.create(device="cpu", progress=False))
+    model = AutoModelForCausalLM.from_pretrained(source)
+    with torch.no_grad():
+        output = model(windows, labels=windows)
+    expected = output.logits.log_softmax(-1).gather(-1, predictions.ids.long())
+    torch.testing.assert_close(predictions.logprobs, expected.half(), rtol=2e-3, atol=2e-3)
+    for each in (predictions, TopK(*stored)):  # the next token is always among those listed
+        assert each.loss(windows) == pytest.approx(float(output.loss), rel=1e-2)
+
+
+@pytest.mark.parametrize("trainable", ["factors", "updates"])
+def test_two_processes_train_as_one(
+    source: Path, own: Statistics, tmp_path: Path, trainable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "x86_64"}, raising=False)  # float32
+    settings = ["--keep", "0.5", "--statistics", str(tmp_path / "c.safetensors"), "--recovery-trainable", trainable]
+    recovery: Any = RecoveryConfig(trainable=trainable)  # type: ignore[arg-type]
+    one = compress(source, tmp_path / "one", keep=0.5, statistics=own, recovery=recovery, device="cpu")
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import torch, welore.cli.main\n"
+        "torch.cpu.get_capabilities = lambda: {'architecture': 'x86_64'}\n"
+        "welore.cli.main.main()\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    command = [*launch, "compress", str(source), str(tmp_path / "two"), "--device", "cpu", *settings]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    two = Record.load(tmp_path / "two" / "compression.json")
+    assert two.numbers["healing_tokens"] == one.numbers["healing_tokens"]
+    for name, loss in one.numbers["held_out_loss"].items():
+        assert two.numbers["held_out_loss"][name] == pytest.approx(loss, rel=1e-5)
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, *MIXTURES])
 @pytest.mark.slow
 def test_every_family_heals(saved: Callable[..., Path], tokenizer: Any, tmp_path: Path, family: str) -> None:
@@ -92,6 +193,19 @@ def test_what_healing_harms_is_kept_as_it_was_cut(
     assert record.numbers["held_out_loss"]["healed"] > record.numbers["held_out_loss"]["cut"]
     for name, tensor in weights(tmp_path / "cut").items():
         assert torch.equal(weights(tmp_path / "healed")[name], tensor)
+
+
+def test_a_lighter_cut_takes_fewer_steps_on_its_own_text(source: Path, own: Statistics, tmp_path: Path) -> None:
+    compress(source, tmp_path / "cut", keep=0.75, statistics=own, recovery=None)
+    plan, windows = Plan.load(tmp_path / "cut" / "plan.json"), own.generated_text()
+    context = RunContext.create(device="cpu")
+
+    def steps(**settings: Any) -> int:
+        return healing._training(windows, plan, RecoveryConfig(**settings), 0, context).max_steps
+
+    assert steps(steps_per_share=20) == math.ceil(20 * (1 - plan.parameter_ratio)) < 9
+    assert steps(steps_per_share=20, max_steps=4) == 4
+    assert steps() == steps(steps_per_share=20, dataset="my.txt") == 9  # all that there is
 
 
 @pytest.mark.slow
@@ -253,8 +367,6 @@ def test_what_cannot_heal_is_refused_before_anything_is_written(source: Path, ow
         larger.add_tokens(["w96"])
         text = RecoveryConfig(dataset=["w96 " * 9999], num_tokens=500)
         compress(source, tmp_path / "out", keep=0.6, statistics=own, recovery=text, tokenizer=larger)
-    with pytest.raises(WeLoreError, match="--recovery none"):
-        compress(source, tmp_path / "out", keep=0.6, statistics=own, processes=Processes(0, 2))
     assert not (tmp_path / "out").exists()
 
 

@@ -290,6 +290,12 @@ class RecoveryConfig:
     )
     rank: int = option(8, "Rank of the updates.", panel="Recovery", flag="recovery-rank")
     max_steps: int = option(64, "Steps at most on self-written text.", panel="Recovery", flag="recovery-max-steps")
+    steps_per_share: float = option(
+        160.0,
+        "Steps at most on self-written text, over the share of parameters removed.",
+        panel="Recovery",
+        flag=None,
+    )
     batch_size: int = option(2, "Windows of a step.", panel="Recovery", flag="recovery-batch-size")
     learning_rate: float | None = option(
         None, "Peak learning rate.", panel="Recovery", flag="recovery-learning-rate", shown="from the factors' size"
@@ -299,9 +305,6 @@ class RecoveryConfig:
         "Automatic learning rate over the root mean square of the factors, times the share of parameters removed.",
         panel="Recovery",
         flag=None,
-    )
-    relative_update_rate: float = option(
-        1 / 300, "The same for low-rank updates, where their first factor has unit rows.", panel="Recovery", flag=None
     )
     fallbacks: tuple[float, ...] = option(
         (1.0, 0.25, 0.0625), "Shares of the learning rate to try until one does no harm.", panel="Recovery", flag=None
@@ -325,7 +328,7 @@ class RecoveryConfig:
         require_at_least(1, **{name: getattr(self, name) for name in counts})
         require_at_least(0, warmup_steps=self.warmup_steps)
         require_number("above 0", learning_rate=self.learning_rate, relative_learning_rate=self.relative_learning_rate)
-        require_number("above 0", relative_update_rate=self.relative_update_rate)
+        require_number("above 0", steps_per_share=self.steps_per_share)
         require_number("above 0", **{f"fallbacks[{at}]": share for at, share in enumerate(self.fallbacks)})
         require_number("at least 0", tolerance=self.tolerance, largest_share=self.largest_share)
         if not self.fallbacks or not 0 < self.teacher_weight <= 1:

@@ -218,7 +218,7 @@ def make_job(
     if job.collects and calibration.dataset == SELF:
         windows = -(-calibration.num_tokens // (calibration.max_length or MAX_LENGTH))
     preset = PRESETS.get(config.preset or "")
-    training = resolve_recovery(recovery, windows, context, preset=preset is not None and preset.recovery)
+    training = resolve_recovery(recovery, windows, preset=preset is not None and preset.recovery)
     if training is not None:
         training = replace(training, num_tokens=training.num_tokens or calibration.num_tokens)
     return replace(job, recovery=training)
@@ -390,6 +390,8 @@ def _recovery(job: Job, source: TensorSource, plan: Plan, statistics: Statistics
         options: dict[str, Any] = {"seed": job.calibration.seed, "teacher": _dense_directory(job), "predictions": known}
         return recover(source, plan, windows, job.recovery, job.context, **options)
     except Exception as error:  # whatever it is, the cut is finished and is written; the record tells the reason
+        if job.context.processes.size > 1 and not isinstance(error, WeLoreError):
+            raise  # the other processes wait for this one
         return failed_recovery(job.recovery, error)
 
 

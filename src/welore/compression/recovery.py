@@ -46,9 +46,7 @@ class Recovery:
     numbers: dict[str, Any] = field(default_factory=dict)
 
 
-def resolve_recovery(
-    recovery: RecoveryConfig | str | None, own_windows: int, context: RunContext, *, preset: bool
-) -> RecoveryConfig | None:
+def resolve_recovery(recovery: RecoveryConfig | str | None, own_windows: int, *, preset: bool) -> RecoveryConfig | None:
     """The config of the training, or None for no training.
 
     "auto": on the model's own text, if the preset has a recovery and there is such a text. own_windows: windows that
@@ -61,10 +59,6 @@ def resolve_recovery(
     if recovery.dataset == SELF and own_windows < 2:
         raise WeLoreError(
             "recovery on self needs statistics of at least two windows that the model wrote: name another text"
-        )
-    if context.processes.size > 1:
-        raise WeLoreError(
-            "several processes factorise, but do not train: pass --recovery none, and then `welore finetune --distill`"
         )
     return recovery
 
@@ -110,11 +104,11 @@ def choose_trainable(
     source: TensorSource, plan: Plan, config: RecoveryConfig, training: FinetuneConfig, context: RunContext
 ) -> tuple[str, FinetuneConfig]:
     """The name of what is trained, and the settings for it: the first choice that fits into the free memory."""
-    free, needed = free_memory(context.device), 0.0
+    free, needed = context.processes.agreed(free_memory(context.device)), 0.0
     for choice in CHOICES[config.trainable]:
         rank = None if choice.name == FACTORS.name else config.rank
         chosen = replace(training, method=choice.method, gradient_checkpointing=choice.checkpointing, rank=rank)
-        needed = memory_needed(source, plan, chosen)
+        needed = memory_needed(source, plan, chosen) * (context.processes.size if context.device.type == "cpu" else 1)
         if free is None or needed <= free:
             return choice.name, chosen
     raise WeLoreError(
@@ -176,9 +170,11 @@ def recover(
     Raises WeLoreError if the device has too little memory for any training.
     """
     assert context.workspace is not None
-    trainable, training = choose_trainable(source, plan, config, _training(windows, config, seed, context), context)
+    trainable, training = choose_trainable(
+        source, plan, config, _training(windows, plan, config, seed, context), context
+    )
     key = [plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), config.learning_rate, config.fallbacks]
-    key += [config.relative_learning_rate, config.largest_share, dataclasses.asdict(training)]
+    key += [config.relative_learning_rate, config.largest_share, dataclasses.asdict(training), context.processes.size]
     name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
     directory = context.workspace.directory / f"recovery-{name}"
     compressed = directory / "compressed"
@@ -199,7 +195,7 @@ def recover(
     names.append("distill_weight")
     numbers = {
         "healed": is_sound(losses, config.tolerance),
-        "healing_tokens": settings["max_steps"] * settings["batch_size"] * settings["max_length"],  # before a kill, too
+        "healing_tokens": math.prod(settings[name] for name in ("max_steps", "batch_size", "max_length", "processes")),
         "healing_seconds": record.numbers["seconds"],
         "held_out_loss": losses,
     }
@@ -214,12 +210,13 @@ def _text(config: RecoveryConfig) -> str:
     return str(config.dataset) if isinstance(config.dataset, str | Path) else type(config.dataset).__name__
 
 
-def _training(windows: Tensor, config: RecoveryConfig, seed: int, context: RunContext) -> FinetuneConfig:
+def _training(windows: Tensor, plan: Plan, config: RecoveryConfig, seed: int, context: RunContext) -> FinetuneConfig:
     """Settings of the fine-tuning, but for its text, its learning rate and what it trains."""
     own = config.dataset == SELF
     batch_size = -(-config.batch_size // context.processes.size)
     steps = max(1, (len(windows) - max(1, len(windows) // 10)) // (batch_size * context.processes.size))
-    steps = min(config.max_steps, steps) if own else steps
+    if own:  # the less was removed, the sooner the model's own text has given all it can
+        steps = min(config.max_steps, math.ceil(config.steps_per_share * _removed(plan)), steps)
     return FinetuneConfig(
         distill=WRITTEN,
         distill_weight=1.0 if own else config.teacher_weight,
@@ -255,6 +252,7 @@ def _without_harm(
             else:
                 settings = replace(training, learning_rate=learning_rate)
                 resume, device = (run / RUN).is_file(), str(context.device)
+                context.processes.wait()  # until all have looked
                 record = finetune(compressed, run, settings, resume=resume, device=device, progress=context.progress)
         except DivergedError:
             if share == config.fallbacks[-1]:
@@ -283,10 +281,14 @@ def learning_rate(compressed: Path, plan: Plan, training: FinetuneConfig, config
             scale = factor.shape[1] if updates else 1
             squares += scale * float(factor.square().sum(dtype=torch.float64))
             count += factor.numel()
-    removed = max(1 - plan.parameter_ratio, 0.01)
+    removed = _removed(plan)
     longer = min(config.largest_share, removed * math.sqrt((training.max_steps or 1) / config.max_steps))
-    relative = config.relative_update_rate if updates else config.relative_learning_rate
-    return relative * max(removed, longer) * math.sqrt(squares / count)
+    return config.relative_learning_rate * max(removed, longer) * math.sqrt(squares / count)
+
+
+def _removed(plan: Plan) -> float:
+    """The share of the parameters of the targeted matrices that is gone."""
+    return max(1 - plan.parameter_ratio, 0.01)
 
 
 def is_sound(losses: dict[str, float], tolerance: float) -> bool:

@@ -66,6 +66,13 @@ class Processes:
                 raise WeLoreError("another process of this job ended before its work was done") from error
         return everyones
 
+    def agreed(self, value: Result) -> Result:
+        """The value that the main process has."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
 
 ALONE = Processes(0, 1)
 CPU = torch.device("cpu")
