@@ -1,6 +1,7 @@
 """The verb calibrate: text, of people or of the model itself -> statistics of every targeted matrix."""
 
 import dataclasses
+import gc
 import json
 import shutil
 import tempfile
@@ -164,6 +165,8 @@ def collect(
         record = _collect(job, sources, time.perf_counter() - started, finish)
         stored = {"record": torch.tensor(list(json.dumps(dataclasses.asdict(record)).encode()), dtype=torch.uint8)}
         workspace.store(COLLECTED, stored)
+        del job
+        gc.collect()  # the model's parts refer to each other
     store = WorkspaceStore(workspace)
     counts, shared = {}, {}
     for target in weights.targets:

@@ -102,12 +102,12 @@ class WorkspaceStore(MemoryStore):
         self.workspaces = workspaces
 
     def group(self, name: str) -> Mapping[str, Tensor]:
-        """A group of tensors; OSError, and nothing is left, if it is damaged."""
+        """A group of tensors; OSError if it is damaged: the next run starts anew."""
         for workspace in self.workspaces:
             tensors = workspace.fetch(name)
             if tensors is not None:
                 return tensors
-        self.workspaces[0].remove()
+        self.workspaces[0].abandon()
         raise OSError(f"{name} in {self.workspaces[0].directory} was damaged: run the same command again")
 
 

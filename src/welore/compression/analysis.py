@@ -23,7 +23,7 @@ from welore.io.context import RunContext
 from welore.io.progress import Progress
 from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
-from welore.linalg.svd import decompose
+from welore.linalg.svd import decompose, working_bytes
 from welore.models.mlp import long_matrices
 from welore.models.source import TensorSource, open_source
 from welore.models.targets import Target, decomposition_key, in_blocks
@@ -150,8 +150,9 @@ class Analyzer:
     def share(self, targets: Sequence[Target], progress: Progress | None = None) -> dict[str, dict[str, Tensor]]:
         """The values of the matrices that are this process's part; the others compute theirs."""
         context = self.context if progress is None else replace(self.context, progress=progress)
-        mine = context.processes.share(targets)
-        computed = context.map(self.compute, mine, [t.cost for t in mine], "singular values")
+        mine = context.processes.share(targets, [t.cost for t in targets])
+        memory = [working_bytes(t.shape, scaled=self.scaling != NONE) for t in mine]
+        computed = context.map(self.compute, mine, [t.cost for t in mine], "singular values", memory)
         context.processes.wait()
         return {target.name: result for target, result in zip(mine, computed, strict=True)}
 

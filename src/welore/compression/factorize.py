@@ -9,10 +9,11 @@ from torch import Tensor
 from welore.allocation.plan import Allocation, Plan
 from welore.calibration.scaling import Sides, metric
 from welore.calibration.statistics import Statistics
+from welore.config import NONE
 from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.storage_forms import FORMS
-from welore.linalg.svd import Decomposition, factorise
+from welore.linalg.svd import Decomposition, factorise, working_bytes
 from welore.models.source import CheckpointSource, TensorSource
 from welore.models.targets import Target, decomposition_key, in_blocks, result_key
 
@@ -56,8 +57,11 @@ def factor_matrices(
         stored(target)
         return {name: parts[name] for name in ("excess", "repaired")}
 
-    mine = processes.share(plan.lrcs)
-    computed = context.map(compute, mine, [targets[a.name].cost for a in mine], "factors")
+    for name in targets.keys() - {a.name for a in plan.lrcs}:
+        workspace.drop(decomposition_key(name, targets[name].shape))
+    mine = processes.share(plan.lrcs, [targets[a.name].cost for a in plan.lrcs])
+    memory = [working_bytes(a.shape, scaled=plan.scaling != NONE) for a in mine]
+    computed = context.map(compute, mine, [targets[a.name].cost for a in mine], "factors", memory)
     processes.wait()
     if not processes.is_main:
         return {}

@@ -224,7 +224,7 @@ def _problem(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W (d, width) of the down layer, G (d, d) of its outputs and H (width, width) of its inputs.
 
-    G and H in float64; H damped as in the scaling.
+    G in float64; H in float32, damped as in the scaling.
     """
     G, H = statistics.outputs(mlp.down_layer.name), statistics.inputs(mlp.down_layer.name)
     assert G is not None
@@ -232,12 +232,13 @@ def _problem(
     device = context.float64_device
     if not H.any():  # an MLP whose neurons say nothing
         H = torch.eye(len(H)) * NOTHING
-    H = damped(H.to(device, torch.float64), DAMPING_INPUTS)
+    H = damped(H.to(device), DAMPING_INPUTS)
     return source.read(mlp.down_layer).to(device), G.to(device, torch.float64), H
 
 
 def _share(mlps: Sequence[Mlp], compute: Callable[[Mlp], dict[str, Tensor]], context: RunContext, label: str) -> None:
     """Compute what the workspace lacks; the processes share it."""
-    mine = context.processes.share(mlps)
-    context.map(compute, mine, [float(mlp.width) ** 3 for mlp in mine], label)
+    mine = context.processes.share(mlps, [float(mlp.width) ** 3 for mlp in mlps])
+    memory = [20 * mlp.width**2 + 16 * mlp.width * mlp.down_layer.shape[0] for mlp in mine]
+    context.map(compute, mine, [float(mlp.width) ** 3 for mlp in mine], label, memory)
     context.processes.wait()

@@ -80,6 +80,10 @@ class Workspace:
             with atomic_directory(self.directory, overwrite=True, marker=KEY_FILE) as unfinished:
                 write_json(unfinished / KEY_FILE, {"key": self.key})
 
+    def abandon(self) -> None:
+        """Let the next run start anew, for what this one stored is damaged; other threads may still write here."""
+        write_json(self.directory / KEY_FILE, {"key": None})
+
     def retire(self) -> None:
         """Put the work aside under a hidden name: the result is about to take its own name."""
         remove(self._retired)
