@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import pytest
 
 from conftest import allocate
 from welore.allocation.plan import Plan
+from welore.allocation.rule import LAYOUTS, Rule, layout_of
 from welore.allocation.solver import check_reachable
 from welore.allocation.spectra import Spectra
 from welore.allocation.strategies import STRATEGIES
 from welore.config import AllocationConfig
 from welore.errors import WeLoreError
-from welore.layers.storage_forms import storages
+from welore.layers.storage_forms import FACTORED, storages
 from welore.linalg.spectrum import Values
 from welore.records import Identity
 
@@ -33,7 +35,7 @@ def every_plan(
     s: Spectra, strategy: str, storage: str, min_ratio: float | str, allow_growth: bool
 ) -> list[tuple[float, float]]:
     """(ERR, parameter ratio) of every distinct level, straight from the definitions."""
-    scores = STRATEGIES[strategy].scores(s, storage)
+    scores = STRATEGIES[strategy].scores(s, Rule(storage))
     top = max(x[0] for x in scores)
     found = []
     for level in sorted({float(v) for x in scores for v in x} | {0.0}):
@@ -96,6 +98,34 @@ def test_ranks_are_multiples_and_the_target_is_met_as_nearly_as_they_allow(
     assert Plan.load(tmp_path / "plan.json") == plan
     with pytest.raises(WeLoreError, match="rank_multiple is 0"):
         allocate(s, keep=0.5, rank_multiple=0)
+
+
+def test_a_layout_for_speed_factors_fewer_matrices_to_the_same_size() -> None:
+    kinds: dict[str, tuple[int, int]] = {"q": (96, 96), "k": (32, 96), "up": (256, 96)}
+    shapes = {f"{kind}{i}": shape for kind, shape in kinds.items() for i in range(8)}
+    values = {
+        name: (2 + i % 5) * np.exp(-np.arange(min(shape)) / (30 + 9 * (i % 7)))
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    s = Spectra(Identity("m", "f" * 64), values, shapes, scaling="kfac")
+    plans = {goal: allocate(s, keep=0.8, optimize_for=goal) for goal in ("size", "cpu", "gpu")}
+    for goal, plan in plans.items():
+        assert plan.optimize_for == goal
+        assert plan.parameter_ratio == pytest.approx(0.8, abs=2e-3), goal
+    assert plans["size"].rank_multiple == 1
+    assert all(plan.rank_multiple == 4 == math.gcd(4, *plan.ranks.values()) for plan in (plans["cpu"], plans["gpu"]))
+    assert len(plans["gpu"].ranks) <= len(plans["cpu"].ranks) < len(plans["size"].ranks)
+    pivoted = [list(plan.forms.values()).count("pivoted") for plan in plans.values()]
+    assert pivoted[0] > pivoted[1] >= pivoted[2] == 0
+
+
+def test_overheads_are_a_share_of_a_small_matrix_and_the_same_for_all_large_ones() -> None:
+    small, large = [(576, 576), (192, 576), (1536, 576)], [(4096, 4096), (11008, 4096)]
+    assert layout_of("cpu", large) == LAYOUTS["cpu"]
+    assert layout_of("gpu", large) == LAYOUTS["gpu"]
+    assert layout_of("auto", small) == layout_of("size", small) == LAYOUTS["size"]
+    assert layout_of("gpu", small).overheads[FACTORED] == sum(m * n for m, n in small) / 3 / 8
+    assert layout_of("gpu", small).rank_multiple == 16
 
 
 def test_storage_changes_forms_and_costs_and_nothing_else(tmp_path: Path) -> None:

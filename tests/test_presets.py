@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from welore.compression.presets import PRESETS, resolve, resolve_calibration
@@ -11,14 +13,28 @@ def settings(config: CompressionConfig, *, has_statistics: bool = False) -> tupl
 
 
 def test_a_size_alone_is_the_best_preset() -> None:
-    best = ("best", "kfac", "waterfill", "auto", True, "auto")
+    best = ("best", "kfac", "waterfill", "auto", False, "auto")
     assert settings(CompressionConfig(keep=0.8)) == best
+    assert settings(CompressionConfig(keep=0.8, optimize_for="size")) == (*best[:4], True, "auto")
     assert settings(CompressionConfig(keep=0.8, scaling="kfac")) == best
     assert settings(CompressionConfig(keep=0.8, preset="best")) == best
     assert settings(CompressionConfig(keep=0.8, preset="fast")) == ("fast", *best[1:])
     assert resolve_calibration(None, resolve(CompressionConfig(keep=0.8, preset="fast"), has_statistics=False)) == (
-        CalibrationConfig(num_tokens=4096, measure_losses=0, split=True)
+        CalibrationConfig(num_tokens=4096, measure_losses=0, split=False)
     )
+
+
+@pytest.mark.parametrize(("device", "goal"), [("cpu", "cpu"), ("cuda", "gpu"), ("mps", "gpu")])
+def test_a_preset_is_laid_out_for_the_device_unless_a_goal_is_named(device: str, goal: str) -> None:
+    def goal_of(**options: Any) -> str:
+        return resolve(CompressionConfig(keep=0.8, **options), has_statistics=False, device=device).optimize_for
+
+    assert goal_of() == goal_of(preset="fast") == goal
+    assert goal_of(preset="paper") == goal_of(strategy="uniform") == "size"
+    for named in ("cpu", "gpu", "size"):
+        assert goal_of(optimize_for=named) == goal_of(preset="paper", optimize_for=named) == named
+    with pytest.raises(WeLoreError, match="unknown goal 'gup'; did you mean 'gpu'"):
+        goal_of(optimize_for="gup")
 
 
 def test_any_other_target_or_method_is_plain_unless_a_scaling_is_named() -> None:

@@ -6,8 +6,9 @@ import pytest
 
 from conftest import allocate
 from welore.allocation.plan import Plan
+from welore.allocation.rule import Rule
 from welore.allocation.spectra import Spectra, block_of
-from welore.allocation.strategies import OWL_SPREAD, STRATEGIES, stored
+from welore.allocation.strategies import OWL_SPREAD, STRATEGIES
 from welore.config import ASVD
 from welore.errors import WeLoreError
 from welore.layers.storage_forms import FACTORED, PIVOTED, cost, storages
@@ -34,7 +35,9 @@ def test_waterfill_is_the_best_of_all_choices_of_ranks(storage: str, seed: int) 
     choices = []
     for (m, n), sigma in zip(s.shapes.values(), s.values.values(), strict=True):
         ranks = np.arange(1, len(sigma) + 1)
-        choices.append([(int(c), loss(sigma, r)) for r, c in zip(ranks, stored(ranks, (m, n), storage), strict=True)])
+        choices.append(
+            [(int(c), loss(sigma, r)) for r, c in zip(ranks, Rule(storage).counted(ranks, (m, n)), strict=True)]
+        )
     every = [(sum(c for c, _ in each), sum(x for _, x in each)) for each in itertools.product(*choices)]
     for wanted in (0.6, 0.75, 0.9):
         plan = allocate(s, keep=wanted, storage=storage)
@@ -59,7 +62,7 @@ def test_waterfill_of_flat_and_zero_spectra_is_finite() -> None:
     shapes = {"a": (6, 6), "b": (1, 4), "c": (8, 6)}
     s = Spectra(Identity("m", "f"), {"a": np.ones(6), "b": np.ones(1), "c": np.zeros(6)}, shapes, scaling="kfac")
     for name in STRATEGIES.keys() - {"owl"}:
-        for scores, sigma in zip(STRATEGIES[name].scores(s, "auto"), s.values.values(), strict=True):
+        for scores, sigma in zip(STRATEGIES[name].scores(s, Rule("auto")), s.values.values(), strict=True):
             assert np.isfinite(scores).all()
             assert scores.shape == sigma.shape
             assert (np.diff(scores) <= 0).all()
@@ -115,7 +118,7 @@ def test_a_plan_remembers_scaling_and_calibration(tmp_path: Any) -> None:
 
 def test_stored_numbers_of_auto_are_the_smaller_form_with_its_order() -> None:
     ranks = np.arange(1, 31)
-    found = stored(ranks, (40, 30), "auto")
+    found = Rule("auto").counted(ranks, (40, 30))
     for r, numbers in zip(ranks[:-1].tolist(), found[:-1].tolist(), strict=True):
         pivoted = 2 * cost(40, 30, r, PIVOTED) + 4 * 40 < 2 * cost(40, 30, r, FACTORED)
         assert numbers == cost(40, 30, r, PIVOTED if pivoted else FACTORED)

@@ -18,6 +18,7 @@ StrategyName = Literal["welore", "uniform", "owl", "energy", "waterfill"]
 ScalingName = Literal["none", "asvd", "whitening", "kfac"]
 StorageName = Literal["factored", "pivoted", "auto"]
 PresetName = Literal["best", "fast", "paper"]
+Goal = Literal["auto", "cpu", "gpu", "size"]
 MethodName = Literal["lrc", "nlrc", "full", "lora", "updates", "galore"]
 TrainableName = Literal["auto", "factors", "updates"]
 TaskName = Literal["commonsense_qa", "svamp", "boolq", "coin_flip", "object_tracking", "strategy_qa"]
@@ -36,6 +37,9 @@ INPUT = "input"
 PLAIN = (NONE, ASVD)  # scalings whose values are not losses in a unit that all matrices share
 BREAK_EVEN: Literal["break-even"] = "break-even"
 AUTO: Literal["auto"] = "auto"
+CPU: Literal["cpu"] = "cpu"
+GPU: Literal["gpu"] = "gpu"
+SIZE: Literal["size"] = "size"
 SELF = "self"  # a dataset: text that the model (of a fine-tuning, its teacher) writes
 SHARD_SIZE = "5GB"
 NUM_TOKENS, MAX_LENGTH = 65_536, 512  # of calibration
@@ -142,7 +146,19 @@ class AllocationConfig:
         shown="the strategy's own",
     )
     allow_growth: bool = option(False, "Also factor matrices that become larger by it.", panel="Method")
-    rank_multiple: int = option(1, "Make ranks multiples of this; 16 suits most kernels.", panel="Method")
+    optimize_for: Goal = option(
+        AUTO,
+        "Where the result runs fast (cpu, gpu: fewer and larger products), or size; auto: where compress computes, "
+        "for presets best and fast, else size.",
+        panel="Target",
+        flag="for",
+    )
+    rank_multiple: int | None = option(
+        None,
+        "Make ranks and MLP widths multiples of this.",
+        panel="Method",
+        shown="16 for a cpu, 64 for a gpu, 1 for size",
+    )
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -156,6 +172,7 @@ class AllocationConfig:
         if self.min_ratio is not None and self.min_ratio != BREAK_EVEN and not 0 <= float(self.min_ratio) < 1:
             raise WeLoreError(f"min_ratio is {self.min_ratio}: it is a fraction from 0 to below 1, or {BREAK_EVEN!r}")
         require_at_least(1, rank_multiple=self.rank_multiple)
+        require_choice("goal", self.optimize_for, Goal)
 
     @property
     def target(self) -> tuple[str, float]:

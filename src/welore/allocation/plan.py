@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from welore.allocation.neurons import Neurons, as_json, dense_numel, read_neurons
-from welore.config import NONE, AllocationConfig, MinRatio, ScalingName, current_name
+from welore.config import NONE, SIZE, AllocationConfig, Goal, MinRatio, ScalingName, current_name
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import read_json, write_json
 from welore.io.fields import refusing, typed
@@ -67,6 +67,7 @@ class Plan:
     target: the target that was asked for, {"keep" | "rank_reduction" | "threshold": value}.
     threshold: the level that cuts the scores (the paper's threshold if the strategy is `welore`).
     scaling, statistics, grids, neurons: those of the spectra from which the plan was made.
+    optimize_for: cpu, gpu or size.
     """
 
     model: Identity
@@ -81,6 +82,7 @@ class Plan:
     scaling: str = NONE
     statistics: Mapping[str, Any] = field(default_factory=dict)
     rank_multiple: int = 1
+    optimize_for: str = SIZE
     grids: Mapping[str, Grid] = field(default_factory=dict)
     neurons: Mapping[str, Neurons] = field(default_factory=dict)
 
@@ -165,6 +167,7 @@ class Plan:
             "min_ratio": self.min_ratio,
             "allow_growth": self.allow_growth,
             "rank_multiple": self.rank_multiple,
+            "optimize_for": self.optimize_for,
             "grids": dict(self.grids),
             "neurons": as_json(self.neurons),
             "threshold": self.threshold,
@@ -245,6 +248,7 @@ def _read(content: Mapping[str, Any]) -> dict[str, Any]:
         "scaling": typed(current_name(value("scaling", str, NONE)), ScalingName, "scaling"),
         "statistics": value("calibration", Mapping[str, Any], {}),
         "rank_multiple": rank_multiple,
+        "optimize_for": value("optimize_for", Goal, SIZE),
         "grids": read_grids(content.get("grids", {})),
         "neurons": read_neurons(content.get("neurons", {})),
     }

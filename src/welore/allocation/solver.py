@@ -3,24 +3,22 @@
 A strategy (strategies.STRATEGIES) gives every singular value a score, and ONE level cuts the scores of the whole model.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from welore.allocation.neurons import dense_numel
 from welore.allocation.plan import Allocation, Plan
+from welore.allocation.rule import Rule, Shape, layout_of
 from welore.allocation.spectra import Spectra
-from welore.allocation.strategies import STRATEGIES, Scores, Strategy, stored
-from welore.config import BREAK_EVEN, NONE, AllocationConfig, MinRatio, StorageName, StrategyName
+from welore.allocation.strategies import STRATEGIES, Scores, Strategy
+from welore.config import AUTO, NONE, SIZE, AllocationConfig, StorageName, StrategyName
 from welore.errors import WeLoreError, choose
 from welore.layers.block_grid import layer_of
-from welore.layers.storage_forms import FACTORED, form_of, storages
+from welore.layers.storage_forms import FACTORED, storages
 from welore.linalg.spectrum import Values
-
-Shape = tuple[int, int]
 
 
 def allocate(
@@ -51,21 +49,18 @@ def allocate(
     """
     targets: dict[str, Any] = {"keep": keep, "rank_reduction": rank_reduction, "threshold": threshold}
     config = replace(config or AllocationConfig(), **{n: v for n, v in targets.items() if v is not None})
-    (name, value), (strategy, rule) = config.target, resolve(config, spectra.scaling)
-    scores = STRATEGIES[strategy].scores(spectra, rule.storage)
-    top = max(float(s[0]) for s in scores)
-    scores = [
-        np.full_like(s, top) if n in spectra.unreached else _in_groups(s, config.rank_multiple, top)
-        for n, s in zip(spectra.values, scores, strict=True)
-    ]
+    (name, value), layout = config.target, layout_of(config.optimize_for, list(spectra.shapes.values()))
+    strategy, rule = resolve(config, spectra.scaling, layout.overheads)
+    multiple = config.rank_multiple or layout.rank_multiple
+    scores = _scores(strategy, spectra, rule, multiple)
     level = value if name == "threshold" else _solve(scores, spectra, (name, value), rule)
-    allocations = []
-    for (matrix, sigma), s in zip(spectra.values.items(), scores, strict=True):
-        shape = spectra.shapes[matrix]
-        rank = max(min(config.rank_multiple, len(s)), int((s >= level).sum()))
-        factored = bool(rule.factored(np.array([rank]), shape)[0])
-        form = form_of(*shape, rank, rule.storage) if factored else FACTORED
-        allocations.append(Allocation(matrix, shape, rank, factored, _tail(sigma, rank), form))
+    if (
+        rule.overheads and name != "threshold"
+    ):  # they decide which matrices are factored; the ranks then meet the target
+        factored = [a.name for a in _allocations(scores, spectra, level, rule, multiple) if a.factored]
+        rule = rule.once_factored()
+        scores = _scores(strategy, spectra, rule, multiple, factored)
+        level = _solve(scores, spectra, (name, value), rule, nearest=True)
     return Plan(
         model=spectra.model,
         strategy=strategy,
@@ -73,47 +68,31 @@ def allocate(
         min_ratio=rule.min_ratio,
         allow_growth=config.allow_growth,
         threshold=level,
-        allocations=tuple(allocations),
+        allocations=_allocations(scores, spectra, level, rule, multiple),
         include=spectra.include,
         exclude=spectra.exclude,
         scaling=spectra.scaling,
         statistics=spectra.statistics,
-        rank_multiple=config.rank_multiple,
+        rank_multiple=multiple,
+        optimize_for=SIZE if config.optimize_for == AUTO else config.optimize_for,
         grids=spectra.grids,
         neurons=spectra.neurons,
     )
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Which matrices are factored, and how they are stored."""
+def resolve(
+    config: AllocationConfig, scaling: str, overheads: Mapping[str, float] | None = None
+) -> tuple[StrategyName, Rule]:
+    """Strategy and rule of a config, with the defaults for a scaling; WeLoreError for an unknown name.
 
-    storage: StorageName
-    min_ratio: MinRatio
-    allow_growth: bool
-
-    def factored(self, ranks: NDArray[np.int64], shape: Shape) -> NDArray[np.bool_]:
-        """Whether W (m, n) is an LRC at each of the ranks, and not larger in low rank than dense."""
-        m, n = shape
-        smaller = stored(ranks, shape, self.storage) < m * n
-        if self.min_ratio == BREAK_EVEN:
-            return smaller
-        lrc = (min(m, n) - ranks) / min(m, n) > float(self.min_ratio)
-        return lrc if self.allow_growth else lrc & smaller
-
-    def numel(self, ranks: NDArray[np.int64], shape: Shape) -> NDArray[np.int64]:
-        """Numbers stored for W (m, n) at each of the ranks."""
-        return np.where(self.factored(ranks, shape), stored(ranks, shape, self.storage), shape[0] * shape[1])
-
-
-def resolve(config: AllocationConfig, scaling: str) -> tuple[StrategyName, Rule]:
-    """Strategy and rule of a config, with the defaults for a scaling; WeLoreError for an unknown name."""
+    overheads: those of the layout.
+    """
     strategy: StrategyName = config.strategy or ("welore" if scaling == NONE else "waterfill")
     storage: StorageName = config.storage or ("factored" if scaling == NONE else "auto")
     choose("storage", storage, storages())
     defaults: Strategy = choose("strategy", strategy, STRATEGIES)
     min_ratio = defaults.min_ratio if config.min_ratio is None else config.min_ratio
-    return strategy, Rule(storage, min_ratio, config.allow_growth)
+    return strategy, Rule(storage, min_ratio, config.allow_growth, overheads or {})
 
 
 def check_reachable(
@@ -123,10 +102,12 @@ def check_reachable(
 
     pruned: largest share taken out of an MLP. gone: the parameters that neurons take with them.
     """
-    (name, target), (_, rule) = config.target, resolve(config, scaling)
+    (name, target), layout = config.target, layout_of(config.optimize_for, shapes)
+    _, rule = resolve(config, scaling, layout.overheads)
     if name == "threshold":
         return
-    least = [max(1, min(config.rank_multiple, min(shape))) for shape in shapes]
+    multiple = config.rank_multiple or layout.rank_multiple
+    least = [max(1, min(multiple, min(shape))) for shape in shapes]
     every = [np.arange(r, min(shape) + 1) for r, shape in zip(least, shapes, strict=True)]
     if name == "keep":
         dense = sum(m * n for m, n in shapes)
@@ -147,6 +128,34 @@ def _require_between(name: str, target: float, low: float, high: float, rule: Ru
         )
 
 
+def _scores(
+    strategy: StrategyName, spectra: Spectra, rule: Rule, multiple: int, low_rank: Collection[str] | None = None
+) -> Scores:
+    """The scores of all singular values; the largest of all for those of matrices that stay dense.
+
+    low_rank: the matrices that may be factored, by default all that some token reached.
+    """
+    scores = STRATEGIES[strategy].scores(spectra, rule)
+    top = max(float(s[0]) for s in scores)
+    dense = spectra.unreached if low_rank is None else set(spectra.values) - set(low_rank)
+    return [
+        np.full_like(s, top) if name in dense else _in_groups(s, multiple, top)
+        for name, s in zip(spectra.values, scores, strict=True)
+    ]
+
+
+def _allocations(scores: Scores, spectra: Spectra, level: float, rule: Rule, multiple: int) -> tuple[Allocation, ...]:
+    """What every matrix gets if this level cuts the scores."""
+    allocations = []
+    for (name, sigma), s in zip(spectra.values.items(), scores, strict=True):
+        shape = spectra.shapes[name]
+        rank = max(min(multiple, len(s)), int((s >= level).sum()))
+        factored = bool(rule.factored(np.array([rank]), shape)[0])
+        form = rule.form(rank, shape) if factored else FACTORED
+        allocations.append(Allocation(name, shape, rank, factored, _tail(sigma, rank), form))
+    return tuple(allocations)
+
+
 def _in_groups(scores: Values, size: int, top: float) -> Values:
     """Scores (k,) that every `size` neighbours share, so that no level separates them; the first ones always stay."""
     if size == 1:
@@ -163,10 +172,11 @@ def _tail(sigma: Values, rank: int) -> float:
     return float(np.sqrt((sigma[rank:] ** 2).sum() / total)) if total else 0.0
 
 
-def _solve(scores: Scores, spectra: Spectra, target: tuple[str, float], rule: Rule) -> float:
+def _solve(scores: Scores, spectra: Spectra, target: tuple[str, float], rule: Rule, *, nearest: bool = False) -> float:
     """The level at which rank reduction (or the parameter ratio) comes closest to the target; running sums over scores.
 
-    A matrix goes from rank k - j + 1 to k - j at its j-th smallest score.
+    A matrix goes from rank k - j + 1 to k - j at its j-th smallest score. nearest: take the closest to a target out of
+    reach.
     """
     shapes = [spectra.shapes[name] for name in spectra.values]
     pooled, removed, numbers = [], [], []
@@ -195,7 +205,8 @@ def _solve(scores: Scores, spectra: Spectra, target: tuple[str, float], rule: Ru
     reachable = np.concatenate([[0], 1 + np.flatnonzero(upper[1:] > lower[1:])])
     name, value = target
     curve = (removed_after / full if name == "rank_reduction" else stored_after / unpruned)[reachable]
-    _require_between(name, value, curve.min(), curve.max(), rule)
+    if not nearest:
+        _require_between(name, value, curve.min(), curve.max(), rule)
     best = reachable[int(np.argmin(np.abs(curve - value)))]
     middle = (lower[best] + upper[best]) / 2
     return float(middle if middle > lower[best] else upper[best])

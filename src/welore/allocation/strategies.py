@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from welore.allocation.rule import Rule
 from welore.allocation.spectra import RELATIVE, Spectra, block_of
 from welore.config import BREAK_EVEN, MinRatio
 from welore.errors import WeLoreError
-from welore.layers.storage_forms import cost
 from welore.linalg.spectrum import Values, normalise
 
 OWL_SPREAD = 0.08  # lambda of OWL: how far the ratio of a block may lie from the mean
@@ -25,21 +25,21 @@ Scores = list[Values]
 class Strategy:
     """A function that scores singular values, and the default of `min_ratio` that belongs to it."""
 
-    scores: Callable[[Spectra, str], Scores]
+    scores: Callable[[Spectra, Rule], Scores]
     min_ratio: MinRatio
 
 
-def welore(spectra: Spectra, storage: str) -> Scores:
+def welore(spectra: Spectra, rule: Rule) -> Scores:
     """The normalised spectrum s itself: the level is the paper's one threshold t, rank r = #{s >= t}. WeLore 4.1."""
     return [normalise(sigma) for sigma in spectra.values.values()]
 
 
-def uniform(spectra: Spectra, storage: str) -> Scores:
+def uniform(spectra: Spectra, rule: Rule) -> Scores:
     """The position in the spectrum, so that a level f removes the same fraction f of every matrix."""
     return [_positions(len(sigma)) for sigma in spectra.values.values()]
 
 
-def owl(spectra: Spectra, storage: str) -> Scores:
+def owl(spectra: Spectra, rule: Rule) -> Scores:
     """Uniform inside a block; blocks with more outliers keep more. OWL, arXiv 2310.05175, section 3.
 
     Here an outlier is counted against the mean of its matrix, there of its block.
@@ -58,23 +58,24 @@ def owl(spectra: Spectra, storage: str) -> Scores:
     return [_positions(len(sigma)) + extra[block_of(name)] for name, sigma in spectra.values.items()]
 
 
-def energy(spectra: Spectra, storage: str) -> Scores:
+def energy(spectra: Spectra, rule: Rule) -> Scores:
     """The share of the squared norm that is lost with this value and all smaller ones: the same for every matrix."""
     return [_tails(sigma**2)[:-1] / (float((sigma**2).sum()) or 1.0) for sigma in spectra.values.values()]
 
 
-def waterfill(spectra: Spectra, storage: str) -> Scores:
+def waterfill(spectra: Spectra, rule: Rule) -> Scores:
     """The loss avoided per stored number, so that one price for all matrices minimises the sum of losses.
 
     The loss at rank r is the sum over the removed values: measured losses if there are any, else squares; in relative
-    units, as a share of the squared norm. The score is the slope of the lower convex hull of loss over numbers stored.
+    units, as a share of the squared norm. The score is the slope of the lower convex hull of loss over numbers stored,
+    with the overhead of each form.
     """
     scores = []
     for name, sigma in spectra.values.items():
         loss = spectra.losses.get(name, sigma**2)
         if spectra.unit == RELATIVE:
             loss = loss / (float(loss.sum()) or 1.0)
-        scores.append(_slopes(_tails(loss), stored(np.arange(1, len(loss) + 1), spectra.shapes[name], storage)))
+        scores.append(_slopes(_tails(loss), rule.counted(np.arange(1, len(loss) + 1), spectra.shapes[name])))
     return scores
 
 
@@ -85,12 +86,6 @@ STRATEGIES = {
     "energy": Strategy(energy, min_ratio=0.0),
     "waterfill": Strategy(waterfill, min_ratio=BREAK_EVEN),
 }
-
-
-def stored(ranks: NDArray[np.int64], shape: tuple[int, int], storage: str) -> NDArray[np.int64]:
-    """Numbers that W (m, n) takes at each of the `ranks` if it is stored in low rank; dense at full rank."""
-    m, n = shape
-    return np.where(ranks == min(m, n), m * n, cost(m, n, ranks, storage))
 
 
 def _positions(k: int) -> Values:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import keyword
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -73,13 +74,15 @@ def _options(kind: Any) -> dict[str, inspect.Parameter]:
 def _key(field: "dataclasses.Field[Any]") -> str | None:
     """The option's destination: the field's name, or its flag's; None for a field that has no option."""
     flag = field.metadata.get("flag", field.name)
-    return None if flag is None else str(flag).replace("-", "_")
+    if flag is None:
+        return None
+    return f"{flag}_" if keyword.iskeyword(flag) else str(flag).replace("-", "_")
 
 
 def _option(field: "dataclasses.Field[Any]", key: str, hint: Any) -> inspect.Parameter:
     text, default = str(field.metadata["help"]), field.default
     kind, more = _as_typer(hint)
-    flag = "--" + key.replace("_", "-")
+    flag = "--" + key.removesuffix("_").replace("_", "-")
     if kind is bool and default is not False:
         flag += "/--no-" + key.replace("_", "-")
     if "shown" in field.metadata:

@@ -53,12 +53,14 @@ class Search:
 
     share: of all neurons, those of the least loss are taken out. price: without a share, those whose loss is less than
     the price of the numbers that they store (the threshold of a plan by water-filling). most: numbers that may go at
-    most with them, so that the target stays within reach; None is no limit.
+    most with them, so that the target stays within reach; None is no limit. multiple: of which a number is left, where
+    there is no share.
     """
 
     share: float | None = None
     price: float | None = None
     most: int | None = None
+    multiple: int = 1
 
     def level(self, losses: Mapping[Mlp, NDArray[np.float64]]) -> float:
         """The loss per number below which neurons go; losses: of the neurons of every MLP, ascending."""
@@ -102,7 +104,8 @@ def select_neurons(
     total = sum(mlp.width for mlp in mlps)
     if search.share is None:
         level = search.level({mlp: losses[mlp.name] for mlp in mlps})
-        counts = {mlp.name: int((losses[mlp.name] < level * mlp.numbers).sum()) for mlp in mlps}
+        left = {mlp: mlp.width - int((losses[mlp.name] < level * mlp.numbers).sum()) for mlp in mlps}
+        counts = {m.name: max(0, m.width - -(-count // search.multiple) * search.multiple) for m, count in left.items()}
         if sum(counts.values()) < LEAST * total:
             return {}
     else:

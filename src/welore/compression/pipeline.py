@@ -204,7 +204,7 @@ def make_job(
     """The complete settings of a compression; WeLoreError for those that cannot work."""
     known = open_statistics(statistics, source)
     if plan is None:
-        config = resolve(config, has_statistics=known is not None)
+        config = resolve(config, has_statistics=known is not None, device=context.device.type)
         grids = grids_of(source, bool(config.split))
         _check_target(source, config, grids, known)
     else:
@@ -341,7 +341,10 @@ def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, 
     if statistics is None or pruning == 0:
         assert plan is not None
         return plan, source, statistics
-    search = Search(float(pruning or 0)) if plan is None else Search(price=plan.threshold, most=job.removed)
+    if plan is None:
+        search = Search(float(pruning or 0))
+    else:
+        search = Search(price=plan.threshold, most=job.removed, multiple=plan.rank_multiple)
     neurons = select_neurons(source, statistics, context, search)
     if plan is not None and not neurons:
         return plan, source, statistics
@@ -449,6 +452,7 @@ def _record(plan: Plan, job: Job, recovered: Recovery, numbers: dict[str, Any]) 
         "statistics": dict(plan.statistics),
         "min_ratio": plan.min_ratio,
         "allow_growth": plan.allow_growth,
+        "optimize_for": plan.optimize_for,
         "rank_multiple": plan.rank_multiple,
         "split": len(plan.grids),
         "mlp_pruning": sum(mlp.pruned for mlp in plan.neurons.values()),

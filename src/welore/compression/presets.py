@@ -2,14 +2,18 @@
 
 from dataclasses import dataclass, replace
 
+from welore.allocation.rule import LAYOUTS
 from welore.allocation.solver import resolve as resolve_allocation
 from welore.calibration.scaling import scaling_of
 from welore.config import (
     AUTO,
+    CPU,
+    GPU,
     KFAC,
     NONE,
     NUM_TOKENS,
     SELF,
+    SIZE,
     CalibrationConfig,
     CompressionConfig,
     PresetName,
@@ -23,20 +27,24 @@ from welore.errors import choose
 
 @dataclass(frozen=True)
 class Preset:
-    """Settings that belong together. None: by the scaling (strategy, storage, split)."""
+    """Settings that belong together. None: by the scaling (strategy, storage, split).
+
+    by_device: whether the result is laid out for the device on which the job runs, unless another goal is given.
+    """
 
     scaling: ScalingName = "none"
     strategy: StrategyName | None = None
     storage: StorageName | None = None
     split: bool | None = None
+    by_device: bool = False
     mlp_pruning: Pruning = 0.0
     num_tokens: int = NUM_TOKENS
     recovery: bool = False
 
 
 PRESETS = {
-    "best": Preset("kfac", "waterfill", AUTO, True, AUTO, recovery=True),
-    "fast": Preset("kfac", "waterfill", AUTO, True, AUTO, num_tokens=4096),
+    "best": Preset("kfac", "waterfill", AUTO, by_device=True, mlp_pruning=AUTO, recovery=True),
+    "fast": Preset("kfac", "waterfill", AUTO, by_device=True, mlp_pruning=AUTO, num_tokens=4096),
     "paper": Preset("none", "welore", "factored", False),
 }
 PLAIN = Preset()  # no preset: a plain decomposition, unless a scaling is named
@@ -51,16 +59,19 @@ def preset_of(config: CompressionConfig) -> PresetName | None:
     return "best" if alone else None
 
 
-def resolve(config: CompressionConfig, *, has_statistics: bool) -> CompressionConfig:
+def resolve(config: CompressionConfig, *, has_statistics: bool, device: str = CPU) -> CompressionConfig:
     """The config with every None filled in; WeLoreError for settings that no model could satisfy.
 
-    has_statistics: whether statistics are given, by which neurons can be chosen even if the scaling needs none.
+    device: the type of the job's device. has_statistics: whether statistics are given, by which neurons can be chosen
+    even if the scaling needs none.
     """
     name = preset_of(config)
     preset = PRESETS.get(name or "", PLAIN)
     scaling = config.scaling or preset.scaling
-    block_split = scaling_of(scaling).block_split
-    split = preset.split if config.split is None else config.split
+    goal = config.optimize_for
+    if goal == AUTO:
+        goal = SIZE if not preset.by_device else CPU if device == CPU else GPU
+    splits = config.split, preset.split, LAYOUTS[goal].split, scaling_of(scaling).block_split
     pruning = preset.mlp_pruning if config.mlp_pruning is None else config.mlp_pruning
     if pruning == AUTO and scaling == NONE and not has_statistics:
         pruning = 0.0
@@ -75,7 +86,8 @@ def resolve(config: CompressionConfig, *, has_statistics: bool) -> CompressionCo
         strategy=strategy,
         storage=rule.storage,
         min_ratio=rule.min_ratio,
-        split=block_split if split is None else split,
+        optimize_for=goal,
+        split=next(split for split in splits if split is not None),
         mlp_pruning=pruning,
     )
 

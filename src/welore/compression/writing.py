@@ -80,7 +80,7 @@ def _low_rank(target: Target, a: Allocation, factors: Factors, dtype: torch.dtyp
         return {f"{a.name}.{part}": [tensor.flatten()] for part, tensor in factors(a).items()} | _empty(tombstone)
 
     infos = {
-        f"{a.name}.{part}": TensorInfo(torch.int32 if part in form.indices else dtype, shape)
+        f"{a.name}.{part}": TensorInfo(torch.int64 if part in form.indices else dtype, shape)
         for part, shape in form.shapes(*a.shape, a.rank).items()
     }
     return OutputTensors(infos | {tombstone: TensorInfo(dtype, (0,))}, make, target.layer)

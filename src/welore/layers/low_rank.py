@@ -90,7 +90,7 @@ class PivotedLinear(LowRankLayer):
     """y = cat(z, C z)[order] + b with z = P x: r rows of a rank-r matrix W, and the others as combinations of them.
 
     P: nn.Linear(in_features, rank), weight (r, n). C: nn.Linear(rank, out_features - rank), weight (m - r, r).
-    order: (m,), int32, a permutation: where in cat(z, C z) every output lies. A rank of m would leave C empty, and P
+    order: (m,), int64, a permutation: where in cat(z, C z) every output lies. A rank of m would leave C empty, and P
     as large as W: refused.
     """
 
@@ -107,7 +107,7 @@ class PivotedLinear(LowRankLayer):
         options.pop("bias", None)
         self.P = nn.Linear(in_features, rank, bias=False, **options)
         self.C = nn.Linear(rank, out_features - rank, bias=False, **options)
-        self.register_buffer("order", torch.arange(out_features, device=options.get("device"), dtype=torch.int32))
+        self.register_buffer("order", torch.arange(out_features, device=options.get("device")))
 
     @staticmethod
     def pack(A: Tensor, B: Tensor) -> tuple[Tensor, ...]:
@@ -124,7 +124,7 @@ class PivotedLinear(LowRankLayer):
         """x: (..., n) -> (..., m)."""
         z = self.P(x)
         y = torch.cat((z, self.C(z)), -1)
-        order = self.order.long()
+        order = self.order.long()  # int32 in old files
         # gather with a stretched index is several times as fast on a CPU, both ways; its backward on a GPU is not
         # deterministic.
         y = y.gather(-1, order.expand(y.shape)) if y.device.type == "cpu" else y.index_select(-1, order)

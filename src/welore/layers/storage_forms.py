@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from welore.layers.low_rank import LowRankLayer
 
 DENSE, FACTORED, PIVOTED, AUTO = "dense", "factored", "pivoted", "auto"
-NUMBER_BYTES, INDEX_BYTES = 2, 4  # of a weight, when forms are compared; of an int32 position
+NUMBER_BYTES, INDEX_BYTES = 4, 8  # of a float32 weight, when forms are compared; of an int64 position
+NO_OVERHEADS: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
 class StorageForm:
     """One form: its tensors, what they cost, and the layer that computes with them.
 
-    parts: tensor name inside the layer -> its axes: "m", "n", "r" or "m - r". indices: the parts that hold int32
+    parts: tensor name inside the layer -> its axes: "m", "n", "r" or "m - r". indices: the parts that hold int64
     positions, not numbers. full_rank: whether a matrix of full rank can be stored. layer_path: MODULE:CLASS of a
     `LowRankLayer`, which is imported on first use because plans are made without torch.
     """
@@ -108,21 +109,34 @@ def storages() -> dict[str, str]:
     return {name: form.description for name, form in FORMS.items()} | {AUTO: "the smallest of them"}
 
 
-def cost(m: int, n: int, r: Any, storage: str) -> Any:
+def cost(m: int, n: int, r: Any, storage: str, overheads: Mapping[str, float] = NO_OVERHEADS) -> Any:
     """Numbers that W (m, n) of rank r takes, stored in low rank. r: an int, or an array of ranks."""
     if storage != AUTO:
         return FORMS[storage].cost(m, n, r)
     costs = np.array([form.cost(m, n, r) for form in FORMS.values()])
-    return np.take_along_axis(costs, _smallest(m, n, r)[None], 0)[0]
+    return np.take_along_axis(costs, _smallest(m, n, r, overheads)[None], 0)[0]
 
 
-def form_of(m: int, n: int, r: int, storage: str) -> str:
+def overhead(m: int, n: int, r: Any, storage: str, overheads: Mapping[str, float]) -> Any:
+    """What the form of W (m, n) of rank r counts beside the numbers that it takes. r: an int, or an array of ranks."""
+    if storage != AUTO:
+        return overheads.get(storage, 0)
+    return np.array([overheads.get(form, 0) for form in FORMS])[_smallest(m, n, r, overheads)]
+
+
+def form_of(m: int, n: int, r: int, storage: str, overheads: Mapping[str, float] = NO_OVERHEADS) -> str:
     """The form that a matrix of rank r < min(m, n) gets; WeLoreError for an unknown storage."""
     choose("storage", storage, storages())
-    return list(FORMS)[int(_smallest(m, n, r))] if storage == AUTO else storage
+    return list(FORMS)[int(_smallest(m, n, r, overheads))] if storage == AUTO else storage
 
 
-def _smallest(m: int, n: int, r: Any) -> Any:
-    """Index of the form of the fewest bytes, where a number takes two; the first of equals. r: as in `cost`."""
-    sizes = [NUMBER_BYTES * form.cost(m, n, r) + form.index_bytes(m, n, r) for form in FORMS.values()]
+def _smallest(m: int, n: int, r: Any, overheads: Mapping[str, float]) -> Any:
+    """Index of the form of the fewest bytes, where a number takes four; the first of equals. r: as in `cost`.
+
+    overheads: form -> numbers that it counts as more than it stores.
+    """
+    sizes = [
+        NUMBER_BYTES * (form.cost(m, n, r) + overheads.get(name, 0)) + form.index_bytes(m, n, r)
+        for name, form in FORMS.items()
+    ]
     return np.argmin(np.broadcast_arrays(*sizes), axis=0)

@@ -23,7 +23,7 @@ LARGEST = 1.01  # no |C| above this
 
 
 class Pivoted(NamedTuple):
-    """P (r, n), C (m - r, r) and order (m,), int32: W = cat(P, C P)[order].
+    """P (r, n), C (m - r, r) and order (m,), int64: W = cat(P, C P)[order].
 
     The pivots, and the other rows, each stand in the order that they have in W.
     """
@@ -54,7 +54,7 @@ def pivoted(A: Tensor, B: Tensor) -> Pivoted:
     return Pivoted(
         P.to(A.device, A.dtype),
         torch.from_numpy(C).to(A.device, A.dtype),
-        torch.from_numpy(np.argsort(rows).astype(np.int32)).to(A.device),
+        torch.from_numpy(np.argsort(rows)).to(A.device),
     )
 
 

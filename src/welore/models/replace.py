@@ -111,7 +111,7 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
             continue
         ranks_removed += min(m, n) - layer.rank
         stored += FORMS[layer.form].cost(m, n, layer.rank)
-        indices += FORMS[layer.form].index_bytes(m, n, layer.rank)
+        indices += sum(layer.get_buffer(part).nbytes for part in FORMS[layer.form].indices)
     if config.get("shapes"):  # neurons were taken out
         original = find_targets(dense_skeleton(model.config, type(model)), *patterns)
         dense = sum(math.prod(target.shape) for target in original)
