@@ -145,7 +145,7 @@ def _scores(
 
 
 def _allocations(scores: Scores, spectra: Spectra, level: float, rule: Rule, multiple: int) -> tuple[Allocation, ...]:
-    """What every matrix gets if this level cuts the scores."""
+    """The allocation of every matrix if this level cuts the scores."""
     allocations = []
     for (name, sigma), s in zip(spectra.values.items(), scores, strict=True):
         shape = spectra.shapes[name]

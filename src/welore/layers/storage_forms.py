@@ -118,7 +118,7 @@ def cost(m: int, n: int, r: Any, storage: str, overheads: Mapping[str, float] = 
 
 
 def overhead(m: int, n: int, r: Any, storage: str, overheads: Mapping[str, float]) -> Any:
-    """What the form of W (m, n) of rank r counts beside the numbers that it takes. r: an int, or an array of ranks."""
+    """The overhead of the form of W (m, n) of rank r, in numbers. r: an int, or an array of ranks."""
     if storage != AUTO:
         return overheads.get(storage, 0)
     return np.array([overheads.get(form, 0) for form in FORMS])[_smallest(m, n, r, overheads)]
