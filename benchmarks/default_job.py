@@ -28,10 +28,15 @@ import torch
 from footprint import Watch, status
 from random_model import SHAPES, make_checkpoint
 from welore.cli.output import quiet_libraries
-from welore.compression.pipeline import compress
-from welore.config import CalibrationConfig
+from welore.compression.estimate import measured_rates
+from welore.compression.needs import Machine, Needs
+from welore.compression.pipeline import compress, make_job
+from welore.compression.presets import resolve
+from welore.config import NUM_TOKENS, CalibrationConfig, CompressionConfig
 from welore.io.atomic import read_json, work_directory, write_json
 from welore.io.checkpoint import RECORD
+from welore.io.context import RunContext
+from welore.models.source import open_source
 from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -39,6 +44,13 @@ INTERVAL = 0.1  # seconds between two samples
 READY = "ready"
 DENSE, SETTINGS, RUNS = "dense", "settings.json", "runs"
 LIMITS = {"resident_peak_bytes": 4e9, "work_over_checkpoint": 2.5}  # of the shape with a billion parameters
+# Cards on which larger models are to be compressed, and what one of 2023 multiplies in a second (without TF32).
+CARDS: dict[str, dict[str, Any]] = {
+    "llama-2-7b": {"bytes": 24e9},
+    "llama-3-8b": {"bytes": 24e9},
+    "llama-3-70b": {"bytes": 80e9},
+}
+CARD_RATES = {"float64": 40e12, "float32": 40e12, "bfloat16": 400e12}
 SHORT = 1024  # tokens of the tiny job: two windows, as few as a recovery needs
 
 
@@ -157,6 +169,30 @@ def content(file: Path) -> bytes | None:
     return file.read_bytes() if file.is_file() else None
 
 
+def estimated(model: Path, settings: dict[str, Any], machine: Machine | None = None, rates: Any = None) -> Any:
+    """Stage -> what the formulas of the package say of it; machine: in place of this one."""
+    context = RunContext.create(device="cpu", workers=settings["workers"])
+    text = CalibrationConfig(num_tokens=settings["num_tokens"])
+    config = resolve(CompressionConfig(keep=settings["keep"]), has_statistics=False)
+    job = make_job(open_source(model, context), config, text, "auto", None, None, context)
+    stages = Needs(job, machine).stages(rates or measured_rates(context.device))
+    return {stage.name: {key: value for key, value in vars(stage).items() if key != "name"} for stage in stages}
+
+
+def extrapolated(settings: dict[str, Any]) -> dict[str, Any]:
+    """Shape -> needs of the default job on a card of CARDS, with the tokens that it reads by default."""
+    columns = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for name, card in CARDS.items():
+            model = make_checkpoint(Path(directory) / name, SHAPES[name], hollow=True)
+            machine = Machine(torch.device("cuda"), int(card["bytes"]), "bfloat16")
+            usual = settings | {"num_tokens": NUM_TOKENS, "workers": 2}
+            stages = estimated(model, usual, machine, CARD_RATES)
+            columns[name] = {"card": card, "stages": stages}
+            shutil.rmtree(model)
+    return columns
+
+
 def shape_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The shape that was asked for."""
     shape: dict[str, Any] = SHAPES[arguments.shape]
@@ -192,6 +228,7 @@ def run(directory: Path, arguments: argparse.Namespace) -> None:
     numbers = finish(directory, "small")
     checkpoint = sum(file.stat().st_size for file in (directory / DENSE).glob("*.safetensors"))
     numbers |= {"checkpoint_bytes": checkpoint, "work_over_checkpoint": numbers["work_bytes"] / checkpoint}
+    numbers |= {"estimated": estimated(directory / DENSE, settings), "extrapolated": extrapolated(settings)}
     if arguments.kill_at_random is not None:
         numbers["kills"] = kill_at_random(directory, arguments.kill_at_random, arguments.kills)
     inputs = {"model": f"{arguments.shape} shape, random heavy-tailed weights"}

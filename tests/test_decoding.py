@@ -114,13 +114,10 @@ def test_the_memory_of_a_window_is_that_of_its_keys_values_and_logits() -> None:
 
 
 @pytest.mark.parametrize(("free", "expected"), [(100, 32), (20, 16), (10, 8), (1, 1), (0, 1), (None, 32)])
-def test_as_many_windows_are_written_at_once_as_memory_holds(
-    free: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_as_many_windows_are_written_at_once_as_memory_holds(free: int | None, expected: int) -> None:
     config = writer().config
     bytes_free = None if free is None else int(free * window_bytes(config, 10, 4) / self_generated.USABLE) + 1
-    monkeypatch.setattr(self_generated, "free_memory", lambda device: bytes_free)
-    assert windows_at_once(config, torch.float32, CPU, 10, 32) == expected
+    assert windows_at_once(config, torch.float32, bytes_free, 10, 32) == expected
 
 
 def test_a_cpu_without_memory_for_a_copy_writes_with_the_weights_that_are_there(

@@ -1,9 +1,14 @@
 """What a job took, by stage."""
 
 import time
+from pathlib import Path
 
+import pytest
 import torch
 
+import welore
+from toys import checkpoint
+from welore.config import CalibrationConfig
 from welore.io.context import RunContext
 from welore.io.meter import Meter
 
@@ -71,3 +76,17 @@ def test_an_error_closes_its_stage() -> None:
     with meter.stage("next", CPU):
         busy(0.02)
     assert meter.stages["next"]["processor_seconds"] >= 0.02
+
+
+@pytest.mark.slow
+def test_the_record_of_a_compression_tells_what_every_stage_took(tmp_path: Path) -> None:
+    text = CalibrationConfig(num_tokens=128, max_length=32)
+    model = checkpoint(tmp_path / "dense", None, intermediate_size=96)
+    record = welore.compress(model, tmp_path / "small", keep=0.6, calibration=text, device="cpu").record
+    stages = record.numbers["stages"]
+    expected = {"text", "statistics", "decompositions", "mlp pruning", "factors", "recovery", "writing"}
+    assert expected == stages.keys()
+    assert all(stage["peak_memory_bytes"] > 0 for stage in stages.values())
+    assert sum(stage["seconds"] for stage in stages.values()) <= record.numbers["seconds"]
+    predicted = welore.estimate(model, keep=0.6, calibration=text, device="cpu")
+    assert {stage.name for stage in predicted.stages} == expected

@@ -161,7 +161,8 @@ def collect(
     stored = workspace.fetch(COLLECTED)
     if stored is None:
         job, started = _Job(weights, load(), text.config, context, workspace), time.perf_counter()
-        sources = [*text.sources, *([_own_text(job, tokenizer, text.own)] if text.own else [])]
+        with context.stage("text"):
+            sources = [*text.sources, *([_own_text(job, tokenizer, text.own)] if text.own else [])]
         record = _collect(job, sources, time.perf_counter() - started, finish)
         stored = {"record": torch.tensor(list(json.dumps(dataclasses.asdict(record)).encode()), dtype=torch.uint8)}
         workspace.store(COLLECTED, stored)

@@ -75,7 +75,8 @@ class BlockAnalyzer:
             self.outliers,
             keep=lambda target: target.layer not in lasting,
         )
-        analyzer.share(in_blocks(targets, self.grids), silent)
+        with self.context.stage("decompositions"):
+            analyzer.share(in_blocks(targets, self.grids), silent)
 
 
 @dataclass(frozen=True)

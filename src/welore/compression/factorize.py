@@ -61,7 +61,8 @@ def factor_matrices(
         workspace.drop(decomposition_key(name, targets[name].shape))
     mine = processes.share(plan.lrcs, [targets[a.name].cost for a in plan.lrcs])
     memory = [working_bytes(a.shape, scaled=plan.scaling != NONE) for a in mine]
-    computed = context.map(compute, mine, [targets[a.name].cost for a in mine], "factors", memory)
+    with context.stage("factors"):
+        computed = context.map(compute, mine, [targets[a.name].cost for a in mine], "factors", memory)
     processes.wait()
     if not processes.is_main:
         return {}

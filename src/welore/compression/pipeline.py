@@ -321,10 +321,11 @@ def _statistics(job: Job) -> Statistics | None:
         return measure_losses(original, load(), job.text, statistics, alone)
 
     tokenizer = _tokenizer(job)
-    if context.processes.is_main:
-        analyzed(replace(context, processes=ALONE))
-    context.processes.wait()
-    return analyzed(replace(context, processes=ALONE))
+    with context.stage("statistics"):
+        if context.processes.is_main:
+            analyzed(replace(context, processes=ALONE))
+        context.processes.wait()
+        return analyzed(replace(context, processes=ALONE))
 
 
 def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, Statistics | None]:
@@ -345,10 +346,11 @@ def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, 
         search = Search(float(pruning or 0))
     else:
         search = Search(price=plan.threshold, most=job.removed, multiple=plan.rank_multiple)
-    neurons = select_neurons(source, statistics, context, search)
-    if plan is not None and not neurons:
-        return plan, source, statistics
-    smaller, fewer = prune(source, statistics, neurons, context)
+    with context.stage("mlp pruning"):
+        neurons = select_neurons(source, statistics, context, search)
+        if plan is not None and not neurons:
+            return plan, source, statistics
+        smaller, fewer = prune(source, statistics, neurons, context)
     try:
         return _allocated(job, smaller, fewer, neurons), smaller, fewer
     except WeLoreError as error:
@@ -370,7 +372,8 @@ def _allocated(job: Job, source: TensorSource, statistics: Statistics | None, ne
     analyzer = Analyzer(
         source, statistics, job.context, job.scaling, job.counts_outliers, lambda _: fit, moments.release
     )
-    return allocate(analyzer.spectra(grids, neurons), job.config)
+    with job.context.stage("decompositions"):
+        return allocate(analyzer.spectra(grids, neurons), job.config)
 
 
 def _release(job: Job, plan: Plan) -> Callable[[Target], None]:
@@ -391,7 +394,8 @@ def _recovery(job: Job, source: TensorSource, plan: Plan, statistics: Statistics
         assert windows is not None
         known = None if predictions is None else TopK(*predictions)
         options: dict[str, Any] = {"seed": job.calibration.seed, "teacher": _dense_directory(job), "predictions": known}
-        return recover(source, plan, windows, job.recovery, job.context, **options)
+        with job.context.stage("recovery"):
+            return recover(source, plan, windows, job.recovery, job.context, **options)
     except Exception as error:  # whatever it is, the cut is finished and is written; the record tells the reason
         if job.context.processes.size > 1 and not isinstance(error, WeLoreError):
             raise  # the other processes wait for this one
@@ -427,11 +431,15 @@ def _result(
     record, written = None, None if output_dir is None else resolved(output_dir)  # "." is another directory afterwards
     if context.processes.is_main:
         size = job.config.max_shard_size
-        with open_sink(source, output_dir, max_shard_size=size, overwrite=context.overwrite) as sink:
+        with (
+            context.stage("writing"),
+            open_sink(source, output_dir, max_shard_size=size, overwrite=context.overwrite) as sink,
+        ):
             trained = None if recovered.directory is None else CheckpointSource(recovered.directory)
             factors = stored_factors(context.workspace, trained)
             numbers |= recovered.numbers | write_compressed(source, plan, factors, sink, context.progress)
-            record = _record(plan, job, recovered, numbers | {"seconds": time.perf_counter() - started})
+            numbers |= {"seconds": time.perf_counter() - started, "stages": context.stages}
+            record = _record(plan, job, recovered, numbers)
             if sink.directory is not None:
                 record.save(sink.directory / RECORD)
             context.workspace.retire()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from welore.allocation.neurons import as_json
-from welore.allocation.plan import Plan
+from welore.allocation.plan import Allocation, Plan
 from welore.compression.factorize import stored_factors
 from welore.compression.writing import write_compressed
 from welore.config import MAX_LENGTH, SELF, FinetuneConfig, MethodName, RecoveryConfig
@@ -104,20 +105,36 @@ def choose_trainable(
     source: TensorSource, plan: Plan, config: RecoveryConfig, training: FinetuneConfig, context: RunContext
 ) -> tuple[str, FinetuneConfig]:
     """The name of what is trained, and the settings for it: the first choice that fits into the free memory."""
-    free, needed = context.processes.agreed(free_memory(context.device)), 0.0
+    free = context.processes.agreed(free_memory(context.device))
+    if free is not None and context.device.type == "cpu":  # all of them are on one host
+        free //= context.processes.size
+    name, chosen, needed = first_that_fits(source, plan.allocations, config, training, free)
+    if free is not None and needed > free:
+        raise WeLoreError(
+            f"recovery needs {needed / 1e9:.1f} GB on {context.device}, {free / 1e9:.1f} GB are free: take another "
+            "device, or --recovery none"
+        )
+    return name, chosen
+
+
+def first_that_fits(
+    source: TensorSource,
+    allocations: Sequence[Allocation],
+    config: RecoveryConfig,
+    training: FinetuneConfig,
+    free: int | None,
+) -> tuple[str, FinetuneConfig, float]:
+    """The first choice that fits into so many bytes, or the smallest: its name, the settings, the bytes it needs."""
     for choice in CHOICES[config.trainable]:
         rank = None if choice.name == FACTORS.name else config.rank
         chosen = replace(training, method=choice.method, gradient_checkpointing=choice.checkpointing, rank=rank)
-        needed = memory_needed(source, plan, chosen) * (context.processes.size if context.device.type == "cpu" else 1)
+        needed = memory_needed(source, allocations, chosen)
         if free is None or needed <= free:
-            return choice.name, chosen
-    raise WeLoreError(
-        f"recovery needs {needed / 1e9:.1f} GB on {context.device}, {(free or 0) / 1e9:.1f} GB are free: take another "
-        "device, or --recovery none"
-    )
+            break
+    return choice.name, chosen, needed
 
 
-def memory_needed(source: TensorSource, plan: Plan, training: FinetuneConfig) -> float:
+def memory_needed(source: TensorSource, allocations: Sequence[Allocation], training: FinetuneConfig) -> float:
     """Bytes on the device at the peak of a recovery, an upper bound (docs/concepts/recovery.md)."""
     text, itemsize = (
         source.original.skeleton.config.get_text_config(decoder=True),
@@ -127,15 +144,17 @@ def memory_needed(source: TensorSource, plan: Plan, training: FinetuneConfig) ->
     assert training.max_length
     tokens, layers = training.batch_size * training.max_length, len(decoder_blocks(source.original.skeleton)[1])
     dense = sum(p.numel() for p in source.original.skeleton.parameters())
-    stored = dense - sum(math.prod(t.shape) for t in source.original.targets) + plan.stored_parameters
-    shapes = [shape for a in plan.lrcs for shape in FORMS[a.form].shapes(*a.shape, a.rank).values() if len(shape) == 2]
+    stored = dense - sum(math.prod(t.shape) for t in source.original.targets)
+    stored += sum(a.stored_parameters for a in allocations)
+    lrcs = [a for a in allocations if a.factored]
+    shapes = [shape for a in lrcs for shape in FORMS[a.form].shapes(*a.shape, a.rank).values() if len(shape) == 2]
     if training.method == FACTORS.method:
         trained = sum(map(math.prod, shapes))
         weights = itemsize * stored + (16 if itemsize == 2 else 12) * trained
     else:
         trained = (training.rank or 0) * sum(map(sum, shapes))
         weights = itemsize * stored + 16 * trained
-    width = sum(sum(a.shape) + a.rank for a in plan.allocations)  # of all that enters or leaves a matrix
+    width = sum(sum(a.shape) + a.rank for a in allocations)  # of all that enters or leaves a matrix
     activations = 1.5 * itemsize * tokens * width
     if training.attention == "eager":
         activations += 4 * itemsize * tokens * training.max_length * layers * text.num_attention_heads

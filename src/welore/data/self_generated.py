@@ -55,7 +55,7 @@ def generate_text(
     uniform = uniform_numbers(config).to(finest_dtype(model.device))
     count, length = uniform.shape
     mine = range(count)[processes.rank :: processes.size]
-    size = batch_size or windows_at_once(model.config, model.dtype, model.device, length, len(mine))
+    size = batch_size or windows_at_once(model.config, model.dtype, free_memory(model.device), length, len(mine))
     written = _Written(workspace, mine, size)
     training = model.training
     model.eval()
@@ -98,9 +98,8 @@ def window_bytes(config: Any, length: int, itemsize: int) -> int:
     return 2 * config.num_hidden_layers * keys * length * itemsize + config.vocab_size * (itemsize + 4)
 
 
-def windows_at_once(config: Any, dtype: torch.dtype, device: torch.device, length: int, windows: int) -> int:
-    """As many windows as the free memory of a device holds, in batches of about equal size; at least one."""
-    free = free_memory(device)
+def windows_at_once(config: Any, dtype: torch.dtype, free: int | None, length: int, windows: int) -> int:
+    """As many windows as `free` bytes of memory hold, in batches of about equal size; at least one."""
     if free is None:
         return windows
     fit = int(USABLE * free) // window_bytes(config, length, dtype.itemsize)

@@ -79,8 +79,13 @@ class RunContext:
         return self.device if finest_dtype(self.device) == torch.float64 else torch.device("cpu")
 
     def stage(self, name: str) -> AbstractContextManager[None]:
-        """Count what the block takes as a stage of the job, in `meter.stages`."""
+        """Count what the block takes as a stage of the job; see Meter."""
         return self.meter.stage(name, self.device)
+
+    @property
+    def stages(self) -> dict[str, dict[str, float]]:
+        """The needs of the stages so far, as measured; see Meter."""
+        return self.meter.measured(self.device)
 
     @property
     def at_once(self) -> int:

@@ -44,6 +44,12 @@ class Meter:
             with self._lock:
                 self._open.pop()
 
+    def measured(self, device: torch.device) -> dict[str, dict[str, float]]:
+        """The stages up to now, those that are open, too."""
+        self._charge(device)
+        with self._lock:
+            return {name: dict(stage) for name, stage in self.stages.items()}
+
     def _watch(self, device: torch.device, closed: threading.Event) -> None:
         while not closed.wait(INTERVAL):
             self._charge(device)

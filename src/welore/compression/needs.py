@@ -1,0 +1,260 @@
+"""The needs of every stage of a compression, from shapes alone: time, memory of host and card, room on the disk.
+
+docs/how-to/large-models.md states the formulas. Operations are counted; their rates are measured elsewhere.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from welore.allocation.plan import Allocation
+from welore.compression.recovery import FACTORS, first_that_fits
+from welore.config import AUTO, MAX_LENGTH, NONE, SELF, DtypeName, FinetuneConfig, RecoveryConfig
+from welore.data.self_generated import window_bytes, windows_at_once
+from welore.errors import WeLoreError
+from welore.io.memory import free_memory
+from welore.linalg.svd import working_bytes
+from welore.models.copies import writing_dtype
+from welore.models.load import fastest
+from welore.models.mlp import find_mlps
+from welore.models.skeleton import decoder_blocks
+from welore.models.targets import Target, in_blocks
+
+if TYPE_CHECKING:
+    from welore.compression.pipeline import Job
+
+DISK_RATE = 5e8  # bytes per second
+WRITING_SHARE = 0.45  # of the rate of large products, that of products with a row for every window
+LAUNCHES = 0.9e-3  # seconds of one decoder block and token on a GPU, where launches of kernels are the limit
+# Operations over k^3, k^2 l, l^3 for a k x l matrix, float64, on one core: all singular values, then factors.
+VALUES, SCALED_VALUES, VECTORS = (2.0, 1.2, 0.0), (3.2, 0.75, 0.4), (1.6, 1.4, 0.0)
+REMOVAL = 2.0, 4.0  # the same of an MLP (d, f), over f^3 and d f^2
+EIGENPROBLEM = 0.9, 4096, 2.6  # seconds of one of this size on a GPU, and how they grow with it
+ROWS = 24  # bytes of a logit while a model writes: in several dtypes, with its cumulated probability
+Rates = Mapping[str, float]  # dtype -> operations per second
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a job computes. free: bytes of memory of the device, None if nothing tells. dtype: its fastest."""
+
+    device: torch.device
+    free: int | None
+    dtype: DtypeName
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Machine":
+        """The device as it is now."""
+        return cls(device, free_memory(device), fastest(device)["dtype"])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. disk_bytes: of unfinished work.
+
+    host_bytes, device_bytes: memory of the host, and of a device that is not the CPU. mapped_bytes: of the weights'
+    files, which the host reads where they lie: resident while nothing else wants the room. note: how it is done, or
+    that it does not fit.
+    """
+
+    name: str
+    seconds: float
+    host_bytes: float
+    device_bytes: float
+    disk_bytes: float
+    mapped_bytes: float = 0.0
+    note: str = ""
+
+
+class Needs:
+    """The formulas, with everything that they rest on. Of memory and disk they are upper bounds.
+
+    parameters, targeted: numbers of the dense model. stored: of the targeted matrices afterwards. moments: of the
+    second moments of the largest decoder block.
+    """
+
+    def __init__(self, job: "Job", machine: Machine | None = None) -> None:
+        self.job, self.source, self.machine = job, job.source, machine or Machine.of(job.context.device)
+        self.on_cpu = self.machine.device.type == "cpu"
+        self.config: Any = self.source.skeleton.config
+        self.text: Any = self.config.get_text_config(decoder=True)
+        self.parameters = sum(p.numel() for p in self.source.skeleton.parameters())
+        self.targeted = sum(math.prod(target.shape) for target in self.source.targets)
+        self.layers = len(decoder_blocks(self.source.skeleton)[1])
+        self.blocks = in_blocks(self.source.targets, job.grids)
+        self.dtype = self.source.dtype(self.source.targets[0])
+        self.dense_bytes = sum(self.source.info(name).bytes for name in self.source.names())
+        self.share = 1.0 if job.config.keep is None else job.config.keep
+        self.stored = self.share * self.targeted
+        self.tokens, self.length = job.calibration.num_tokens, job.calibration.max_length or MAX_LENGTH
+        self.mlps = find_mlps(self.source.skeleton, self.source.targets) if job.config.mlp_pruning else []
+        self.scaled = job.scaling != NONE
+        chosen = job.calibration.dtype
+        self.swept: torch.dtype = getattr(torch, self.machine.dtype if chosen == AUTO else chosen)
+        self.moments = self._moments()
+
+    def _moments(self) -> int:
+        groups: dict[str, list[Target]] = {}
+        blocks: dict[str, int] = {}
+        for target in self.source.targets:
+            groups.setdefault(target.name.rpartition(".")[0], []).append(target)
+        for name, group in groups.items():  # the last of a module reads an input of its own, the others share one
+            moments = sum(n**2 for n in {t.shape[1] for t in group[:-1]}) + group[-1].shape[1] ** 2
+            block = name.rpartition(".")[0]
+            blocks[block] = blocks.get(block, 0) + moments + sum(target.shape[0] ** 2 for target in group)
+        return max(blocks.values())
+
+    def stages(self, rates: Rates | None = None) -> list[Stage]:
+        """All stages that the settings ask for; seconds are 0 without rates."""
+        rates = rates or dict.fromkeys(("float64", "float32", "bfloat16", "float16"), math.inf)
+        job, stages = self.job, []
+        if job.collects:
+            stages += [self._text(rates)] * (job.calibration.dataset == SELF) + [self._statistics(rates)]
+        stages.append(self._decompositions(rates))
+        if self.mlps:
+            stages.append(self._pruning(rates))
+        stages.append(self._factors(rates))
+        if job.recovery is not None:
+            stages.append(self._recovery(job.recovery, rates))
+        size = self.dtype.itemsize * (self.stored + self.parameters - self.targeted)
+        largest = max(math.prod(target.shape) for target in self.blocks)
+        return [*stages, Stage("writing", size / DISK_RATE, 3 * 4 * largest, 0, size)]
+
+    def _stage(
+        self, name: str, seconds: float, working: float, disk: float, *, host: float = 0, note: str = ""
+    ) -> Stage:
+        """working: bytes on the device that computes; host: beside it. The dense weights are read in every stage."""
+        host += working * self.on_cpu
+        return Stage(name, seconds, host, working * (not self.on_cpu), disk, self.dense_bytes, note)
+
+    def _text(self, rates: Rates) -> Stage:
+        """The weights, copied where another dtype is faster, and as many windows as there is memory for."""
+        dtype, count = writing_dtype(self.dtype, self.machine.device), math.ceil(self.tokens / self.length)
+        copied = dtype.itemsize * self.parameters * (not self.on_cpu or dtype != self.dtype)
+        free = None if self.machine.free is None else max(0, self.machine.free - int(copied))
+        at_once = windows_at_once(self.config, dtype, free, self.length, count)
+        window = window_bytes(self.config, self.length, dtype.itemsize) + ROWS * self.text.vocab_size
+        steps = math.ceil(count / at_once) * self.length
+        seconds = 2 * self.parameters * self.tokens / (WRITING_SHARE * rates[_name(dtype)])
+        seconds = seconds if self.on_cpu else max(seconds, steps * self.layers * LAUNCHES)
+        fits = self.on_cpu or self.machine.free is None or copied < self.machine.free
+        note = f"{at_once} windows at once" if fits else "does not fit: take another device, --writer vllm or a text"
+        return self._stage("text", seconds, copied + at_once * window, 4 * self.tokens, note=note)
+
+    def _statistics(self, rates: Rates) -> Stage:
+        """One block and its second moments in float64; hidden states of one batch; boundaries lie on the disk."""
+        size, batch = self.swept.itemsize, self.job.calibration.batch_size * self.length
+        block = self.targeted / self.layers
+        width = sum(sum(target.shape) for target in self.source.targets) / self.layers
+        scores = 3 * getattr(self.text, "num_attention_heads", 1) * self.length
+        activations = batch * (2 * size * width + 4 * scores + 40 * self.text.hidden_size)
+        outside = max(size, self.dtype.itemsize) * (self.parameters - self.targeted)
+        memory = 8 * self.moments + size * block + activations + outside + self._workers * self._one
+        moved = 12 * self.moments  # where they are packed for the disk
+        sweep = 6 * self.targeted * self.tokens / rates[_name(self.swept)]
+        grams = 1.3 * self.tokens * self.moments * self.layers / rates["float32"]
+        boundary = size * self.tokens * self.text.hidden_size
+        disk = max(boundary * (self.layers + 1), self._lasting) + 2 * boundary  # one dwindles as the other grows
+        return self._stage("statistics", sweep + grams, memory, disk, host=0 if self.on_cpu else moved)
+
+    @property
+    def _workers(self) -> int:
+        return self.job.context.workers
+
+    @property
+    def _one(self) -> int:
+        """Bytes of the largest decomposition in work."""
+        return max(working_bytes(t.shape, scaled=self.scaled) for t in self.blocks)
+
+    @property
+    def _lasting(self) -> float:
+        """Bytes on the disk until the plan is known: decompositions, 4 k^2; of MLPs that may lose neurons second
+        moments: half of the inputs' in float32, half of the outputs' in float16.
+        """
+        later = {layer.name: 0.0 for mlp in self.mlps for layer in mlp.layers}
+        total = 0.0
+        for target in self.blocks:
+            size = 4.0 * min(target.shape) ** 2
+            total += size * (target.layer not in later)
+            later[target.layer] = later.get(target.layer, 0.0) + size
+        for mlp in self.mlps:
+            moments = sum(t.shape[0] ** 2 for t in mlp.layers) + 2 * mlp.width**2 + 2 * mlp.up_layers[0].shape[1] ** 2
+            total += max(moments, sum(later[layer.name] for layer in mlp.layers))
+        return total
+
+    def _decompositions(self, rates: Rates) -> Stage:
+        """Values of all matrices; of MLPs that lose neurons once more."""
+        again = {layer.name for mlp in self.mlps for layer in mlp.layers}
+        operations = SCALED_VALUES if self.scaled else VALUES
+        seconds = sum((1 + (t.layer in again)) * self._seconds(t, operations, rates) for t in self.blocks)
+        return self._stage("decompositions", seconds, self._workers * self._one, self._lasting)
+
+    def _factors(self, rates: Rates) -> Stage:
+        seconds = sum(self._seconds(t, VECTORS, rates) for t in self.blocks)
+        return self._stage("factors", seconds, self._workers * self._one, max(self._lasting, 4 * self.stored))
+
+    def _seconds(self, target: Target, operations: tuple[float, float, float], rates: Rates) -> float:
+        k, long = min(target.shape), max(target.shape)
+        if self.on_cpu:
+            return sum(a * b for a, b in zip(operations, (k**3, k * k * long, long**3), strict=True)) / rates["float64"]
+        unit, size, power = EIGENPROBLEM
+        return unit * (k / size) ** power * (operations is not VECTORS) * math.isfinite(rates["float32"])
+
+    def _pruning(self, rates: Rates) -> Stage:
+        """The order in which neurons go: H^-1, W and G W in float32, and H in float64 for a moment."""
+        a, b = REMOVAL
+        shapes = [mlp.down_layer.shape for mlp in self.mlps]
+        seconds = sum(a * f**3 + b * d * f * f for d, f in shapes) / rates["float64" if self.on_cpu else "float32"]
+        one = max(24 * f * f + 16 * d * f + 8 * d * d for d, f in shapes)
+        return self._stage("mlp pruning", seconds, self._workers * one, self._lasting)
+
+    def _recovery(self, config: RecoveryConfig, rates: Rates) -> Stage:
+        """The first choice of what is trained that fits; all matrices have the same share of their ranks."""
+        windows = (self.tokens if config.dataset == SELF else config.num_tokens or 0) // self.length
+        steps = max(1, (windows - max(1, windows // 10)) // config.batch_size)
+        steps = min(config.max_steps, steps) if config.dataset == SELF else steps
+        training = FinetuneConfig(
+            batch_size=config.batch_size,
+            max_length=self.length,
+            dtype=self.machine.dtype,
+            attention="eager" if self.on_cpu else None,
+        )
+        ranks = {t.name: max(1, int(self.share * math.prod(t.shape) / sum(t.shape))) for t in self.blocks}
+        even = [Allocation(t.name, t.shape, ranks[t.name], True, 0.0) for t in self.blocks]
+        name, chosen, working = first_that_fits(self.source, even, config, training, self.machine.free)
+        outside, checkpoint = self.parameters - self.targeted, 24 * self.stored * (name == FACTORS.name)
+        operations = 8 * steps * config.batch_size * self.length * (self.stored + outside)
+        disk = 4 * self.stored + self.dtype.itemsize * (self.stored + outside) + checkpoint
+        note = f"of {name}" + ", with activations computed again" * chosen.gradient_checkpointing
+        if self.machine.free is not None and working > self.machine.free:
+            note = "does not fit: left out"
+        return self._stage("recovery", operations / rates[self.machine.dtype], working, disk, note=note)
+
+
+def require_room(job: "Job", output: Path) -> None:
+    """Raise WeLoreError if the disk has too little room for the unfinished work of a job.
+
+    Stages that find too little memory work on less at once, or say so.
+    """
+    largest = max(Needs(job).stages(), key=lambda stage: stage.disk_bytes)
+    there = next(at for at in (output, *output.parents) if at.exists())
+    free = shutil.disk_usage(there).free + sum(file.stat().st_size for file in there.rglob("*") if file.is_file())
+    if largest.disk_bytes > free:
+        raise WeLoreError(
+            f"{largest.name} needs {size_text(largest.disk_bytes)} of room beside {output}, and "
+            f"{size_text(free)} are free: take another disk, fewer --num-tokens, or --mlp-pruning 0"
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def size_text(size: float) -> str:
+    """Bytes in a sentence."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
