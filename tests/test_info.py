@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,10 +8,12 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from conftest import build, compress, logits
+from toys import checkpoint
+from welore.compression import needs
 from welore.compression.estimate import estimate
 from welore.compression.export import export
 from welore.compression.info import info
-from welore.config import CompressionConfig
+from welore.config import CalibrationConfig, CompressionConfig
 from welore.errors import WeLoreError
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -68,6 +71,14 @@ def test_the_estimate_of_a_size_is_that_of_the_result(saved, tmp_path: Path) -> 
     assert found.parameters == pytest.approx(numbers["parameters"], rel=0.01)
     assert found.dense_parameters == numbers["parameters_dense"]
     assert found.bytes == pytest.approx(numbers["bytes"], rel=0.05)
+
+
+def test_a_disk_with_too_little_room_is_refused_before_any_work(saved, tmp_path: Path, monkeypatch) -> None:
+    model, text = checkpoint(tmp_path / "dense", None), CalibrationConfig(num_tokens=64, max_length=32)
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000))
+    with pytest.raises(WeLoreError, match=r"needs .* of room at .*small.work, and 0 MB are free: write to another"):
+        welore.compress(model, tmp_path / "small", keep=0.8, calibration=text, device="cpu")
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
 def test_stages_of_an_estimate_are_those_that_the_settings_ask_for(saved) -> None:

@@ -123,7 +123,7 @@ class Needs:
             stages.append(self._recovery(job.recovery, rates))
         size = self.dtype.itemsize * (self.stored + self.parameters - self.targeted)
         largest = max(math.prod(target.shape) for target in self.blocks)
-        return [*stages, Stage("writing", size / DISK_RATE, 3 * 4 * largest, 0, size)]
+        return [*stages, Stage("writing", size / DISK_RATE, 3 * 4 * largest, 0, size + stages[-1].disk_bytes)]
 
     def _stage(
         self, name: str, seconds: float, working: float, disk: float, *, host: float = 0, note: str = ""
@@ -236,18 +236,19 @@ class Needs:
         return self._stage("recovery", operations / rates[self.machine.dtype], working, disk, note=note)
 
 
-def require_room(job: "Job", output: Path) -> None:
-    """Raise WeLoreError if the disk has too little room for the unfinished work of a job.
+def require_room(job: "Job", directory: Path) -> None:
+    """Raise WeLoreError if the disk has too little room for the unfinished work of a job, in `directory`.
 
-    Stages that find too little memory work on less at once, or say so.
+    Stages that find too little memory do less at once, or say so themselves.
     """
     largest = max(Needs(job).stages(), key=lambda stage: stage.disk_bytes)
-    there = next(at for at in (output, *output.parents) if at.exists())
-    free = shutil.disk_usage(there).free + sum(file.stat().st_size for file in there.rglob("*") if file.is_file())
-    if largest.disk_bytes > free:
+    there = next(at for at in (directory, *directory.parents) if at.exists())
+    done = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    free = shutil.disk_usage(there).free
+    if largest.disk_bytes > free + done:
         raise WeLoreError(
-            f"{largest.name} needs {size_text(largest.disk_bytes)} of room beside {output}, and "
-            f"{size_text(free)} are free: take another disk, fewer --num-tokens, or --mlp-pruning 0"
+            f"{largest.name} needs {size_text(largest.disk_bytes)} of room at {directory}, and {size_text(free)} are "
+            "free: write to another disk, or take fewer num_tokens, or mlp_pruning 0"
         )
 
 

@@ -26,6 +26,7 @@ from welore.compression.analysis import Analyzer, grids_of, open_statistics, sha
 from welore.compression.blockwise import BlockAnalyzer, LastingMoments
 from welore.compression.factorize import factor_matrices, factors_key, stored_factors
 from welore.compression.mlp_pruning import Search, is_worth_it, prune, pruned_shapes, require_neurons, select_neurons
+from welore.compression.needs import require_room
 from welore.compression.presets import PRESETS, resolve, resolve_calibration
 from welore.compression.recovery import Recovery, failed_recovery, recover, recovery_text, resolve_recovery
 from welore.compression.result import CompressionResult
@@ -292,6 +293,8 @@ def _workspace(job: Job, output_dir: Directory | None) -> Iterator[RunContext]:
         lasting = output is not None and isinstance(job.source, CheckpointSource)
         if output is not None and lasting:
             directory = work_directory(output)
+            if job.collects:
+                require_room(job, directory)
         else:
             directory = Path(tempfile.mkdtemp(prefix="welore-")) if output is None else hidden(output, "memory")
             stack.callback(remove, directory)
