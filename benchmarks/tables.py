@@ -89,6 +89,20 @@ def speed() -> str:
     )
 
 
+def speed_scaled() -> str:
+    """Values and factors in the K-FAC norm, one thread, from benchmarks/speed_scaled.py."""
+    lines = [
+        "| values and factors of one matrix in the K-FAC norm, one thread | processor seconds "
+        "| roots by eigenvalues / ours | largest error of a predicted loss |",
+        "|---|---|---|---|",
+    ]
+    for n in Record.load(HERE / "speed_scaled.json").numbers["matrices"]:
+        rows, columns = n["shape"]
+        ratio, seconds = n["by_eigenvalues_over_ours"], n["seconds"]["ours"]
+        lines.append(f"| {rows} x {columns} | {seconds:.1f} | {ratio:.1f} | {n['largest_error_of_a_loss']:.0e} |")
+    return "\n".join(lines)
+
+
 def memory() -> str:
     """Peak memory of compress, from benchmarks/memory.py."""
     n = Record.load(HERE / "memory.json").numbers
@@ -347,6 +361,7 @@ TABLES = {
     "front": front,
     "demo": demo,
     "speed": speed,
+    "speed_scaled": speed_scaled,
     "memory": memory,
     "inference": inference,
     "tuning": tuning,

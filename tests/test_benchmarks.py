@@ -67,6 +67,14 @@ def test_speed_counts_equal_ranks(benchmark: Callable[..., ModuleType], tmp_path
     assert measured["two_torch_svd_over_ours"] > 0
 
 
+def test_speed_in_a_norm_compares_equal_results(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
+    benchmark("speed_scaled", SHAPES={(40, 60): 2, (50, 50): 1}).main()
+    for matrix in numbers(tmp_path / "speed_scaled.json")["matrices"]:
+        assert matrix["by_eigenvalues_over_ours"] > 0
+        assert matrix["largest_error_of_a_loss"] < 1e-5
+        assert abs(matrix["excess"]) < 1e-6
+
+
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
     benchmark("memory", LIMIT_BYTES=1e9, RANK_REDUCTION=0.4).main()
