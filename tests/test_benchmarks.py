@@ -152,3 +152,13 @@ def test_tuning_measures_a_run_in_a_process_of_its_own(benchmark: Callable[..., 
     measured = tuning.measured(model, tuning.SETTINGS | short)
     assert measured["tokens_per_second"] > 0
     assert measured["above_imports_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_writing_is_measured_in_turns_with_another_loop(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
+    benchmark("writing", TOKENS=60, LENGTH=12, OTHER_WINDOWS=2, WINDOWS_READ=2).main()
+    measured = numbers(tmp_path / "writing.json")
+    assert measured["windows"] == 5
+    assert set(measured["milliseconds_per_token"]) == {"ours", "transformers"}
+    assert measured["log_likelihood"] < 0
+    assert 0 <= measured["divergence"] < 0.1
