@@ -16,7 +16,7 @@ import welore
 import welore.models.load
 from conftest import FAMILIES, MIXTURES, build
 from toys import calibrate, checkpoint
-from welore.calibration import block_runner
+from welore.calibration import block_runner, layerwise
 from welore.calibration import collect as collection
 from welore.calibration.hooks import Moments
 from welore.calibration.layerwise import collect_statistics
@@ -89,7 +89,7 @@ def by_hand(model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Tensor]
 
 
 def gathered(model: PreTrainedModel, directory: Path, ids: Tensor = IDS, **how: Any) -> Statistics:
-    return calibrate(model, ids, directory / "c.safetensors", **{"dtype": "float32"} | how)
+    return calibrate(model, ids, directory / "c.safetensors", **{"dtype": "float32", "whole_model": False} | how)
 
 
 def statistics(found: Statistics) -> dict[str, Tensor]:
@@ -361,6 +361,47 @@ def test_a_matrix_that_no_token_reaches_has_zeros_and_a_count_of_zero(tmp_path: 
     assert found.outputs("no.such.matrix") is None
 
 
+# --- precision, and the choice of the road ---------------------------------------------------------------------------
+
+
+def test_a_short_pass_of_a_small_model_runs_whole_and_a_restart_keeps_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mode(name: str) -> str:
+        context = RunContext.create(device="cpu").within(Workspace(tmp_path / name, "key"))
+        assert context.workspace is not None
+        context.workspace.open()
+        config, model = CalibrationConfig(), build("llama")
+        return str(collect_statistics(model, find_targets(model), IDS, config, context)["mode"])
+
+    assert mode("enough") == "whole"
+    monkeypatch.setattr(layerwise, "free_memory", lambda device: 1 << 20)
+    assert mode("little") == "blocks"
+    assert mode("enough") == "whole"
+    monkeypatch.undo()
+    monkeypatch.setattr(layerwise, "SHORT", 1e5)
+    assert mode("long") == "blocks"
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_bfloat16_products_give_nearly_the_statistics_of_float32(whole: bool, tmp_path: Path) -> None:
+    model = build("llama")
+    exact, fast = (
+        statistics(gathered(model, tmp_path, dtype=dtype, whole_model=whole, measure_losses=0))
+        for dtype in ("float32", "bfloat16")
+    )
+    for name, value in exact.items():
+        error = torch.linalg.norm(fast[name] - value) / torch.linalg.norm(value)
+        assert error < 0.03, name
+
+
+def test_auto_is_bfloat16_where_the_device_multiplies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for can, expected in ((True, "bfloat16"), (False, "float32"), (None, "float32")):
+        monkeypatch.setattr(layerwise, "multiplies", lambda dtype, device, can=can: can)
+        found = gathered(build("llama"), tmp_path, dtype="auto", measure_losses=0)
+        assert found.record.settings["dtype"] == expected
+
+
 # --- the file -------------------------------------------------------------------------------------------------------
 
 
@@ -436,7 +477,7 @@ def test_files_that_are_no_calibration_are_refused(tmp_path: Path) -> None:
 
 def test_without_an_output_the_file_lives_as_long_as_the_statistics(tmp_path: Path) -> None:
     expected = gathered(build("llama"), tmp_path)
-    found = calibrate(build("llama"), IDS, dtype="float32")
+    found = calibrate(build("llama"), IDS, dtype="float32", whole_model=False)
     path = found.store.path  # type: ignore[attr-defined]
     found.save(tmp_path / "saved.safetensors")
     assert (tmp_path / "saved.safetensors").is_file()
@@ -569,14 +610,14 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("after", range(1, 12))
+@pytest.mark.parametrize(("after", "damaged"), [*((after, False) for after in range(1, 11)), (4, True), (8, True)])
 def test_a_killed_run_goes_on_to_the_same_statistics(
-    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int, damaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = checkpoint(tmp_path / "model", rank_reduction=None)
-    how: dict[str, Any] = {"num_tokens": 64, "max_length": 16}
+    how: dict[str, Any] = {"num_tokens": 64, "max_length": 16, "dtype": "bfloat16", "whole_model": False}
     expected = statistics(calibrate(directory, "self", tmp_path / "whole.safetensors", **how))
-    usual, count, steps = Workspace.store, 0, ("written", "boundary-", "gradient-", "loss")
+    usual, count, steps = Workspace.store, 0, ("written", "boundary-", "gradient-", "loss", "block-")
 
     def store(self: Workspace, name: str, tensors: Any) -> None:
         nonlocal count
@@ -587,11 +628,15 @@ def test_a_killed_run_goes_on_to_the_same_statistics(
 
     with monkeypatch.context() as patched:
         patched.setattr(Workspace, "store", store)
-        if after <= 8:  # text, three boundaries, the loss, three gradients
+        if after <= 9:  # text, three boundaries, two gradients, the loss, two blocks
             with pytest.raises(Killed):
                 calibrate(directory, "self", tmp_path / "killed.safetensors", **how)
             assert not (tmp_path / "killed.safetensors").exists()
             assert (tmp_path / "killed.safetensors.work").is_dir()
+    if damaged:
+        for kind in ("boundary", "gradient"):
+            for file in (tmp_path / "killed.safetensors.work").glob(f"{kind}-*"):
+                file.write_bytes(file.read_bytes()[:-4])
     again = calibrate(directory, "self", tmp_path / "killed.safetensors", **how)
     assert torch.isfinite(torch.tensor(again.record.numbers["sampled_label_nll"]))
     for name, value in statistics(again).items():

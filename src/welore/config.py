@@ -265,7 +265,12 @@ class CalibrationConfig:
         "Engine of self-written text; vllm: for a model that no single device holds.",
         panel="Self-written text",
     )
-    whole_model: bool = option(False, "Run the model whole instead of block by block.", panel="Calibration")
+    whole_model: bool | None = option(
+        None,
+        "Run the model whole, not block by block.",
+        panel="Calibration",
+        shown="where it is small and memory large",
+    )
     include: tuple[str, ...] = option((), "Target only modules that match: q_proj, 'layers.*.mlp'.", panel="Targets")
     exclude: tuple[str, ...] = option((), "Leave modules that match out.", panel="Targets")
 

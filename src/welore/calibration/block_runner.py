@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from welore.errors import WeLoreError
 from welore.models.copies import frozen_copy
@@ -29,6 +30,37 @@ class _BlockCalledError(Exception):
         self.arguments = args, kwargs
 
 
+class _Logits(torch.autograd.Function):
+    """A product in the dtype of its weight (V, width), whose backward pass multiplies in a lower one."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
+        ctx.low = low
+        return linear(hidden.to(weight.dtype), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient = gradients[0]
+        return (gradient.to(ctx.low.dtype) @ ctx.low).to(gradient.dtype), None, None, None
+
+
+def exact_logits(model: Any, products: torch.dtype) -> None:
+    """Make the head of a frozen copy compute logits in its own dtype under autocast, gradients in a lower one.
+
+    A logit of 20, rounded to bfloat16, changes its probability by up to 6 %.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return
+    low = head.weight.to(products)
+
+    @torch.autocast(low.device.type, enabled=False)
+    def forward(hidden: Tensor) -> Any:
+        return _Logits.apply(hidden, head.weight, head.bias, low)
+
+    head.forward = forward
+
+
 class BlockRunner:
     """Runs single blocks of a decoder. The backbone, all but the blocks, stays on the device.
 
@@ -43,6 +75,8 @@ class BlockRunner:
         self.device, self.dtype, self.products = device, dtype, products
         self.outputs: int | None = None
         self._backbone: Any = frozen_copy(model, device, dtype, omitted=self._blocks)
+        if products is not None:
+            exact_logits(self._backbone, products)
         self._stop: int | None = None
         self._last_hidden = torch.empty(0)
         for index, block in enumerate(self._backbone.get_submodule(self.name)):

@@ -6,6 +6,7 @@ there; backward, block after block, each is run again with hooks on its targeted
 be run one by one (see block_runner) runs as a whole model.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from welore.calibration.block_runner import BlockRunner, block_runner
+from welore.calibration.block_runner import BlockRunner, block_runner, exact_logits
 from welore.calibration.hooks import Collector, Moments
 from welore.config import AUTO, CalibrationConfig, DtypeName
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
+from welore.io.memory import free_memory
 from welore.io.progress import counted
 from welore.io.resume import Workspace
 from welore.models.copies import frozen_copy
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TEACHER = "teacher"  # the group of the model's largest log-probabilities
+LOG = logging.getLogger(__name__)
 LARGEST, GOLDEN = 0x7FFFFFFF, -0x61C88647  # of int32; 2^32 by the golden ratio
+SHORT = 2e13  # parameters times tokens of a pass that a kill may lose
 TRIAL = 16  # tokens on which single blocks are compared with the model
 
 MakeCollector = Callable[[Mapping[str, nn.Module]], Collector]
@@ -77,24 +81,60 @@ def collect_statistics(
     them, block by block, in place of the workspace; called again for a block if a run was killed in it. top_k: how many
     of the model's largest log-probabilities at every position are stored, too, for a student that learns from them:
     group "teacher" with "logprobs" (windows, length, k), float16, and "ids", int32 (see Teacher). The model runs whole
-    if its blocks cannot be run one by one or a target lies outside them. Returns the numbers for the record.
+    if that is wanted, or short and easy (`_is_small`), or if its blocks cannot be run one by one or a target lies
+    outside them. Returns the numbers for the record.
     """
     assert context.workspace is not None
     dtype, products = precision(config.dtype, context.device)
     finish = finish or partial(_store, context.workspace)
     text = LabelledText.create(ids, config.seed, config.batch_size, context.device)
     teacher = Teacher(top_k) if top_k else None
-    inside = decoder_blocks(model)[0] + "."
-    if not config.whole_model and all(target.name.startswith(inside) for target in targets):
+    layers = _by_block(decoder_blocks(model)[0] + ".", targets)
+    if "" not in layers and not _runs_whole(model, targets, text, config, context):
         runner = block_runner(model, text.ids[:1, :TRIAL], context.device, dtype, products)
         if runner is not None:
-            layers: list[dict[str, str]] = [{} for _ in range(len(runner))]
-            for target in targets:
-                index, _, layer = target.name.removeprefix(inside).partition(".")
-                layers[int(index)][target.name] = layer
             return _BlockwisePass(runner, layers, text, teacher, context, collector, finish).run()
+        LOG.warning("the blocks of this decoder cannot be run one by one: the whole model is in memory")
     model = mixed(frozen_copy(model, context.device, dtype), context.device, products)
-    return _whole_pass(model, targets, text, teacher, context, collector, finish)
+    return _whole_pass(model, layers, text, teacher, context, collector, finish)
+
+
+def _by_block(inside: str, targets: Sequence[Target]) -> dict[str, dict[str, str]]:
+    """Number of a block -> name of a target -> its name in the block; "" for targets outside of the blocks."""
+    layers: dict[str, dict[str, str]] = {}
+    for name in (target.name for target in targets):
+        index, _, layer = name.removeprefix(inside).partition(".") if name.startswith(inside) else ("", "", name)
+        layers.setdefault(index, {})[name] = layer
+    return layers
+
+
+def _runs_whole(
+    model: Any, targets: Sequence[Target], text: LabelledText, config: CalibrationConfig, context: RunContext
+) -> bool:
+    """Whether the model runs whole; a killed run does not change its mind."""
+    assert context.workspace is not None
+    if config.whole_model is not None:
+        return config.whole_model
+    stored = context.workspace.fetch("whole")
+    if stored is None:
+        small = _is_small(model, targets, text.ids.shape, config.batch_size, context.device)
+        stored = {"whole": torch.tensor(small)}
+        context.workspace.store("whole", stored)
+    return bool(stored["whole"])
+
+
+def _is_small(model: Any, targets: Sequence[Target], shape: torch.Size, batch_size: int, device: torch.device) -> bool:
+    """Whether statistics of a whole model take half of the free memory at most, and minutes: a kill begins anew.
+
+    In memory are parameters in float32 and bfloat16, all statistics, and activations and logits of a batch.
+    """
+    windows, length = shape
+    shapes = [target.shape for target in targets]
+    moments = sum(4 * (m * m + n * n) for m, n in shapes)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    a_token = 6 * sum(m + n for m, n in shapes) + 16 * int(model.get_input_embeddings().weight.shape[0])
+    needed = 6 * parameters + moments + min(batch_size, windows) * length * a_token
+    return windows * length * parameters < SHORT and needed < (free_memory(device) or 0) / 2
 
 
 def fast_dtype(name: DtypeName, device: torch.device) -> DtypeName:
@@ -116,9 +156,8 @@ def precision(name: DtypeName, device: torch.device) -> tuple[torch.dtype, torch
 def mixed(model: Any, device: torch.device, products: torch.dtype | None) -> Any:
     """The model, which computes its products, but for the logits, in another dtype."""
     if products is not None:
-        for module, wanted in ((model, True), (model.get_output_embeddings(), False)):
-            module.forward = torch.autocast(device.type, products, enabled=wanted)(module.forward)
-        model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].float(),))
+        exact_logits(model, products)
+        model.forward = torch.autocast(device.type, products)(model.forward)
     return model
 
 
@@ -193,7 +232,7 @@ class _BlockwisePass:
     """
 
     runner: BlockRunner
-    targets: list[dict[str, str]]  # of every block: name of a target -> its name in the block
+    targets: dict[str, dict[str, str]]  # number of a block: name of a target -> its name in the block
     text: LabelledText
     teacher: Teacher | None
     context: RunContext
@@ -241,11 +280,12 @@ class _BlockwisePass:
     def backward(self, index: int) -> None:
         """The statistics of a block, and the gradients below it."""
         block = self.runner.block(index)
-        collector = self.collector({name: block.get_submodule(layer) for name, layer in self.targets[index].items()})
+        targets = self.targets.get(str(index), {})
+        collector = self.collector({name: block.get_submodule(layer) for name, layer in targets.items()})
         for batch in self.text.batches:
             self.block_gradient(index, batch, block)
             collector.end_batch()
-        self.finish(list(self.targets[index]), collector, self.text.ids.numel())
+        self.finish(list(targets), collector, self.text.ids.numel())
         self.workspace.store(f"block-{index}", {"done": torch.ones(1)})
         self.drop(boundary=index, gradient=index + 1)
 
@@ -261,20 +301,21 @@ class _BlockwisePass:
         name, runner, ids = _name("boundary", index, batch), self.runner, self.text.ids[batch]
         stored = self.workspace.fetch(name)
         if stored is not None:
-            return stored["hidden"].to(runner.device)
+            return stored["hidden"].to(runner.device, runner.dtype)
         if index == 0:
             hidden = runner.embed(ids)
         else:
             below = self.boundary(index - 1, batch)
             hidden = runner.run(index - 1, block or runner.block(index - 1), ids, below)
+        hidden = hidden.to(runner.products or hidden.dtype)
         self.workspace.store(name, {"hidden": hidden})
-        return hidden
+        return hidden.to(runner.dtype)
 
     def gradient(self, index: int, batch: slice) -> Tensor:
         """Gradient of the summed loss at a boundary."""
         stored = self.workspace.fetch(_name("gradient", index, batch))
         if stored is not None:
-            return stored["gradient"].to(self.runner.device)
+            return stored["gradient"].to(self.runner.device, self.runner.dtype)
         if index == len(self.runner):
             self.head_gradient(batch)
         else:
@@ -287,7 +328,13 @@ class _BlockwisePass:
         result = self.runner.run(index, block, self.text.ids[batch], leaf)
         torch.autograd.backward(result, self.gradient(index + 1, batch))
         assert leaf.grad is not None
-        self.workspace.store(_name("gradient", index, batch), {"gradient": leaf.grad})
+        if index:
+            self.store_gradient(index, batch, leaf.grad)
+
+    def store_gradient(self, index: int, batch: slice, gradient: Tensor) -> None:
+        """Put the gradient at a boundary into the workspace."""
+        kind = self.runner.products or gradient.dtype
+        self.workspace.store(_name("gradient", index, batch), {"gradient": gradient.to(kind)})
 
     def head_gradient(self, batch: slice, teacher: Teacher | None = None) -> Tensor:
         """The summed loss; its gradient at the last boundary is stored."""
@@ -305,7 +352,7 @@ class _BlockwisePass:
             assert leaf.grad is not None
             gradients.append(leaf.grad)
         _require_finite(loss)
-        self.workspace.store(_name("gradient", len(runner), batch), {"gradient": torch.cat(gradients)})
+        self.store_gradient(len(runner), batch, torch.cat(gradients))
         return loss
 
 
@@ -315,7 +362,7 @@ def _name(kind: str, index: int, batch: slice) -> str:
 
 def _whole_pass(
     model: Any,
-    targets: Sequence[Target],
+    layers: Mapping[str, Mapping[str, str]],
     text: LabelledText,
     teacher: Teacher | None,
     context: RunContext,
@@ -324,8 +371,7 @@ def _whole_pass(
 ) -> dict[str, Any]:
     """The model at once, forward and backward, all statistics in memory; equal to the blockwise pass."""
     assert context.workspace is not None
-    names = [target.name for target in targets]
-    collector = make({name: model.get_submodule(name) for name in names})
+    collector = make({name: model.get_submodule(name) for block in layers.values() for name in block})
     model.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.requires_grad_())
     total, forward, backward = torch.zeros((), device=text.ids.device), 0.0, 0.0
     for batch in counted(context.progress, text.batches, "windows"):
@@ -342,7 +388,8 @@ def _whole_pass(
         forward, backward = forward + computed - started, backward + time.perf_counter() - computed
     if teacher is not None:
         context.workspace.store(TEACHER, teacher.tensors(len(text.ids)))
-    finish(names, collector, text.ids.numel())
+    for block in layers.values():
+        finish(list(block), collector, text.ids.numel())
     return _numbers("whole", float(total) / text.ids.numel(), forward, backward)
 
 
