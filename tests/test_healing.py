@@ -2,6 +2,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -100,20 +101,22 @@ def test_what_is_trained_fits_into_the_memory_that_is_free(
     weights, context = CheckpointSource(source), RunContext.create(device="cpu")
     training = FinetuneConfig(distill="t", batch_size=2, max_length=16, dtype="bfloat16")
 
-    def choice(free: float | None, trainable: Any = "auto") -> tuple[str, bool]:
+    def choice(free: float | None, trainable: Any = "auto", host_memory: float = 6e9) -> tuple[str, bool]:
         monkeypatch.setattr(healing, "free_memory", lambda _: free)
-        config = RecoveryConfig(trainable=trainable)
+        config = RecoveryConfig(trainable=trainable, host_memory=host_memory)
         name, chosen = healing.choose_trainable(weights, plan, config, training, context)
         return name, chosen.gradient_checkpointing
 
     ways = [("factors", False), ("updates", False), ("updates", True)]
     settings = [replace(training, method="lrc"), replace(training, method="updates", rank=8)]
     settings.append(replace(settings[1], gradient_checkpointing=True))
-    needed = [healing.memory_needed(weights, plan, each) for each in settings]
+    needed = [healing.memory_needed(weights, plan.allocations, each) for each in settings]
     assert needed == sorted(needed, reverse=True)
     assert [choice(size) for size in needed] == ways
     assert choice(None) == choice(1e12) == ways[0]
     assert choice(1e12, "updates") == ways[1]
+    assert [choice(1e12, host_memory=size) for size in needed] == ways  # a host has other things to hold
+    assert choice(None, host_memory=1) == ways[2]
     with pytest.raises(WeLoreError, match=r"recovery needs .* GB on cpu"):
         choice(needed[-1] - 1)
 
@@ -125,6 +128,16 @@ def test_a_cut_is_written_where_no_training_fits(
     record = compress(source, tmp_path / "out", keep=0.5, statistics=own)
     assert "take another device, or --recovery none" in record.settings["recovery"]["failed"]
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_activations_that_are_computed_again_change_nothing(source: Path, own: Statistics, tmp_path: Path) -> None:
+    for name, size in (("held", 6e9), ("again", 1.0)):
+        recovery = RecoveryConfig(trainable="updates", host_memory=size, relative_learning_rate=1 / 20)
+        record = compress(source, tmp_path / name, keep=0.5, statistics=own, recovery=recovery)
+        assert record.settings["recovery"]["gradient_checkpointing"] == (name == "again")
+    files = [tmp_path / name / "model.safetensors" for name in ("held", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_predictions_are_those_of_the_dense_model(
@@ -225,9 +238,12 @@ def test_a_rate_that_diverges_gives_way_to_a_smaller_one(
     source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step, rates = FinetuneTrainer.training_step, []
+    models: list[Any] = []
 
     def first_rate_diverges(trainer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         rates.append(trainer.args.learning_rate)
+        models.append(weakref.ref(trainer.model))
+        assert {id(alive()) for alive in models if alive() is not None} == {id(trainer.model)}  # one in memory
         loss = step(trainer, *args, **kwargs)
         return loss if trainer.args.learning_rate < rates[0] else loss * float("nan")
 
@@ -249,11 +265,12 @@ def test_a_failed_healing_does_not_take_the_cut_with_it(
     assert (tmp_path / "healed/model.safetensors").read_bytes() == (tmp_path / "cut/model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("trainable", ["factors", "updates"])
 @pytest.mark.slow
 def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
-    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, own: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainable: Any
 ) -> None:
-    recovery = RecoveryConfig(save_steps=2)
+    recovery = RecoveryConfig(save_steps=2, trainable=trainable)
     compress(source, tmp_path / "straight", keep=0.5, statistics=own, recovery=recovery)
     step, taken = FinetuneTrainer.training_step, []
 
@@ -266,6 +283,12 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
     monkeypatch.setattr(FinetuneTrainer, "training_step", counted)
     with pytest.raises(KeyboardInterrupt):
         compress(source, tmp_path / "killed", keep=0.5, statistics=own, recovery=recovery)
+    stored = [load_file(path) for path in (tmp_path / "killed.work").glob("recovery-*/*/checkpoints/*/*.safetensors")]
+    factors = {name for name in weights(tmp_path / "straight") if name.split(".")[-2] in "ABPC"}
+    for tensors in stored:  # what is trained, and no other numbers
+        names = {name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+        assert names == factors if trainable == "factors" else len(names) == 2 * len(factors)
+    assert len(stored) == 2
     assert not (tmp_path / "killed").exists()
     rate = healing.learning_rate  # another number of threads sums in another order
     monkeypatch.setattr(healing, "learning_rate", lambda *args: rate(*args) * (1 + 1e-15))

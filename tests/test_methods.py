@@ -88,7 +88,7 @@ def test_impossible_marks_are_refused(small: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(small)
     for options, message in [
         ({"method": "lcr"}, "unknown method 'lcr'; did you mean 'lrc'"),
-        ({"rank": 4}, "rank goes with lora and galore; lrc has no rank"),
+        ({"rank": 4}, "rank goes with lora, updates, galore; lrc has no rank"),
         ({"method": "full", "train_norms": True}, "train_norms goes with lrc and nlrc"),
     ]:
         with pytest.raises(WeLoreError, match=message):

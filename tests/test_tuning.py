@@ -660,7 +660,7 @@ def test_another_teacher_is_another_run(model: Path, dense: Path, text: str, tmp
         ({"dataset": None, "task": "coinflip"}, "did you mean 'coin_flip'"),
         ({"loss_on_prompt": True}, "go with task"),
         ({"method": "full", "train_norms": True}, "train_norms goes with lrc and nlrc"),
-        ({"rank": 4}, "rank goes with lora and galore"),
+        ({"rank": 4}, "rank goes with lora, updates, galore"),
         ({"gradient_checkpointing": True, "selective_checkpointing": True}, "not both"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),

@@ -311,6 +311,9 @@ class RecoveryConfig:
         flag="recovery-trainable",
     )
     rank: int = option(8, "Rank of the updates.", panel="Recovery", flag="recovery-rank")
+    host_memory: float = option(
+        6e9, "Bytes on a CPU above which auto takes the way that needs least memory.", panel="Recovery", flag=None
+    )
     max_steps: int = option(64, "Steps at most on self-written text.", panel="Recovery", flag="recovery-max-steps")
     steps_per_share: float = option(
         160.0,
@@ -350,7 +353,7 @@ class RecoveryConfig:
         require_at_least(1, **{name: getattr(self, name) for name in counts})
         require_at_least(0, warmup_steps=self.warmup_steps)
         require_number("above 0", learning_rate=self.learning_rate, relative_learning_rate=self.relative_learning_rate)
-        require_number("above 0", steps_per_share=self.steps_per_share)
+        require_number("above 0", steps_per_share=self.steps_per_share, host_memory=self.host_memory)
         require_number("above 0", **{f"fallbacks[{at}]": share for at, share in enumerate(self.fallbacks)})
         require_number("at least 0", tolerance=self.tolerance, largest_share=self.largest_share)
         if not self.fallbacks or not 0 < self.teacher_weight <= 1:

@@ -217,7 +217,8 @@ class Needs:
         """The first choice of what is trained that fits; all matrices have the same share of their ranks."""
         windows = (self.tokens if config.dataset == SELF else config.num_tokens or 0) // self.length
         steps = max(1, (windows - max(1, windows // 10)) // config.batch_size)
-        steps = min(config.max_steps, steps) if config.dataset == SELF else steps
+        if config.dataset == SELF:
+            steps = min(config.max_steps, math.ceil(config.steps_per_share * max(1 - self.share, 0.01)), steps)
         training = FinetuneConfig(
             batch_size=config.batch_size,
             max_length=self.length,
@@ -226,7 +227,9 @@ class Needs:
         )
         ranks = {t.name: max(1, int(self.share * math.prod(t.shape) / sum(t.shape))) for t in self.blocks}
         even = [Allocation(t.name, t.shape, ranks[t.name], True, 0.0) for t in self.blocks]
-        name, chosen, working = first_that_fits(self.source, even, config, training, self.machine.free)
+        name, chosen, working = first_that_fits(
+            self.source, even, config, training, self.machine.device, self.machine.free
+        )
         outside, checkpoint = self.parameters - self.targeted, 24 * self.stored * (name == FACTORS.name)
         operations = 8 * steps * config.batch_size * self.length * (self.stored + outside)
         disk = 4 * self.stored + self.dtype.itemsize * (self.stored + outside) + checkpoint

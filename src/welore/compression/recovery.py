@@ -33,7 +33,7 @@ from welore.models.sink import DirectorySink
 from welore.models.skeleton import context_length, decoder_blocks
 from welore.models.source import CheckpointSource, TensorSource
 from welore.records import Record
-from welore.training.objective import CHUNK
+from welore.training.objective import chunk_of
 from welore.training.run_dir import MODEL, RUN, TUNED, WRITTEN
 from welore.training.teacher import recorded_predictions
 
@@ -108,7 +108,7 @@ def choose_trainable(
     free = context.processes.agreed(free_memory(context.device))
     if free is not None and context.device.type == "cpu":  # all of them are on one host
         free //= context.processes.size
-    name, chosen, needed = first_that_fits(source, plan.allocations, config, training, free)
+    name, chosen, needed = first_that_fits(source, plan.allocations, config, training, context.device, free)
     if free is not None and needed > free:
         raise WeLoreError(
             f"recovery needs {needed / 1e9:.1f} GB on {context.device}, {free / 1e9:.1f} GB are free: take another "
@@ -122,14 +122,18 @@ def first_that_fits(
     allocations: Sequence[Allocation],
     config: RecoveryConfig,
     training: FinetuneConfig,
+    device: torch.device,
     free: int | None,
 ) -> tuple[str, FinetuneConfig, float]:
-    """The first choice that fits into so many bytes, or the smallest: its name, the settings, the bytes it needs."""
+    """The first choice that fits into so many bytes of a device, or the smallest: its name, the settings, its bytes."""
+    limit = math.inf if free is None else free
+    if device.type == "cpu":  # a host has other things to hold
+        limit = min(limit, config.host_memory)
     for choice in CHOICES[config.trainable]:
         rank = None if choice.name == FACTORS.name else config.rank
         chosen = replace(training, method=choice.method, gradient_checkpointing=choice.checkpointing, rank=rank)
         needed = memory_needed(source, allocations, chosen)
-        if free is None or needed <= free:
+        if needed <= limit:
             break
     return choice.name, chosen, needed
 
@@ -160,7 +164,7 @@ def memory_needed(source: TensorSource, allocations: Sequence[Allocation], train
         activations += 4 * itemsize * tokens * training.max_length * layers * text.num_attention_heads
     if training.gradient_checkpointing:
         activations = activations / layers + itemsize * tokens * layers * text.hidden_size
-    return weights + activations + 16 * CHUNK * text.vocab_size
+    return weights + activations + 20 * chunk_of(text.vocab_size) * text.vocab_size
 
 
 def failed_recovery(config: RecoveryConfig, error: Exception) -> Recovery:
@@ -211,7 +215,7 @@ def recover(
     run, record = _without_harm(compressed, directory, rate, training, config, context)
     settings, losses = record.settings, _losses(record)
     names = ["max_steps", "batch_size", "max_length", "learning_rate", "warmup_steps", "dtype", "seed"]
-    names.append("distill_weight")
+    names += ["distill_weight", "rank", "gradient_checkpointing"]
     numbers = {
         "healed": is_sound(losses, config.tolerance),
         "healing_tokens": math.prod(settings[name] for name in ("max_steps", "batch_size", "max_length", "processes")),

@@ -129,7 +129,7 @@ def refuse_options(method: str, *, train_norms: bool, rank: int | None) -> None:
         names = " and ".join(name for name, other in METHODS.items() if other.supports_norms)
         raise WeLoreError(f"train_norms goes with {names}; {method} has a rule of its own")
     if rank is not None and entry.default_rank is None:
-        names = " and ".join(name for name, other in METHODS.items() if other.default_rank)
+        names = ", ".join(name for name, other in METHODS.items() if other.default_rank)
         raise WeLoreError(f"rank goes with {names}; {method} has no rank")
     missing = [package for package in entry.packages if importlib.util.find_spec(package) is None]
     if missing:

@@ -1,7 +1,7 @@
 """The loss of a batch: of the text's own tokens, or the distance from a teacher; without whole logits where possible.
 
 Logits, tokens x vocabulary numbers in several copies, can take more memory than everything else. So they are computed
-and differentiated CHUNK tokens at a time, from the hidden states that the model's head reads.
+and differentiated a chunk of tokens at a time, from the hidden states that the model's head reads.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from welore.data.windows import TopK
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK = 256  # tokens whose logits exist at once
+CHUNK, LOGITS = 256, 1 << 24  # tokens whose logits exist at once, at most, and how many logits
 
 
 class Objective:
@@ -104,8 +104,9 @@ class Objective:
         weights = [] if self.head is None else [p for p in self.head.parameters() if p.requires_grad]
         slopes = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in (student, *weights)]
         total = torch.zeros((), device=student.device)
-        for start in range(0, len(student), CHUNK):
-            rows = slice(start, start + CHUNK)
+        size = CHUNK if self.head is None else chunk_of(len(self.head.weight))
+        for start in range(0, len(student), size):
+            rows = slice(start, start + size)
             part = student[rows].detach().requires_grad_()
             with torch.enable_grad():
                 loss = self._distance_of_chunk(part, teacher[rows], target[rows])
@@ -128,6 +129,11 @@ class Objective:
         if self.weight < 1:
             loss = loss + (1 - self.weight) * functional.cross_entropy(scores, target, reduction="sum")
         return loss
+
+
+def chunk_of(vocabulary: int) -> int:
+    """How many tokens are in a chunk, of a head with so many outputs."""
+    return max(1, min(CHUNK, LOGITS // vocabulary))
 
 
 def top_k_divergence(scores: Tensor, teacher: TopK) -> Tensor:
