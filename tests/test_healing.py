@@ -103,12 +103,12 @@ def test_what_is_trained_fits_into_the_memory_that_is_free(
 
     def choice(free: float | None, trainable: Any = "auto", host_memory: float = 6e9) -> tuple[str, bool]:
         monkeypatch.setattr(healing, "free_memory", lambda _: free)
-        config = RecoveryConfig(trainable=trainable, host_memory=host_memory)
+        config = RecoveryConfig(trainable=trainable, host_memory=host_memory, rank=2)
         name, chosen = healing.choose_trainable(weights, plan, config, training, context)
         return name, chosen.gradient_checkpointing
 
     ways = [("factors", False), ("updates", False), ("updates", True)]
-    settings = [replace(training, method="lrc"), replace(training, method="updates", rank=8)]
+    settings = [replace(training, method="lrc"), replace(training, method="updates", rank=2)]
     settings.append(replace(settings[1], gradient_checkpointing=True))
     needed = [healing.memory_needed(weights, plan.allocations, each) for each in settings]
     assert needed == sorted(needed, reverse=True)
