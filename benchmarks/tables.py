@@ -103,6 +103,26 @@ def speed_scaled() -> str:
     return "\n".join(lines)
 
 
+def writing() -> str:
+    """The text that a model writes: processor time and likelihood, from benchmarks/writing.py."""
+    record = Record.load(HERE / "writing.json")
+    n, at = record.numbers, record.settings
+    times = n["milliseconds_per_token"]
+    return "\n".join(
+        [
+            f"| SmolLM2, {at['max_length']} tokens a window, one thread | milliseconds per token |",
+            "|---|---|",
+            f"| ours, {n['windows']} windows at once, {at['dtype']} | {times['ours']:.2f} |",
+            f"| a loop with transformers' cache, {at['windows_of_transformers']} windows at once, float32 "
+            f"| {times['transformers']:.2f} |",
+            f"| ratio | {n['ours_over_transformers']:.2f} |",
+            f"| mean log-likelihood of the text in float32; expected | {n['log_likelihood']:.2f}; "
+            f"{n['expected_log_likelihood']:.2f} |",
+            f"| divergence of the writing distribution from float32, nats per token | {n['divergence']:.4f} |",
+        ]
+    )
+
+
 def memory() -> str:
     """Peak memory of compress, from benchmarks/memory.py."""
     n = Record.load(HERE / "memory.json").numbers
@@ -362,6 +382,7 @@ TABLES = {
     "demo": demo,
     "speed": speed,
     "speed_scaled": speed_scaled,
+    "writing": writing,
     "memory": memory,
     "inference": inference,
     "tuning": tuning,

@@ -1,8 +1,8 @@
 """Processor time of the text that SmolLM2 writes, against a loop over transformers' own cache; and its likelihood.
 
-Ours writes the windows of the default job, as `calibrate` does. After each of its steps the other loop takes one: 32
-windows in float32, a DynamicCache, a token drawn from the cumulated probabilities. Both pay for the same state of the
-machine, so their ratio holds on one that is shared. One thread.
+Ours writes as many windows as the default job, as `calibrate` does, but shorter ones. After each of its steps the other
+loop takes one: 32 windows in float32, a DynamicCache, a token drawn from the cumulated probabilities. Both pay for the
+same state of the machine, so their ratio holds on one that is shared. One thread.
 
 The text is then read by the model in float32: its mean log-likelihood beside the one that the model expects of its own
 words, and the divergence of the distribution that wrote from it.
@@ -26,7 +26,7 @@ from welore.models.load import load_model
 from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-TOKENS, LENGTH, OTHER_WINDOWS, WINDOWS_READ = NUM_TOKENS, MAX_LENGTH, 32, 8
+WINDOWS, LENGTH, OTHER_WINDOWS, WINDOWS_READ = NUM_TOKENS // MAX_LENGTH, 128, 32, 8
 
 
 @torch.inference_mode()
@@ -77,7 +77,7 @@ def main() -> None:
     cpu = torch.device("cpu")
     loaded = load_model(resolve_model(embedded_model()), RunContext.create(device="cpu"), dtype="float32")
     model, writer = loaded.model.eval(), generation_copy(loaded.model, cpu)
-    config = CalibrationConfig(num_tokens=TOKENS, max_length=LENGTH)
+    config = CalibrationConfig(num_tokens=WINDOWS * LENGTH, max_length=LENGTH)
     uniform = uniform_numbers(config)
     turns = InTurns(other_loop(model, uniform[:OTHER_WINDOWS], model.config.vocab_size))
     windows = generate_text(writer, loaded.tokenizer, config, progress=turns)
@@ -85,7 +85,12 @@ def main() -> None:
     numbers: dict[str, Any] = {"windows": len(windows), "milliseconds_per_token": {"ours": 1e3 * ours}}
     numbers["milliseconds_per_token"]["transformers"] = 1e3 * others
     numbers |= {"ours_over_transformers": ours / others} | likelihood(model, writer, windows[:WINDOWS_READ])
-    settings = {"threads": 1, "tokens": TOKENS, "length": LENGTH, "dtype": str(writer.dtype).removeprefix("torch.")}
+    settings = {
+        "threads": 1,
+        "tokens": windows.numel(),
+        "length": LENGTH,
+        "dtype": str(writer.dtype).removeprefix("torch."),
+    }
     settings |= {"windows_of_transformers": OTHER_WINDOWS, "windows_read": WINDOWS_READ}
     Record("writing", {"model": embedded_model().stem}, settings, numbers).save(HERE / "writing.json")
     print(

@@ -156,7 +156,7 @@ def test_tuning_measures_a_run_in_a_process_of_its_own(benchmark: Callable[..., 
 
 @pytest.mark.slow
 def test_writing_is_measured_in_turns_with_another_loop(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
-    benchmark("writing", TOKENS=60, LENGTH=12, OTHER_WINDOWS=2, WINDOWS_READ=2).main()
+    benchmark("writing", WINDOWS=5, LENGTH=12, OTHER_WINDOWS=2, WINDOWS_READ=2).main()
     measured = numbers(tmp_path / "writing.json")
     assert measured["windows"] == 5
     assert set(measured["milliseconds_per_token"]) == {"ours", "transformers"}

@@ -91,7 +91,7 @@ def window_bytes(config: Any, length: int, itemsize: int) -> int:
     2 x layers x width of the keys x length numbers of `itemsize` bytes; the logits, once more in float32. config: of
     transformers; a model that caches less (states of fixed size, short windows) takes less.
     """
-    config = config.get_text_config()
+    config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", 1)
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
     keys = (getattr(config, "num_key_value_heads", None) or heads) * width

@@ -29,7 +29,7 @@ def write_with_vllm(
     except ImportError as error:
         raise WeLoreError("the writer vllm needs vLLM, on Linux: pip install 'welore[vllm]'") from error
     uniform = uniform_numbers(config)
-    sizes = model_config.get_text_config()
+    sizes = model_config.get_text_config(decoder=True)
     heads, devices = sizes.num_attention_heads, max(1, torch.accelerator.device_count())
     try:
         engine = vllm.LLM(
