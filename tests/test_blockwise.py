@@ -13,10 +13,11 @@ import welore
 from conftest import compress
 from toys import calibrate, checkpoint
 from welore.allocation.plan import Plan
+from welore.allocation.solver import allocate
 from welore.calibration.statistics import Statistics
 from welore.compression.mlp_pruning import Search
 from welore.config import CalibrationConfig, CompressionConfig
-from welore.errors import DamagedWeightsError
+from welore.errors import DamagedWeightsError, WeLoreError
 from welore.io.progress import silent
 from welore.models.mlp import Mlp
 from welore.models.targets import Target
@@ -124,6 +125,23 @@ def test_neurons_never_take_more_than_the_target_leaves(
     plan = ours(model, tmp_path / "out", keep=0.8)
     assert sum(mlp.pruned for mlp in plan.neurons.values()) > 0
     assert plan.numbers()["parameter_ratio"] == pytest.approx(0.8, abs=0.01)
+
+
+def test_neurons_that_put_a_rank_reduction_out_of_reach_are_given_up(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(spectra: Any, config: Any) -> Plan:
+        if spectra.neurons:
+            raise WeLoreError("rank_reduction 0.4 cannot be reached")
+        return allocate(spectra, config)
+
+    monkeypatch.setattr("welore.compression.mlp_pruning.WORTH", 1e12)
+    monkeypatch.setattr("welore.compression.pipeline.allocate", refused)
+    how: dict[str, Any] = {"rank_reduction": 0.4, "strategy": "waterfill", "preset": "fast"}
+    plan = ours(model, tmp_path / "out", **how)
+    assert not plan.neurons
+    assert plan.rank_reduction == pytest.approx(0.4, abs=0.02)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_the_cheapest_neurons_go_where_not_all_can() -> None:

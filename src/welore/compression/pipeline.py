@@ -370,7 +370,9 @@ def _allocated(job: Job, source: TensorSource, statistics: Statistics | None, ne
     targets = in_blocks(source.targets, grids)
     needed = sum(4 * min(shape) ** 2 + 4 * shape[0] * shape[1] for shape in (target.shape for target in targets))
     fit = shutil.disk_usage(workspace.directory).free > 1.2 * needed
-    pruned = [mlp for mlp in job.prunable if mlp.name in neurons] if fit and job.collects else []
+    # Neurons are limited so that a number of parameters stays within reach; another target may yet want them all.
+    final = fit and job.collects and job.config.keep is not None
+    pruned = [mlp for mlp in job.prunable if mlp.name in neurons] if final else []
     moments = LastingMoments(workspace, pruned, {f"{target.key}.values": target.layer for target in targets})
     analyzer = Analyzer(
         source, statistics, job.context, job.scaling, job.counts_outliers, lambda _: fit, moments.release
