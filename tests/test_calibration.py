@@ -395,6 +395,30 @@ def test_bfloat16_products_give_nearly_the_statistics_of_float32(whole: bool, tm
         assert error < 0.03, name
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_and_head_stay_in_the_dtype_of_the_model(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_runner, "CONVERTED", 10 * 32)  # ten rows of the head
+    model = build("llama", torch.bfloat16, tie_word_embeddings=tied)
+    runner = block_runner.block_runner(model, IDS[:1], torch.device("cpu"), torch.float32, torch.bfloat16)
+    assert runner is not None
+    shell = runner._backbone
+    for table, original in (
+        (shell.get_input_embeddings(), model.get_input_embeddings()),
+        (shell.get_output_embeddings(), model.get_output_embeddings()),
+    ):
+        assert table.weight.data_ptr() == original.weight.data_ptr()
+    hidden = runner.embed(IDS)
+    assert hidden.dtype == torch.float32
+    leaf = torch.randn(IDS.shape[0], IDS.shape[1], 32, requires_grad=True)
+    logits = runner.logits(IDS, leaf)
+    logits.backward(above := torch.randn_like(logits))
+    head, exact = model.float(), leaf.detach().clone().requires_grad_()
+    expected = head.lm_head(head.model.norm(exact))
+    torch.testing.assert_close(logits, expected)
+    expected.backward(above)
+    torch.testing.assert_close(leaf.grad, exact.grad, rtol=0.05, atol=0.05)
+
+
 def test_auto_is_bfloat16_where_the_device_multiplies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for can, expected in ((True, "bfloat16"), (False, "float32"), (None, "float32")):
         monkeypatch.setattr(layerwise, "multiplies", lambda dtype, device, can=can: can)

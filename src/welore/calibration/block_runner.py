@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS = 1 << 23  # numbers of the logits in memory at once
+CONVERTED = 1 << 25  # numbers of the head's weight that are float32 at once
 TOLERANCE = 1e-5  # of the logits of single blocks, relative to the largest logit of the model
 
 
@@ -31,21 +32,22 @@ class _BlockCalledError(Exception):
 
 
 class _Logits(torch.autograd.Function):
-    """A product in the dtype of its weight (V, width), whose backward pass multiplies in a lower one."""
+    """A float32 product with a weight (V, width) in its own dtype, whose backward pass multiplies in a lower dtype."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
         ctx.low = low
-        return linear(hidden.to(weight.dtype), weight, bias)
+        rows = max(1, CONVERTED // weight.shape[1])
+        logits = torch.cat([linear(hidden, part.float()) for part in weight.split(rows)], dim=-1)
+        return logits if bias is None else logits.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0]
-        return (gradient.to(ctx.low.dtype) @ ctx.low).to(gradient.dtype), None, None, None
+        return (gradients[0].to(ctx.low.dtype) @ ctx.low).to(gradients[0].dtype), None, None, None
 
 
 def exact_logits(model: Any, products: torch.dtype) -> None:
-    """Make the head of a frozen copy compute logits in its own dtype under autocast, gradients in a lower one.
+    """Make the head of a frozen copy compute float32 logits under autocast, and their gradient in a lower dtype.
 
     A logit of 20, rounded to bfloat16, changes its probability by up to 6 %.
     """
@@ -56,7 +58,7 @@ def exact_logits(model: Any, products: torch.dtype) -> None:
 
     @torch.autocast(low.device.type, enabled=False)
     def forward(hidden: Tensor) -> Any:
-        return _Logits.apply(hidden, head.weight, head.bias, low)
+        return _Logits.apply(hidden.float(), head.weight, head.bias, low)
 
     head.forward = forward  # type: ignore[method-assign]
 
@@ -74,8 +76,11 @@ class BlockRunner:
         self.name, self._blocks = decoder_blocks(model)
         self.device, self.dtype, self.products = device, dtype, products
         self.outputs: int | None = None
-        self._backbone: Any = frozen_copy(model, device, dtype, omitted=self._blocks)
+        tables = [model.get_input_embeddings(), model.get_output_embeddings()] if products is not None else []
+        exact = [table for table in tables if isinstance(table, nn.Embedding | nn.Linear)]
+        self._backbone: Any = frozen_copy(model, device, dtype, omitted=self._blocks, unchanged=exact)
         if products is not None:
+            self._backbone.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.to(dtype))
             exact_logits(self._backbone, products)
         self._stop: int | None = None
         self._last_hidden = torch.empty(0)

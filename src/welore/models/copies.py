@@ -17,22 +17,30 @@ from welore.io.memory import free_memory
 from welore.models.load import multiplies
 
 
-def frozen_copy(module: Any, device: torch.device, dtype: torch.dtype, omitted: Iterable[nn.Module] = ()) -> Any:
+def frozen_copy(
+    module: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    omitted: Iterable[nn.Module] = (),
+    unchanged: Iterable[nn.Module] = (),
+) -> Any:
     """A frozen copy on a device, floating parameters in dtype; it shares what is in place already.
 
-    omitted: parts that are not needed; their tensors are on the meta device.
+    omitted: parts that are not needed; their tensors are on the meta device. unchanged: parts that keep their dtype.
     """
     for name, part in module.named_modules():
         if "forward" in vars(part):  # it would go on to work for the original
             raise WeLoreError(f"{name or 'the model'} has been given a forward by another library: load the model anew")
     empty = {id(t) for part in omitted for t in (*part.parameters(), *part.buffers())}
 
+    same = {id(t) for part in unchanged for t in part.parameters()}
+
     def moved(t: Tensor, to: torch.dtype) -> Tensor:
         return torch.empty_like(t, device="meta") if id(t) in empty else t.detach().to(device, to)
 
     copies: dict[int, Any] = {}
     for parameter in module.parameters():
-        to = dtype if parameter.is_floating_point() else parameter.dtype
+        to = dtype if parameter.is_floating_point() and id(parameter) not in same else parameter.dtype
         copies[id(parameter)] = nn.Parameter(moved(parameter, to), requires_grad=False)
     for buffer in module.buffers():
         copies[id(buffer)] = moved(buffer, buffer.dtype)
