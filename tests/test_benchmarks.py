@@ -162,3 +162,16 @@ def test_writing_is_measured_in_turns_with_another_loop(benchmark: Callable[...,
     assert set(measured["milliseconds_per_token"]) == {"ours", "transformers"}
     assert measured["log_likelihood"] < 0
     assert 0 <= measured["divergence"] < 0.1
+
+
+def test_layouts_compares_a_model_and_a_block_for_where_they_run(
+    benchmark: Callable[..., ModuleType], tmp_path: Path
+) -> None:
+    block = {"hidden_size": 32, "intermediate_size": 80, "num_attention_heads": 2}
+    short = {"PROMPT": 8, "READ": 8, "NEW_TOKENS": 2, "REPEATS": 1, "CALIBRATION_TOKENS": 128}
+    benchmark("layouts", BLOCK=block, **short).main()
+    for part in numbers(tmp_path / "layouts.json").values():
+        for goal in ("cpu", "size", "gpu"):
+            assert part["layouts"][goal]["parameter_ratio"] == pytest.approx(0.8, abs=0.05)
+            assert part["layouts"][goal]["kernels_per_block"] > part["layouts"]["dense"]["kernels_per_block"]
+            assert part["time"]["fp32"]["decode"][goal]["to_dense"] > 0
