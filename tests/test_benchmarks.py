@@ -164,6 +164,7 @@ def test_writing_is_measured_in_turns_with_another_loop(benchmark: Callable[...,
     assert 0 <= measured["divergence"] < 0.1
 
 
+@pytest.mark.slow
 def test_layouts_compares_a_model_and_a_block_for_where_they_run(
     benchmark: Callable[..., ModuleType], tmp_path: Path
 ) -> None:
