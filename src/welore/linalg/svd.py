@@ -28,8 +28,8 @@ from welore.linalg.cholesky import cholesky, floored
 
 EXCESS = 1e-6  # share of ||W||^2 by which the factors may miss the optimum before float64 repeats them
 OTHER = 1e-4  # of ||W||: another matrix differs by more from the one that was decomposed, rounding by less
-PROBES = 4  # random vectors that the factors are tried on
-SOME = 64  # rows of X by which it is known again
+PROBES = 2  # random vectors that the factors are tried on
+SOME = 16  # rows of X by which it is known again
 BLOCK = 384  # rows of W, or columns, that are held in float64 at once
 
 
@@ -186,7 +186,7 @@ def _missed(near: Tensor, far: Tensor, energy: Tensor) -> float:
     probes = torch.randn(len(energy), PROBES, generator=generator, dtype=torch.float64).to(energy.device)
     probes *= energy.clamp(min=0).sqrt()[:, None]
     sent = probes.to(near.dtype)
-    return float(((near.T @ (far @ sent) - sent).double() ** 2).sum()) / PROBES
+    return float(((product(near.T, product(far, sent)) - sent).double() ** 2).sum()) / PROBES
 
 
 @dataclass(frozen=True)
