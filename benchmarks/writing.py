@@ -87,8 +87,8 @@ def main() -> None:
     numbers |= {"ours_over_transformers": ours / others} | likelihood(model, writer, windows[:WINDOWS_READ])
     settings = {
         "threads": 1,
-        "tokens": windows.numel(),
-        "length": LENGTH,
+        "num_tokens": windows.numel(),
+        "max_length": LENGTH,
         "dtype": str(writer.dtype).removeprefix("torch."),
     }
     settings |= {"windows_of_transformers": OTHER_WINDOWS, "windows_read": WINDOWS_READ}

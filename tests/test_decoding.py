@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,22 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from conftest import build
-from toys import ALPHABET, characters
-from welore.config import CalibrationConfig
+from toys import ALPHABET, characters, checkpoint
+from welore.calibration.collect import draw_text, write_text
+from welore.calibration.statistics import GENERATED
+from welore.config import SELF, CalibrationConfig
 from welore.data import self_generated
 from welore.data.decoding import GroupedAttention, ReservedLayer, reserve
+from welore.data.mixture import seed_of
 from welore.data.self_generated import generate_text, window_bytes, windows_at_once
 from welore.errors import WeLoreError
+from welore.io.context import RunContext
 from welore.io.parallel import Processes
 from welore.io.resume import Workspace
 from welore.models import copies
 from welore.models.copies import generation_copy
+from welore.models.load import load_model
+from welore.models.source import open_source
 
 CPU, GB = torch.device("cpu"), 1 << 30
 
@@ -202,6 +210,26 @@ def test_processes_write_a_share_each_and_all_get_the_text_of_one(monkeypatch: p
     found = generate_text(writer(), characters(), size(5), processes=Together(0, 2))
     assert torch.equal(found, expected)
     assert asked == [2, 3]
+
+
+def test_all_processes_of_compress_write_its_text(tmp_path: Path) -> None:
+    context, config = RunContext.create(device="cpu"), size(5)
+    directory, workspace = checkpoint(tmp_path / "model", None), Workspace(tmp_path / "work", "key")
+    workspace.open()
+    loaded = load_model(directory, context)
+    text = draw_text(config, loaded.model, loaded.tokenizer, context)
+    expected = generate_text(
+        generation_copy(loaded.model, CPU), loaded.tokenizer, replace(config, seed=seed_of(0, SELF))
+    )
+    for rank in (1, 0):
+        Together.given = {} if rank else {1: expected[1::2]}
+        shared = replace(context, processes=Together(rank, 2), workspace=workspace)
+        with pytest.raises(RuntimeError) if rank else nullcontext():  # as above
+            write_text(open_source(directory, context), text, loaded.tokenizer, shared, lambda: loaded.model)
+        torch.testing.assert_close(Together.given[rank], expected[rank::2])
+    written = workspace.fetch(GENERATED)
+    assert written is not None
+    assert torch.equal(written[GENERATED].long(), expected)
 
 
 GATHER = "from welore.io.parallel import join_processes as j; p = j(); print(p.gather((p.rank, 'item')))"

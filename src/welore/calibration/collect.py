@@ -144,6 +144,14 @@ def draw_text(config: CalibrationConfig, net: Any, tokenizer: Any, context: RunC
     return Text(config, tuple(sources), counts.get(SELF, 0))
 
 
+def write_text(weights: TensorSource, text: Text, tokenizer: Any, context: RunContext, load: Callable[[], Any]) -> None:
+    """The text that the model writes itself, by all processes of the context, each a share; `collect` reads it then."""
+    assert context.workspace is not None
+    if text.own and not context.workspace.holds(GENERATED):
+        with context.stage("text"):
+            _own_text(_Job(weights, load(), text.config, context, context.workspace), tokenizer, text.own)
+
+
 def collect(
     weights: TensorSource,
     text: Text,

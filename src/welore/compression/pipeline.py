@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate, check_reachable
-from welore.calibration.collect import Text, collect, draw_text, measure_losses
+from welore.calibration.collect import Text, collect, draw_text, measure_losses, write_text
 from welore.calibration.statistics import Statistics
 from welore.compression.analysis import Analyzer, grids_of, open_statistics, shared_workspace, summary
 from welore.compression.blockwise import BlockAnalyzer, LastingMoments
@@ -325,6 +325,8 @@ def _statistics(job: Job) -> Statistics | None:
 
     tokenizer = _tokenizer(job)
     with context.stage("statistics"):
+        if context.processes.size > 1:
+            write_text(original, job.text, tokenizer, context, load)
         if context.processes.is_main:
             analyzed(replace(context, processes=ALONE))
         context.processes.wait()
