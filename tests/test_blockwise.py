@@ -154,15 +154,17 @@ def test_the_cheapest_neurons_go_where_not_all_can() -> None:
     assert Search(price=1e-9, most=25).level(losses) == pytest.approx(4e-10)
 
 
-@pytest.mark.parametrize("strategy", ["owl", "uniform"])
-def test_outliers_are_counted_for_the_strategy_that_asks(model: Path, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "scaling"), [("owl", "asvd"), ("uniform", "whitening")])
+def test_outliers_are_counted_for_the_strategy_that_asks(
+    model: Path, tmp_path: Path, strategy: str, scaling: str
+) -> None:
     work, parts = tmp_path / "out.work", set[str]()
 
     def see(label: str) -> None:
         for path in work.glob("*.values.safetensors"):
             parts.update(load_file(path))
 
-    ours(model, tmp_path / "out", watching(see), keep=0.5, strategy=strategy, scaling="kfac")
+    ours(model, tmp_path / "out", watching(see), keep=0.5, strategy=strategy, scaling=scaling)
     assert parts == {"sigma", *(["outliers"] if strategy == "owl" else [])}
 
 
