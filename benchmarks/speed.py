@@ -3,16 +3,10 @@
 For every matrix, one after the other: two torch.svd (float32; the reference computes each decomposition twice: once
 for the thresholds, once for the factors), torch.linalg.svdvals, and ours: ratios of processor time.
 The floor is the time that the floating point operations of ours would take at the speed of a matrix product.
-
-Before that, `compress` with one worker and with two, in turns: the time of analysis and factors, and of the whole,
-which also opens the model and writes the result. Processor time beside it tells whether the machine was idle: with
-two workers it is then close to twice the time.
 """
 
-import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +18,6 @@ from floor import operations, speeds
 from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate
 from welore.allocation.spectra import Spectra
-from welore.compression.pipeline import compress
-from welore.config import CompressionConfig
-from welore.io._malloc import return_freed_memory
 from welore.io.hub import resolve_model
 from welore.linalg.spectrum import normalise
 from welore.linalg.svd import Decomposition, decompose
@@ -35,8 +26,7 @@ from welore.models.source import CheckpointSource
 from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-RANK_REDUCTION, ROUNDS = 0.5, 5
-MATRICES, WHOLE, PROCESSOR = "analysis and factors", "whole", "processor, analysis and factors"
+RANK_REDUCTION = 0.5
 
 
 def timed(totals: dict[str, float], name: str, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -59,43 +49,8 @@ def floor_seconds(plan: Plan) -> float:
     return sum(sum(of_type) / speed for of_type, speed in zip(zip(*costs, strict=True), speeds(), strict=True))
 
 
-def compressed(model: Path, workers: int) -> dict[str, float]:
-    """Seconds of one `compress`: of the matrices, the processor's for them, and of all of it."""
-    seconds = {MATRICES: 0.0, PROCESSOR: 0.0}
-
-    def progress(items: Iterable[tuple[Any, float]], label: str, total: float) -> Iterator[Any]:
-        started, processor = time.perf_counter(), time.process_time()
-        for item, _ in items:
-            yield item
-        if label != "writing":
-            seconds[MATRICES] += time.perf_counter() - started
-            seconds[PROCESSOR] += time.process_time() - processor
-
-    config = CompressionConfig(rank_reduction=RANK_REDUCTION)
-    with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory) / "small"
-        started = time.perf_counter()
-        compress(model, out, config, workers=workers, progress=progress)
-        seconds[WHOLE] = time.perf_counter() - started
-    return seconds
-
-
-def two_workers(model: Path) -> dict[str, Any]:
-    """How many times as fast two workers are as one: medians of the ratios of neighbouring runs."""
-    return_freed_memory()  # as the command does
-    compressed(model, 1)  # loads what is loaded once
-    rounds = [(compressed(model, 1), compressed(model, 2)) for _ in range(ROUNDS)]
-    ratios = {name: [one[name] / two[name] for one, two in rounds] for name in (MATRICES, WHOLE)}
-    return {
-        "two_workers_over_one": statistics.median(ratios[MATRICES]),
-        "two_workers_over_one_whole_command": statistics.median(ratios[WHOLE]),
-        "rounds_of_workers": [{"one": one, "two": two} for one, two in rounds],
-    }
-
-
 def main() -> None:
     """Measure, check every rank against float64, write docs/benchmarks/speed.json, print one line."""
-    workers = two_workers(resolve_model(embedded_model()))  # first, with the memory of a process that has just begun
     torch.set_num_threads(1)
     seconds: dict[str, float] = {}
     values, references, kept = {}, {}, {}
@@ -130,14 +85,12 @@ def main() -> None:
         "ours_over_floor": seconds["ours"] / floor,
         "seconds": seconds | {"floor": floor},
     }
-    numbers |= workers
-    settings = {"threads": 1, "rank_reduction": RANK_REDUCTION, "rounds_of_workers": ROUNDS}
+    settings = {"threads": 1, "rank_reduction": RANK_REDUCTION}
     Record("speed", {"model": embedded_model().stem}, settings, numbers).save(HERE / "speed.json")
     print(
         f"analysis + factors, one thread: {numbers['two_torch_svd_over_ours']:.1f}x faster than two torch.svd, "
         f"{numbers['svdvals_over_ours']:.1f}x svdvals alone, {numbers['ours_over_floor']:.1f}x the flop floor; "
-        f"{same} of {len(plan.allocations)} ranks equal float64; two workers {numbers['two_workers_over_one']:.2f}x "
-        f"as fast as one (the whole command {numbers['two_workers_over_one_whole_command']:.2f}x)"
+        f"{same} of {len(plan.allocations)} ranks equal float64"
     )
 
 

@@ -73,8 +73,8 @@ def demo() -> str:
 
 
 def speed() -> str:
-    """Analysis and factors, one thread and two workers, from benchmarks/speed.py."""
-    n = Record.load(HERE / "speed.json").numbers
+    """Analysis and factors, one thread and two workers, from benchmarks/speed.py and workers.py."""
+    n, workers = (Record.load(HERE / f"{name}.json").numbers for name in ("speed", "workers"))
     return "\n".join(
         [
             "| singular values of all matrices + factors of the LRCs at ERR 50 %, one thread | ratio |",
@@ -82,7 +82,7 @@ def speed() -> str:
             f"| two float32 `torch.svd` each (what the reference does) / ours | {n['two_torch_svd_over_ours']:.1f} |",
             f"| `torch.linalg.svdvals` of each matrix, no factors / ours | {n['svdvals_over_ours']:.1f} |",
             f"| ours / floor (its operations at the speed of a matrix product) | {n['ours_over_floor']:.1f} |",
-            f"| analysis and factors with one worker / with two | {n['two_workers_over_one']:.2f} |",
+            f"| analysis and factors with one worker / with two | {workers['two_workers_over_one']:.2f} |",
             f"| ranks equal to a float64 SVD | {n['ranks_equal_to_float64']} of {n['matrices']} |",
             f"| largest excess of {n['lrcs']} LRCs over the optimum, of the squared norm | {n['largest_excess']:.0e} |",
         ]

@@ -61,10 +61,16 @@ def test_benchmark_explains_itself(
 
 @pytest.mark.slow
 def test_speed_counts_equal_ranks(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
-    benchmark("speed", ROUNDS=1, RANK_REDUCTION=0.4).main()
+    benchmark("speed", RANK_REDUCTION=0.4).main()
     measured = numbers(tmp_path / "speed.json")
     assert measured["ranks_equal_to_float64"] == measured["matrices"] == 14
     assert measured["two_torch_svd_over_ours"] > 0
+
+
+@pytest.mark.slow
+def test_two_workers_are_compared_with_one(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
+    benchmark("workers", ROUNDS=1, RANK_REDUCTION=0.4).main()
+    assert numbers(tmp_path / "workers.json")["two_workers_over_one"] > 0
 
 
 def test_speed_in_a_norm_compares_equal_results(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:

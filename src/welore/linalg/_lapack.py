@@ -1,4 +1,4 @@
-"""The few LAPACK routines behind the decompositions, for one bar: they take a fifth of the time of two torch.svd.
+"""The few LAPACK routines behind the decompositions, for one bar: they take a sixth of the time of two torch.svd.
 
 benchmarks/speed.py measures it. torch.linalg.eigh of the same float64 Gram matrices takes 1.4 times as long, with its
 vectors kept instead of the reflectors, which is below the bar; it does the work on a GPU (linalg/svd.py).
