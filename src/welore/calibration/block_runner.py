@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from welore.errors import WeLoreError
+from welore.io.pages import give_back
 from welore.models.copies import frozen_copy
 from welore.models.skeleton import decoder_blocks
 
@@ -92,7 +93,11 @@ class BlockRunner:
 
     def block(self, index: int) -> nn.Module:
         """A block, in memory as long as it is held."""
-        return frozen_copy(self._blocks[index], self.device, self.dtype)
+        block = self._blocks[index]
+        copied: nn.Module = frozen_copy(block, self.device, self.dtype)
+        if self.dtype != next(block.parameters()).dtype:  # the copy shares nothing with the weights' file
+            give_back(block.parameters())
+        return copied
 
     def embed(self, ids: Tensor) -> Tensor:
         """The hidden states (b, length, width) that enter the first block."""
@@ -161,6 +166,7 @@ def block_runner(
         return None
     runner = BlockRunner(model, device, dtype, products)
     runner.outputs = trial.outputs
+    give_back(model.parameters())
     return runner
 
 

@@ -31,6 +31,7 @@ from welore.errors import WeLoreError
 from welore.io.atomic import resolved, work_directory
 from welore.io.claim import claimed
 from welore.io.context import RunContext
+from welore.io.pages import give_back
 from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
 from welore.linalg.svd import Decomposition, Factors, decompose
@@ -171,6 +172,7 @@ def collect(
         job, started = _Job(weights, load(), text.config, context, workspace), time.perf_counter()
         with context.stage("text"):
             sources = [*text.sources, *([_own_text(job, tokenizer, text.own)] if text.own else [])]
+            give_back(job.net.parameters())
         record = _collect(job, sources, time.perf_counter() - started, finish)
         stored = {"record": torch.tensor(list(json.dumps(dataclasses.asdict(record)).encode()), dtype=torch.uint8)}
         workspace.store(COLLECTED, stored)
