@@ -1,18 +1,19 @@
 """Is a compressed model faster than the dense one where it will run? A record of every layout of `--for`.
 
 SmolLM2, compressed for a CPU, for size and for a GPU to the same number of parameters; and one decoder block of the
-shape of Llama-2-7B, with random weights and ranks by water-filling of power laws. Processor time of one thread, each
-model in turn; the median of the ratios to the dense model. Decoding is one token at a time after the prompt. A kernel
-is an ATen call that is no view: what a GPU would launch for a token. No GPU is needed, and none is timed.
+shape of Llama-2-7B, with random weights and ranks as for spectra of SmolLM2 at that width. Processor time of one
+thread, each model in turn; the median of the ratios to the dense model. Decoding is one token at a time after the
+prompt. A kernel is an ATen call that is no view: what a GPU would launch for a token. No GPU is needed, and none is
+timed.
 
     python benchmarks/layouts.py            # both; SmolLM2 takes ten minutes
 """
 
-import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,6 @@ KEEP, CALIBRATION_TOKENS = 0.8, 4096
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT, READ, NEW_TOKENS, REPEATS = 256, 512, 16, 5
 BLOCK: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
-# Exponents of the singular values: those of queries and keys fall fastest.
-DECAY = {"q_proj": 0.9, "k_proj": 0.9, "v_proj": 0.4, "o_proj": 0.5, "gate_proj": 0.5, "up_proj": 0.4, "down_proj": 0.4}
 
 
 class Kernels(TorchDispatchMode):
@@ -127,8 +126,8 @@ def plan_loss(plan: Plan) -> float:
     return float(np.average(errors, weights=weights))
 
 
-def small_model() -> dict[str, Any]:
-    """SmolLM2 in every layout."""
+def small_model() -> tuple[dict[str, Any], dict[Goal, Spectra]]:
+    """SmolLM2 in every layout; and its spectra, split for size."""
     with tempfile.TemporaryDirectory() as directory:
         source, calibration = resolve_model(embedded_model()), Path(directory) / "statistics.safetensors"
         settings = CalibrationConfig(num_tokens=CALIBRATION_TOKENS, measure_losses=0)
@@ -149,20 +148,36 @@ def small_model() -> dict[str, Any]:
                 for model in models.values():
                     welore.optimize_for_decoding(model)
                 measured["fp32, optimize_for_decoding"] = ratios(models)
-        return {"layouts": layouts, "time": measured}
+        plain, blocks = (welore.analyze(source, statistics=calibration, split=s) for s in (False, True))
+        return {"layouts": layouts, "time": measured}, {"cpu": plain, "size": blocks, "gpu": plain}
 
 
-def block_plan(model: Any, goal: Goal) -> Plan:
-    """Ranks of a block whose singular values fall by power laws."""
+def block_plan(goal: Goal, small: Spectra) -> Plan:
+    """Ranks of a block of 7B shape by the stretched spectra of SmolLM2: of all blocks, the one nearest to the target.
+
+    small: of SmolLM2, by blocks for size.
+    """
+    model = block_skeleton()
     targets = find_targets(model)
-    grids = long_matrices(model, targets) if goal == "size" else {}
-    matrices = in_blocks(targets, grids)
-    decays = {t.name: next(power for kind, power in DECAY.items() if kind in t.name) for t in matrices}
-    values = {t.name: np.arange(1.0, min(t.shape) + 1) ** -decays[t.name] for t in matrices}
-    values = {name: sigma * math.sqrt(len(sigma) / (sigma**2).sum()) for name, sigma in values.items()}
-    shapes = {t.name: t.shape for t in matrices}
-    spectra = Spectra(Identity("block", "0" * 64), values, shapes, scaling="kfac", grids=grids)
-    return welore.allocate(spectra, AllocationConfig(keep=KEEP, optimize_for=goal))
+    grids = long_matrices(model, targets) if small.grids else {}
+    matrices = {t.name: t.shape for t in in_blocks(targets, grids)}
+    values, shapes, every = {}, {}, {}
+    blocks = sorted({int(name.split(".")[2]) for name in small.values})
+    for index in blocks:
+        every |= {layer.replace(".0.", f".{index}.", 1): grid for layer, grid in grids.items()}
+        for name, shape in matrices.items():
+            own = name.replace(".0.", f".{index}.", 1)
+            sigma = small.values[own if own in small.values else own.rpartition(".")[0]]
+            positions = np.linspace(0, len(sigma) - 1, min(shape))
+            values[own], shapes[own] = np.interp(positions, np.arange(len(sigma)), sigma), shape
+    spectra = Spectra(Identity("block", "0" * 64), values, shapes, scaling="kfac", grids=every)
+    plan = welore.allocate(spectra, AllocationConfig(keep=KEEP, optimize_for=goal))
+    chosen = [plan.allocations[start : start + len(matrices)] for start in range(0, len(values), len(matrices))]
+    plans = [
+        replace(plan, grids=grids, allocations=tuple(replace(a, name=n) for a, n in zip(block, matrices, strict=True)))
+        for block in chosen
+    ]
+    return min(plans, key=lambda plan: abs(plan.parameter_ratio - KEEP))
 
 
 def block_skeleton() -> Any:
@@ -190,9 +205,9 @@ def block_model(plan: Plan | None, dtype: torch.dtype) -> Any:
     return model
 
 
-def large_block() -> dict[str, Any]:
+def large_block(spectra: Mapping[Goal, Spectra]) -> dict[str, Any]:
     """A decoder block of the shape of Llama-2-7B in every layout."""
-    plans = {goal: block_plan(block_skeleton(), goal) for goal in GOALS}
+    plans = {goal: block_plan(goal, spectra[goal]) for goal in GOALS}
     measured: dict[str, Any] = {}
     layouts: dict[str, Any] = {}
     for name, dtype in DTYPES.items():
@@ -207,7 +222,8 @@ def main() -> None:
     """Measure, write docs/benchmarks/layouts.json, print a line for each."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    numbers = {"block of 7B": large_block(), "SmolLM2": small_model()}
+    small, spectra = small_model()
+    numbers = {"SmolLM2": small, "block of 7B": large_block(spectra)}
     settings = {
         "keep": KEEP,
         "prompt_tokens": PROMPT,
@@ -216,7 +232,6 @@ def main() -> None:
         "threads": 1,
         "calibration_tokens": CALIBRATION_TOKENS,
         "block": BLOCK,
-        "decay": DECAY,
     }
     Record("layouts", {"model": embedded_model().stem}, settings, numbers).save(HERE / "layouts.json")
     for name, part in numbers.items():

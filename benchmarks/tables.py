@@ -156,6 +156,28 @@ def inference() -> str:
     return "\n".join(lines)
 
 
+TOLD = {"prefill": "a prompt of 512 tokens", "decode": "a token after 256"}
+
+
+def layouts() -> str:
+    """Time and kernels of a token in every layout, over the dense model, from benchmarks/layouts.py."""
+    n = Record.load(HERE / "layouts.json").numbers
+    goals = ("cpu", "size", "gpu")
+    lines = ["| 80 % of the parameters, one thread | dense | `cpu` | `size` | `gpu` |", "|---|---|---|---|---|"]
+    for name, part in n.items():
+        for kind, phases in part["time"].items():
+            for phase, models in phases.items():
+                dense = f"{1e3 * models['dense']['seconds']:.0f} ms"
+                cells = " | ".join(f"x {models[goal]['to_dense']:.2f}" for goal in goals)
+                lines.append(f"| {name}, {kind}, {TOLD[phase]} | {dense} | {cells} |")
+        made = part["layouts"]
+        kernels = " | ".join(f"{made[goal]['kernels_per_block']:.0f}" for goal in ("dense", *goals))
+        lines.append(f"| {name}, kernels of a token and block (counted) | {kernels} |")
+        forms = " | ".join(f"{made[g]['factored_per_block']:.1f} + {made[g]['pivoted_per_block']:.1f}" for g in goals)
+        lines.append(f"| {name}, factored + pivoted matrices of a block |  | {forms} |")
+    return "\n".join(lines)
+
+
 def tuning() -> str:
     """Speed and memory of fine-tuning, from benchmarks/tuning.py."""
     n = Record.load(HERE / "tuning.json").numbers
@@ -385,6 +407,7 @@ TABLES = {
     "writing": writing,
     "memory": memory,
     "inference": inference,
+    "layouts": layouts,
     "tuning": tuning,
     "methods": methods,
     "tasks": tasks,
