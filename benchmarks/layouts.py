@@ -161,7 +161,8 @@ def block_plan(goal: Goal, small: Spectra) -> Plan:
     targets = find_targets(model)
     grids = long_matrices(model, targets) if small.grids else {}
     matrices = {t.name: t.shape for t in in_blocks(targets, grids)}
-    values, shapes, every = {}, {}, {}
+    values, shapes = {}, {}
+    every: dict[str, Any] = {}
     blocks = sorted({int(name.split(".")[2]) for name in small.values})
     for index in blocks:
         every |= {layer.replace(".0.", f".{index}.", 1): grid for layer, grid in grids.items()}
