@@ -19,6 +19,7 @@ from welore.compression.mlp_pruning import Search
 from welore.config import CalibrationConfig, CompressionConfig
 from welore.errors import DamagedWeightsError, WeLoreError
 from welore.io.progress import silent
+from welore.io.resume import Workspace
 from welore.models.mlp import Mlp
 from welore.models.targets import Target
 
@@ -185,6 +186,34 @@ def test_damaged_work_of_statistics_that_are_gone_is_all_made_again(model: Path,
     ours(model, tmp_path / "out", keep=0.5, mlp_pruning=0.2)
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_job_killed_at_any_store_goes_on_to_the_same_bytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, names = Workspace.store, list[str]()
+
+    def stopping(self: Workspace, name: str, tensors: Any) -> None:
+        names.append(name)
+        if len(names) == limit:
+            raise Killed
+        usual(self, name, tensors)
+
+    monkeypatch.setattr(Workspace, "store", stopping)
+    how: dict[str, Any] = {"keep": 0.5, "mlp_pruning": 0.2}
+    limit = 0
+    ours(model, tmp_path / "undisturbed", **how)
+    kinds, count = [name.rpartition(".")[2] for name in names], len(names)
+    within_a_block = [kinds.index(kind) + 2 for kind in ("outputs", "decomposition", "values")]
+    for stop in (*within_a_block, 3 * count // 4, count):  # of smaller matrices; the last of the factors
+        names.clear()
+        limit, out = stop, tmp_path / f"out-{stop}"
+        with pytest.raises(Killed):
+            ours(model, out, **how)
+        limit = 0
+        ours(model, out, **how)
+        for name in ("model.safetensors", "plan.json"):
+            assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
 def test_a_part_of_a_statistic_is_read_alone_and_checked(model: Path, tmp_path: Path) -> None:
