@@ -5,7 +5,7 @@ is the gradient at y of the sum over positions of the cross-entropy, with labels
 are over all tokens that were read, so that a matrix which few of them reach (an expert) weighs little.
 
 A file holds 4 (n^2 + n) bytes for every different input and 4 (m^2 + k) for every matrix; it is read one tensor at a
-time.
+time, or the part of one that a block of a matrix needs.
 """
 
 import dataclasses
