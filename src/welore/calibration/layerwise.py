@@ -81,7 +81,7 @@ def collect_statistics(
     them, block by block, in place of the workspace; called again for a block if a run was killed in it. top_k: how many
     of the model's largest log-probabilities at every position are stored, too, for a student that learns from them:
     group "teacher" with "logprobs" (windows, length, k), float16, and "ids", int32 (see Teacher). The model runs whole
-    if that is wanted, or short and easy (`_is_small`), or if its blocks cannot be run one by one or a target lies
+    if that is wanted, or short and easy (`is_small`), or if its blocks cannot be run one by one or a target lies
     outside them. Returns the numbers for the record.
     """
     assert context.workspace is not None
@@ -117,24 +117,29 @@ def _runs_whole(
         return config.whole_model
     stored = context.workspace.fetch("whole")
     if stored is None:
-        small = _is_small(model, targets, text.ids.shape, config.batch_size, context.device)
+        small = is_small(model, targets, text.ids.shape, config.batch_size, free_memory(context.device))
         stored = {"whole": torch.tensor(small)}
         context.workspace.store("whole", stored)
     return bool(stored["whole"])
 
 
-def _is_small(model: Any, targets: Sequence[Target], shape: torch.Size, batch_size: int, device: torch.device) -> bool:
+def is_small(model: Any, targets: Sequence[Target], text: tuple[int, ...], batch_size: int, free: int | None) -> bool:
     """Whether statistics of a whole model take half of the free memory at most, and minutes: a kill begins anew.
 
-    In memory are parameters in float32 and bfloat16, all statistics, and activations and logits of a batch.
+    text: windows, and tokens of each. free: bytes, None where nothing tells.
     """
-    windows, length = shape
+    windows, length = text
+    short = windows * length * sum(parameter.numel() for parameter in model.parameters()) < SHORT
+    return short and whole_bytes(model, targets, min(batch_size, windows) * length) < (free or 0) / 2
+
+
+def whole_bytes(model: Any, targets: Sequence[Target], tokens: int) -> int:
+    """Memory of a whole model in a pass: parameters in float32 and bfloat16, all sums, a batch of so many tokens."""
     shapes = [target.shape for target in targets]
     moments = sum(4 * (m * m + n * n) for m, n in shapes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     a_token = 6 * sum(m + n for m, n in shapes) + 16 * int(model.get_input_embeddings().weight.shape[0])
-    needed = 6 * parameters + moments + min(batch_size, windows) * length * a_token
-    return windows * length * parameters < SHORT and needed < (free_memory(device) or 0) / 2
+    return 6 * parameters + moments + tokens * a_token
 
 
 def fast_dtype(name: DtypeName, device: torch.device) -> DtypeName:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from welore.allocation.plan import Allocation
+from welore.calibration.layerwise import is_small, whole_bytes
 from welore.compression.recovery import FACTORS, first_that_fits
 from welore.config import AUTO, MAX_LENGTH, NONE, SELF, DtypeName, FinetuneConfig, RecoveryConfig
 from welore.data.self_generated import window_bytes, windows_at_once
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
 
 DISK_RATE = 5e8  # bytes per second
 WRITING_SHARE = 0.45  # of the rate of large products, that of products with a row for every window
+BANDWIDTH = 8e9  # bytes per second that a processor reads from its memory
 LAUNCHES = 0.9e-3  # seconds of one decoder block and token on a GPU, where launches of kernels are the limit
 # Operations over k^3, k^2 l, l^3 for a k x l matrix, float64, on one core: all singular values, then factors.
 VALUES, SCALED_VALUES, VECTORS = (2.0, 1.2, 0.0), (3.2, 0.75, 0.4), (1.6, 1.4, 0.0)
 REMOVAL = 2.0, 4.0  # the same of an MLP (d, f), over f^3 and d f^2
 EIGENPROBLEM = 0.9, 4096, 2.6  # seconds of one of this size on a GPU, and how they grow with it
+HEAD = 24 << 23  # bytes of the logits of a piece of a window, and of what they are computed from
 ROWS = 24  # bytes of a logit while a model writes: in several dtypes, with its cumulated probability
 Rates = Mapping[str, float]  # dtype -> operations per second
 
@@ -141,30 +144,40 @@ class Needs:
         window = window_bytes(self.config, self.length, dtype.itemsize) + ROWS * self.text.vocab_size
         steps = math.ceil(count / at_once) * self.length
         seconds = 2 * self.parameters * self.tokens / (WRITING_SHARE * rates[_name(dtype)])
-        seconds = seconds if self.on_cpu else max(seconds, steps * self.layers * LAUNCHES)
+        read = steps * dtype.itemsize * self.parameters / BANDWIDTH  # every step reads all weights
+        seconds = max(seconds, read if self.on_cpu else steps * self.layers * LAUNCHES)
         fits = self.on_cpu or self.machine.free is None or copied < self.machine.free
         note = f"{at_once} windows at once" if fits else "does not fit: take another device, --writer vllm or a text"
         return self._stage("text", seconds, copied + at_once * window, 4 * self.tokens, note=note)
 
     def _statistics(self, rates: Rates) -> Stage:
-        """One block and its second moments in float64; hidden states of one batch; boundaries lie on the disk."""
-        size, batch = self.swept.itemsize, self.job.calibration.batch_size * self.length
-        block = self.targeted / self.layers
-        width = sum(sum(target.shape) for target in self.source.targets) / self.layers
-        scores = 3 * getattr(self.text, "num_attention_heads", 1) * self.length
-        activations = batch * (2 * size * width + 4 * scores + 40 * self.text.hidden_size)
-        outside = max(size, self.dtype.itemsize) * (self.parameters - self.targeted)
-        memory = 8 * self.moments + size * block + activations + outside + self._workers * self._one
-        moved = 12 * self.moments  # where they are packed for the disk
-        sweep = 6 * self.targeted * self.tokens / rates[_name(self.swept)]
+        """One block, its sums and a batch of activations; or all of them, of a small model."""
+        calibration, targets = self.job.calibration, self.source.targets
+        text = (math.ceil(self.tokens / self.length), self.length)
+        entire = calibration.whole_model
+        if entire is None:
+            entire = is_small(self.source.skeleton, targets, text, calibration.batch_size, self.machine.free)
+        batch = min(calibration.batch_size, text[0]) * self.length
+        boundary = self.swept.itemsize * self.tokens * self.text.hidden_size
+        sweep = (4 if entire else 6) * self.targeted * self.tokens / rates[_name(self.swept)]
         grams = 1.3 * self.tokens * self.moments * self.layers / rates["float32"]
-        boundary = size * self.tokens * self.text.hidden_size
-        disk = max(boundary * (self.layers + 1), self._lasting) + 2 * boundary  # one dwindles as the other grows
-        return self._stage("statistics", sweep + grams, memory, disk, host=0 if self.on_cpu else moved)
+        if entire:
+            memory, disk = whole_bytes(self.source.skeleton, targets, batch) + self._in_work(self._one), self._lasting
+        else:
+            outside = 0 if self.on_cpu else self.dtype.itemsize * (self.parameters - self.targeted)
+            activations = 6 * batch * sum(sum(target.shape) for target in targets) / self.layers
+            sums = 4 * self.moments + 8 * max(max(target.shape) for target in targets) ** 2
+            block = 6 * self.targeted / self.layers
+            memory = outside + block + sums + max(activations, self._in_work(self._one)) + HEAD
+            disk = max(boundary * (self.layers + 1), self._lasting) + 2 * boundary  # one dwindles as the other grows
+        packed = 0 if self.on_cpu else 4 * self.moments
+        note = "the whole model at once" if entire else "block by block"
+        return self._stage("statistics", sweep + grams, memory, disk, host=packed, note=note)
 
-    @property
-    def _workers(self) -> int:
-        return self.job.context.workers
+    def _in_work(self, one: float) -> float:
+        """Bytes of as many matrices as are in work at once, each of `one`: those that fit into the free memory."""
+        most = self.job.context.workers * one
+        return max(one, most if self.machine.free is None else min(most, self.machine.free))
 
     @property
     def _one(self) -> int:
@@ -192,11 +205,11 @@ class Needs:
         again = {layer.name for mlp in self.mlps for layer in mlp.layers}
         operations = SCALED_VALUES if self.scaled else VALUES
         seconds = sum((1 + (t.layer in again)) * self._seconds(t, operations, rates) for t in self.blocks)
-        return self._stage("decompositions", seconds, self._workers * self._one, self._lasting)
+        return self._stage("decompositions", seconds, self._in_work(self._one), self._lasting)
 
     def _factors(self, rates: Rates) -> Stage:
         seconds = sum(self._seconds(t, VECTORS, rates) for t in self.blocks)
-        return self._stage("factors", seconds, self._workers * self._one, max(self._lasting, 4 * self.stored))
+        return self._stage("factors", seconds, self._in_work(self._one), max(self._lasting, 4 * self.stored))
 
     def _seconds(self, target: Target, operations: tuple[float, float, float], rates: Rates) -> float:
         k, long = min(target.shape), max(target.shape)
@@ -211,7 +224,7 @@ class Needs:
         shapes = [mlp.down_layer.shape for mlp in self.mlps]
         seconds = sum(a * f**3 + b * d * f * f for d, f in shapes) / rates["float64" if self.on_cpu else "float32"]
         one = max(24 * f * f + 16 * d * f + 8 * d * d for d, f in shapes)
-        return self._stage("mlp pruning", seconds, self._workers * one, self._lasting)
+        return self._stage("mlp pruning", seconds, self._in_work(one), self._lasting)
 
     def _recovery(self, config: RecoveryConfig, rates: Rates) -> Stage:
         """The first choice of what is trained that fits; all matrices have the same share of their ranks."""
