@@ -12,6 +12,7 @@ import torch
 
 import welore
 from toys import checkpoint, finetuned, weights
+from welore.data.windows import TopK, write_windows
 from welore.errors import WeLoreError
 from welore.training.arguments import check_launch
 from welore.training.data import IGNORED
@@ -54,12 +55,19 @@ FSDP2 = {
 FAMILY = "qwen2"  # embeddings and head are one tensor
 
 
+@pytest.mark.parametrize("taught", [False, True])
 @pytest.mark.slow
-def test_fsdp2_gives_losses_and_weights_of_one_process(tmp_path: Path) -> None:
+def test_fsdp2_gives_losses_and_weights_of_one_process(tmp_path: Path, taught: bool) -> None:
     model = checkpoint(tmp_path / "model", family=FAMILY, storage="pivoted")
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"The number after {n} is {n + 1}." for n in range(200)))
-    settings: dict[str, Any] = {"dataset": str(text), "save_steps": 0, "max_steps": 3, "max_length": 48}
+    settings: dict[str, Any] = {"save_steps": 0, "max_steps": 3, "max_length": 48}
+    if taught:  # by recorded predictions, of any other model
+        windows, logprobs = torch.arange(40 * 48).view(40, 48) % 90, torch.randn(40, 48, 96).log_softmax(-1)
+        write_windows(tmp_path / "text.safetensors", windows, TopK(*logprobs.topk(8)))
+        settings["distill"] = str(tmp_path / "text.safetensors")
+    else:
+        text = tmp_path / "text.txt"
+        text.write_text(" ".join(f"The number after {n} is {n + 1}." for n in range(200)))
+        settings["dataset"] = str(text)
     settings |= {"learning_rate": 5e-3, "warmup_steps": 1, "eval_steps": 3, "max_eval_samples": 5}
     one = finetuned(model, tmp_path / "one", batch_size=4, **settings).numbers
     settings |= {"batch_size": 2}  # three batches are evaluated: one process has two
@@ -110,6 +118,13 @@ def test_launches_that_cannot_work_are_refused(
 ) -> None:
     with pytest.raises(WeLoreError, match=message):
         check_launch(environment, method, device)
+
+
+def test_a_teacher_in_memory_is_refused_under_fsdp_and_a_recorded_one_is_not() -> None:
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    check_launch(fsdp, "lrc", "cuda", "text.safetensors")
+    with pytest.raises(WeLoreError, match="or a file of its predictions"):
+        check_launch(fsdp, "lrc", "cuda", "dense")
 
 
 def test_usual_launches_are_not_refused() -> None:

@@ -3,11 +3,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import build, compress
-from toys import characters, checkpoint
+from toys import characters, checkpoint, finetuned, weights
 from welore.config import FinetuneConfig
+from welore.data.windows import TopK, write_windows
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.models.load import load_model
@@ -75,3 +76,48 @@ def test_the_teacher_writes_whole_windows_from_a_seed() -> None:
     assert first.shape == (5, 16)
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
+
+
+def recorded(teacher: Any, windows: torch.Tensor, path: Path, k: int) -> Path:
+    """A file of windows with a teacher's predictions."""
+    with torch.no_grad():
+        logprobs, ids = teacher(windows).logits.log_softmax(-1).topk(k)
+    write_windows(path, windows, TopK(logprobs, ids))
+    return path
+
+
+def test_recorded_predictions_teach_as_the_teacher_does(tmp_path: Path) -> None:
+    dense, small = checkpoint(tmp_path / "dense", None), checkpoint(tmp_path / "small")
+    teacher = AutoModelForCausalLM.from_pretrained(dense)
+    windows = torch.randint(0, 96, (12, 16), generator=torch.Generator().manual_seed(0))
+    text = recorded(teacher, windows, tmp_path / "text.safetensors", teacher.config.vocab_size)
+    settings: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "max_length": 16, "eval_steps": 3, "warmup_steps": 1}
+    settings |= {"learning_rate": 5e-3, "distill_weight": 0.7}
+    one = finetuned(small, tmp_path / "one", distill=dense, dataset=str(text), **settings)
+    two = finetuned(small, tmp_path / "two", distill=text, **settings)
+    assert "teacher_bytes" in one.numbers
+    assert "teacher_bytes" not in two.numbers  # none was in memory
+    assert two.numbers["teacher_eval_loss"] == pytest.approx(one.numbers["teacher_eval_loss"], rel=1e-5)
+    for name in ("train_loss", "evaluation"):
+        assert [e[1] for e in two.numbers[name]] == pytest.approx([e[1] for e in one.numbers[name]], rel=1e-4), name
+    expected, trained = weights(tmp_path / "one" / "model"), weights(tmp_path / "two" / "model")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dataset": "other.txt"}, "holds its own text"),
+        ({"distill_temperature": 2.0}, "recorded predictions have only 1"),
+        ({}, "holds windows without a teacher's predictions"),
+    ],
+)
+def test_a_record_that_cannot_teach_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    text = tmp_path / "text.safetensors"
+    write_windows(text, torch.zeros(4, 16, dtype=torch.long))
+    with pytest.raises(WeLoreError, match=message):
+        finetuned(
+            checkpoint(tmp_path / "small"), tmp_path / "out", distill=text, max_steps=1, max_length=16, **settings
+        )
+    assert not (tmp_path / "out").exists()
