@@ -109,6 +109,20 @@ def finetune_lora(at: Path) -> None:
     welore.finetune(at / "dense", at / "lora", config)
 
 
+def finetune_streamed(at: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Weights(TrainerCallback):
+        def on_step_end(self, *_: Any, model: Any, **__: Any) -> None:
+            places = {n.rsplit(".", 2)[1]: p.device.type for n, p in model.named_parameters() if ".layers." in n}
+            assert places["base_layer"] == "cpu", places
+            assert places["default"] == "cuda", places
+
+    options: dict[str, Any] = {"gradient_checkpointing": True, "stream_weights": True}
+    config = FinetuneConfig(method="updates", dataset=at / "text.txt", **TRAINING | options)
+    welore.finetune(at / "factored", at / "streamed", config, callbacks=[Weights()])
+
+
 def finetune_selective(at: Path) -> None:
     config = FinetuneConfig(dataset=at / "text.txt", selective_checkpointing=True, **TRAINING)
     welore.finetune(at / "factored", at / "selective", config)
@@ -185,6 +199,7 @@ TRAINED: dict[str, Callable[[Path], None]] = {
         finetune_lrc,
         finetune_full,
         finetune_lora,
+        finetune_streamed,
         finetune_selective,
         finetune_task,
         distill,

@@ -1,5 +1,6 @@
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from conftest import build, compress
 from welore.errors import WeLoreError
 from welore.training.activations import PRODUCTS, keep_wide_products
+from welore.training.streaming import streamed
 
 IDS = torch.tensor([[5, 17, 3, 88, 42, 9, 61], [7, 7, 1, 90, 2, 4, 95]])
 
@@ -68,3 +70,30 @@ def test_a_model_without_checkpointing_is_refused() -> None:
     model.supports_gradient_checkpointing = False
     with pytest.raises(WeLoreError, match="LlamaForCausalLM has no checkpointing of activations"):
         keep_wide_products(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: with biases
+def test_frozen_weights_that_stay_on_the_host_give_the_same_gradients(family: str) -> None:
+    def gradient(streaming: bool) -> torch.Tensor:
+        model: Any = build(family)
+        compress(model, rank_reduction=0.4, min_ratio=0.3)
+        model.requires_grad_(False)
+        norm = model.model.layers[0].input_layernorm.weight.requires_grad_(True)
+        with streamed(model) if streaming else nullcontext():
+            model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        assert norm.grad is not None
+        return norm.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+def test_frozen_weights_stay_on_the_host_and_trained_ones_do_not() -> None:
+    model: Any = build("llama").requires_grad_(False)
+    trained = model.model.layers[0].self_attn.q_proj.requires_grad_(True)
+    other = model.model.layers[0].self_attn.k_proj
+    with streamed(model):
+        torch.nn.Module.to(model, torch.bfloat16)
+        assert (other.weight.dtype, trained.weight.dtype) == (torch.float32, torch.bfloat16)
+        assert model.lm_head.weight.dtype is torch.bfloat16
+    torch.nn.Module.to(model, torch.bfloat16)
+    assert other.weight.dtype is torch.bfloat16

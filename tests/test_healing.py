@@ -119,6 +119,15 @@ def test_what_is_trained_fits_into_the_memory_that_is_free(
     assert choice(None, host_memory=1) == ways[2]
     with pytest.raises(WeLoreError, match=r"recovery needs .* GB on cpu"):
         choice(needed[-1] - 1)
+    streamed, card = replace(settings[-1], stream_weights=True), torch.device("cuda")
+    least = healing.memory_needed(weights, plan.allocations, streamed)
+    assert least < needed[-1]
+    config = RecoveryConfig(rank=2)
+    for alone in (True, False):  # several processes cannot leave weights on the host
+        _, chosen, _ = healing.first_that_fits(
+            weights, plan.allocations, config, training, card, int(needed[-1] - 1), alone
+        )
+        assert chosen.stream_weights == alone
 
 
 def test_a_cut_is_written_where_no_training_fits(

@@ -453,6 +453,9 @@ class FinetuneConfig:
     selective_checkpointing: bool = option(
         False, "Keep attention and wide products, recompute the rest.", panel="Memory"
     )
+    stream_weights: bool = option(
+        False, "Keep frozen weights on the host; copy each to the device when it multiplies.", panel="Memory"
+    )
     whole_logits: bool = option(False, "Compute the loss from all logits at once: more memory.", panel="Memory")
     eval_steps: int = option(500, "Steps between evaluations on held-out data; 0: never.", panel="Output")
     max_eval_samples: int = option(64, "Held-out sequences to evaluate on.", panel="Output")

@@ -84,20 +84,23 @@ def recovery_text(config: RecoveryConfig, model_config: Any, tokenizer: Any, see
 class Trainable:
     """Numbers that a recovery can train.
 
-    method: of fine-tuning. checkpointing: whether activations are computed again for the backward pass.
+    method: of fine-tuning. checkpointing: whether activations are computed again for the backward pass. streaming:
+    whether the frozen weights stay on the host.
     """
 
     name: str
     method: MethodName
     checkpointing: bool = False
+    streaming: bool = False
 
 
 FACTORS = Trainable("factors", "lrc")
 UPDATES = Trainable("updates", "updates")
+SMALLEST = replace(UPDATES, checkpointing=True), replace(UPDATES, checkpointing=True, streaming=True)
 CHOICES = {  # in the order in which they are taken, the first that fits
-    "auto": (FACTORS, UPDATES, replace(UPDATES, checkpointing=True)),
+    "auto": (FACTORS, UPDATES, *SMALLEST),
     "factors": (FACTORS, replace(FACTORS, checkpointing=True)),
-    "updates": (UPDATES, replace(UPDATES, checkpointing=True)),
+    "updates": (UPDATES, *SMALLEST),
 }
 
 
@@ -108,7 +111,9 @@ def choose_trainable(
     free = context.processes.agreed(free_memory(context.device))
     if free is not None and context.device.type == "cpu":  # all of them are on one host
         free //= context.processes.size
-    name, chosen, needed = first_that_fits(source, plan.allocations, config, training, context.device, free)
+    name, chosen, needed = first_that_fits(
+        source, plan.allocations, config, training, context.device, free, context.processes.size == 1
+    )
     if free is not None and needed > free:
         raise WeLoreError(
             f"recovery needs {needed / 1e9:.1f} GB on {context.device}, {free / 1e9:.1f} GB are free: take another "
@@ -124,18 +129,29 @@ def first_that_fits(
     training: FinetuneConfig,
     device: torch.device,
     free: int | None,
+    alone: bool = True,
 ) -> tuple[str, FinetuneConfig, float]:
-    """The first choice that fits into so many bytes of a device, or the smallest: its name, the settings, its bytes."""
+    """The first choice that fits into so many bytes of a device, or the smallest: its name, the settings, its bytes.
+
+    alone: whether one process trains; several cannot leave weights on the host.
+    """
     limit = math.inf if free is None else free
     if device.type == "cpu":  # a host has other things to hold
         limit = min(limit, config.host_memory)
     for choice in CHOICES[config.trainable]:
-        rank = None if choice.name == FACTORS.name else config.rank
-        chosen = replace(training, method=choice.method, gradient_checkpointing=choice.checkpointing, rank=rank)
+        if choice.streaming and (device.type == "cpu" or not alone):
+            continue
+        chosen = replace(
+            training,
+            method=choice.method,
+            rank=None if choice.name == FACTORS.name else config.rank,
+            gradient_checkpointing=choice.checkpointing,
+            stream_weights=choice.streaming,
+        )
         needed = memory_needed(source, allocations, chosen)
         if needed <= limit:
             break
-    return choice.name, chosen, needed
+    return FACTORS.name if chosen.method == FACTORS.method else UPDATES.name, chosen, needed
 
 
 def memory_needed(source: TensorSource, allocations: Sequence[Allocation], training: FinetuneConfig) -> float:
@@ -156,8 +172,9 @@ def memory_needed(source: TensorSource, allocations: Sequence[Allocation], train
         trained = sum(map(math.prod, shapes))
         weights = itemsize * stored + (16 if itemsize == 2 else 12) * trained
     else:
-        trained = (training.rank or 0) * sum(map(sum, shapes))
-        weights = itemsize * stored + 16 * trained
+        if training.stream_weights:  # two matrices, and what is no matrix of a block
+            stored += 2 * max(a.stored_parameters for a in allocations) - sum(a.stored_parameters for a in allocations)
+        weights = itemsize * stored + 16 * (training.rank or 0) * sum(map(sum, shapes))
     width = sum(sum(a.shape) + a.rank for a in allocations)  # of all that enters or leaves a matrix
     activations = 1.5 * itemsize * tokens * width
     if training.attention == "eager":
@@ -215,7 +232,7 @@ def recover(
     run, record = _without_harm(compressed, directory, rate, training, config, context)
     settings, losses = record.settings, _losses(record)
     names = ["max_steps", "batch_size", "max_length", "learning_rate", "warmup_steps", "dtype", "seed"]
-    names += ["distill_weight", "rank", "gradient_checkpointing"]
+    names += ["distill_weight", "rank", "gradient_checkpointing", "stream_weights"]
     numbers = {
         "healed": is_sound(losses, config.tolerance),
         "healing_tokens": math.prod(settings[name] for name in ("max_steps", "batch_size", "max_length", "processes")),

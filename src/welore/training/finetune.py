@@ -30,6 +30,7 @@ from welore.training.objective import Objective
 from welore.training.originals import borrowed, same_randomness
 from welore.training.preparation import Prepared, cast, prepare
 from welore.training.run_dir import MODEL, TUNED, gathered, read_checkpoint, run_directory
+from welore.training.streaming import streamed
 from welore.training.teacher import share_frozen
 from welore.training.trainer import FinetuneTrainer, RunCallback, peak_memory
 
@@ -98,7 +99,8 @@ def _finetuned(
 ) -> Record:
     """Train, and write the result and the record."""
     started = time.perf_counter()
-    numbers = _train(run, config, callbacks, context)
+    with streamed(run.marked.base) if config.stream_weights else nullcontext():
+        numbers = _train(run, config, callbacks, context)
     numbers |= _save(run, out, config.save_dtype and getattr(torch, config.save_dtype))
     numbers |= {"seconds": time.perf_counter() - started, "resumed_at": run.resumed_at or 0}
     inputs = run.inputs | {"label": label, "split": run.data.split}
@@ -159,7 +161,7 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
 def _save(run: Prepared, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
     """Write the tuned model, whole or not at all; plan and compression record come along. Returns its sizes."""
     copied = run.originals.readable(exact=not (run.arguments.bf16 or run.arguments.fp16))
-    tuned, source = run.originals.merged(run.marked), run.originals.directory
+    tuned, source = run.originals.merged(run.marked, dtype), run.originals.directory
     state = gathered(tuned)
     own = dict(tuned.named_parameters())
     first = {id(parameter): name for name, parameter in own.items()}

@@ -64,13 +64,19 @@ class Originals:
         changed = {id(p) for name, p in named if p.requires_grad or name.endswith(".base_layer.weight")}
         return {self.names[key] for key in changed & self.names.keys()}
 
-    def merged(self, marked: "MarkedModel") -> Any:
-        """The ordinary model: adapters are added to the weights as they were, in float32, whatever was computed in."""
+    def merged(self, marked: "MarkedModel", dtype: torch.dtype | None) -> Any:
+        """The ordinary model: adapters are added to the weights as they were, in float32, whatever was computed in.
+
+        dtype: of the result, None for that of before. One matrix at a time is in float32, on the CPU.
+        """
         for layer in marked.model.modules():
             if hasattr(layer, "merged_adapters"):
                 weight = layer.get_base_layer().weight
-                weight.data = self._original(self.names[id(weight)], weight.data).to(weight.device, torch.float32)
-                layer.merge()
+                name = self.names[id(weight)]
+                total = self._original(name, weight.data).to("cpu", torch.float32)
+                for adapter in layer.active_adapters:
+                    total = total + layer.get_delta_weight(adapter).cpu()
+                weight.data = total.to(weight.device, dtype or self.dtypes[name])
                 weight.requires_grad_()  # it has been trained
         return marked.model.unload() if hasattr(marked.model, "unload") else marked.model
 
