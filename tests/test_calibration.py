@@ -1,6 +1,9 @@
 import copy
+import dataclasses
 import gc
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -271,6 +274,93 @@ def test_bfloat16_weights_are_computed_with_in_float32(tmp_path: Path) -> None:
         torch.testing.assert_close(
             value.double(), expected[name], rtol=2e-3, atol=1e-5 * float(expected[name].abs().max())
         )
+
+
+# --- several processes ----------------------------------------------------------------------------------------------
+
+
+class Meeting:
+    """Where the threads of a test, which stand for processes, exchange what they have."""
+
+    def __init__(self, size: int) -> None:
+        self.barrier, self.items = threading.Barrier(size), [None] * size
+
+    def exchange(self, rank: int, item: Any) -> list[Any]:
+        self.items[rank] = item
+        self.barrier.wait()
+        everyones = list(self.items)
+        self.barrier.wait()
+        return everyones
+
+
+@dataclasses.dataclass(frozen=True)
+class Thread(Processes):
+    meeting: Meeting
+
+    def wait(self) -> None:
+        self.meeting.barrier.wait()
+
+    def gather(self, item: Any) -> list[Any]:
+        return self.meeting.exchange(self.rank, copy.deepcopy(item))
+
+    def add(self, total: Tensor) -> None:
+        total.copy_(torch.stack(self.gather(total)).sum(0))
+
+    def agreed(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+
+def collected(at: Path, model: PreTrainedModel, config: CalibrationConfig, size: int) -> dict[str, Tensor]:
+    """Every tensor that so many processes store."""
+    meeting, workspace = Meeting(size), Workspace(at, "key")
+    workspace.open()
+
+    def run(rank: int) -> dict[str, Any]:
+        context = dataclasses.replace(RunContext.create(device="cpu"), processes=Thread(rank, size, meeting))
+        return collect_statistics(model, find_targets(model), IDS, config, context.within(workspace), top_k=3)
+
+    with ThreadPoolExecutor(size) as pool:
+        numbers = list(pool.map(run, range(size)))
+    assert len({n["sampled_label_nll"] for n in numbers}) == 1
+    assert not [path for path in at.iterdir() if path.name.startswith(("boundary", "gradient"))]
+    tensors = {path.stem: workspace.fetch(path.stem) for path in sorted(at.glob("*.safetensors"))}
+    return {f"{group}/{name}": value for group, found in tensors.items() for name, value in (found or {}).items()}
+
+
+@pytest.mark.parametrize("size", [2, 3])  # of two batches
+@pytest.mark.parametrize(("family", "whole"), [("llama", False), ("mixtral", False), ("llama", True)])
+def test_several_processes_share_the_windows(family: str, whole: bool, size: int, tmp_path: Path) -> None:
+    config, model = CalibrationConfig(dtype="float32", whole_model=whole, batch_size=2), build(family)
+    one, several = (collected(tmp_path / str(n), model, config, n) for n in (1, size))
+    assert one.keys() == several.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(several[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("apart", [(False, True), (True, False), (False, False)])
+def test_matrices_that_share_in_one_process_only_are_told_apart(apart: tuple[bool, bool]) -> None:
+    meeting, xs = Meeting(2), torch.randn(2, 4, 7)
+    fork = Fork()
+
+    def run(rank: int) -> tuple[Moments, dict[str, dict[str, Tensor]]]:
+        mine = copy.deepcopy(fork)
+        moments = Moments({name: mine.get_submodule(name) for name in ("left", "right", "never")})
+        mine.apart = apart[rank]
+        mine(xs[rank]).backward()
+        moments.end_batch()
+        moments.reduce(Thread(rank, 2, meeting))
+        return moments, {n: {k: g[k] for k, g in moments.statistics(n, 8) if k != "about"} for n in ("left", "right")}
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, range(2)))
+    together = torch.cat([x for x, alone in zip(xs, apart, strict=True) if not alone])
+    for moments, found in results:
+        assert moments.counts == {"left": 8, "right": len(together), "never": 0}
+        torch.testing.assert_close(found["left"]["inputs"], xs.reshape(-1, 7).T @ xs.reshape(-1, 7) / 8)
+        if any(apart):
+            torch.testing.assert_close(found["right"]["inputs"], together.T @ together / 8)
+        else:
+            assert moments.owner["right"] == "left"
 
 
 # --- sharing, and what is never reached -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from conftest import build
 from toys import ALPHABET, characters, checkpoint
-from welore.calibration.collect import draw_text, write_text
+from welore.calibration.collect import _Job, _own_text, draw_text
 from welore.calibration.statistics import GENERATED
 from welore.config import SELF, CalibrationConfig
 from welore.data import self_generated
@@ -225,7 +225,8 @@ def test_all_processes_of_compress_write_its_text(tmp_path: Path) -> None:
         Together.given = {} if rank else {1: expected[1::2]}
         shared = replace(context, processes=Together(rank, 2), workspace=workspace)
         with pytest.raises(RuntimeError) if rank else nullcontext():  # as above
-            write_text(open_source(directory, context), text, loaded.tokenizer, shared, lambda: loaded.model)
+            job = _Job(open_source(directory, context), loaded.model, text.config, shared, workspace)
+            _own_text(job, loaded.tokenizer, text.own)
         torch.testing.assert_close(Together.given[rank], expected[rank::2])
     written = workspace.fetch(GENERATED)
     assert written is not None

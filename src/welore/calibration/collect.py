@@ -145,14 +145,6 @@ def draw_text(config: CalibrationConfig, net: Any, tokenizer: Any, context: RunC
     return Text(config, tuple(sources), counts.get(SELF, 0))
 
 
-def write_text(weights: TensorSource, text: Text, tokenizer: Any, context: RunContext, load: Callable[[], Any]) -> None:
-    """The text that the model writes itself, by all processes of the context, each a share; `collect` reads it then."""
-    assert context.workspace is not None
-    if text.own and not context.workspace.holds(GENERATED):
-        with context.stage("text"):
-            _own_text(_Job(weights, load(), text.config, context, context.workspace), tokenizer, text.own)
-
-
 def collect(
     weights: TensorSource,
     text: Text,
@@ -173,9 +165,10 @@ def collect(
         with context.stage("text"):
             sources = [*text.sources, *([_own_text(job, tokenizer, text.own)] if text.own else [])]
             give_back(job.net.parameters())
-        record = _collect(job, sources, time.perf_counter() - started, finish)
+        record = context.processes.agreed(_collect(job, sources, time.perf_counter() - started, finish))
         stored = {"record": torch.tensor(list(json.dumps(dataclasses.asdict(record)).encode()), dtype=torch.uint8)}
-        workspace.store(COLLECTED, stored)
+        if context.processes.is_main:
+            workspace.store(COLLECTED, stored)
         del job
         gc.collect()  # the model's parts refer to each other
     store = WorkspaceStore(workspace)
@@ -276,7 +269,7 @@ def _collect(job: _Job, sources: Sequence[Source], seconds: float, finish: Finis
     own = len(sources[-1].windows) if sources[-1].name == SELF else 0
     top_k = TEACHER_SIZE if own else 0
     numbers = collect_statistics(job.net, targets, ids, labelled, job.context, finish=finish, top_k=top_k)
-    if 0 < own < len(ids):
+    if 0 < own < len(ids) and job.context.processes.is_main:
         teacher = WorkspaceStore(job.workspace).group(TEACHER)
         job.workspace.store(TEACHER, {name: tensor[-own:] for name, tensor in teacher.items()})
     store = WorkspaceStore(job.workspace)
@@ -315,7 +308,9 @@ def measure_losses(
     ids = torch.cat([*(source.windows for source in text.sources), *(t for t in own if t is not None)])
     some = ids[:: max(1, round(1 / config.measure_losses))]
     losses = Workspace(workspace.directory / "measured", workspace.key)
-    losses.open()
+    if context.processes.is_main:
+        losses.open()
+    context.processes.wait()
     grids = long_matrices(weights.skeleton, weights.targets) if config.split else {}
     job = _Job(weights, net, config, context.within(losses), losses)
     collector = partial(Losses, components=partial(_components, job, statistics, workspace, grids))

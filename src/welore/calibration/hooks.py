@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from welore.errors import WeLoreError
 from welore.io.context import finest_dtype
+from welore.io.parallel import Processes
 from welore.linalg.svd import Factors
 from welore.models.targets import Target
 
@@ -36,6 +37,7 @@ class Moments:
         self._sums: dict[tuple[str, str], Tensor] = {}  # of a layer and a kind
         self._batch: dict[str, list[Tensor]] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # in which the layers compute
+        self._device = next((p.device for module in modules.values() for p in module.parameters()), torch.device("cpu"))
         for name, module in modules.items():
             module.register_forward_hook(partial(self._enters, name), with_kwargs=True)
 
@@ -54,9 +56,7 @@ class Moments:
         tensors = {name: tuple(map(_identity, inputs)) for name, inputs in self._batch.items()}
         for name, owner in list(self.owner.items()):
             if tensors.get(name) != tensors.get(owner):
-                self.owner[name] = name
-                for kind in ("inputs", "magnitudes"):
-                    self._sums[name, kind] = self._sums[owner, kind].clone()
+                self._part(name)
         new: dict[tuple[Any, ...], str] = {}
         for name, inputs in self._batch.items():
             if name not in self.owner:
@@ -69,6 +69,35 @@ class Moments:
                     _add_gram(self._sum(name, "inputs", rows), rows.bfloat16() if exact else rows)
                     self._sum(name, "magnitudes", rows).add_(rows.abs().sum(0))
         self._batch.clear()
+
+    def _part(self, name: str) -> None:
+        """Give a layer, which shared the sum of another one, its own."""
+        owner = self.owner[name]
+        self.owner[name] = name
+        for kind in ("inputs", "magnitudes") if owner != name else ():
+            self._sums[name, kind] = self._sums[owner, kind].clone()
+
+    def reduce(self, processes: Processes) -> None:
+        """Make the sums those of all processes; layers share inputs if they do in every process that has windows."""
+        if processes.size == 1:
+            return
+        everyone = processes.gather((self.owner, self.counts, self._dtypes))
+        for name in self.counts:
+            owners = {owner.get(name) for owner, *_ in everyone if owner}
+            if len(owners) > 1 and name in self.owner:
+                self._part(name)
+            elif owners != {None}:
+                self.owner[name] = name if len(owners) > 1 else str(owners.pop())
+            self.counts[name] = sum(counts[name] for _, counts, _ in everyone)
+        for _, _, dtypes in everyone:
+            self._dtypes |= dtypes
+        shapes: dict[tuple[str, str], torch.Size] = {}
+        for theirs in processes.gather({key: total.shape for key, total in self._sums.items()}):
+            shapes |= theirs
+        for key, shape in sorted(shapes.items()):
+            if key not in self._sums:
+                self._sums[key] = torch.zeros(shape, device=self._device)
+            processes.add(self._sums[key])
 
     def _sum(self, name: str, kind: str, x: Tensor) -> Tensor:
         if (name, kind) not in self._sums:
@@ -138,6 +167,12 @@ class Losses:
 
     def end_batch(self) -> None:
         """Nothing is left to be added."""
+
+    def reduce(self, processes: Processes) -> None:
+        """Make the sums those of all processes."""
+        for totals in self._sums.values():
+            for total in totals.values():
+                processes.add(total)
 
     def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Yield "losses" (k,), float32, means over `tokens` tokens; of a block "INDEX.losses"."""

@@ -24,6 +24,7 @@ from welore.config import AUTO, CalibrationConfig, DtypeName
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.io.memory import free_memory
+from welore.io.parallel import Processes
 from welore.io.progress import counted
 from welore.io.resume import Workspace
 from welore.models.copies import frozen_copy
@@ -46,19 +47,28 @@ Finish = Callable[[Sequence[str], Collector, int], None]  # names of targets, th
 
 @dataclass(frozen=True)
 class LabelledText:
-    """ids (windows, length) and the random numbers that choose their labels, on the device; batches of windows."""
+    """ids (windows, length) and the numbers that choose their labels, on the device; batches of windows.
+
+    Several processes share the batches, so that a product is that of one process.
+    """
 
     ids: Tensor
     numbers: Tensor
-    batches: list[slice]
+    all_batches: list[slice]
+    processes: Processes
+
+    @property
+    def batches(self) -> list[slice]:
+        """Those of this process."""
+        return self.all_batches[self.processes.rank :: self.processes.size]
 
     @classmethod
-    def create(cls, ids: Tensor, seed: int, batch_size: int, device: torch.device) -> "LabelledText":
-        """The text with the random numbers of a seed, which depend on neither device nor batch size."""
-        generator = torch.Generator().manual_seed(seed)
+    def create(cls, ids: Tensor, config: CalibrationConfig, context: RunContext) -> "LabelledText":
+        """The text with the numbers of config.seed, which depend on neither device nor batches nor processes."""
+        generator = torch.Generator().manual_seed(config.seed)
         numbers = torch.randint(-LARGEST - 1, LARGEST + 1, ids.shape, dtype=torch.int32, generator=generator)
-        batches = [slice(start, start + batch_size) for start in range(0, len(ids), batch_size)]
-        return cls(ids.to(device), numbers.to(device), batches)
+        batches = [slice(start, start + config.batch_size) for start in range(0, len(ids), config.batch_size)]
+        return cls(ids.to(context.device), numbers.to(context.device), batches, context.processes)
 
 
 def collect_statistics(
@@ -86,12 +96,12 @@ def collect_statistics(
     """
     assert context.workspace is not None
     dtype, products = precision(config.dtype, context.device)
-    finish = finish or partial(_store, context.workspace)
-    text = LabelledText.create(ids, config.seed, config.batch_size, context.device)
+    finish = finish or partial(_store, context)
+    text = LabelledText.create(ids, config, context)
     teacher = Teacher(top_k) if top_k else None
     layers = _by_block(decoder_blocks(model)[0] + ".", targets)
     if "" not in layers and not _runs_whole(model, targets, text, config, context):
-        runner = block_runner(model, text.ids[:1, :TRIAL], context.device, dtype, products)
+        runner = block_runner(model, ids[:1, :TRIAL], context.device, dtype, products)
         if runner is not None:
             return _BlockwisePass(runner, layers, text, teacher, context, collector, finish).run()
         LOG.warning("the blocks of this decoder cannot be run one by one: the whole model is in memory")
@@ -117,9 +127,12 @@ def _runs_whole(
         return config.whole_model
     stored = context.workspace.fetch("whole")
     if stored is None:
-        small = is_small(model, targets, text.ids.shape, config.batch_size, free_memory(context.device))
-        stored = {"whole": torch.tensor(small)}
-        context.workspace.store("whole", stored)
+        at_once = context.processes.size if context.device.type == "cpu" else 1
+        free = (free_memory(context.device) or 0) // at_once
+        small = is_small(model, targets, text.ids.shape, config.batch_size, free)
+        stored = {"whole": torch.tensor(context.processes.agreed(small))}
+        if context.processes.is_main:
+            context.workspace.store("whole", stored)
     return bool(stored["whole"])
 
 
@@ -188,10 +201,10 @@ class Teacher:
         self._logprobs.append((scores.gather(-1, ids) - scores.logsumexp(-1, keepdim=True)).half())
         self._ids.append(ids.int())
 
-    def tensors(self, windows: int) -> dict[str, Tensor]:
-        """Of all positions (windows, length, k), on the CPU."""
+    def tensors(self, length: int) -> dict[str, Tensor]:
+        """Of all positions (windows, length, k), on the CPU; nothing if there are none."""
         parts = {"logprobs": self._logprobs, "ids": self._ids}
-        return {name: torch.cat(part).unflatten(0, (windows, -1)).cpu() for name, part in parts.items()}
+        return {name: torch.cat(part).unflatten(0, (-1, length)).cpu() for name, part in parts.items() if part}
 
 
 @torch.no_grad()
@@ -277,9 +290,7 @@ class _BlockwisePass:
         total = torch.zeros((), device=self.runner.device)
         for batch in self.text.batches:
             total += self.head_gradient(batch, self.teacher)
-        if self.teacher is not None:
-            self.workspace.store(TEACHER, self.teacher.tensors(len(self.text.ids)))
-        self.workspace.store("loss", {"mean": total.cpu().double() / self.text.ids.numel()})
+        _store_head(total, self.teacher, self.text, self.workspace)
         self.drop(boundary=count)
 
     def backward(self, index: int) -> None:
@@ -290,8 +301,11 @@ class _BlockwisePass:
         for batch in self.text.batches:
             self.block_gradient(index, batch, block)
             collector.end_batch()
+        collector.reduce(self.text.processes)
         self.finish(list(targets), collector, self.text.ids.numel())
-        self.workspace.store(f"block-{index}", {"done": torch.ones(1)})
+        if self.text.processes.is_main:
+            self.workspace.store(f"block-{index}", {"done": torch.ones(1)})
+        self.text.processes.wait()
         self.drop(boundary=index, gradient=index + 1)
 
     def drop(self, **names: int) -> None:
@@ -361,10 +375,6 @@ class _BlockwisePass:
         return loss
 
 
-def _name(kind: str, index: int, batch: slice) -> str:
-    return f"{kind}-{index}-{batch.start}"
-
-
 def _whole_pass(
     model: Any,
     layers: Mapping[str, Mapping[str, str]],
@@ -391,18 +401,42 @@ def _whole_pass(
         torch.autograd.backward(logits, torch.stack([gradient for gradient, _ in sampled]))
         collector.end_batch()
         forward, backward = forward + computed - started, backward + time.perf_counter() - computed
-    if teacher is not None:
-        context.workspace.store(TEACHER, teacher.tensors(len(text.ids)))
+    loss = _store_head(total, teacher, text, context.workspace)
+    collector.reduce(text.processes)
     for block in layers.values():
         finish(list(block), collector, text.ids.numel())
-    return _numbers("whole", float(total) / text.ids.numel(), forward, backward)
+    text.processes.wait()
+    return _numbers("whole", loss, forward, backward)
 
 
 def _numbers(mode: str, loss: float, forward: float, backward: float) -> dict[str, Any]:
     return {"mode": mode, "sampled_label_nll": loss, "seconds_forward": forward, "seconds_backward": backward}
 
 
-def _store(workspace: Workspace, names: Sequence[str], collector: Collector, tokens: int) -> None:
+def _name(kind: str, index: int, batch: slice) -> str:
+    return f"{kind}-{index}-{batch.start}"
+
+
+def _store_head(total: Tensor, teacher: Teacher | None, text: LabelledText, workspace: Workspace) -> float:
+    """Store what all processes have seen at the head; the mean loss."""
+    parts = text.processes.gather((float(total), teacher.tensors(text.ids.shape[1]) if teacher else {}))
+    mean = sum(loss for loss, _ in parts) / text.ids.numel()
+    if not text.processes.is_main:
+        return mean
+    if teacher is not None:
+        stacked = {name: part.new_empty((len(text.ids), *part.shape[1:])) for name, part in parts[0][1].items()}
+        for rank, (_, part) in enumerate(parts):
+            for name, tensor in part.items():
+                mine = [torch.arange(len(text.ids))[batch] for batch in text.all_batches[rank :: len(parts)]]
+                stacked[name][torch.cat(mine)] = tensor
+        workspace.store(TEACHER, stacked)
+    workspace.store("loss", {"mean": torch.tensor(mean, dtype=torch.float64)})
+    return mean
+
+
+def _store(context: RunContext, names: Sequence[str], collector: Collector, tokens: int) -> None:
+    assert context.workspace is not None
     for name in names:
         for kind, group in collector.statistics(name, tokens):
-            workspace.store(f"{name}.{kind}", group)
+            if context.processes.is_main:
+                context.workspace.store(f"{name}.{kind}", group)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate, check_reachable
-from welore.calibration.collect import Text, collect, draw_text, measure_losses, write_text
+from welore.calibration.collect import Text, collect, draw_text, measure_losses
 from welore.calibration.statistics import Statistics
 from welore.compression.analysis import Analyzer, grids_of, open_statistics, shared_workspace, summary
 from welore.compression.blockwise import BlockAnalyzer, LastingMoments
@@ -50,7 +50,6 @@ from welore.io.atomic import atomic_directory, hidden, remove, resolved, work_di
 from welore.io.checkpoint import RECORD
 from welore.io.claim import claimed, require_unread
 from welore.io.context import RunContext
-from welore.io.parallel import ALONE
 from welore.layers.block_grid import Grid, layer_of
 from welore.models.load import load_model, read_tokenizer
 from welore.models.mlp import Mlp, find_mlps
@@ -315,22 +314,13 @@ def _statistics(job: Job) -> Statistics | None:
     def load() -> Any:
         return load_model(model, replace(context, device=torch.device("cpu"), tokenizer=tokenizer)).model
 
-    def analyzed(alone: RunContext) -> Statistics:
-        assert job.text is not None
-        finish = BlockAnalyzer(original, alone, job.scaling, job.grids, mlps, job.counts_outliers)
-        statistics = collect(original, job.text, tokenizer, alone, load, finish)
-        if not job.text.config.measure_losses or job.scaling != KFAC:
-            return statistics
-        return measure_losses(original, load(), job.text, statistics, alone)
-
     tokenizer = _tokenizer(job)
     with context.stage("statistics"):
-        if context.processes.size > 1:
-            write_text(original, job.text, tokenizer, context, load)
-        if context.processes.is_main:
-            analyzed(replace(context, processes=ALONE))
-        context.processes.wait()
-        return analyzed(replace(context, processes=ALONE))
+        finish = BlockAnalyzer(original, context, job.scaling, job.grids, mlps, job.counts_outliers)
+        statistics = collect(original, job.text, tokenizer, context, load, finish)
+        if not job.text.config.measure_losses or job.scaling != KFAC:
+            return statistics
+        return measure_losses(original, load(), job.text, statistics, context)
 
 
 def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, Statistics | None]:

@@ -66,6 +66,16 @@ class Processes:
                 raise WeLoreError("another process of this job ended before its work was done") from error
         return everyones
 
+    def add(self, total: torch.Tensor) -> None:
+        """Make a tensor the sum of those of all processes."""
+        if self.size > 1:
+            host = total.cpu()
+            try:
+                dist.all_reduce(host)
+            except RuntimeError as error:
+                raise WeLoreError("another process of this job ended before its work was done") from error
+            total.copy_(host)
+
     def agreed(self, value: Result) -> Result:
         """The value that the main process has."""
         values = [value]
