@@ -37,7 +37,7 @@ def model(tmp_path: Path) -> Path:
 
 def ours(model: Path, out: Path, progress: Any = None, **settings: Any) -> Plan:
     """The plan of a job that collects its own statistics."""
-    config, calibration = CompressionConfig(**settings), CalibrationConfig(**TEXT)
+    config, calibration = CompressionConfig(split=True, **settings), CalibrationConfig(**TEXT)
     result = welore.compress(
         model, out, config, calibration=calibration, recovery=None, progress=progress, device="cpu"
     )
@@ -63,7 +63,9 @@ def test_plan_is_that_from_a_statistics_file(model: Path, tmp_path: Path) -> Non
     calibrate(model, "self", tmp_path / "C", measure_losses=0, **TEXT)
     for pruning in (0.0, 0.2):
         how: dict[str, Any] = {"keep": 0.5, "mlp_pruning": pruning}
-        given = compress(model, tmp_path / f"given{pruning}", **how, statistics=tmp_path / "C", recovery=None)
+        given = compress(
+            model, tmp_path / f"given{pruning}", split=True, **how, statistics=tmp_path / "C", recovery=None
+        )
         plan = Plan.load(tmp_path / f"given{pruning}" / "plan.json")
         mine = ours(model, tmp_path / f"own{pruning}", **how)
         assert (pruning != 0) == bool(mine.neurons)

@@ -32,10 +32,10 @@ class Sides:
         self._lock = threading.Lock()
 
     def get(self, name: str, part: slice, make: Callable[[], Tensor]) -> Side:
-        """The side of a part of a statistic, made if it is not at hand."""
+        """The side of a part of a statistic; make: makes its weight."""
         key = name, part.start, part.stop
         with self._lock:
-            side = self._sides.pop(key, None) or Side(make())
+            side = self._sides.pop(key, None) or Side(make)
             self._sides[key] = side
             if len(self._sides) > SHARED_SIDES:
                 del self._sides[next(iter(self._sides))]
@@ -77,10 +77,13 @@ def whitening(statistics: Statistics, target: Target, sides: Sides) -> Metric:
 
 def kfac(statistics: Statistics, target: Target, sides: Sides) -> Metric:
     """Both sides: the rise of the loss, as far as inputs and gradients are independent."""
-    outputs = sides.get(
-        f"{target.layer}.outputs", target.rows, lambda: damped(_output_gradients(statistics, target), DAMPING_OUTPUTS)
-    )
-    return Metric(outputs, _input_side(statistics, target, sides))
+
+    def outputs() -> Tensor:
+        return damped(_output_gradients(statistics, target), DAMPING_OUTPUTS)
+
+    shared = target.grid[1] > 1  # by the blocks beside each other
+    side = sides.get(f"{target.layer}.outputs", target.rows, outputs) if shared else Side(outputs)
+    return Metric(side, _input_side(statistics, target, sides))
 
 
 SCALINGS: dict[str, Scaling] = {
@@ -123,8 +126,12 @@ def damped(moments: Tensor, damping: float) -> Tensor:
 
 
 def _input_side(statistics: Statistics, target: Target, sides: Sides) -> Side:
-    name = f"{statistics.shared.get(target.layer, target.layer)}.inputs"
-    return sides.get(name, target.columns, lambda: damped(_inputs(statistics, target), DAMPING_INPUTS))
+    def inputs() -> Tensor:
+        return damped(_inputs(statistics, target), DAMPING_INPUTS)
+
+    owner = statistics.shared.get(target.layer, target.layer)
+    shared = target.grid[0] > 1 or sum(other == owner for other in statistics.shared.values()) > 1
+    return sides.get(f"{owner}.inputs", target.columns, inputs) if shared else Side(inputs)
 
 
 def _inputs(statistics: Statistics, target: Target) -> Tensor:

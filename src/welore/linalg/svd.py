@@ -13,7 +13,7 @@ and is checked: docs/concepts/decomposition.md.
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +40,9 @@ class Side:
     Side to all metrics that share a side: gate and up read the same inputs, as do q, k and v.
     """
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight: Tensor | None = weight
+    def __init__(self, weight: Tensor | Callable[[], Tensor]) -> None:
+        """weight: or what makes it, a tensor of nobody else's, when the root is asked for."""
+        self._weight: Tensor | Callable[[], Tensor] | None = weight
         self._root: tuple[Tensor, int] | None = None
         self._lock = threading.Lock()
 
@@ -49,10 +50,17 @@ class Side:
         """L and e: weight = 4^e L L^T; L is a lower triangle (n, n), or the diagonal (n,) of one, of entries near 1."""
         with self._lock:
             if self._weight is not None:
-                self._root, self._weight = _root(self._weight.to(device, torch.float64, copy=True), dtype), None
+                self._root, self._weight = _root(self._fresh(device), dtype), None
             assert self._root is not None
             half, exponent = self._root
         return half.to(device, dtype), exponent
+
+    def _fresh(self, device: torch.device) -> Tensor:
+        """The weight in float64, which may be overwritten."""
+        if isinstance(self._weight, Tensor):
+            return self._weight.to(device, torch.float64, copy=True)
+        assert self._weight is not None
+        return self._weight().to(device, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -315,7 +323,7 @@ def working_bytes(shape: tuple[int, int], *, scaled: bool) -> int:
     W itself in float32 is counted; scaled: the weights of the metric, too, in float64.
     """
     k, long = sorted(shape)
-    return max(12 * k * long + 16 * k * k, (8 * k * long + 28 * k * k + 20 * long * long) if scaled else 0)
+    return max(12 * k * long + 16 * k * k, (8 * k * long + 28 * k * k + 12 * long * long) if scaled else 0)
 
 
 def singular_values(W: Tensor, metric: Metric | None = None) -> NDArray[np.float64]:
