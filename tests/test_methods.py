@@ -9,11 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import welore
+from conftest import build
 from toys import characters, checkpoint, finetuned, weights
 from welore.config import FinetuneConfig, MethodName, choices
 from welore.errors import WeLoreError
 from welore.training.arguments import _use_device, training_argument, training_arguments
 from welore.training.methods import METHODS
+from welore.training.preparation import cast
 
 IDS = torch.randint(2, 90, (4, 16), generator=torch.Generator().manual_seed(0))
 SHORT: dict[str, Any] = {
@@ -196,3 +198,17 @@ def test_a_named_gpu_is_the_one_that_trains(tmp_path: Path) -> None:
     _use_device(arguments, torch.device("cuda", 1))
     assert arguments.device == arguments.distributed_state.device == torch.device("cuda", 1)
     assert arguments.n_gpu <= 1
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_frozen_weights_that_have_the_dtype_stay_in_their_file(stored: torch.dtype) -> None:
+    model = build("llama", stored)
+    model.requires_grad_(False)
+    trained = model.model.norm.weight.requires_grad_(True)
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    cast(model, torch.bfloat16)
+    assert trained.dtype is torch.float32
+    frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    assert {p.dtype for p in frozen.values()} == {torch.bfloat16}
+    for name, parameter in frozen.items():
+        assert (parameter.data_ptr() == before[name]) == (stored is torch.bfloat16), name

@@ -182,13 +182,15 @@ def _data(
 def cast(model: Any, dtype: torch.dtype, *, mapped: bool = True) -> None:
     """Put trained parameters in float32 and frozen ones in `dtype`; tied weights stay tied.
 
-    Where dtypes are mixed everything is copied, the empty tombstones and the orders too: one tensor that still lies
-    in the mapped file keeps all of the file in memory. mapped: whether there is such a file.
+    Frozen parameters that have the dtype stay in the mapped file. If any of them is converted, everything is copied,
+    the empty tombstones and the orders too: one tensor that still lies in the file keeps all of it in memory. mapped:
+    whether there is such a file.
     """
-    copy = mapped and dtype is not torch.float32
+    converted = any(p.dtype is not dtype for p in model.parameters() if not p.requires_grad)
+    copy = mapped and converted and dtype is not torch.float32
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype, copy=copy)
     for module in model.modules():
-        if isinstance(module, LowRankLayer | SplitLinear):
+        if isinstance(module, LowRankLayer | SplitLinear) and copy:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.clone())
