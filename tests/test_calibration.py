@@ -4,6 +4,7 @@ import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ from welore.models.load import read_tokenizer
 from welore.models.source import ModelSource
 from welore.models.targets import find_targets, in_blocks
 
+CPU = torch.device("cpu")
 IDS = torch.randint(3, 90, (3, 11), generator=torch.Generator().manual_seed(1))
 
 
@@ -507,6 +509,26 @@ def test_embeddings_and_head_stay_in_the_dtype_of_the_model(tied: bool, monkeypa
     torch.testing.assert_close(logits, expected)
     expected.backward(above)
     torch.testing.assert_close(leaf.grad, exact.grad, rtol=0.05, atol=0.05)
+
+
+def test_a_whole_model_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise, "free_memory", lambda device: 1 << 20)
+    with pytest.raises(WeLoreError, match=r"the whole model take 0.0 GB at once, and cpu has 0.0 GB free: leave out"):
+        gathered(build("llama", intermediate_size=256), tmp_path, whole_model=True)
+
+
+def test_blocks_of_a_model_too_large_for_the_device_are_tried_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    usual = block_runner.frozen_copy
+    monkeypatch.setattr(
+        block_runner, "frozen_copy", lambda m, where, *a, **k: tried.append(where) or usual(m, CPU, *a, **k)
+    )
+    for free in (1 << 30, 1 << 10):
+        monkeypatch.setattr(block_runner, "free_memory", lambda device, free=free: free)
+        tried.clear()
+        with suppress(RuntimeError):  # nothing computes on that device
+            block_runner.block_runner(build("llama"), IDS[:1], torch.device("meta"), torch.float32, None)
+        assert tried[0].type == ("meta" if free > 1 << 20 else "cpu")
 
 
 def test_auto_is_bfloat16_where_the_device_multiplies_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from welore.errors import WeLoreError
+from welore.io.memory import free_memory
 from welore.io.pages import give_back
 from welore.models.copies import frozen_copy
 from welore.models.skeleton import decoder_blocks
@@ -146,18 +147,24 @@ class BlockRunner:
 def block_runner(
     model: "PreTrainedModel", ids: Tensor, device: torch.device, dtype: torch.dtype, products: torch.dtype | None
 ) -> BlockRunner | None:
-    """A runner of the model's blocks; None unless they agree with the model on a few tokens (1, length)."""
-    trial, ids = BlockRunner(model, device, model.dtype), ids.to(device)
-    frozen: Any = frozen_copy(model, device, model.dtype)
+    """A runner of the model's blocks; None unless they agree with the model on a few tokens (1, length).
+
+    A model that is too large for the device is tried where it lies.
+    """
+    free = free_memory(device)
+    size = sum(tensor.numel() * tensor.itemsize for tensor in model.parameters())
+    where = model.device if free is not None and size > free / 2 else device
+    trial, tokens = BlockRunner(model, where, model.dtype), ids.to(where)
+    frozen: Any = frozen_copy(model, where, model.dtype)
     with torch.no_grad():
-        expected = frozen(ids, use_cache=False).logits.float()
+        expected = frozen(tokens, use_cache=False).logits.float()
         try:
-            hidden = trial.embed(ids)
+            hidden = trial.embed(tokens)
             for index in range(len(trial)):
                 block, entered = trial.block(index), hidden
-                hidden = trial.run(index, block, ids, entered)
-                trial.run(index, block, ids, entered.flip(1))  # anything left behind is now that of other tokens
-            logits = trial.logits(ids, hidden).float()
+                hidden = trial.run(index, block, tokens, entered)
+                trial.run(index, block, tokens, entered.flip(1))  # anything left behind is now that of other tokens
+            logits = trial.logits(tokens, hidden).float()
         except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, WeLoreError):
             return None  # a block missed something that an earlier one leaves behind
     if not bool(torch.isfinite(expected).all()):

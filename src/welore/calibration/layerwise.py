@@ -104,7 +104,8 @@ def collect_statistics(
         runner = block_runner(model, ids[:1, :TRIAL], context.device, dtype, products)
         if runner is not None:
             return _BlockwisePass(runner, layers, text, teacher, context, collector, finish).run()
-        LOG.warning("the blocks of this decoder cannot be run one by one: the whole model is in memory")
+        LOG.warning("the blocks of this decoder cannot be run one by one: it runs as a whole")
+    _require_memory(model, targets, min(config.batch_size, len(ids)) * ids.shape[1], context.device)
     model = mixed(frozen_copy(model, context.device, dtype), context.device, products)
     return _whole_pass(model, layers, text, teacher, context, collector, finish)
 
@@ -153,6 +154,16 @@ def whole_bytes(model: Any, targets: Sequence[Target], tokens: int) -> int:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     a_token = 6 * sum(m + n for m, n in shapes) + 16 * int(model.get_input_embeddings().weight.shape[0])
     return 6 * parameters + moments + tokens * a_token
+
+
+def _require_memory(model: Any, targets: Sequence[Target], tokens: int, device: torch.device) -> None:
+    """Raise WeLoreError if a device cannot hold a whole model in a pass with batches of so many tokens."""
+    needed, free = whole_bytes(model, targets, tokens), free_memory(device)
+    if free is not None and needed > free:
+        raise WeLoreError(
+            f"the statistics of the whole model take {needed / 1e9:.1f} GB at once, and {device} has "
+            f"{free / 1e9:.1f} GB free: leave out --whole-model, target fewer matrices with --include, or take another device"
+        )
 
 
 def fast_dtype(name: DtypeName, device: torch.device) -> DtypeName:
