@@ -162,7 +162,8 @@ def _require_memory(model: Any, targets: Sequence[Target], tokens: int, device: 
     if free is not None and needed > free:
         raise WeLoreError(
             f"the statistics of the whole model take {needed / 1e9:.1f} GB at once, and {device} has "
-            f"{free / 1e9:.1f} GB free: leave out --whole-model, target fewer matrices with --include, or take another device"
+            f"{free / 1e9:.1f} GB free: leave out --whole-model, target fewer matrices with --include, or take another "
+            "device"
         )
 
 
