@@ -31,7 +31,6 @@ from welore.cli.output import quiet_libraries
 from welore.compression.estimate import measured_rates
 from welore.compression.needs import Machine, Needs
 from welore.compression.pipeline import compress, make_job
-from welore.compression.presets import resolve
 from welore.config import NUM_TOKENS, CalibrationConfig, CompressionConfig
 from welore.io.atomic import read_json, work_directory, write_json
 from welore.io.checkpoint import RECORD
@@ -60,7 +59,8 @@ def job(model: Path, out: Path, settings: dict[str, Any], **changes: Any) -> Rec
     text = CalibrationConfig(num_tokens=settings["num_tokens"], seed=settings["seed"])
     options = {name: settings[name] for name in ("device", "workers")}
     progress = settings.get("progress", False)
-    return compress(model, out, keep=settings["keep"], calibration=text, progress=progress, **options).record
+    config = CompressionConfig(keep=settings["keep"], optimize_for=settings["optimize_for"])
+    return compress(model, out, config, calibration=text, progress=progress, **options).record
 
 
 def measure(directory: Path, name: str) -> None:
@@ -70,7 +70,9 @@ def measure(directory: Path, name: str) -> None:
     torch.set_num_threads(settings["threads"])
     with tempfile.TemporaryDirectory() as tiny:
         model = make_checkpoint(Path(tiny) / DENSE, SHAPES["tiny"])
-        job(model, Path(tiny) / "small", settings, num_tokens=SHORT)
+        job(
+            model, Path(tiny) / "small", settings, num_tokens=SHORT, optimize_for="size"
+        )  # for it is too small for speed
     gc.collect()
     runs = directory / RUNS
     file = runs / f"{name}-{len(list(runs.glob(f'{name}-*.json')))}.json"
@@ -87,9 +89,10 @@ def measure(directory: Path, name: str) -> None:
     print(READY, flush=True)
     with watch:
         record = job(directory / DENSE, out, settings, progress=watch.progress)
-    kept = ("parameter_ratio", "bytes", "healed", "seconds", "stages")
+    kept = ("parameter_ratio", "bytes", "healed", "seconds")
     finished = {name: record.numbers[name] for name in kept if name in record.numbers}
-    tell(watch.stages, finished=finished | {"recovery": record.settings["recovery"]})
+    more = {"recovery": record.settings["recovery"], "record_of_the_job": record.numbers["stages"]}
+    tell(watch.stages, finished=finished | more)
 
 
 def unfinished(out: Path) -> Counter[str]:
@@ -173,7 +176,7 @@ def estimated(model: Path, settings: dict[str, Any], machine: Machine | None = N
     """Stage -> what the formulas of the package say of it; machine: in place of this one."""
     context = RunContext.create(device="cpu", workers=settings["workers"])
     text = CalibrationConfig(num_tokens=settings["num_tokens"])
-    config = resolve(CompressionConfig(keep=settings["keep"]), has_statistics=False)
+    config = CompressionConfig(keep=settings["keep"], optimize_for=settings["optimize_for"])
     job = make_job(open_source(model, context), config, text, "auto", None, None, context)
     stages = Needs(job, machine).stages(rates or measured_rates(context.device))
     return {stage.name: {key: value for key, value in vars(stage).items() if key != "name"} for stage in stages}
@@ -186,7 +189,7 @@ def extrapolated(settings: dict[str, Any]) -> dict[str, Any]:
         for name, card in CARDS.items():
             model = make_checkpoint(Path(directory) / name, SHAPES[name], hollow=True)
             machine = Machine(torch.device("cuda"), int(card["bytes"]), "bfloat16")
-            usual = settings | {"num_tokens": NUM_TOKENS, "workers": 2}
+            usual = settings | {"num_tokens": NUM_TOKENS, "workers": 2, "optimize_for": "gpu"}
             stages = estimated(model, usual, machine, CARD_RATES)
             columns[name] = {"card": card, "stages": stages}
             shutil.rmtree(model)
@@ -201,7 +204,7 @@ def shape_of(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def prepare(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The model and the settings in a directory of the work; those of an earlier call must be the same."""
-    names = ("shape", "layers", "num_tokens", "keep", "seed", "device", "workers", "threads")
+    names = ("shape", "layers", "num_tokens", "keep", "optimize_for", "seed", "device", "workers", "threads")
     settings = {name: vars(arguments)[name] for name in names}
     if (directory / SETTINGS).exists():
         assert read_json(directory / SETTINGS) == settings, f"{directory} holds a job with other settings"
@@ -250,6 +253,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="decoder blocks, in place of those of the shape")
     parser.add_argument("--tokens", type=int, default=8192, dest="num_tokens", help="that the model writes and reads")
     parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--for", default="auto", dest="optimize_for", help="where the result will run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)

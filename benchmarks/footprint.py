@@ -58,34 +58,49 @@ class Watch:
         self.stages: dict[str, dict[str, float]] = {}
         self.steps: dict[str, list[tuple[float, float]]] = {}
         self._stage, self._running = "start", True
+        self._lock = threading.Lock()
+        self._before = time.perf_counter(), time.process_time()
         self._thread = threading.Thread(target=self._watch)
 
     def progress(self, items: Iterable[tuple[Item, float]], label: str, total: float) -> Iterator[Item]:
         """The items; until the next one is taken, of this or of another work, the stage is `label`."""
-        self._stage, before = label, time.perf_counter()
+        self._enter(label)
+        before = time.perf_counter()
         for item, cost in items:  # with one worker, from one finished matrix to the next
-            self._stage, now = label, time.perf_counter()
+            self._enter(label)
+            now = time.perf_counter()
             self.steps.setdefault(label, []).append((cost, now - before))
             before = now
             yield item
 
+    def _enter(self, label: str) -> None:
+        if label != self._stage:
+            self._sample()
+            self._stage = label
+
     def _watch(self) -> None:
-        wall, processor, told = time.perf_counter(), time.process_time(), 0.0
+        told = 0.0
         while self._running:
             time.sleep(self.interval)
+            self._sample()
+            if time.perf_counter() > told + 1:
+                self.whenever(self.stages)
+                told = time.perf_counter()
+
+    def _sample(self) -> None:
+        """Add the time since the last sample to the stage, and look at the memory."""
+        with self._lock:
             stage = self.stages.setdefault(self._stage, dict.fromkeys(("seconds", "processor_seconds"), 0.0))
-            now, spent = time.perf_counter(), time.process_time()
-            stage["seconds"], wall = stage["seconds"] + now - wall, now
-            stage["processor_seconds"], processor = stage["processor_seconds"] + spent - processor, spent
+            now = time.perf_counter(), time.process_time()
+            for name, after, before in zip(("seconds", "processor_seconds"), now, self._before, strict=True):
+                stage[name] += after - before
+            self._before = now
             anonymous, resident = status("RssAnon", "VmRSS")
             for name, size in (
                 ("anonymous_peak_bytes", anonymous - self.anonymous),
                 ("resident_peak_bytes", resident - self.resident),
             ):
                 stage[name] = max(stage.get(name, 0), size)
-            if now > told + 1:
-                self.whenever(self.stages)
-                told = now
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -94,6 +109,7 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._running = False
         self._thread.join()
+        self._sample()
         self.whenever(self.stages)
 
 

@@ -94,7 +94,7 @@ def test_a_default_job_that_is_killed_at_random_is_measured_and_ends_equal(
     benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     job = benchmark("default_job")
-    command = "default_job --shape tiny --tokens 1024 --kill-at-random 1 --kills 1 --record"
+    command = "default_job --shape tiny --tokens 1024 --for size --kill-at-random 1 --kills 1 --record"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "job.json")])
     job.main()
     measured = numbers(tmp_path / "job.json")

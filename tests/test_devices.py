@@ -90,6 +90,19 @@ def test_verb_leaves_no_work_to_the_cpu(simulated: dict[str, dict[str, Any]], na
     assert not [line for line in simulated[name]["cpu_work"] if not line.startswith(HOST_LINES)]
 
 
+# The rooms whose lines wait for the GPU in a default job, and how often at most: for every position of the windows that
+# are written at once, or for every matrix.
+POSITIONS, MATRICES = 64, 14
+WAITS = {"data/": POSITIONS, "calibration/": 5 * MATRICES, "linalg/": 15 * MATRICES, "compression/": MATRICES}
+
+
+@pytest.mark.slow
+def test_the_host_waits_once_a_token_and_a_few_times_a_matrix(simulated: dict[str, dict[str, Any]]) -> None:
+    for room, most in WAITS.items():
+        waits = {line: n for line, n in simulated["compress"]["waits"].items() if line.startswith(room)}
+        assert 0 < sum(waits.values()) <= most, waits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", WITHOUT_FLOAT64)
 def test_verb_runs_on_a_device_without_float64(single: dict[str, dict[str, Any]], name: str) -> None:
