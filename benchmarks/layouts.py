@@ -40,6 +40,7 @@ GOALS: tuple[Goal, ...] = ("cpu", "size", "gpu")
 KEEP, CALIBRATION_TOKENS = 0.8, 4096
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROMPT, READ, NEW_TOKENS, REPEATS = 256, 512, 16, 5
+H100 = {"bytes_per_second": 0.85 * 3.35e12, "seconds_per_kernel": 2.5e-6}  # decoding in bfloat16 in a CUDA graph
 BLOCK: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}
 
 
@@ -83,11 +84,17 @@ def decode_seconds(model: Any) -> float:
 
 
 def kernels_per_block(model: Any) -> float:
-    """Kernels of one token, over the decoder blocks."""
+    """Kernels of one token inside the decoder blocks, their mean."""
     cache, token = read(model, 8)
-    with Kernels() as seen:
+    counts: list[int] = []
+    blocks, seen = model.model.layers, Kernels()
+    hooks = [block.register_forward_pre_hook(lambda *_: counts.append(-seen.count)) for block in blocks]
+    hooks += [block.register_forward_hook(lambda *_: counts.append(seen.count)) for block in blocks]
+    with seen:
         decode(model, cache, token, 1)
-    return seen.count / int(model.config.num_hidden_layers)
+    for hook in hooks:
+        hook.remove()
+    return sum(counts) / len(blocks)
 
 
 def ratios(models: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,7 +222,15 @@ def large_block(spectra: Mapping[Goal, Spectra]) -> dict[str, Any]:
         models = {"dense": block_model(None, dtype)} | {goal: block_model(plan, dtype) for goal, plan in plans.items()}
         measured[name] = ratios(models)
         layouts = {goal: described(plan, models[goal]) for goal, plan in plans.items()}
-        layouts["dense"] = {"kernels_per_block": kernels_per_block(models["dense"])}
+        layouts["dense"] = {"parameter_ratio": 1.0, "kernels_per_block": kernels_per_block(models["dense"])}
+    numel = sum(a.dense_parameters for a in plans["cpu"].allocations)
+    seconds = {
+        label: 2 * numel * part["parameter_ratio"] / H100["bytes_per_second"]
+        + part["kernels_per_block"] * H100["seconds_per_kernel"]
+        for label, part in layouts.items()
+    }
+    for label, part in layouts.items():
+        part["h100_to_dense_by_arithmetic"] = seconds[label] / seconds["dense"]
     return {"layouts": layouts, "time": measured}
 
 
@@ -233,6 +248,7 @@ def main() -> None:
         "threads": 1,
         "calibration_tokens": CALIBRATION_TOKENS,
         "block": BLOCK,
+        "h100": H100,
     }
     Record("layouts", {"model": embedded_model().stem}, settings, numbers).save(HERE / "layouts.json")
     for name, part in numbers.items():

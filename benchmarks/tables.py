@@ -175,6 +175,9 @@ def layouts() -> str:
         lines.append(f"| {name}, kernels of a token and block (counted) | {kernels} |")
         forms = " | ".join(f"{made[g]['factored_per_block']:.1f} + {made[g]['pivoted_per_block']:.1f}" for g in goals)
         lines.append(f"| {name}, factored + pivoted matrices of a block |  | {forms} |")
+        if "h100_to_dense_by_arithmetic" in made["cpu"]:
+            cells = " | ".join(f"x {made[goal]['h100_to_dense_by_arithmetic']:.2f}" for goal in goals)
+            lines.append(f"| {name}, a token on an H100, by arithmetic |  | {cells} |")
     return "\n".join(lines)
 
 
