@@ -10,7 +10,7 @@ from conftest import build, compress, logits
 from toys import calibrate
 from welore.calibration.scaling import SCALINGS, metric
 from welore.calibration.statistics import Statistics
-from welore.config import CompressionConfig
+from welore.config import AllocationConfig, CompressionConfig, Goal
 from welore.errors import WeLoreError
 from welore.models.targets import Target
 from welore.records import Identity, Record
@@ -42,16 +42,20 @@ def test_streamed_and_in_memory_give_the_same_checkpoint(
     assert record.settings["statistics"]["settings"]["num_tokens"] == WINDOWS.numel()
 
 
-def test_three_commands_make_what_one_makes(saved: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("goal", "split"), [("cpu", False), ("size", True)])
+def test_three_commands_make_what_one_makes(
+    saved: Callable[..., Path], tmp_path: Path, goal: Goal, *, split: bool
+) -> None:
     source = saved("llama")
     c = calibrated("llama", tmp_path)
-    spectra = welore.analyze(source, scaling="kfac", statistics=c)
+    spectra = welore.analyze(source, scaling="kfac", statistics=c, split=split)
     spectra.save(tmp_path / "s.safetensors")
-    plan = welore.allocate(welore.Spectra.load(tmp_path / "s.safetensors"), keep=0.7)
+    config = AllocationConfig(keep=0.7, optimize_for=goal)
+    plan = welore.allocate(welore.Spectra.load(tmp_path / "s.safetensors"), config)
     plan.save(tmp_path / "plan.json")
     plan = welore.Plan.load(tmp_path / "plan.json")
     compress(source, tmp_path / "three", plan=plan, statistics=tmp_path / "c.safetensors")
-    compress(source, tmp_path / "one", keep=0.7, optimize_for="size", statistics=c)
+    compress(source, tmp_path / "one", keep=0.7, statistics=c, optimize_for=goal)
     for name in ("model.safetensors", "plan.json"):
         assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
