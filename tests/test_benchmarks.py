@@ -182,3 +182,12 @@ def test_layouts_compares_a_model_and_a_block_for_where_they_run(
             assert part["layouts"][goal]["parameter_ratio"] == pytest.approx(0.8, abs=0.05)
             assert part["layouts"][goal]["kernels_per_block"] > part["layouts"]["dense"]["kernels_per_block"]
             assert part["time"]["fp32"]["decode"][goal]["to_dense"] > 0
+
+
+@pytest.mark.slow
+def test_statistics_of_two_precisions_are_compared(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
+    benchmark("precision", TOKENS=64, LENGTH=16, BLOCKS=("layers.0.*",)).main()
+    measured = numbers(tmp_path / "precision.json")
+    assert measured["float32"]["loss_over_least"] == 1
+    assert measured["float32"]["ranks_moved"] == 0
+    assert all(run["loss_over_least"] > 0.999 for run in measured.values())
