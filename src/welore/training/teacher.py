@@ -59,7 +59,7 @@ def recorded_predictions(directory: Path, windows: Tensor, context: RunContext) 
     for window in counted(context.progress, list(windows), "predictions of the teacher"):
         ids = window.to(context.device)
         predictions.read(model(ids[None], use_cache=False).logits[0], ids.roll(-1))
-    return TopK(**predictions.tensors(len(windows)))
+    return TopK(**predictions.tensors(windows.shape[1]))
 
 
 def refuse_other_vocabulary(
