@@ -123,6 +123,28 @@ def writing() -> str:
     )
 
 
+def default_job() -> str:
+    """The default job at a billion parameters by stage, measured and estimated; estimates for larger ones."""
+    n = Record.load(HERE / "default_job.json").numbers
+    measured, base = n["record_of_the_job"], n["resident_baseline_bytes"]
+    cards = [f"{name}: card of {column['card']['bytes'] / 1e9:.0f} GB" for name, column in n["extrapolated"].items()]
+    head = ["stage", "processor time", "resident memory", "estimated memory", *cards]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, stage in n["estimated"].items():
+        took = measured.get(name)
+        cells = ["", ""] if took is None else [f"{took['processor_seconds']:,.0f} s"]
+        if took is not None:
+            cells.append(f"{max(0, took['peak_memory_bytes'] - base) / 1e9:.1f} GB")
+        cells.append(f"{(stage['host_bytes'] + stage['mapped_bytes']) / 1e9:.1f} GB")
+        for column in n["extrapolated"].values():
+            need = column["stages"][name]
+            sizes = f"{need['device_bytes'] / 1e9:.0f} GB, disk {need['disk_bytes'] / 1e9:.0f} GB"
+            fits = need["device_bytes"] <= column["card"]["bytes"]
+            cells.append(f"{sizes}, {need['seconds'] / 60:.1f} min" if fits else need["note"])
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
+
+
 def memory() -> str:
     """Peak memory of compress, from benchmarks/memory.py."""
     n = Record.load(HERE / "memory.json").numbers
@@ -409,6 +431,7 @@ TABLES = {
     "speed_scaled": speed_scaled,
     "writing": writing,
     "memory": memory,
+    "default_job": default_job,
     "inference": inference,
     "layouts": layouts,
     "tuning": tuning,

@@ -95,14 +95,17 @@ def test_a_default_job_that_is_killed_at_random_is_measured_and_ends_equal(
 ) -> None:
     job = benchmark("default_job")
     command = "default_job --shape tiny --tokens 1024 --for size --kill-at-random 1 --kills 1 --record"
-    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "job.json")])
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "default_job.json")])
     job.main()
-    measured = numbers(tmp_path / "job.json")
+    measured = numbers(tmp_path / "default_job.json")
     assert measured["kills"]["unequal_files"] == []
     assert measured["resident_peak_bytes"] > 0
     assert measured["work_bytes"] > 0
     assert measured["recovery"]["text"] == "self"
     assert {"the model writes", "finetune", "writing"} <= measured["stages"].keys()
+    rows = benchmark("tables").default_job().splitlines()
+    assert [row.split(" | ")[0].strip("| ") for row in rows[2:]] == list(measured["estimated"])
+    assert {row.count("|") for row in rows} == {rows[1].count("|")}
 
 
 @pytest.mark.slow

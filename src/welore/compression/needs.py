@@ -247,9 +247,11 @@ class Needs:
         operations = 8 * steps * config.batch_size * self.length * (self.stored + outside)
         disk = 4 * self.stored + self.dtype.itemsize * (self.stored + outside) + checkpoint
         note = f"of {name}" + ", with activations computed again" * chosen.gradient_checkpointing
+        host = self.dtype.itemsize * (self.stored + outside) * chosen.stream_weights
+        note += ", frozen weights on the host" * chosen.stream_weights
         if self.machine.free is not None and working > self.machine.free:
             note = "does not fit: left out"
-        return self._stage("recovery", operations / rates[self.machine.dtype], working, disk, note=note)
+        return self._stage("recovery", operations / rates[self.machine.dtype], working, disk, host=host, note=note)
 
 
 def require_room(job: "Job", directory: Path) -> None:
