@@ -318,14 +318,23 @@ def test_killed_process_continues(saved, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "label",
-    ["the model writes", "blocks, forward", "blocks, backward", "neurons", "neurons refitted", "singular values"],
+    [
+        "the model writes",
+        "windows",
+        "blocks, forward",
+        "blocks, backward",
+        "neurons",
+        "neurons refitted",
+        "singular values",
+    ],
 )
 def test_run_that_makes_its_own_calibration_continues_to_the_same_bytes(
     saved, tokenizer, tmp_path: Path, label: str
 ) -> None:
     source = saved("llama")
     tokenizer.save_pretrained(source)
-    ours: dict[str, Any] = {"keep": 0.6, "mlp_pruning": 0.2, "num_tokens": 256, "workers": 1}
+    text = CalibrationConfig(num_tokens=256, batch_size=1, whole_model=not label.startswith("blocks"))
+    ours: dict[str, Any] = {"keep": 0.6, "mlp_pruning": 0.2, "calibration": text, "workers": 1}
     compress(source, tmp_path / "undisturbed", **ours)
 
     def stopping(items: Iterable[tuple[Any, float]], what: str, total: float) -> Iterator[Any]:
