@@ -17,8 +17,8 @@ the other 312k, on which its control is the teacher, tuned on, at two rates. Tho
 ours-raw-tested of the two kinds that are tested, as in the other calibrated rows: of the first text of --learn, and of
 the reference. Where WikiText-2's raw training part cannot be fetched, benchmarks/respell.py makes text of its kind from
 articles of Wikipedia. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did once.
-Learning rates were chosen on other texts. With --work, what is finished there is taken as it is, and what was killed
-goes on where it was; its seconds are then those of the last part.
+All are laid out for size (--for size). Learning rates were chosen on other texts. With --work, what is finished there
+is taken as it is, and what was killed goes on where it was; its seconds are then those of the last part.
 --kinds evaluates on texts of other kinds instead of those two; their records have a folder of their own, quality-kinds.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
@@ -243,7 +243,9 @@ class Bench:
         if row.of:
             spent = Record.load(self.out / f"{row.of}-1-{seed}.json").numbers
             numbers |= {key: spent[key] for key in ("tuning_seconds", "tuning_peak_memory_bytes")}
-        made, cost = welore("compress", model, out, "--keep", ratio, "--seed", seed, "--overwrite", *flags)
+        made, cost = welore(
+            "compress", model, out, "--keep", ratio, "--for", "size", "--seed", seed, "--overwrite", *flags
+        )
         keys = ("rank_reduction", "parameter_ratio", "bytes", "lrcs", "largest_excess")
         numbers |= {key: made["numbers"][key] for key in keys} | cost
         settings |= {

@@ -34,14 +34,14 @@ RECOVERED = (  # row, the dense model it is measured against, both in print
 FRONT = (  # directory of records, model in print, row, share of the parameters, command in print
     ("quality", "SmolLM2-135M", "dense", 1.0, ""),
     ("quality", "SmolLM2-135M", "welore", 0.9, "`--keep 0.9 --preset paper`"),
-    ("quality", "SmolLM2-135M", "ours-default", 0.9, "`--keep 0.9`"),
-    ("quality", "SmolLM2-135M", "ours-self", 0.8, "`--keep 0.8 --recovery none`"),
-    ("quality", "SmolLM2-135M", "ours-default", 0.8, "`--keep 0.8`"),
-    ("quality", "SmolLM2-135M", "ours-web", 0.8, "`--keep 0.8 --recovery web.txt`"),
-    ("quality", "SmolLM2-135M", "ours-default", 0.6, "`--keep 0.6`"),
+    ("quality", "SmolLM2-135M", "ours-default", 0.9, "`--for size --keep 0.9`"),
+    ("quality", "SmolLM2-135M", "ours-self", 0.8, "`--for size --keep 0.8 --recovery none`"),
+    ("quality", "SmolLM2-135M", "ours-default", 0.8, "`--for size --keep 0.8`"),
+    ("quality", "SmolLM2-135M", "ours-web", 0.8, "`--for size --keep 0.8 --recovery web.txt`"),
+    ("quality", "SmolLM2-135M", "ours-default", 0.6, "`--for size --keep 0.6`"),
     ("quality-gemma3-270m", "Gemma 3 270M", "dense", 1.0, ""),
-    ("quality-gemma3-270m", "Gemma 3 270M", "ours-default", 0.8, "`--keep 0.8 --num-tokens 16384`"),
-    ("quality-gemma3-270m", "Gemma 3 270M", "ours-default", 0.6, "`--keep 0.6 --num-tokens 16384`"),
+    ("quality-gemma3-270m", "Gemma 3 270M", "ours-default", 0.8, "`--for size --keep 0.8 --num-tokens 16384`"),
+    ("quality-gemma3-270m", "Gemma 3 270M", "ours-default", 0.6, "`--for size --keep 0.6 --num-tokens 16384`"),
 )
 DEMO = (  # rows in print; of an older demo some are not there
     *("dense", "uniform-same-err", "uniform-same-parameters", "welore"),
