@@ -236,7 +236,7 @@ def test_a_rate_that_harms_gives_way_to_a_smaller_one(
 ) -> None:
     usual_rate = RecoveryConfig(relative_learning_rate=1 / 200)
     usual = compress(source, tmp_path / "usual", keep=0.25, statistics=own, recovery=usual_rate)
-    recovery = replace(usual_rate, fallbacks=(2000.0, 1.0))
+    recovery = replace(usual_rate, fallbacks=(200.0, 1.0))
     record = compress(source, tmp_path / "healed", keep=0.25, statistics=own, recovery=recovery)
     assert record.numbers["healed"]
     assert record.settings["recovery"]["learning_rate"] == usual.settings["recovery"]["learning_rate"]
