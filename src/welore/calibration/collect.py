@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from welore.calibration.hooks import Losses
 from welore.calibration.layerwise import TEACHER, Finish, collect_statistics, fast_dtype
 from welore.calibration.scaling import metric
-from welore.calibration.statistics import GENERATED, Statistics, WorkspaceStore
+from welore.calibration.statistics import GENERATED, Statistics, WorkspaceStore, reached
 from welore.config import KFAC, MAX_LENGTH, SELF, CalibrationConfig, Dataset, RunOptions, as_record
 from welore.data.mixture import Source, draw, parse_mixture, seed_of
 from welore.data.self_generated import Texts, generate_text
@@ -108,7 +108,7 @@ def _calibrate(model: Any, config: CalibrationConfig, path: Path, context: RunCo
     net, tokenizer = _load(model, config.dataset, context)
     text = draw_text(config, net, tokenizer, context)
     with _workspace(path, weights, text, context) as context:
-        statistics = collect(weights, text, tokenizer, context, lambda: net)
+        statistics = collect(weights, text, context, lambda: net)
         if config.measure_losses:
             statistics = measure_losses(weights, net, text, statistics, context)
         statistics.save(path)
@@ -118,10 +118,11 @@ def _calibrate(model: Any, config: CalibrationConfig, path: Path, context: RunCo
 class Text:
     """The text of statistics: windows of texts that are there, and how many windows the model writes itself.
 
-    config: the settings, with the length of a window and the number of tokens filled in.
+    config: with the length of a window and the number of tokens filled in. tokenizer: with which the model writes.
     """
 
     config: CalibrationConfig
+    tokenizer: Any
     sources: tuple[Source, ...]
     own: int
 
@@ -142,13 +143,12 @@ def draw_text(config: CalibrationConfig, net: Any, tokenizer: Any, context: RunC
     length, texts = config.max_length or MAX_LENGTH, TextOptions.of(config, context)
     counts, sources = draw(config.dataset, config.num_tokens, tokenizer, length, seed=config.seed, options=texts)
     require_known_tokens(net, *[source.windows for source in sources])
-    return Text(config, tuple(sources), counts.get(SELF, 0))
+    return Text(config, tokenizer, tuple(sources), counts.get(SELF, 0))
 
 
 def collect(
     weights: TensorSource,
     text: Text,
-    tokenizer: Any,
     context: RunContext,
     load: Callable[[], Any],
     finish: Finish | None = None,
@@ -163,7 +163,7 @@ def collect(
     if stored is None:
         job, started = _Job(weights, load(), text.config, context, workspace), time.perf_counter()
         with context.stage("text"):
-            sources = [*text.sources, *([_own_text(job, tokenizer, text.own)] if text.own else [])]
+            sources = [*text.sources, *([_own_text(job, text.tokenizer, text.own)] if text.own else [])]
             give_back(job.net.parameters())
         record = context.processes.agreed(_collect(job, sources, time.perf_counter() - started, finish))
         stored = {"record": torch.tensor(list(json.dumps(dataclasses.asdict(record)).encode()), dtype=torch.uint8)}
@@ -172,12 +172,7 @@ def collect(
         del job
         gc.collect()  # the model's parts refer to each other
     store = WorkspaceStore(workspace)
-    counts, shared = {}, {}
-    for target in weights.targets:
-        reached = store.group(f"{target.name}.about")
-        counts[target.name] = int(reached["count"])
-        if len(reached["kept_as"]):
-            shared[target.name] = bytes(reached["kept_as"].tolist()).decode()
+    counts, shared = reached([target.name for target in weights.targets], store.group)
     return Statistics(
         model=weights.identity,
         shapes={target.name: target.shape for target in weights.targets},

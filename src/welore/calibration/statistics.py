@@ -10,7 +10,7 @@ time, or the part of one that a block of a matrix needs.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +109,18 @@ class WorkspaceStore(MemoryStore):
                 return tensors
         self.workspaces[0].abandon()
         raise OSError(f"{name} in {self.workspaces[0].directory} was damaged: run the same command again")
+
+
+def reached(
+    names: Iterable[str], group: Callable[[str], Mapping[str, Tensor]]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Name -> tokens that reached the matrix; of those that any reached the name under which its inputs lie.
+
+    group: gives the tensors of "NAME.about" (see collect_statistics).
+    """
+    groups = {name: group(f"{name}.about") for name in names}
+    counts = {name: int(tensors["count"]) for name, tensors in groups.items()}
+    return counts, {name: bytes(groups[name]["kept_as"].tolist()).decode() for name in counts if counts[name]}
 
 
 @dataclass(frozen=True)

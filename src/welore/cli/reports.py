@@ -39,9 +39,9 @@ def demo(
     output_dir: Annotated[Path, typer.Argument(help="Directory for everything the demo makes.")] = Path("demo"),
 ) -> None:
     """Run the whole pipeline on a real 135M model and compare the methods in one table."""
+    quiet_libraries()  # before the imports, which may speak
     from welore.cli.demo import HEADINGS, demo
 
-    quiet_libraries()
     results = demo(output_dir, **run.options)
     if not as_json:
         table = Table(*HEADINGS, title="SmolLM2-135M, perplexity on the Python reference", caption=SIZES)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from welore.calibration.hooks import Collector
-from welore.calibration.statistics import MemoryStore, Statistics
+from welore.calibration.statistics import MemoryStore, Statistics, reached
 from welore.compression.analysis import Analyzer
 from welore.io.context import RunContext
 from welore.io.progress import silent
@@ -45,18 +45,13 @@ class BlockAnalyzer:
         assert workspace is not None
         lasting = {layer.name for mlp in self.mlps for layer in mlp.layers}
         groups: dict[str, dict[str, Tensor]] = {}
-        counts: dict[str, int] = {}
-        shared: dict[str, str] = {}
         for name in names:
             for kind, group in collector.statistics(name, tokens):
                 if kind in ("inputs", "outputs"):
                     # What is stored of gradients may be rounded: they are damped by a tenth of their mean.
                     group = pack(group[kind], rounded=kind == "outputs" and name in lasting)
                 groups[f"{name}.{kind}"] = group
-            reached = groups[f"{name}.about"]
-            counts[name] = int(reached["count"])
-            if counts[name]:
-                shared[name] = bytes(reached["kept_as"].tolist()).decode()
+        counts, shared = reached(names, groups.__getitem__)
         if self.context.processes.is_main:
             needed = {f"{name}.outputs" for name in lasting & shared.keys()}
             needed |= {
@@ -67,15 +62,9 @@ class BlockAnalyzer:
         targets = [target for target in self.source.targets if target.name in counts]
         shapes, record = {target.name: target.shape for target in targets}, Record("calibration", {}, {}, {})
         statistics = Statistics(self.source.identity, shapes, counts, shared, MemoryStore(groups), record)
-        analyzer = Analyzer(
-            self.source,
-            statistics,
-            self.context,
-            self.scaling,
-            self.outliers,
-            keep=lambda target: target.layer not in lasting,
-        )
+        common = self.source, statistics, self.context, self.scaling, self.outliers
         with self.context.stage("decompositions"):
+            analyzer = Analyzer(*common, keep=lambda target: target.layer not in lasting)
             analyzer.share(in_blocks(targets, self.grids), silent)
 
 

@@ -314,10 +314,10 @@ def _statistics(job: Job) -> Statistics | None:
     def load() -> Any:
         return load_model(model, replace(context, device=torch.device("cpu"), tokenizer=tokenizer)).model
 
-    tokenizer = _tokenizer(job)
+    tokenizer = job.text.tokenizer
     with context.stage("statistics"):
         finish = BlockAnalyzer(original, context, job.scaling, job.grids, mlps, job.counts_outliers)
-        statistics = collect(original, job.text, tokenizer, context, load, finish)
+        statistics = collect(original, job.text, context, load, finish)
         if not job.text.config.measure_losses or job.scaling != KFAC:
             return statistics
         return measure_losses(original, load(), job.text, statistics, context)

@@ -156,10 +156,8 @@ def first_that_fits(
 
 def memory_needed(source: TensorSource, allocations: Sequence[Allocation], training: FinetuneConfig) -> float:
     """Bytes on the device at the peak of a recovery, an upper bound (docs/concepts/recovery.md)."""
-    text, itemsize = (
-        source.original.skeleton.config.get_text_config(decoder=True),
-        2 if training.dtype != "float32" else 4,
-    )
+    text = source.original.skeleton.config.get_text_config(decoder=True)
+    itemsize = 2 if training.dtype != "float32" else 4
     assert training.batch_size
     assert training.max_length
     tokens, layers = training.batch_size * training.max_length, len(decoder_blocks(source.original.skeleton)[1])
@@ -210,9 +208,8 @@ def recover(
     Raises WeLoreError if the device has too little memory for any training.
     """
     assert context.workspace is not None
-    trainable, training = choose_trainable(
-        source, plan, config, _training(windows, plan, config, seed, context), context
-    )
+    training = _training(windows, plan, config, seed, context)
+    trainable, training = choose_trainable(source, plan, config, training, context)
     key = [plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), config.learning_rate, config.fallbacks]
     key += [config.relative_learning_rate, config.largest_share, dataclasses.asdict(training), context.processes.size]
     name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]

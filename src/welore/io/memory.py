@@ -27,6 +27,14 @@ def free_memory(device: str | torch.device) -> int | None:
     return int(module.mem_get_info(device)[0] + unused)
 
 
+def tensor_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of tensors on a device that is not the CPU: now, and at most so far; MPS keeps no peak and tells now."""
+    module = torch.get_device_module(device)
+    if not hasattr(module, "max_memory_allocated"):
+        return (module.current_allocated_memory(),) * 2
+    return module.memory_allocated(device), module.max_memory_allocated(device)
+
+
 def _free_on_host() -> int | None:
     try:
         lines = MEMINFO.read_text().splitlines()

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from welore.io.memory import tensor_memory
+
 INTERVAL = 0.1  # seconds between two looks at the memory
 STATUS = Path("/proc/self/statm")
 
@@ -72,11 +74,7 @@ class Meter:
         if STATUS.exists():
             sizes["peak_memory_bytes"] = int(STATUS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         if device.type != "cpu":
-            module = torch.get_device_module(device)
-            if hasattr(module, "max_memory_allocated"):
-                now, highest = module.memory_allocated(device), module.max_memory_allocated(device)
-            else:
-                now = highest = module.current_allocated_memory()  # MPS keeps no peak
+            now, highest = tensor_memory(device)
             sizes["peak_device_memory_bytes"] = highest if highest > self._highest else now
             self._highest = highest
         return sizes

@@ -51,37 +51,41 @@ class Processes:
     def wait(self) -> None:
         """Go on when all processes have come here."""
         if self.size > 1:
-            try:
+            with _all_there():
                 dist.barrier()
-            except RuntimeError as error:  # that process has said why
-                raise WeLoreError("another process of this job ended before its work was done") from error
 
     def gather(self, item: Item) -> list[Item]:
         """The item of every process, in order of rank, in every process."""
         everyones = [item] * self.size
         if self.size > 1:
-            try:
+            with _all_there():
                 dist.all_gather_object(everyones, item)
-            except RuntimeError as error:
-                raise WeLoreError("another process of this job ended before its work was done") from error
         return everyones
 
     def add(self, total: torch.Tensor) -> None:
         """Make a tensor the sum of those of all processes."""
         if self.size > 1:
             host = total.cpu()
-            try:
+            with _all_there():
                 dist.all_reduce(host)
-            except RuntimeError as error:
-                raise WeLoreError("another process of this job ended before its work was done") from error
             total.copy_(host)
 
     def agreed(self, value: Result) -> Result:
         """The value that the main process has."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values)
+            with _all_there():
+                dist.broadcast_object_list(values)
         return values[0]
+
+
+@contextmanager
+def _all_there() -> Iterator[None]:
+    """Raise WeLoreError if another process has gone."""
+    try:
+        yield
+    except RuntimeError as error:  # that process has said why
+        raise WeLoreError("another process of this job ended before its work was done") from error
 
 
 ALONE = Processes(0, 1)

@@ -32,7 +32,6 @@ def frozen_copy(
         if "forward" in vars(part):  # it would go on to work for the original
             raise WeLoreError(f"{name or 'the model'} has been given a forward by another library: load the model anew")
     empty = {id(t) for part in omitted for t in (*part.parameters(), *part.buffers())}
-
     same = {id(t) for part in unchanged for t in part.parameters()}
 
     def moved(t: Tensor, to: torch.dtype) -> Tensor:

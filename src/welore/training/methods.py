@@ -187,19 +187,16 @@ def _full(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedMode
 
 def _lora(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
     """Adapters on every linear layer of the blocks, of factors on each."""
-    names = _linear_layers(model, (*matrices.lrc, *matrices.nlrc))
-    return MarkedModel(
-        _adapted(model, names, rank), f"LoRA adapters of rank {rank} on every linear layer of the blocks"
-    )
+    adapted = _adapted(model, _linear_layers(model, (*matrices.lrc, *matrices.nlrc)), rank)
+    return MarkedModel(adapted, f"LoRA adapters of rank {rank} on every linear layer of the blocks")
 
 
 def _updates(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
     """LoRA adapters on the factors alone."""
     if not matrices.lrc:
         raise WeLoreError("method updates has nothing to train: this model has no low-rank matrices; compress it first")
-    return MarkedModel(
-        _adapted(model, _linear_layers(model, matrices.lrc), rank), f"LoRA adapters of rank {rank} on the factors"
-    )
+    adapted = _adapted(model, _linear_layers(model, matrices.lrc), rank)
+    return MarkedModel(adapted, f"LoRA adapters of rank {rank} on the factors")
 
 
 def _linear_layers(model: "PreTrainedModel", names: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from welore.data.packing import IGNORED, Batch
 from welore.errors import DivergedError
 from welore.evaluation.perplexity import negative_log_likelihood, perplexity_of
 from welore.io.context import finest_dtype
+from welore.io.memory import tensor_memory
 from welore.io.progress import Progress, counted
 from welore.training.objective import Objective
 from welore.training.run_dir import seal
@@ -164,8 +165,8 @@ def share(batches: Sequence[Batch], process: int, processes: int) -> list[Batch]
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
     """The largest memory so far: of tensors on a GPU, of the whole process on a CPU."""
-    if device.type == "cuda":
-        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "peak_memory_of": "tensors on the GPU"}
+    if device.type not in ("cpu", "mps"):
+        return {"peak_memory_bytes": tensor_memory(device)[1], "peak_memory_of": "tensors on the GPU"}
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"peak_memory_bytes": peak, "peak_memory_of": "the process"}
