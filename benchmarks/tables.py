@@ -21,7 +21,12 @@ from welore.reporting.tables import Table, task_table
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "docs" / "benchmarks"
 STUDY = ROOT / "docs" / "study"
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "results").glob("*.md")), STUDY / "README.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "how-to" / "serve-and-export.md",
+    *sorted((ROOT / "docs" / "results").glob("*.md")),
+    STUDY / "README.md",
+)
 METHODS, ITEMS_SHOWN = HERE / "tuning", 3
 SIZED = "ours-self"  # the row whose sizes stand for all: they differ by what pivoted storage keeps beside the numbers
 RECOVERED = (  # row, the dense model it is measured against, both in print
@@ -43,6 +48,7 @@ FRONT = (  # directory of records, model in print, row, share of the parameters,
     ("quality-gemma3-270m", "Gemma 3 270M", "ours-default", 0.8, "`--for size --keep 0.8 --num-tokens 16384`"),
     ("quality-gemma3-270m", "Gemma 3 270M", "ours-default", 0.6, "`--for size --keep 0.6 --num-tokens 16384`"),
 )
+LOW_RANK = ("factored", "pivoted", "split", "narrower MLPs")
 DEMO = (  # rows in print; of an older demo some are not there
     *("dense", "uniform-same-err", "uniform-same-parameters", "welore"),
     *("ours", "ours-small", "welore-tuned", "dense-tuned"),
@@ -394,6 +400,32 @@ def recovered() -> str:
     return marked_down(Table("", ["relative to", *map(percent, ratios)], rows))
 
 
+def tools() -> str:
+    """What every tool does with every form, from benchmarks/tools.py."""
+    numbers = Record.load(HERE / "tools.json").numbers
+    forms = numbers["forms"]
+    lines = [f"| tool | version | {' | '.join(forms)} |", "|---" * (len(forms) + 2) + "|"]
+    for name, row in numbers["rows"].items():
+        cells = [row["cells"].get(form, "not run").replace("ok", "yes") for form in forms]
+        lines.append(f"| {name} | {row['package']} {row['version']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def engines() -> str:
+    """The same for the front page: the forms of low rank in one column."""
+    numbers = Record.load(HERE / "tools.json").numbers
+    columns = {"low rank": LOW_RANK} | {form: (form,) for form in numbers["forms"] if form not in LOW_RANK}
+    lines = [f"| tool | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name, row in numbers["rows"].items():
+        cells = []
+        for forms in columns.values():
+            right = [form for form in forms if row["cells"].get(form) == "ok"]
+            ran = any(form in row["cells"] for form in forms)
+            cells.append("yes" if len(right) == len(forms) else ", ".join(right) or ("no" if ran else "not run"))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def take(source: Path, target: Path, root: Path | None = None) -> None:
     """Copy a record without the paths of its model and text, and with only a few of the questions of a task.
 
@@ -440,6 +472,8 @@ TABLES = {
     "quality": quality,
     "quality_gemma3": lambda: quality("quality-gemma3-270m"),
     "kinds": kinds,
+    "tools": tools,
+    "engines": engines,
     "recovered": recovered,
     "study": lambda: marked_down(claims_table(list(study_records().values()))),
     "study_closing": lambda: marked_down(verdicts(study_closed())),

@@ -194,3 +194,34 @@ def test_statistics_of_two_precisions_are_compared(benchmark: Callable[..., Modu
     assert measured["float32"]["loss_over_least"] == 1
     assert measured["float32"]["ranks_moved"] == 0
     assert all(run["loss_over_least"] > 0.999 for run in measured.values())
+
+
+@pytest.mark.slow
+def test_rows_of_tools_are_joined_and_a_cell_says_why_it_fails(
+    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = benchmark("tools")
+    first, *_ = module.TOOLS
+
+    def wrong(case: Any) -> None:
+        case.check(lambda ids: type("Output", (), {"logits": case.logits + 1}))
+
+    def unknown(case: Any) -> None:
+        raise module.UnsupportedError("one file only")
+
+    monkeypatch.setitem(module.TOOLS, "wrong", module.Tool("torch", wrong))
+    monkeypatch.setitem(module.TOOLS, "unknown", module.Tool("torch", unknown))
+    monkeypatch.setitem(module.TOOLS, "absent", module.Tool("no-such-package", unknown))
+    for rows, forms in [([first, "absent"], ["split"]), (["wrong", "unknown"], ["split"]), (["unknown"], ["pivoted"])]:
+        options = ["--rows", *rows, "--forms", *forms, "--work", str(tmp_path / "work")]
+        monkeypatch.setattr(sys, "argv", ["tools.py", *options])
+        module.main()
+    rows = numbers(tmp_path / "tools.json")["rows"]
+    assert list(rows) == [first, "wrong", "unknown"]
+    assert rows[first]["cells"] == {"split": "ok"}
+    assert rows["wrong"]["cells"]["split"].startswith("fails: AssertionError")
+    assert rows["unknown"]["cells"] == {"split": "no: one file only", "pivoted": "no: one file only"}
+    assert '"grids"' in (tmp_path / "work" / "split" / "config.json").read_text("utf-8")
+    tables = benchmark("tables", HERE=tmp_path)
+    assert f"| {first} | transformers" in tables.tools()
+    assert f"| {first} | split |" in tables.engines()

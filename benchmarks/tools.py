@@ -1,0 +1,246 @@
+"""Which tools run which compressed checkpoints? Every tool on a tiny model in every form: docs/benchmarks/tools.json.
+
+A row is a tool, a column a form. A cell really runs the tool, and compares with what transformers computes from the
+dense checkpoint that `welore merge` makes of the same model. Rows that run here replace those of the record and the
+others stay, so that a tool can have its own environment:
+
+    python benchmarks/tools.py                     # every row whose package is installed
+    python benchmarks/tools.py --rows vLLM --forms factored pivoted --traceback
+    python benchmarks/tables.py                    # then the tables of the pages
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import welore
+from welore.config import CalibrationConfig, CompressionConfig
+from welore.errors import first_line
+from welore.records import Record
+
+HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
+OK, NOT_RUN = "ok", "not run"
+PROMPT, NEW_TOKENS = "the quick brown fox", 8
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
+
+
+class UnsupportedError(Exception):
+    """The tool does not run this form: a short reason, for the table."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint in one form, and what must come out of it."""
+
+    form: str
+    directory: Path
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of the checkpoint."""
+        return PreTrainedTokenizerFast.from_pretrained(self.directory)
+
+    @cached_property
+    def ids(self) -> torch.Tensor:
+        """The prompt: (1, tokens)."""
+        ids: torch.Tensor = self.tokenizer(PROMPT, return_tensors="pt").input_ids
+        return ids
+
+    @cached_property
+    def dense(self) -> Any:
+        """The reference: the model as transformers loads it when `merge` has made it dense; float32, on the CPU."""
+        directory = self.directory
+        if "quantization_config" in (directory / "config.json").read_text("utf-8"):
+            directory = self.directory.with_name(f"{self.form}-dense")
+            if not directory.is_dir():
+                welore.merge(self.directory, directory, progress=False)
+        return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """Of the reference for the prompt: (1, tokens, vocabulary)."""
+        with torch.inference_mode():
+            logits: torch.Tensor = self.dense(self.ids).logits
+        return logits
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """The first greedy tokens of the reference after the prompt."""
+        return self.generated(self.dense)
+
+    def model(self, **options: Any) -> Any:
+        """The checkpoint as transformers loads it."""
+        return AutoModelForCausalLM.from_pretrained(self.directory, **options)
+
+    def generated(self, model: Any, **options: Any) -> list[int]:
+        """The first greedy tokens of a model after the prompt."""
+        out = model.generate(self.ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, **options)
+        return list(out[0, self.ids.shape[1] :].tolist())
+
+    def check(self, model: Any, tolerance: float = 1e-3) -> None:
+        """Raise AssertionError unless a model computes the logits of the reference."""
+        with torch.inference_mode():
+            torch.testing.assert_close(model(self.ids).logits.float(), self.logits, rtol=tolerance, atol=tolerance)
+
+
+# --- forms: name -> function (dense directory, directory to write) ---------------------------------------------------
+
+
+def compressed(**settings: Any) -> Callable[[Path, Path], object]:
+    """The function that compresses with these settings; statistics only where neurons are chosen by them."""
+
+    def make(source: Path, out: Path) -> object:
+        options: dict[str, Any] = {"keep": 0.7, "optimize_for": "size"} | settings
+        if "mlp_pruning" not in settings:
+            options["scaling"] = "none"
+        config = CompressionConfig(**options)
+        calibration = CalibrationConfig(num_tokens=2048, max_length=128)
+        return welore.compress(source, out, config, calibration=calibration, recovery=None, progress=False)
+
+    return make
+
+
+FORMS: dict[str, Callable[[Path, Path], object]] = {
+    "factored": compressed(storage="factored", split=False),
+    "pivoted": compressed(storage="pivoted", split=False),
+    "split": compressed(storage="pivoted", split=True),
+    "narrower MLPs": compressed(storage="auto", mlp_pruning=0.25),
+}
+
+
+def dense_model(directory: Path) -> Path:
+    """A small random llama whose matrices have decaying spectra, and a tokenizer of bytes."""
+    torch.manual_seed(0)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "</s>": 1} | {letter: i for i, letter in enumerate(alphabet, start=2)}
+    letters = Tokenizer(models.BPE(vocabulary, []))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special: Any = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    counts: Any = {"vocab_size": 320, "num_hidden_layers": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, **counts, **special))
+    with torch.no_grad():
+        for matrix in (p for p in model.parameters() if p.ndim == 2):
+            U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+            matrix.copy_(U * (4 * S[0] * torch.exp(-torch.arange(len(S)) / 24)) @ V)
+    model.save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="</s>").save_pretrained(directory)
+    return directory
+
+
+# --- tools: a function raises UnsupportedError, or any error, unless the tool does what it should ---------------------
+
+
+def python(code: str, *arguments: object) -> str:
+    """Output of a script in a new process, which has imported nothing; RuntimeError with its last line if it fails."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=dict(os.environ))
+    if run.returncode:
+        raise RuntimeError((run.stderr.strip().splitlines() or ["no output"])[-1])
+    return run.stdout
+
+
+def from_pretrained(case: Case) -> None:
+    """`import welore`, from_pretrained, logits, generate."""
+    model = case.model(dtype=torch.float32)
+    case.check(model)
+    assert case.generated(model) == case.tokens
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A row. package: the distribution whose version is shown; without it the row is not run."""
+
+    package: str
+    run: Callable[[Case], None]
+
+
+TOOLS: dict[str, Tool] = {
+    "transformers, `import welore`": Tool("transformers", from_pretrained),
+}
+
+
+def version(package: str) -> str | None:
+    """Of an installed package; None without it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def cell(tool: Tool, case: Case, *, show: bool) -> str:
+    """What a tool does with a checkpoint: OK, or a short reason."""
+    try:
+        tool.run(case)
+    except UnsupportedError as reason:
+        return f"no: {reason}"
+    except Exception as error:
+        if show:
+            traceback.print_exc()
+        return f"fails: {type(error).__name__}: {first_line(error)[:100]}"
+    return OK
+
+
+def measured(rows: Sequence[str], forms: Sequence[str], work: Path, *, show: bool) -> dict[str, Any]:
+    """Row -> package, its version, those of Python, torch and transformers, and a cell for each form."""
+    results: dict[str, Any] = {}
+    source = work / "dense"
+    if not source.is_dir():
+        dense_model(source)
+    for row in rows:
+        tool = TOOLS[row]
+        if version(tool.package) is None:
+            print(f"{row}: {NOT_RUN}, {tool.package} is absent")
+            continue
+        cells = {}
+        for form in forms:
+            if not (work / form).is_dir():
+                FORMS[form](source, work / form)
+            cells[form] = cell(tool, Case(form, work / form), show=show)
+            print(f"{row}, {form}: {cells[form]}", flush=True)
+        versions = {name: version(name) for name in ("torch", "transformers")}
+        environment = {"python": sys.version.split()[0], "device": "cuda" if torch.cuda.is_available() else "cpu"}
+        results[row] = {"package": tool.package, "version": version(tool.package), "cells": cells}
+        results[row]["environment"] = environment | versions
+    return results
+
+
+def merged(path: Path, results: dict[str, Any]) -> Record:
+    """The record with these rows in place of its own; a form that was not run stays as it is, if the versions do."""
+    rows: dict[str, Any] = Record.load(path).numbers["rows"] if path.is_file() else {}
+    for name, row in results.items():
+        old = rows.get(name, {})
+        same = all(old.get(key) == row[key] for key in ("version", "environment"))
+        rows[name] = row | {"cells": (old["cells"] if same else {}) | row["cells"]}
+    ordered = {name: rows[name] for name in TOOLS if name in rows}
+    return Record("tools", {"model": "a random llama"}, SIZES, {"forms": list(FORMS), "rows": ordered})
+
+
+def main() -> None:
+    """Run the rows and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=TOOLS, default=list(TOOLS), metavar="ROW", help=", ".join(TOOLS))
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="FORM", help=", ".join(FORMS))
+    parser.add_argument("--work", type=Path, help="directory in which the models stay; default: a temporary one")
+    parser.add_argument("--traceback", action="store_true", help="print the error of a cell that fails")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        results = measured(arguments.rows, arguments.forms, work, show=arguments.traceback)
+    merged(HERE / "tools.json", results).save(HERE / "tools.json")
+
+
+if __name__ == "__main__":
+    main()
