@@ -104,7 +104,7 @@ def compressed(**settings: Any) -> Callable[[Path, Path], object]:
 
     def make(source: Path, out: Path) -> object:
         options: dict[str, Any] = {"keep": 0.7, "optimize_for": "size"} | settings
-        if "mlp_pruning" not in settings:
+        if settings.keys().isdisjoint({"mlp_pruning", "optimize_for"}):
             options["scaling"] = "none"
         config = CompressionConfig(**options)
         calibration = CalibrationConfig(num_tokens=2048, max_length=128)
@@ -118,6 +118,7 @@ FORMS: dict[str, Callable[[Path, Path], object]] = {
     "pivoted": compressed(storage="pivoted", split=False),
     "split": compressed(storage="pivoted", split=True),
     "narrower MLPs": compressed(storage="auto", mlp_pruning=0.25),
+    "anywhere": compressed(optimize_for="anywhere"),
 }
 
 

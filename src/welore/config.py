@@ -18,7 +18,7 @@ StrategyName = Literal["welore", "uniform", "owl", "energy", "waterfill"]
 ScalingName = Literal["none", "asvd", "whitening", "kfac"]
 StorageName = Literal["factored", "pivoted", "auto"]
 PresetName = Literal["best", "fast", "paper"]
-Goal = Literal["auto", "cpu", "gpu", "size"]
+Goal = Literal["auto", "cpu", "gpu", "size", "anywhere"]
 MethodName = Literal["lrc", "nlrc", "full", "lora", "updates", "galore"]
 TrainableName = Literal["auto", "factors", "updates"]
 TaskName = Literal["commonsense_qa", "svamp", "boolq", "coin_flip", "object_tracking", "strategy_qa"]
@@ -40,6 +40,7 @@ AUTO: Literal["auto"] = "auto"
 CPU: Literal["cpu"] = "cpu"
 GPU: Literal["gpu"] = "gpu"
 SIZE: Literal["size"] = "size"
+ANYWHERE: Literal["anywhere"] = "anywhere"
 SELF = "self"  # a dataset: text that the model (of a fine-tuning, its teacher) writes
 SHARD_SIZE = "5GB"
 NUM_TOKENS, MAX_LENGTH = 65_536, 512  # of calibration
@@ -148,8 +149,8 @@ class AllocationConfig:
     allow_growth: bool = option(False, "Also factor matrices that become larger by it.", panel="Method")
     optimize_for: Goal = option(
         AUTO,
-        "Where the result runs fast (cpu, gpu: fewer and larger products), or size; auto: where compress computes, "
-        "for presets best and fast, else size.",
+        "Where the result runs fast (cpu, gpu: fewer and larger products), or size; anywhere: narrower MLPs alone, an "
+        "ordinary checkpoint without welore; auto: where compress computes, for presets best and fast, else size.",
         panel="Target",
         flag="for",
     )
@@ -157,7 +158,7 @@ class AllocationConfig:
         None,
         "Make ranks and MLP widths multiples of this.",
         panel="Method",
-        shown="16 for a cpu, 64 for a gpu, 1 for size",
+        shown="16 for a cpu, 64 for a gpu, 1 for size, up to 256 for anywhere",
     )
 
     def __post_init__(self) -> None:
@@ -306,7 +307,8 @@ class RecoveryConfig:
     )
     trainable: TrainableName = option(
         AUTO,
-        "Train the factors, low-rank updates of them, or (auto) the factors if they fit into memory.",
+        "Train the factors, low-rank updates of them, or (auto) the factors if they fit into memory; without factors, "
+        "the matrices.",
         panel="Recovery",
         flag="recovery-trainable",
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from welore.allocation.neurons import Neurons, as_json, dense_numel, read_neurons
-from welore.config import NONE, SIZE, AllocationConfig, Goal, MinRatio, ScalingName, current_name
+from welore.config import ANYWHERE, NONE, SIZE, AllocationConfig, Goal, MinRatio, ScalingName, current_name
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import read_json, write_json
 from welore.io.fields import refusing, typed
@@ -67,7 +67,7 @@ class Plan:
     target: the target that was asked for, {"keep" | "rank_reduction" | "threshold": value}.
     threshold: the level that cuts the scores (the paper's threshold if the strategy is `welore`).
     scaling, statistics, grids, neurons: those of the spectra from which the plan was made.
-    optimize_for: cpu, gpu or size.
+    optimize_for: cpu, gpu, size or anywhere.
     """
 
     model: Identity
@@ -90,6 +90,11 @@ class Plan:
     def lrcs(self) -> tuple[Allocation, ...]:
         """The matrices that are stored in low rank."""
         return tuple(a for a in self.allocations if a.factored)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the result is an ordinary checkpoint: all MLPs have lost as many neurons, and nothing is factored."""
+        return self.optimize_for == ANYWHERE
 
     @cached_property
     def ranks(self) -> dict[str, int]:
@@ -207,6 +212,8 @@ class Plan:
         if len(shapes) < len(self.allocations):
             twice, _ = Counter(a.name for a in self.allocations).most_common(1)[0]
             raise WeLoreError(f"it names {twice} twice")
+        if self.plain and (self.lrcs or len({len(mlp.indices) for mlp in self.neurons.values()}) != 1):
+            raise WeLoreError(f"it is for {ANYWHERE}, where all MLPs have one width and every matrix stays dense")
         for layer, grid in self.grids.items():
             blocks = block_names(layer, grid)
             if lost := [name for name in blocks if name not in shapes]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from welore.config import AUTO, BREAK_EVEN, CPU, GPU, SIZE, MinRatio, StorageName
+from welore.config import ANYWHERE, AUTO, BREAK_EVEN, CPU, GPU, SIZE, MinRatio, StorageName
 from welore.layers.storage_forms import FACTORED, PIVOTED, cost, form_of, overhead
 
 Shape = tuple[int, int]
@@ -35,6 +35,7 @@ LAYOUTS: Mapping[str, Layout] = {
     CPU: Layout(False, 16, {FACTORED: 10_000, PIVOTED: 18_000}),
     GPU: Layout(False, 64, {FACTORED: 3_500_000, PIVOTED: 10_500_000}),
     SIZE: Layout(None, 1),
+    ANYWHERE: Layout(False, 1),
 }
 
 

@@ -14,7 +14,7 @@ from welore.allocation.plan import Allocation, Plan
 from welore.allocation.rule import Rule, Shape, layout_of
 from welore.allocation.spectra import Spectra
 from welore.allocation.strategies import STRATEGIES, Scores, Strategy
-from welore.config import AUTO, NONE, SIZE, AllocationConfig, StorageName, StrategyName
+from welore.config import ANYWHERE, AUTO, NONE, SIZE, AllocationConfig, StorageName, StrategyName
 from welore.errors import WeLoreError, choose
 from welore.layers.block_grid import layer_of
 from welore.layers.storage_forms import FACTORED, storages
@@ -49,6 +49,8 @@ def allocate(
     """
     targets: dict[str, Any] = {"keep": keep, "rank_reduction": rank_reduction, "threshold": threshold}
     config = replace(config or AllocationConfig(), **{n: v for n, v in targets.items() if v is not None})
+    if config.optimize_for == ANYWHERE:
+        raise WeLoreError("for anywhere neurons are taken out, which spectra do not describe: call compress")
     (name, value), layout = config.target, layout_of(config.optimize_for, list(spectra.shapes.values()))
     strategy, rule = resolve(config, spectra.scaling, layout.overheads)
     multiple = config.rank_multiple or layout.rank_multiple

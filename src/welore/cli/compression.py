@@ -234,7 +234,8 @@ def _report_compression(record: "Record", output_dir: Path, as_json: bool) -> No
             f"({', '.join(numbers['left_dense_names'])})"
         )
     if record.settings.get("mlp_pruning"):
-        log(f"{record.settings['mlp_pruning']:,} neurons of the MLPs were taken out before the factorisation")
+        before = " before the factorisation" * bool(numbers["lrcs"])
+        log(f"{record.settings['mlp_pruning']:,} neurons of the MLPs were taken out{before}")
     if "held_out_loss" in numbers:
         losses = {name: math.exp(min(loss, 700.0)) for name, loss in numbers["held_out_loss"].items()}
         log(

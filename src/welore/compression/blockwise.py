@@ -14,6 +14,7 @@ from torch import Tensor
 from welore.calibration.hooks import Collector
 from welore.calibration.statistics import MemoryStore, Statistics, reached
 from welore.compression.analysis import Analyzer
+from welore.compression.mlp_pruning import Search, refit_layers, select_neurons
 from welore.io.context import RunContext
 from welore.io.progress import silent
 from welore.io.resume import Workspace
@@ -29,7 +30,8 @@ from welore.records import Record
 class BlockAnalyzer:
     """Decomposes the matrices of a block by its statistics: `finish` of `collect_statistics`.
 
-    mlps: those that may lose neurons, whose second moments last. outliers: see Analyzer.
+    mlps: those that may lose neurons, whose second moments last. outliers: see Analyzer. width: neurons that are left
+    of every MLP of a plain result; nothing lasts then, the neurons are taken out at once, and nothing is decomposed.
     """
 
     source: TensorSource
@@ -38,12 +40,13 @@ class BlockAnalyzer:
     grids: Mapping[str, Grid]
     mlps: Sequence[Mlp]
     outliers: bool
+    width: int | None = None
 
     def __call__(self, names: Sequence[str], collector: Collector, tokens: int) -> None:
         """Use up the sums of the layers of a block."""
         workspace = self.context.workspace
         assert workspace is not None
-        lasting = {layer.name for mlp in self.mlps for layer in mlp.layers}
+        lasting = {layer.name for mlp in self.mlps for layer in mlp.layers} if self.width is None else set()
         groups: dict[str, dict[str, Tensor]] = {}
         for name in names:
             for kind, group in collector.statistics(name, tokens):
@@ -62,6 +65,11 @@ class BlockAnalyzer:
         targets = [target for target in self.source.targets if target.name in counts]
         shapes, record = {target.name: target.shape for target in targets}, Record("calibration", {}, {}, {})
         statistics = Statistics(self.source.identity, shapes, counts, shared, MemoryStore(groups), record)
+        if self.width is not None:
+            with self.context.stage("mlp pruning"):
+                neurons = select_neurons(self.source, statistics, self.context, Search(width=self.width))
+                refit_layers(self.source, statistics, neurons, self.context)
+            return
         common = self.source, statistics, self.context, self.scaling, self.outliers
         with self.context.stage("decompositions"):
             analyzer = Analyzer(*common, keep=lambda target: target.layer not in lasting)

@@ -100,7 +100,7 @@ def estimate(
     source = open_source(model, context, include=config.include, exclude=config.exclude)
     job = make_job(source, config, calibration, recovery, None, statistics, context)
     needs, rates = Needs(job), measured_rates(context.device)
-    removed = None if config.keep is None else round((1 - config.keep) * needs.targeted)
+    removed = job.removed
     name, target = config.target
     return Estimate(
         model=source.name,

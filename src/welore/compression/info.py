@@ -57,6 +57,7 @@ class CheckpointInfo:
 
     def __str__(self) -> str:
         kind = "dense" if self.format is None else f"compressed by welore, format {self.format}"
+        kind += ", made smaller by welore" * (self.format is None and bool(self.target))
         lines = [
             f"{self.directory}: {self.model_type}, {kind}",
             f"  {self.parameters:,} parameters, {self.bytes / 1e6:,.1f} MB",
@@ -105,20 +106,20 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
         "bytes": sum(tensor.bytes for tensor in tensors),
     }
     quantization = config.get("quantization_config")
-    if quantization is None:
-        return CheckpointInfo(format=None, **sizes)
-    if quantization.get("quant_method") != METHOD:
+    if quantization is not None and quantization.get("quant_method") != METHOD:
         raise WeLoreError(f"{directory} is quantized by {quantization.get('quant_method')}, not compressed by welore")
-    compressed = WeLoreConfig.read(quantization)
-    CheckpointSource(path, str(directory), trust_remote_code=context.trust_remote_code).require_complete()
     plan = Plan.load(path / PLAN) if (path / PLAN).is_file() else None
+    if quantization is None and not (plan and plan.plain):
+        return CheckpointInfo(format=None, **sizes)
+    compressed = None if quantization is None else WeLoreConfig.read(quantization)
+    CheckpointSource(path, str(directory), trust_remote_code=context.trust_remote_code).require_complete()
     record = Record.load(path / RECORD) if (path / RECORD).is_file() else None
     return CheckpointInfo(
-        format=compressed.version,
+        format=compressed.version if compressed else None,
         target=dict(plan.target) if plan else {},
         rank_reduction=plan.rank_reduction if plan else None,
         parameter_ratio=plan.parameter_ratio if plan else None,
-        ranks=_ranks(compressed),
+        ranks=_ranks(compressed) if compressed else {},
         made_from=record.inputs.get("model") if record else None,
         settings=record.settings if record else {},
         versions=record.versions if record else {},

@@ -19,7 +19,7 @@ from welore.calibration.scaling import DAMPING_INPUTS, damped
 from welore.calibration.statistics import Selection, Statistics
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
-from welore.linalg.brain_surgeon import most_removed, refit, removal
+from welore.linalg.brain_surgeon import most_removed, refit, removal, whole_groups
 from welore.models.mlp import Mlp, find_mlps
 from welore.models.source import OverlaySource, TensorSource
 from welore.models.targets import Target
@@ -54,13 +54,14 @@ class Search:
     share: of all neurons, those of the least loss are taken out. price: without a share, those whose loss is less than
     the price of the numbers that they store (the threshold of a plan by water-filling). most: numbers that may go at
     most with them, so that the target stays within reach; None is no limit. multiple: of which a number is left, where
-    there is no share.
+    there is no share. width: in place of all that, how many are left of every MLP.
     """
 
     share: float | None = None
     price: float | None = None
     most: int | None = None
     multiple: int = 1
+    width: int | None = None
 
     def level(self, losses: Mapping[Mlp, NDArray[np.float64]]) -> float:
         """The loss per number below which neurons go; losses: of the neurons of every MLP, ascending."""
@@ -74,6 +75,8 @@ class Search:
     def limits(self, mlp: Mlp) -> tuple[int, float]:
         """How many neurons of an MLP are looked at, at most, and the loss of one beyond which none is."""
         most = most_removed(mlp.width)
+        if self.width is not None:
+            return min(most, whole_groups(mlp.width, mlp.width - self.width)), math.inf
         if self.share is not None or self.price is None:
             return most, math.inf
         return most if self.most is None else min(most, self.most // mlp.numbers), DEAREST * self.price * mlp.numbers
@@ -102,7 +105,9 @@ def select_neurons(
     # Later groups may lose less: a neuron is taken out for the least loss that is still to come.
     losses = {name: np.minimum.accumulate(r["costs"].double().numpy()[::-1])[::-1] for name, r in removals.items()}
     total = sum(mlp.width for mlp in mlps)
-    if search.share is None:
+    if search.width is not None:
+        counts = {mlp.name: mlp.width - search.width for mlp in mlps}
+    elif search.share is None:
         level = search.level({mlp: losses[mlp.name] for mlp in mlps})
         left = {mlp: mlp.width - int((losses[mlp.name] < level * mlp.numbers).sum()) for mlp in mlps}
         counts = {m.name: max(0, m.width - -(-count // search.multiple) * search.multiple) for m, count in left.items()}
@@ -173,21 +178,28 @@ def prune(
 
     Tensors of smaller layers are made when they are read. The statistics have no measured losses any more.
     """
-    mlps, shapes = _mlps(source, neurons), pruned_shapes(source, neurons)
-    indices = {name: torch.tensor(remaining.indices) for name, remaining in neurons.items()}
-
-    def compute(mlp: Mlp) -> dict[str, Tensor]:
-        return _refitted(source, statistics, context, mlp, indices[mlp.name])
-
-    pruned = [mlps[name] for name in neurons]
-    _share(pruned, compute, context, "neurons refitted")
+    shapes = pruned_shapes(source, neurons)
     overrides: dict[str, Callable[[], Tensor]] = {}
     selections: dict[str, Selection] = {}
-    for mlp in pruned:
-        stay, refitted = indices[mlp.name], partial(compute, mlp)
+    for mlp, refitted in refit_layers(source, statistics, neurons, context).items():
+        stay = torch.tensor(neurons[mlp.name].indices)
         overrides |= _overrides(source, mlp, stay, refitted)
         selections |= _selections(statistics, mlp, stay, refitted)
     return OverlaySource(source, shapes, overrides), statistics.select(shapes, selections)
+
+
+def refit_layers(
+    source: TensorSource, statistics: Statistics, neurons: Mapping[str, Neurons], context: RunContext
+) -> dict[Mlp, Refitted]:
+    """Refit the down layers of MLPs to these neurons, into the workspace: MLP -> its matrix and gains."""
+    mlps = _mlps(source, neurons)
+
+    def compute(mlp: Mlp) -> dict[str, Tensor]:
+        return _refitted(source, statistics, context, mlp, torch.tensor(neurons[mlp.name].indices))
+
+    pruned = [mlps[name] for name in neurons]
+    _share(pruned, compute, context, "neurons refitted")
+    return {mlp: partial(compute, mlp) for mlp in pruned}
 
 
 def pruned_shapes(source: TensorSource, neurons: Mapping[str, Neurons]) -> dict[str, tuple[int, int]]:

@@ -14,7 +14,7 @@ import torch
 
 from welore.allocation.plan import Allocation
 from welore.calibration.layerwise import is_small, whole_bytes
-from welore.compression.recovery import FACTORS, first_that_fits
+from welore.compression.recovery import UPDATES, first_that_fits
 from welore.config import AUTO, MAX_LENGTH, NONE, SELF, DtypeName, FinetuneConfig, RecoveryConfig
 from welore.data.self_generated import window_bytes, windows_at_once
 from welore.errors import WeLoreError
@@ -118,10 +118,12 @@ class Needs:
         job, stages = self.job, []
         if job.collects:
             stages += [self._text(rates)] * (job.calibration.dataset == SELF) + [self._statistics(rates)]
-        stages.append(self._decompositions(rates))
+        if job.width is None:
+            stages.append(self._decompositions(rates))
         if self.mlps:
             stages.append(self._pruning(rates))
-        stages.append(self._factors(rates))
+        if job.width is None:
+            stages.append(self._factors(rates))
         if job.recovery is not None:
             stages.append(self._recovery(job.recovery, rates))
         size = self.dtype.itemsize * (self.stored + self.parameters - self.targeted)
@@ -189,6 +191,8 @@ class Needs:
         """Bytes on the disk until the plan is known: decompositions, 4 k^2; of MLPs that may lose neurons second
         moments: half of the inputs' in float32, half of the outputs' in float16.
         """
+        if self.job.width is not None:  # the refitted matrices alone
+            return sum(4.0 * math.prod(mlp.down_layer.shape) for mlp in self.mlps)
         later = {layer.name: 0.0 for mlp in self.mlps for layer in mlp.layers}
         total = 0.0
         for target in self.blocks:
@@ -239,11 +243,11 @@ class Needs:
             attention="eager" if self.on_cpu else None,
         )
         ranks = {t.name: max(1, int(self.share * math.prod(t.shape) / sum(t.shape))) for t in self.blocks}
-        even = [Allocation(t.name, t.shape, ranks[t.name], True, 0.0) for t in self.blocks]
+        even = [Allocation(t.name, t.shape, ranks[t.name], self.job.width is None, 0.0) for t in self.blocks]
         name, chosen, working = first_that_fits(
             self.source, even, config, training, self.machine.device, self.machine.free
         )
-        outside, checkpoint = self.parameters - self.targeted, 24 * self.stored * (name == FACTORS.name)
+        outside, checkpoint = self.parameters - self.targeted, 24 * self.stored * (name != UPDATES.name)
         operations = 8 * steps * config.batch_size * self.length * (self.stored + outside)
         disk = 4 * self.stored + self.dtype.itemsize * (self.stored + outside) + checkpoint
         note = f"of {name}" + ", with activations computed again" * chosen.gradient_checkpointing

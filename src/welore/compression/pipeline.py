@@ -27,11 +27,13 @@ from welore.compression.blockwise import BlockAnalyzer, LastingMoments
 from welore.compression.factorize import factor_matrices, factors_key, stored_factors
 from welore.compression.mlp_pruning import Search, is_worth_it, prune, pruned_shapes, require_neurons, select_neurons
 from welore.compression.needs import require_room
+from welore.compression.plain import plain_plan, plain_width, with_trained
 from welore.compression.presets import PRESETS, resolve, resolve_calibration
 from welore.compression.recovery import Recovery, failed_recovery, recover, recovery_text, resolve_recovery
 from welore.compression.result import CompressionResult
 from welore.compression.writing import write_compressed
 from welore.config import (
+    ANYWHERE,
     AUTO,
     KFAC,
     MAX_LENGTH,
@@ -66,7 +68,10 @@ Directory = str | Path
 
 @dataclass(frozen=True)
 class Job:
-    """The weights, and everything that was asked for, complete: no None stands for a default any more."""
+    """The weights, and everything that was asked for, complete: no None stands for a default any more.
+
+    width: neurons that are left of every MLP of a plain result; None for others, and for one by a plan.
+    """
 
     source: TensorSource
     context: RunContext
@@ -76,6 +81,7 @@ class Job:
     plan: Plan | None
     statistics: Statistics | None
     grids: dict[str, Grid]
+    width: int | None = None
     text: Text | None = None
     recovery_text: Tensor | None = None
 
@@ -103,6 +109,8 @@ class Job:
     def removed(self) -> int | None:
         """The numbers that the target removes from the targeted matrices; None if it does not tell."""
         dense = sum(m * n for m, n in (target.shape for target in self.source.targets))
+        if self.width is not None:
+            return sum((mlp.width - self.width) * mlp.numbers for mlp in self.prunable)
         return None if self.config.keep is None else int((1 - self.config.keep) * dense)
 
 
@@ -202,17 +210,21 @@ def make_job(
     context: RunContext,
 ) -> Job:
     """The complete settings of a compression; WeLoreError for those that cannot work."""
-    known = open_statistics(statistics, source)
+    known, width = open_statistics(statistics, source), None
     if plan is None:
         config = resolve(config, has_statistics=known is not None, device=context.device.type)
         grids = grids_of(source, bool(config.split))
-        _check_target(source, config, grids, known)
+        if config.optimize_for == ANYWHERE:
+            width = plain_width(source, config)
+        else:
+            _check_target(source, config, grids, known)
     else:
         _check_plan(plan, source, known)
         grids = dict(plan.grids)
     calibration = resolve_calibration(calibration, config)
-    job = Job(source, context, config, calibration, None, plan, known, grids)
-    if config.mlp_pruning == AUTO and job.removed is not None and not is_worth_it(job.prunable, job.removed):
+    job = Job(source, context, config, calibration, None, plan, known, grids, width)
+    removed = job.removed if width is None else None
+    if config.mlp_pruning == AUTO and removed is not None and not is_worth_it(job.prunable, removed):
         job = replace(job, config=replace(config, mlp_pruning=0.0))
     windows = known.generated[0] if known and known.generated else 0
     if job.collects and calibration.dataset == SELF:
@@ -316,7 +328,7 @@ def _statistics(job: Job) -> Statistics | None:
 
     tokenizer = job.text.tokenizer
     with context.stage("statistics"):
-        finish = BlockAnalyzer(original, context, job.scaling, job.grids, mlps, job.counts_outliers)
+        finish = BlockAnalyzer(original, context, job.scaling, job.grids, mlps, job.counts_outliers, job.width)
         statistics = collect(original, job.text, context, load, finish)
         if not job.text.config.measure_losses or job.scaling != KFAC:
             return statistics
@@ -332,6 +344,12 @@ def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, 
         assert statistics is not None
         smaller, statistics = prune(source, statistics, job.plan.neurons, context)
         return job.plan, smaller, statistics
+    if job.width is not None:
+        assert statistics is not None
+        with context.stage("mlp pruning"):
+            neurons = select_neurons(source, statistics, context, Search(width=job.width))
+            smaller, fewer = prune(source, statistics, neurons, context)
+            return plain_plan(smaller, neurons, job.config, summary(statistics)), smaller, fewer
     pruning = job.config.mlp_pruning
     plan = _allocated(job, source, statistics, {}) if pruning in (0, AUTO) else None
     if statistics is None or pruning == 0:
@@ -382,7 +400,7 @@ def _release(job: Job, plan: Plan) -> Callable[[Target], None]:
 
 def _recovery(job: Job, source: TensorSource, plan: Plan, statistics: Statistics | None) -> Recovery:
     """5. The training of the factors, by all processes."""
-    if job.recovery is None or not plan.ranks:
+    if job.recovery is None or not (plan.ranks or plan.plain):
         return Recovery()
     try:
         windows, predictions = job.recovery_text, None
@@ -434,6 +452,8 @@ def _result(
         ):
             trained = None if recovered.directory is None else CheckpointSource(recovered.directory)
             factors = stored_factors(context.workspace, trained)
+            if plan.plain and trained is not None:
+                source = with_trained(source, plan, trained)
             numbers |= recovered.numbers | write_compressed(source, plan, factors, sink, context.progress)
             numbers |= {"seconds": time.perf_counter() - started, "stages": context.stages}
             record = _record(plan, job, recovered, numbers)

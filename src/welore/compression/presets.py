@@ -6,6 +6,7 @@ from welore.allocation.rule import LAYOUTS
 from welore.allocation.solver import resolve as resolve_allocation
 from welore.calibration.scaling import scaling_of
 from welore.config import (
+    ANYWHERE,
     AUTO,
     CPU,
     GPU,
@@ -22,7 +23,7 @@ from welore.config import (
     StorageName,
     StrategyName,
 )
-from welore.errors import choose
+from welore.errors import WeLoreError, choose
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def resolve(config: CompressionConfig, *, has_statistics: bool, device: str = CP
     goal = config.optimize_for
     if goal == AUTO:
         goal = SIZE if not preset.by_device else CPU if device == CPU else GPU
+    if goal == ANYWHERE:
+        _require_neurons_alone(config, scaling)
     splits = config.split, preset.split, LAYOUTS[goal].split, scaling_of(scaling).block_split
     pruning = preset.mlp_pruning if config.mlp_pruning is None else config.mlp_pruning
     if pruning == AUTO and scaling == NONE and not has_statistics:
@@ -90,6 +93,17 @@ def resolve(config: CompressionConfig, *, has_statistics: bool, device: str = CP
         split=next(split for split in splits if split is not None),
         mlp_pruning=pruning,
     )
+
+
+def _require_neurons_alone(config: CompressionConfig, scaling: str) -> None:
+    """Raise WeLoreError for settings of a method that factors matrices, where only neurons are taken out."""
+    names = "rank_reduction", "threshold", "strategy", "storage", "split", "min_ratio", "mlp_pruning"
+    given = [name for name in names if getattr(config, name) is not None]
+    given += ["allow_growth"] * config.allow_growth
+    if scaling != KFAC:
+        given.append(f"scaling {scaling}" if config.scaling else f"preset {config.preset}")
+    if given:
+        raise WeLoreError(f"for {ANYWHERE} only neurons are taken out, as many as keep says: leave {given[0]} out")
 
 
 def resolve_calibration(calibration: CalibrationConfig | None, config: CompressionConfig) -> CalibrationConfig:

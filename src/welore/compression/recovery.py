@@ -96,6 +96,8 @@ class Trainable:
 
 FACTORS = Trainable("factors", "lrc")
 UPDATES = Trainable("updates", "updates")
+# Of a plain result, which has no factors.
+MATRICES: dict[MethodName, MethodName] = {"lrc": "nlrc", "updates": "lora"}
 SMALLEST = replace(UPDATES, checkpointing=True), replace(UPDATES, checkpointing=True, streaming=True)
 CHOICES = {  # in the order in which they are taken, the first that fits
     "auto": (FACTORS, UPDATES, *SMALLEST),
@@ -135,7 +137,7 @@ def first_that_fits(
 
     alone: whether one process trains; several cannot leave weights on the host.
     """
-    limit = math.inf if free is None else free
+    limit, plain = math.inf if free is None else free, not any(a.factored for a in allocations)
     if device.type == "cpu":  # a host has other things to hold
         limit = min(limit, config.host_memory)
     for choice in CHOICES[config.trainable]:
@@ -143,7 +145,7 @@ def first_that_fits(
             continue
         chosen = replace(
             training,
-            method=choice.method,
+            method=MATRICES[choice.method] if plain else choice.method,
             rank=None if choice.name == FACTORS.name else config.rank,
             gradient_checkpointing=choice.checkpointing,
             stream_weights=choice.streaming,
@@ -151,7 +153,7 @@ def first_that_fits(
         needed = memory_needed(source, allocations, chosen)
         if needed <= limit:
             break
-    return FACTORS.name if chosen.method == FACTORS.method else UPDATES.name, chosen, needed
+    return "matrices" if plain and choice.name == FACTORS.name else choice.name, chosen, needed
 
 
 def memory_needed(source: TensorSource, allocations: Sequence[Allocation], training: FinetuneConfig) -> float:
@@ -164,9 +166,8 @@ def memory_needed(source: TensorSource, allocations: Sequence[Allocation], train
     dense = sum(p.numel() for p in source.original.skeleton.parameters())
     stored = dense - sum(math.prod(t.shape) for t in source.original.targets)
     stored += sum(a.stored_parameters for a in allocations)
-    lrcs = [a for a in allocations if a.factored]
-    shapes = [shape for a in lrcs for shape in FORMS[a.form].shapes(*a.shape, a.rank).values() if len(shape) == 2]
-    if training.method == FACTORS.method:
+    shapes = trained_shapes(allocations)
+    if training.rank is None:
         trained = sum(map(math.prod, shapes))
         weights = itemsize * stored + (16 if itemsize == 2 else 12) * trained
     else:
@@ -180,6 +181,14 @@ def memory_needed(source: TensorSource, allocations: Sequence[Allocation], train
     if training.gradient_checkpointing:
         activations = activations / layers + itemsize * tokens * layers * text.hidden_size
     return weights + activations + 20 * chunk_of(text.vocab_size) * text.vocab_size
+
+
+def trained_shapes(allocations: Sequence[Allocation]) -> list[tuple[int, ...]]:
+    """Shapes of the matrices that a recovery changes: the factors of the LRCs, all matrices where there are none."""
+    lrcs = [a for a in allocations if a.factored]
+    if not lrcs:
+        return [a.shape for a in allocations]
+    return [shape for a in lrcs for shape in FORMS[a.form].shapes(*a.shape, a.rank).values() if len(shape) == 2]
 
 
 def failed_recovery(config: RecoveryConfig, error: Exception) -> Recovery:
@@ -226,7 +235,7 @@ def recover(
     context.processes.wait()
     training = replace(training, distill=str(directory / WRITTEN))
     rate = config.learning_rate or learning_rate(compressed, plan, training, config)
-    run, record = _without_harm(compressed, directory, rate, training, config, context)
+    run, record = _without_harm(compressed, plan, rate, training, config, context)
     settings, losses = record.settings, _losses(record)
     names = ["max_steps", "batch_size", "max_length", "learning_rate", "warmup_steps", "dtype", "seed"]
     names += ["distill_weight", "rank", "gradient_checkpointing", "stream_weights"]
@@ -271,7 +280,7 @@ def _training(windows: Tensor, plan: Plan, config: RecoveryConfig, seed: int, co
 
 def _without_harm(
     compressed: Path,
-    directory: Path,
+    plan: Plan,
     rate: float,
     training: FinetuneConfig,
     config: RecoveryConfig,
@@ -282,7 +291,7 @@ def _without_harm(
 
     for share in config.fallbacks:
         learning_rate = float(f"{share * rate:.9g}")  # the last digits depend on the number of threads that summed
-        run = directory / f"run-{learning_rate}"
+        run = compressed.with_name(f"run-{learning_rate}")
         try:
             if (run / TUNED).is_file():
                 record = Record.load(run / TUNED)
@@ -290,7 +299,8 @@ def _without_harm(
                 settings = replace(training, learning_rate=learning_rate)
                 resume, device = (run / RUN).is_file(), str(context.device)
                 context.processes.wait()  # until all have looked
-                record = finetune(compressed, run, settings, resume=resume, device=device, progress=context.progress)
+                options: dict[str, Any] = {"plan": plan if plan.plain else None, "progress": context.progress}
+                record = finetune(compressed, run, settings, resume=resume, device=device, **options)
         except DivergedError:
             if share == config.fallbacks[-1]:
                 raise
@@ -311,11 +321,11 @@ def learning_rate(compressed: Path, plan: Plan, training: FinetuneConfig, config
     the square root of n: their own first factor is drawn with numbers of size n^(-1/2).
     """
     squares, count = 0.0, 0.0
-    source, updates = CheckpointSource(compressed), training.method != FACTORS.method
-    for name, form in plan.forms.items():
-        for part in FORMS[form].numbers:
-            factor = source.tensor(f"{name}.{part}").float()
-            scale = factor.shape[1] if updates else 1
+    source, updates = CheckpointSource(compressed), training.rank is not None
+    for a in plan.allocations if plan.plain else plan.lrcs:
+        for part in ("weight",) if plan.plain else FORMS[a.form].numbers:
+            factor = source.tensor(f"{a.name}.{part}").float()
+            scale = (a.shape if plan.plain else factor.shape)[1] if updates else 1
             squares += scale * float(factor.square().sum(dtype=torch.float64))
             count += factor.numel()
     removed = _removed(plan)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from welore.allocation.plan import Allocation, Plan
 from welore.compression.factorize import Factors
+from welore.compression.plain import resizing_of
 from welore.io.checkpoint import PLAN, OutputTensors, weight_files
 from welore.io.progress import Progress
 from welore.io.safetensors_stream import TensorInfo
@@ -29,9 +30,13 @@ def write_compressed(
         if isinstance(original, CheckpointSource)
         else sum(p.numel() * p.element_size() for p in original.skeleton.parameters())
     )
-    size = sink.write(compressed_tensors(source, plan, factors), WeLoreConfig.of(plan), progress)
+    config = resizing_of(original, plan) if plan.plain else WeLoreConfig.of(plan)
+    size = sink.write(compressed_tensors(source, plan, factors), config, progress)
     if sink.directory is not None:
         plan.save(sink.directory / PLAN)
+        if plan.plain and isinstance(original, CheckpointSource):
+            trust = original.trust_remote_code
+            CheckpointSource(sink.directory, original.name, trust_remote_code=trust).require_complete()
     return {
         "bytes_dense": dense_bytes,
         "bytes": size,
@@ -51,14 +56,14 @@ def compressed_tensors(source: TensorSource, plan: Plan, factors: Factors) -> li
             layers.setdefault(f"{target.layer}.weight", []).append((target, allocations[target.name]))
     shared = shared_layers(source.original.skeleton)
     repeated = {f"{name}.weight" for layer in plan.lrc_layers | set(plan.shapes) for name in shared.get(layer, ())}
-    outputs = []
+    changed, outputs = set(plan.shapes) | {target.name for target in source.targets if plan.plain}, []
     for name in source.names():
         if name in repeated:
             continue
         layer, dtype = name.rpartition(".")[0], source.info(name).dtype
         if name not in layers:
             copied = source.copied(name)
-            outputs.append(OutputTensors(copied.tensors, copied.make, layer if layer in plan.shapes else None))
+            outputs.append(OutputTensors(copied.tensors, copied.make, layer if layer in changed else None))
             continue
         if layer in plan.split:  # the tombstone of a layer that is stored in blocks
             outputs.append(OutputTensors({name: TensorInfo(dtype, (0,))}, partial(_empty, name), layer))

@@ -73,12 +73,18 @@ def write_weights(directory: Path, steps: Sequence[OutputTensors], max_shard_siz
     return sum((directory / filename).stat().st_size for filename in split.filename_to_tensors)
 
 
-def write_config(source: Path, directory: Path, quantization: dict[str, Any] | None) -> None:
+def write_config(
+    source: Path,
+    directory: Path,
+    quantization: dict[str, Any] | None,
+    change: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
     """config.json with or without our quantization_config, and the tokenizer's and other small files.
 
-    Python files are copied where a configuration names them (auto_map): others load the result with them.
+    change: of the other content of config.json. Python files are copied where a configuration names them (auto_map):
+    others load the result with them.
     """
-    config = {key: value for key, value in read_config(source).items() if key not in OWN_FIELDS}
+    config = change({key: value for key, value in read_config(source).items() if key not in OWN_FIELDS})
     if quantization is not None:
         config["quantization_config"] = quantization
     with atomic_write(directory / CONFIG) as partial:  # JSON as Python writes it: families say Infinity

@@ -21,6 +21,11 @@ def most_removed(width: int) -> int:
     return int(MOST * width) // _group(width) * _group(width)
 
 
+def whole_groups(width: int, count: int) -> int:
+    """The least number of neurons in whole groups that is at least `count`."""
+    return -(-count // _group(width)) * _group(width)
+
+
 def removal(
     W: Tensor, outputs: Tensor, inputs: Tensor, *, most: int | None = None, dearest: float = math.inf
 ) -> tuple[Tensor, Tensor]:
