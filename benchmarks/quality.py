@@ -17,8 +17,10 @@ the other 312k, on which its control is the teacher, tuned on, at two rates. Tho
 ours-raw-tested of the two kinds that are tested, as in the other calibrated rows: of the first text of --learn, and of
 the reference. Where WikiText-2's raw training part cannot be fetched, benchmarks/respell.py makes text of its kind from
 articles of Wikipedia. Rows that say so leave long matrices whole (--no-split) and keep all neurons, as all did once.
-All are laid out for size (--for size). Learning rates were chosen on other texts. With --work, what is finished there
-is taken as it is, and what was killed goes on where it was; its seconds are then those of the last part.
+All are laid out for size (--for size), but for the row anywhere, whose widths are multiples of 16, so that its
+parameters are those of the other rows within half a hundredth. Learning rates were chosen on other texts. With --work,
+what is finished there is taken as it is, and what was killed goes on where it was; its seconds are then those of the
+last part.
 --kinds evaluates on texts of other kinds instead of those two; their records have a folder of their own, quality-kinds.
 Only rows with a calibration depend on the seed. Records: docs/benchmarks/quality/ROW-PARAMS-SEED.json, of another model
 than the embedded one docs/benchmarks/quality-NAME/ROW-PARAMS-SEED.json.
@@ -116,6 +118,7 @@ ROWS = {
     "ours-more": Row("preset best, statistics of 128k tokens of text, no recovery", "--recovery none", "more"),
     "ours-self": Row("preset best, no data, no recovery", "--recovery none", "self"),
     "ours-default": Row("preset best, no data", "", "self"),
+    "anywhere": Row("narrower MLPs alone (`--for anywhere`), no data", "--for anywhere --rank-multiple 16", "self"),
     "ours-web": Row(
         "preset best, recovered on 64k tokens of web pages",
         "--recovery {web}",

@@ -158,7 +158,9 @@ def test_the_commands_read_the_result(tmp_path: Path, command: Command) -> None:
     text = tmp_path / "text.txt"
     text.write_text("neurons are taken out, and nothing else. " * 64)
     limits = ("--dataset", text, "--max-length", 32)
-    assert command("evaluate", tmp_path / "small", *limits, "--num-windows", 2).status == 0
+    evaluated = json.loads(command("evaluate", tmp_path / "small", *limits, "--num-windows", 2, "--json").out)
+    for name in ("parameter_ratio", "parameters"):
+        assert evaluated["numbers"][name] == made["numbers"][name]
     assert command("info", tmp_path / "small").status == 0
     tuned = command("finetune", tmp_path / "small", tmp_path / "tuned", *limits, "--method", "full", "--max-steps", 1)
     assert tuned.status == 0, tuned.err

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import welore.models.quantizer  # noqa: F401 - from_pretrained must know compressed checkpoints
-from welore.config import AUTO
+from welore.config import ANYWHERE, AUTO
 from welore.errors import WeLoreError
 from welore.io.checkpoint import RECORD
 from welore.io.context import RunContext
@@ -48,7 +48,7 @@ class LoadedModel:
         spread = getattr(self.model, "hf_device_map", None) or {"": self.model.device}
         devices = dict.fromkeys(at if at == "disk" else str(torch.device(at)) for at in spread.values())
         settings = settings | {"dtype": dtype, "device": ", ".join(devices)}
-        return Record(kind, self.inputs, settings, numbers | sizes(self.model))
+        return Record(kind, self.inputs, settings, numbers | sizes_in(self.directory, self.model))
 
 
 def load_model(
@@ -92,6 +92,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def compression_of(directory: Path) -> dict[str, Any] | None:
     """The settings in the compression record of a directory, None without one."""
     return Record.load(directory / RECORD).settings if (directory / RECORD).is_file() else None
+
+
+def sizes_in(directory: Path | None, model: "PreTrainedModel") -> dict[str, Any]:
+    """`sizes` of the model of a directory; narrower MLPs of an ordinary checkpoint only its record tells."""
+    record = Record.load(directory / RECORD) if directory and (directory / RECORD).is_file() else None
+    if record is None or record.settings.get("optimize_for") != ANYWHERE:
+        return sizes(model)
+    return sizes(model) | {"parameter_ratio": record.numbers["parameter_ratio"]}
 
 
 def load(

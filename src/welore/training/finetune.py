@@ -20,8 +20,7 @@ from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import PLAN, RECORD
 from welore.io.context import RunContext
 from welore.io.progress import silent
-from welore.models.load import warn_if_slow
-from welore.models.replace import sizes
+from welore.models.load import sizes_in, warn_if_slow
 from welore.records import Record
 from welore.training.arguments import check_launch, is_recorded, resolve_defaults, sequences_read
 from welore.training.data import collate, shuffled
@@ -182,7 +181,7 @@ def _save(run: Prepared, out: Path, dtype: torch.dtype | None) -> dict[str, Any]
             for name in (PLAN, RECORD):
                 if source is not None and (source / name).is_file():
                     shutil.copyfile(source / name, unfinished / name)
-    return sizes(tuned)
+    return sizes_in(source, tuned)
 
 
 def _objective(
