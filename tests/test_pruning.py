@@ -271,6 +271,15 @@ def test_a_result_for_a_gpu_has_plain_factors_and_round_ranks_and_widths(tmp_pat
     assert torch.isfinite(logits(AutoModelForCausalLM.from_pretrained(small), tokens)).all()
 
 
+def test_a_given_share_leaves_widths_that_quantizers_accept(tmp_path: Path) -> None:
+    source, statistics = calibrated(tmp_path)
+    how: dict[str, Any] = {"mlp_pruning": 0.3, "rank_multiple": 16, "recovery": None}
+    compress(source, tmp_path / "small", keep=0.6, statistics=statistics, **how)
+    widths = [len(neurons.indices) for neurons in Plan.load(tmp_path / "small" / "plan.json").neurons.values()]
+    assert widths
+    assert all(width % 16 == 0 for width in widths)
+
+
 def test_pruning_that_puts_the_target_out_of_reach_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, statistics = calibrated(tmp_path)
 

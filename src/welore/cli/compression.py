@@ -16,6 +16,7 @@ from welore.config import (
     CalibrationConfig,
     CompressionConfig,
     ExportFormat,
+    OutType,
     RecoveryConfig,
     RunConfig,
     RunOptions,
@@ -264,17 +265,29 @@ def merge(
 
 def export(
     model: Model,
-    output_dir: OutputDir,
+    output: Annotated[Path, typer.Argument(help="Directory to write; for gguf a file.", show_default=False)],
     run: RunConfig,
     as_json: bool,
-    format: Annotated[ExportFormat, typer.Option(help="dense: W = A B; nothing of the saving is left.")] = "dense",
+    format: Annotated[
+        ExportFormat,
+        typer.Option(
+            help="dense: W = A B; nothing of the saving is left. gguf: for llama.cpp; low-rank matrices are multiplied "
+            "back, narrower MLPs stay narrow. onnx: for ONNX Runtime; low-rank products stay."
+        ),
+    ] = "dense",
+    outtype: Annotated[
+        OutType,
+        typer.Option(help="Type of the matrices in gguf or onnx. auto: that of the checkpoint; q8_0: gguf alone."),
+    ] = "auto",
 ) -> None:
-    """Write a compressed checkpoint for engines that do not know welore."""
-    from welore.compression.export import export
+    """Write a checkpoint for engines that do not know welore."""
+    from welore.compression.export import exported
 
     quiet_libraries()
-    export(model, output_dir, format, **run.options)
-    print_result({"output": str(output_dir), "format": format}, as_json, f"{format} checkpoint -> {output_dir}")
+    numbers = exported(model, output, format, outtype, **run.options).numbers
+    notes = "; ".join([f"{numbers['parameters']:,} parameters, {numbers['bytes'] / 1e6:,.1f} MB", *numbers["notes"]])
+    facts = {"output": str(output), "format": format} | numbers
+    print_result(facts, as_json, f"{format}: {notes} -> {output}")
 
 
 def info(

@@ -41,7 +41,8 @@ def achieved(target: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:
 
 def quiet_libraries() -> None:
     """Silence progress bars and warnings of the libraries: bars where nobody looks, kernels that nobody asked for."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "hf-to-gguf"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if sys.stderr.isatty() and is_main_process():
         return
     from huggingface_hub.utils import disable_progress_bars

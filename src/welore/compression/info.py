@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
@@ -12,6 +13,7 @@ from welore.errors import WeLoreError
 from welore.io.checkpoint import PLAN, RECORD, CheckpointReader, read_config
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
+from welore.io.safetensors_stream import TensorInfo
 from welore.layers.block_grid import layer_of
 from welore.models.quantizer import METHOD, WeLoreConfig
 from welore.models.source import CheckpointSource
@@ -98,13 +100,8 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
     context = RunContext.create(**options)
     path = resolve_model(directory, cache_dir=context.cache_dir, revision=context.revision)
     config = read_config(path)
-    tensors = list(CheckpointReader(path).entries.values())
-    sizes: dict[str, Any] = {
-        "directory": path,
-        "model_type": config.get("model_type", "unknown"),
-        "parameters": sum(math.prod(tensor.shape) for tensor in tensors if tensor.dtype.is_floating_point),
-        "bytes": sum(tensor.bytes for tensor in tensors),
-    }
+    sizes: dict[str, Any] = {"directory": path, "model_type": config.get("model_type", "unknown")}
+    sizes |= size_of(CheckpointReader(path).entries.values())
     quantization = config.get("quantization_config")
     if quantization is not None and quantization.get("quant_method") != METHOD:
         raise WeLoreError(f"{directory} is quantized by {quantization.get('quant_method')}, not compressed by welore")
@@ -125,6 +122,13 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
         versions=record.versions if record else {},
         **sizes,
     )
+
+
+def size_of(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    """Parameters and bytes of the weights; positions are no parameters."""
+    tensors = list(tensors)
+    numbers = sum(math.prod(tensor.shape) for tensor in tensors if tensor.dtype.is_floating_point)
+    return {"parameters": numbers, "bytes": sum(tensor.bytes for tensor in tensors)}
 
 
 def _ranks(config: WeLoreConfig) -> dict[str, RankSummary]:

@@ -54,29 +54,34 @@ def merge(
 
 def _merge(model: Any, output_dir: str | Path | None, max_shard_size: str, context: RunContext) -> None:
     source = open_source(model, context)
-    config = _config(source).within(source.skeleton)  # which may be a bare AutoModel
+    config = welore_config(source)
+    if config is None:
+        raise WeLoreError(f"{source.name} is not a model compressed by welore: there is nothing to merge")
     if isinstance(source, CheckpointSource) and output_dir is not None:
         require_unread(output_dir, source.directory)
-    outputs = _merged(source, config, context)
+    outputs = merged_tensors(source, config, source.empty_skeleton(), context)
     with open_sink(source, output_dir, max_shard_size=max_shard_size, overwrite=context.overwrite) as sink:
         sink.write(outputs, None, context.progress)
 
 
-def _config(source: TensorSource) -> WeLoreConfig:
-    """How the model is compressed; WeLoreError if it is not."""
+def welore_config(source: TensorSource) -> WeLoreConfig | None:
+    """How a model is compressed, under the names of its modules; None if it is not."""
     settings: Any = source.config if isinstance(source, CheckpointSource) else source.skeleton.config
     config = getattr(settings, "quantization_config", None)
-    if isinstance(config, WeLoreConfig):
-        return config
-    if not isinstance(config, dict) or config.get("quant_method") != METHOD:
-        raise WeLoreError(f"{source.name} is not a model compressed by welore: there is nothing to merge")
-    return WeLoreConfig.read(config)
+    if isinstance(config, dict) and config.get("quant_method") == METHOD:
+        config = WeLoreConfig.read(config)
+    return config.within(source.skeleton) if isinstance(config, WeLoreConfig) else None  # it may be a bare AutoModel
 
 
-def _merged(source: TensorSource, config: WeLoreConfig, context: RunContext) -> list[OutputTensors]:
-    """The tensors of the dense model: the product where there were factors, everything else as it is."""
-    ranks, split, skeleton = config.ranks or {}, config.split, source.empty_skeleton()
-    copies = outputs_per_neuron(skeleton) if config.shapes else {}
+def merged_tensors(
+    source: TensorSource, config: WeLoreConfig, skeleton: "PreTrainedModel", context: RunContext
+) -> list[OutputTensors]:
+    """The tensors of the dense model: the product where there were factors, everything else as it is.
+
+    skeleton: the dense model. Layers that are smaller than there are filled up with zeros.
+    """
+    ranks, split = config.ranks or {}, config.split
+    copies = outputs_per_neuron(source.empty_skeleton()) if config.shapes else {}
     forms = {name: config.forms.get(name, FACTORED) for name in ranks}
 
     def matrix(name: str) -> Tensor:

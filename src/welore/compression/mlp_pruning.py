@@ -53,8 +53,8 @@ class Search:
 
     share: of all neurons, those of the least loss are taken out. price: without a share, those whose loss is less than
     the price of the numbers that they store (the threshold of a plan by water-filling). most: numbers that may go at
-    most with them, so that the target stays within reach; None is no limit. multiple: of which a number is left, where
-    there is no share. width: in place of all that, how many are left of every MLP.
+    most with them, so that the target stays within reach; None is no limit. multiple: of which a number is left. width:
+    in place of all that, how many are left of every MLP.
     """
 
     share: float | None = None
@@ -109,12 +109,13 @@ def select_neurons(
         counts = {mlp.name: mlp.width - search.width for mlp in mlps}
     elif search.share is None:
         level = search.level({mlp: losses[mlp.name] for mlp in mlps})
-        left = {mlp: mlp.width - int((losses[mlp.name] < level * mlp.numbers).sum()) for mlp in mlps}
-        counts = {m.name: max(0, m.width - -(-count // search.multiple) * search.multiple) for m, count in left.items()}
-        if sum(counts.values()) < LEAST * total:
-            return {}
+        counts = {mlp.name: int((losses[mlp.name] < level * mlp.numbers).sum()) for mlp in mlps}
     else:
         counts = _cheapest(losses, round(search.share * total))
+    left = {mlp: -(-(mlp.width - counts[mlp.name]) // search.multiple) * search.multiple for mlp in mlps}
+    counts = {mlp.name: max(0, mlp.width - width) for mlp, width in left.items()}
+    if search.price is not None and sum(counts.values()) < LEAST * total:
+        return {}
     neurons = {}
     for mlp in mlps:
         pruned = removals[mlp.name]["order"][: counts[mlp.name]]

@@ -356,7 +356,7 @@ def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, 
         assert plan is not None
         return plan, source, statistics
     if plan is None:
-        search = Search(float(pruning or 0))
+        search = Search(float(pruning or 0), multiple=job.config.rank_multiple or 1)
     else:
         search = Search(price=plan.threshold, most=job.removed, multiple=plan.rank_multiple)
     with context.stage("mlp pruning"):
