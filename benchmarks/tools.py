@@ -11,6 +11,7 @@ others stay, so that a tool can have its own environment:
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -160,6 +161,45 @@ def from_pretrained(case: Case) -> None:
     assert case.generated(model) == case.tokens
 
 
+def llama_cpp(case: Case) -> None:
+    """`welore export --format gguf`, loaded by llama.cpp: greedy tokens."""
+    import xllamacpp
+
+    with tempfile.TemporaryDirectory() as work:
+        directory, file = Path(work) / case.form, Path(work) / "model.gguf"
+        shutil.copytree(case.directory, directory)
+        pieces = ["<unk>", "<s>", "</s>", "▁", *(chr(97 + i) for i in range(case.dense.config.vocab_size - 4))]
+        model = models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}  # of a kind that llama.cpp knows
+        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **special).save_pretrained(directory)
+        welore.export(directory, file, "gguf", "f32", progress=False)
+        settings = xllamacpp.CommonParams()
+        settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = str(file), 64, 1, False
+        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        prompt = {"prompt": case.ids[0].tolist(), "n_predict": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+        answer = xllamacpp.Server(settings).handle_completions(prompt | {"logprobs": 1})
+    assert [token["id"] for token in answer["choices"][0]["logprobs"]["content"]] == case.tokens
+
+
+def onnx_runtime(case: Case) -> None:
+    """`welore export --format onnx` in ONNX Runtime: the logits of a prompt in two pieces, by way of the cache."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as work:
+        welore.export(case.directory, Path(work) / "onnx", "onnx", "f32", progress=False)
+        session = onnxruntime.InferenceSession(Path(work) / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    config, half = case.dense.config, case.ids.shape[1] // 2
+    empty = torch.zeros(1, config.num_key_value_heads, 0, config.head_dim).numpy()
+    past = {value.name: empty for value in session.get_inputs() if "past" in value.name}
+    pieces, places = [], torch.arange(case.ids.shape[1])[None]
+    for piece in (slice(0, half), slice(half, None)):
+        feed = {"input_ids": case.ids[:, piece].numpy(), "position_ids": places[:, piece].numpy()}
+        logits, *cache = session.run(None, feed | past)
+        past = dict(zip(past, cache, strict=True))
+        pieces.append(torch.from_numpy(logits))
+    torch.testing.assert_close(torch.cat(pieces, 1), case.logits, rtol=1e-3, atol=1e-3)
+
+
 @dataclass(frozen=True)
 class Tool:
     """A row. package: the distribution whose version is shown; without it the row is not run."""
@@ -170,6 +210,8 @@ class Tool:
 
 TOOLS: dict[str, Tool] = {
     "transformers, `import welore`": Tool("transformers", from_pretrained),
+    "ONNX, `export --format onnx`": Tool("onnxruntime", onnx_runtime),
+    "llama.cpp, `export --format gguf`": Tool("xllamacpp", llama_cpp),
 }
 
 

@@ -6,7 +6,6 @@ each.
 """
 
 import math
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,9 +22,11 @@ from welore.io.atomic import atomic_write, read_json, require_free, storage_reas
 from welore.io.checkpoint import OutputTensors, read_config, write_config
 from welore.io.claim import claimed
 from welore.io.context import RunContext
+from welore.io.progress import silent
 from welore.layers.block_grid import layer_of
 from welore.models.load import read_tokenizer
 from welore.models.mlp import find_mlps, resize_layers
+from welore.models.quantizer import WeLoreConfig
 from welore.models.skeleton import reason
 from welore.models.source import CheckpointSource, open_source
 from welore.models.targets import find_targets
@@ -84,7 +85,8 @@ def export_gguf(
             if not context.trust_remote_code:  # which the converter would run unasked
                 _leave_code_out(Path(small))
             try:
-                shapes = _convert(package, content, Path(small), FILE_TYPES[kind], unfinished, context)
+                how = {"progress": context.progress is not silent}
+                shapes = _convert(package, content, Path(small), FILE_TYPES[kind], unfinished, **how)
             except Exception as error:  # of a model or tokenizer that it does not know the converter makes any error
                 if isinstance(error, WeLoreError | MemoryError) or storage_reason(error):
                     raise
@@ -109,20 +111,11 @@ def _converter_package() -> Any:
 
 def content_of(source: CheckpointSource, context: RunContext) -> Conversion:
     """The dense tensors of a model, the MLPs as narrow as its family allows."""
-    config, skeleton = welore_config(source), source.empty_skeleton()
-    family, widths, notes = source.config.model_type, list[int](), list[str]()
-    outputs = [source.copied(name) for name in source.names()] if config is None else []
-    mlps = find_mlps(skeleton, find_targets(skeleton)) if config is not None and config.shapes else []
-    if config is not None and len(mlps) == skeleton.config.get_text_config(decoder=True).num_hidden_layers:
-        own = [config.shapes.get(mlp.down_layer.name, mlp.down_layer.shape)[1] for mlp in mlps]
-        widths = own if family in LIKE_LLAMA else [max(own)] * len(own)
-        for mlp, width in zip(mlps, widths, strict=True):
-            resize_layers(skeleton, mlp.shapes(width))
-        filled = f", filled with zeros: llama.cpp reads one width for all layers of {family}" if widths != own else ""
-        notes.append(f"MLPs have {' to '.join(f'{w:,}' for w in sorted({min(widths), max(widths)}))} neurons{filled}")
-    elif config is not None and config.shapes:
-        notes.append(f"narrower MLPs are filled with zeros, as wide as the configuration of {family} says")
-    if config is not None:
+    config, skeleton, widths, notes = welore_config(source), source.empty_skeleton(), list[int](), list[str]()
+    if config is None:
+        outputs = [source.copied(name) for name in source.names()]
+    else:
+        widths, notes = _narrow(skeleton, config)
         outputs = merged_tensors(source, config, skeleton, context)
         low_rank = {layer_of(name, config.grids) for name in config.ranks or {}}
         notes.append(f"{len(low_rank):,} low-rank matrices are multiplied back: llama.cpp has no such layers")
@@ -130,6 +123,21 @@ def content_of(source: CheckpointSource, context: RunContext) -> Conversion:
     dtype = next(info.dtype for output in outputs for info in output.tensors.values() if len(info.shape) > 1)
     name = Path(source.name).name.removesuffix(".gguf") or source.directory.resolve().name
     return Conversion(name, dtype, outputs, widths, notes)
+
+
+def _narrow(skeleton: "PreTrainedModel", config: WeLoreConfig) -> tuple[list[int], list[str]]:
+    """Make the MLPs of the dense model as narrow as its family allows; their neurons, and notes for the user."""
+    if not config.shapes:
+        return [], []
+    family, mlps = skeleton.config.model_type, find_mlps(skeleton, find_targets(skeleton))
+    if len(mlps) != skeleton.config.get_text_config(decoder=True).num_hidden_layers:
+        return [], [f"narrower MLPs are filled with zeros, as wide as the configuration of {family} says"]
+    own = [config.shapes.get(mlp.down_layer.name, mlp.down_layer.shape)[1] for mlp in mlps]
+    widths = own if family in LIKE_LLAMA else [max(own)] * len(own)
+    for mlp, width in zip(mlps, widths, strict=True):
+        resize_layers(skeleton, mlp.shapes(width))
+    filled = f", filled with zeros: llama.cpp reads one width for all layers of {family}" if widths != own else ""
+    return widths, [f"MLPs have {' to '.join(f'{w:,}' for w in sorted({min(own), max(widths)}))} neurons{filled}"]
 
 
 def _leave_code_out(directory: Path) -> None:
@@ -140,7 +148,7 @@ def _leave_code_out(directory: Path) -> None:
 
 
 def _convert(
-    package: Any, content: Conversion, directory: Path, file_type: str, output: Path, context: RunContext
+    package: Any, content: Conversion, directory: Path, file_type: str, output: Path, *, progress: bool
 ) -> Mapping[str, tuple[int, ...]]:
     """Write the file; the shapes of its tensors. directory: configuration and tokenizer."""
     from gguf import MODEL_ARCH, LlamaFileType
@@ -172,7 +180,7 @@ def _convert(
         shapes = {name: tuple(info.shape) for tensors in writer.tensors for name, info in tensors.items()}
         writer.write_header_to_file(path=output)
         writer.write_kv_data_to_file()
-        writer.write_tensors_to_file(progress=sys.stderr.isatty())
+        writer.write_tensors_to_file(progress=progress)
         writer.close()
     return shapes
 
