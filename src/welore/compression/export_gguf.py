@@ -5,6 +5,7 @@ it has. Most architectures of llama.cpp read one width for all layers; `deci` (N
 each.
 """
 
+import contextlib
 import math
 import tempfile
 from collections.abc import Mapping
@@ -173,15 +174,14 @@ def _convert(
 
     options = {"hparams": hparams, "model_name": content.name}
     converter = Converter(directory, getattr(LlamaFileType, file_type), directory / "model.gguf", **options)
-    with torch.inference_mode():
+    writer = converter.gguf_writer
+    with torch.inference_mode(), contextlib.closing(writer):
         converter.prepare_tensors()
         converter.prepare_metadata(vocab_only=False)
-        writer = converter.gguf_writer
         shapes = {name: tuple(info.shape) for tensors in writer.tensors for name, info in tensors.items()}
         writer.write_header_to_file(path=output)
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file(progress=progress)
-        writer.close()
     return shapes
 
 
