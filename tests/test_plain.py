@@ -90,7 +90,10 @@ def test_the_result_is_an_ordinary_smaller_model(tmp_path: Path, family: str, pa
     compress(dense, None, plan=plan, statistics=statistics)  # in memory
     assert widths(dense) == {width}
     assert not hasattr(dense.config, "quantization_config")
-    assert torch.equal(logits(dense, tokens), logits(model, tokens))
+    assert dense.all_tied_weights_keys == model.all_tied_weights_keys
+    dense.save_pretrained(tmp_path / "again")
+    for other in (dense, AutoModelForCausalLM.from_pretrained(tmp_path / "again")):
+        assert torch.equal(logits(other, tokens), logits(model, tokens))
     assert "made smaller by welore" in str(welore.info(small))
 
 

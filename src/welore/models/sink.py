@@ -15,7 +15,7 @@ from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import OutputTensors, write_config, write_weights
 from welore.io.progress import Progress
 from welore.models.key_names import Rename, of_layer, saved_name
-from welore.models.mlp import resize_layers
+from welore.models.quantizer import WeLoreConfig
 from welore.models.replace import build_layer, restore_layer, share_layer, sizes
 from welore.models.resizing import Resizing
 from welore.models.skeleton import dense_skeleton
@@ -25,9 +25,7 @@ from welore.models.targets import shared_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from welore.models.quantizer import WeLoreConfig
-
-    Change = WeLoreConfig | Resizing | None  # of config.json; None: of a dense result
+Change = WeLoreConfig | Resizing | None  # of config.json; None: of a dense result
 
 
 class DirectorySink:
@@ -39,7 +37,7 @@ class DirectorySink:
     def __init__(self, source: Path, directory: Path, max_shard_size: str = SHARD_SIZE, rename: Rename = str) -> None:
         self.source, self.directory, self.max_shard_size, self.rename = source, directory, max_shard_size, rename
 
-    def write(self, outputs: Sequence[OutputTensors], config: "Change", progress: Progress) -> int:
+    def write(self, outputs: Sequence[OutputTensors], config: Change, progress: Progress) -> int:
         """Write the weights, config.json (config: None for a dense result) and the small files; returns their bytes."""
         outputs = [output.renamed(self.rename) for output in outputs]
         size = write_weights(self.directory, outputs, self.max_shard_size, progress)
@@ -59,7 +57,7 @@ class ModelSink:
     ) -> None:
         self.model, self.directory, self.max_shard_size = model, directory, max_shard_size
 
-    def write(self, outputs: Sequence[OutputTensors], config: "Change", progress: Progress) -> int:
+    def write(self, outputs: Sequence[OutputTensors], config: Change, progress: Progress) -> int:
         """Exchange the layers that the outputs change; tensors that are copied stay where they are."""
         layers: dict[str, list[OutputTensors]] = {}
         for output in outputs:
@@ -74,12 +72,9 @@ class ModelSink:
                 for name in (layer, *shared.get(layer, ())):
                     restore_layer(self.model, name, dense.get_submodule(name))
                     share_layer(self.model, layer, name)
-            elif isinstance(config, Resizing):
-                for name in (layer, *shared.get(layer, ())) if layer in config.shapes else ():
-                    resize_layers(self.model, {name: config.shapes[layer]})
-                    share_layer(self.model, layer, name)
             elif config is not None:
-                build_layer(self.model, layer, config, shared.get(layer, ()))
+                built = WeLoreConfig({}, shapes=config.shapes) if isinstance(config, Resizing) else config
+                build_layer(self.model, layer, built, shared.get(layer, ()))
             for name, chunks in tensors.items():
                 if chunks:
                     self._load(name, torch.cat(chunks))
