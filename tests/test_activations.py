@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from conftest import build, compress
 from welore.errors import WeLoreError
 from welore.training.activations import PRODUCTS, keep_wide_products
+from welore.training.preparation import cast
 from welore.training.streaming import streamed
 
 IDS = torch.tensor([[5, 17, 3, 88, 42, 9, 61], [7, 7, 1, 90, 2, 4, 95]])
@@ -72,14 +73,18 @@ def test_a_model_without_checkpointing_is_refused() -> None:
         keep_wide_products(model)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])  # qwen2: with biases
-def test_frozen_weights_that_stay_on_the_host_give_the_same_gradients(family: str) -> None:
+def test_frozen_weights_that_stay_on_the_host_give_the_same_gradients(family: str, stored: torch.dtype) -> None:
     def gradient(streaming: bool) -> torch.Tensor:
         model: Any = build(family)
         compress(model, rank_reduction=0.4, min_ratio=0.3)
-        model.requires_grad_(False)
+        model.to(stored).requires_grad_(False)
         norm = model.model.layers[0].input_layernorm.weight.requires_grad_(True)
-        with streamed(model) if streaming else nullcontext():
+        with streamed(model, torch.float32) if streaming else nullcontext([]) as layers:
+            cast(model, torch.float32, streamed=layers)
+            assert {layer.weight.dtype for layer in layers} == ({stored} if streaming else set())
+            assert {p.dtype for p in model.model.embed_tokens.parameters()} == {torch.float32}
             model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
         assert norm.grad is not None
         return norm.grad
@@ -91,9 +96,18 @@ def test_frozen_weights_stay_on_the_host_and_trained_ones_do_not() -> None:
     model: Any = build("llama").requires_grad_(False)
     trained = model.model.layers[0].self_attn.q_proj.requires_grad_(True)
     other = model.model.layers[0].self_attn.k_proj
-    with streamed(model):
+    with streamed(model, torch.bfloat16):
         torch.nn.Module.to(model, torch.bfloat16)
         assert (other.weight.dtype, trained.weight.dtype) == (torch.float32, torch.bfloat16)
         assert model.lm_head.weight.dtype is torch.bfloat16
     torch.nn.Module.to(model, torch.bfloat16)
     assert other.weight.dtype is torch.bfloat16
+
+
+def test_weights_on_the_host_are_converted_only_if_that_makes_them_smaller() -> None:
+    for stored, wanted in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        model: Any = build("llama", stored).requires_grad_(False)
+        with streamed(model, wanted) as layers:
+            cast(model, wanted, streamed=layers)
+            assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
+            assert model.lm_head.weight.dtype is wanted

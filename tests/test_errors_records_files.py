@@ -80,17 +80,22 @@ def test_record_names_the_gpu_only_where_there_is_one(monkeypatch: pytest.Monkey
     driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n")
     monkeypatch.setattr("welore.records.DRIVER", driver)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    kinds = [torch.device("mps"), torch.device("cuda")]
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert "gpu" not in some_record().machine
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: kinds[-1])
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     machine = some_record().machine
     assert (machine["gpu"], machine["gpus"], machine["cuda"]) == ("NVIDIA H100", 2, torch.version.cuda)
     assert machine["driver"] == "535.104.05"
     assert "2 x NVIDIA H100 (driver 535.104.05)" in machine_text(some_record())
     driver.unlink()
     assert "driver" not in some_record().machine
+    del kinds[1]
+    assert some_record().machine["gpu"] == "mps"  # which has no other name
+    assert "cuda" not in some_record().machine
 
 
 def test_keys_of_a_later_version_are_ignored_and_missing_ones_filled(tmp_path: Path) -> None:

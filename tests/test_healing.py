@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES, MIXTURES, Command, build, compress, logits
-from toys import calibrate
-from welore.allocation.plan import Plan
+from toys import calibrate, checkpoint, finetuned
+from welore.allocation.plan import Allocation, Plan
 from welore.calibration.statistics import Statistics
 from welore.compression import recovery as healing
 from welore.config import FinetuneConfig, RecoveryConfig
@@ -128,6 +128,35 @@ def test_what_is_trained_fits_into_the_memory_that_is_free(
             weights, plan.allocations, config, training, card, int(needed[-1] - 1), alone
         )
         assert chosen.stream_weights == alone
+
+
+def test_weights_that_would_grow_on_a_cpu_stay_in_their_file(saved: Callable[..., Path]) -> None:
+    source, cpu, config = CheckpointSource(saved("llama", torch.bfloat16)), torch.device("cpu"), RecoveryConfig(rank=2)
+    allocations = [Allocation(t.name, t.shape, 4, True, 0.0) for t in source.targets]
+    training = FinetuneConfig(distill="t", batch_size=2, max_length=16, dtype="float32")
+
+    def streams(training: FinetuneConfig, free: int | None, alone: bool = True) -> tuple[bool, float]:
+        _, chosen, needed = healing.first_that_fits(source, allocations, config, training, cpu, free, alone)
+        return chosen.stream_weights, needed
+
+    assert not streams(training, None)[0]  # there is room
+    assert not streams(replace(training, dtype="bfloat16"), 1)[0]  # they do not grow
+    assert not streams(training, 1, alone=False)[0]
+    assert streams(training, 1)[0]
+    assert streams(training, 1)[1] < streams(training, 1, alone=False)[1]
+
+
+def test_weights_in_their_file_are_recovered_to_the_same_bytes(tmp_path: Path) -> None:
+    dense, cut = checkpoint(tmp_path / "dense", None), checkpoint(tmp_path / "cut", dtype=torch.bfloat16)
+    write_windows(tmp_path / "w.safetensors", IDS, recorded_predictions(dense, IDS, RunContext.create(device="cpu")))
+    known: dict[str, Any] = {"distill": tmp_path / "w.safetensors", "distill_weight": 1.0, "max_length": 16}
+    for name in ("converted", "streamed"):
+        options = {"max_steps": 2, "batch_size": 1, "eval_steps": 2, "learning_rate": 1e-2, "rank": 2}
+        how = {"gradient_checkpointing": True, "dtype": "float32", "stream_weights": name == "streamed"}
+        finetuned(cut, tmp_path / name, "updates", **known | options | how)
+    files = [tmp_path / name / "model" / "model.safetensors" for name in ("converted", "streamed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert files[0].read_bytes() != (cut / "model.safetensors").read_bytes()
 
 
 def test_a_cut_is_written_where_no_training_fits(

@@ -1,5 +1,7 @@
 """Pages of mapped files that are given back, and read again."""
 
+import mmap
+import platform
 import sys
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from welore.io import pages
-from welore.io.pages import give_back
+from welore.io.pages import give_back, give_back_freed
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="no /proc/self/maps")
 
@@ -33,3 +35,19 @@ def test_memory_that_no_file_holds_is_left_alone() -> None:
 def test_without_linux_nothing_is_given_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pages, "MAPS", tmp_path / "maps")
     assert give_back([torch.ones(1 << 18)]) == 0
+    give_back_freed()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_was_freed_is_given_back() -> None:
+    blocks = [torch.ones(4096) for _ in range(4096)]  # 64 MB, each below the size for which glibc asks the system
+    last = blocks.pop()  # the heap cannot shrink below it
+    del blocks
+    before = resident()
+    give_back_freed()
+    assert before - resident() > 32 << 20
+    assert last.sum() == 4096
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE

@@ -179,8 +179,11 @@ def _machine() -> dict[str, Any]:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         machine["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     torch = sys.modules.get("torch")  # a result that needed no torch needs no GPU either
-    if torch is not None and torch.cuda.is_available():
-        machine |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda}
+    if torch is not None and torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        name = getattr(torch.get_device_module(kind), "get_device_name", lambda: kind)()  # MPS has none
+        machine |= {"gpu": name, "gpus": torch.accelerator.device_count()}
+        machine |= {"cuda": torch.version.cuda} if kind == "cuda" else {}
         if version := DRIVER.is_file() and re.search(r"\d+\.[\d.]+", DRIVER.read_text(errors="replace")):
             machine["driver"] = version.group()
     return machine

@@ -251,7 +251,7 @@ class Needs:
         operations = 8 * steps * config.batch_size * self.length * (self.stored + outside)
         disk = 4 * self.stored + self.dtype.itemsize * (self.stored + outside) + checkpoint
         note = f"of {name}" + ", with activations computed again" * chosen.gradient_checkpointing
-        host = self.dtype.itemsize * (self.stored + outside) * chosen.stream_weights
+        host = self.dtype.itemsize * (self.stored + outside) * (chosen.stream_weights and not self.on_cpu)
         note += ", frozen weights on the host" * chosen.stream_weights
         if self.machine.free is not None and working > self.machine.free:
             note = "does not fit: left out"

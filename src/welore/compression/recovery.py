@@ -85,7 +85,7 @@ class Trainable:
     """Numbers that a recovery can train.
 
     method: of fine-tuning. checkpointing: whether activations are computed again for the backward pass. streaming:
-    whether the frozen weights stay on the host.
+    whether the frozen weights stay on the host, in the dtype of their file.
     """
 
     name: str
@@ -137,18 +137,21 @@ def first_that_fits(
 
     alone: whether one process trains; several cannot leave weights on the host.
     """
-    limit, plain = math.inf if free is None else free, not any(a.factored for a in allocations)
-    if device.type == "cpu":  # a host has other things to hold
+    limit, on_cpu = math.inf if free is None else free, device.type == "cpu"
+    plain = not any(a.factored for a in allocations)
+    # Weights that would grow stay mapped where memory counts: to convert them for each product takes a few per cent.
+    grow = on_cpu and alone and source.dtype(source.targets[0]).itemsize < _itemsize(training)
+    if on_cpu:  # a host has other things to hold
         limit = min(limit, config.host_memory)
     for choice in CHOICES[config.trainable]:
-        if choice.streaming and (device.type == "cpu" or not alone):
+        if choice.streaming and (on_cpu or not alone):
             continue
         chosen = replace(
             training,
             method=MATRICES[choice.method] if plain else choice.method,
             rank=None if choice.name == FACTORS.name else config.rank,
             gradient_checkpointing=choice.checkpointing,
-            stream_weights=choice.streaming,
+            stream_weights=choice.streaming or (grow and choice.checkpointing),
         )
         needed = memory_needed(source, allocations, chosen)
         if needed <= limit:
@@ -159,7 +162,7 @@ def first_that_fits(
 def memory_needed(source: TensorSource, allocations: Sequence[Allocation], training: FinetuneConfig) -> float:
     """Bytes on the device at the peak of a recovery, an upper bound (docs/concepts/recovery.md)."""
     text = source.original.skeleton.config.get_text_config(decoder=True)
-    itemsize = 2 if training.dtype != "float32" else 4
+    itemsize = _itemsize(training)
     assert training.batch_size
     assert training.max_length
     tokens, layers = training.batch_size * training.max_length, len(decoder_blocks(source.original.skeleton)[1])
@@ -189,6 +192,10 @@ def trained_shapes(allocations: Sequence[Allocation]) -> list[tuple[int, ...]]:
     if not lrcs:
         return [a.shape for a in allocations]
     return [shape for a in lrcs for shape in FORMS[a.form].shapes(*a.shape, a.rank).values() if len(shape) == 2]
+
+
+def _itemsize(training: FinetuneConfig) -> int:
+    return 4 if training.dtype == "float32" else 2
 
 
 def failed_recovery(config: RecoveryConfig, error: Exception) -> Recovery:

@@ -26,7 +26,7 @@ from welore.records import Record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGITS = 1 << 27  # that are in memory at once, of all positions of a batch
+LOGITS = 1 << 24  # that are in memory at once, of all positions of a batch
 
 
 def evaluate(

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ import torch
 from welore.config import RunConfig
 from welore.errors import WeLoreError
 from welore.io.meter import Meter
+from welore.io.pages import give_back_freed
 from welore.io.parallel import ALONE, STREAMS, Processes, default_workers, parallel_map
 from welore.io.progress import Progress, progress_bars, silent
 from welore.io.resume import Workspace
@@ -78,9 +79,12 @@ class RunContext:
         """Where float64 is computed: on the device, or on the CPU if the device has none."""
         return self.device if finest_dtype(self.device) == torch.float64 else torch.device("cpu")
 
-    def stage(self, name: str) -> AbstractContextManager[None]:
-        """Count what the block takes as a stage of the job; see Meter."""
-        return self.meter.stage(name, self.device)
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what the block takes as a stage of the job, see Meter; the memory that it frees goes back."""
+        with self.meter.stage(name, self.device):
+            yield
+        give_back_freed()
 
     @property
     def stages(self) -> dict[str, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Memory of mapped files given back to the system, which reads them again when they are needed."""
+"""Memory given back to the system: of mapped files, which it reads again when they are needed, and what was freed."""
 
 import ctypes
 import mmap
@@ -28,6 +28,13 @@ def give_back(tensors: Iterable[Tensor]) -> int:
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), PAGEOUT)
                 given += last - first
     return given
+
+
+def give_back_freed() -> None:
+    """Give the system the blocks that glibc keeps for the next allocation; no effect elsewhere."""
+    if MAPS.exists():
+        with suppress(AttributeError):  # of another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _mapped_files() -> list[tuple[int, int]]:

@@ -98,7 +98,9 @@ def _finetuned(
 ) -> Record:
     """Train, and write the result and the record."""
     started = time.perf_counter()
-    with streamed(run.marked.base) if config.stream_weights else nullcontext():
+    dtype = getattr(torch, config.dtype)
+    with streamed(run.marked.base, dtype) if config.stream_weights else nullcontext(()) as streaming:
+        cast(run.marked.model, dtype, mapped=run.originals.directory is not None, streamed=streaming)
         numbers = _train(run, config, callbacks, context)
     numbers |= _save(run, out, config.save_dtype and getattr(torch, config.save_dtype))
     numbers |= {"seconds": time.perf_counter() - started, "resumed_at": run.resumed_at or 0}
@@ -113,7 +115,6 @@ def _finetuned(
 def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context: RunContext) -> dict[str, Any]:
     """Run the Trainer; the numbers of the record."""
     args, base = run.arguments, run.marked.base
-    cast(run.marked.model, getattr(torch, config.dtype), mapped=run.originals.directory is not None)
     objective = _objective(base, run.teacher, config, args)
     pad = min(run.tokenizer.pad_token_id or 0, len(base.get_input_embeddings().weight) - 1)  # never read
     items = shuffled(run.data.train, sequences_read(config, args.world_size), config.seed)

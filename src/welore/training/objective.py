@@ -17,7 +17,7 @@ from welore.data.windows import TopK
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK, LOGITS = 256, 1 << 24  # tokens whose logits exist at once, at most, and how many logits
+CHUNK, LOGITS = 256, 1 << 23  # tokens whose logits exist at once, at most, and how many logits
 
 
 class Objective:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from welore.errors import DivergedError, WeLoreError
 from welore.io.atomic import read_json, write_json
 from welore.io.checkpoint import CheckpointReader, OutputTensors, weight_files, write_config, write_weights
+from welore.io.pages import give_back
 from welore.io.progress import silent
 from welore.io.resume import file_states
 from welore.io.safetensors_stream import TensorInfo
@@ -72,11 +73,12 @@ class Originals:
         for layer in marked.model.modules():
             if hasattr(layer, "merged_adapters"):
                 weight = layer.get_base_layer().weight
-                name = self.names[id(weight)]
-                total = self._original(name, weight.data).to("cpu", torch.float32)
+                name, frozen = self.names[id(weight)], weight.data
+                total = self._original(name, frozen).to("cpu", torch.float32)
                 for adapter in layer.active_adapters:
                     total = total + layer.get_delta_weight(adapter).cpu()
                 weight.data = total.to(weight.device, dtype or self.dtypes[name])
+                give_back([frozen])  # of its file, which nobody reads again
                 weight.requires_grad_()  # it has been trained
         return marked.model.unload() if hasattr(marked.model, "unload") else marked.model
 

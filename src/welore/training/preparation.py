@@ -1,6 +1,7 @@
 """All that a fine-tuning run needs, in memory: the model with its method's marks, a teacher, the data."""
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from welore.errors import WeLoreError, first_line
 from welore.io.checkpoint import check_finite
 from welore.io.claim import require_unread
 from welore.io.context import RunContext
+from welore.io.pages import give_back
 from welore.io.progress import silent
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.models.load import LoadedModel, load_model
@@ -179,17 +181,22 @@ def _data(
     )
 
 
-def cast(model: Any, dtype: torch.dtype, *, mapped: bool = True) -> None:
+def cast(model: Any, dtype: torch.dtype, *, mapped: bool = True, streamed: Collection[nn.Module] = ()) -> None:
     """Put trained parameters in float32 and frozen ones in `dtype`; tied weights stay tied.
 
     Frozen parameters that have the dtype stay in the mapped file. If any of them is converted, everything is copied,
     the empty tombstones and the orders too: one tensor that still lies in the file keeps all of it in memory. mapped:
-    whether there is such a file.
+    whether there is such a file. streamed: layers that convert their weights themselves, which are never made larger.
     """
+    left = {id(p) for layer in streamed for p in layer.parameters() if p.dtype.itemsize < dtype.itemsize}
     converted = any(p.dtype is not dtype for p in model.parameters() if not p.requires_grad)
     copy = mapped and converted and dtype is not torch.float32
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype, copy=copy)
+        if id(parameter) not in left:
+            before = parameter.data
+            parameter.data = before.to(torch.float32 if parameter.requires_grad else dtype, copy=copy)
+            if parameter.dtype is not before.dtype:
+                give_back([before])  # other tensors keep its file open
     for module in model.modules():
         if isinstance(module, LowRankLayer | SplitLinear) and copy:
             for name, buffer in module.named_buffers(recurse=False):
