@@ -109,7 +109,7 @@ def estimate(
         dense_parameters=needs.parameters,
         dense_bytes=needs.dense_bytes,
         parameters=None if removed is None else needs.parameters - removed,
-        bytes=None if removed is None else needs.dense_bytes - removed * needs.dtype.itemsize,
+        bytes=None if removed is None else round(needs.result_bytes(removed)),
         rates=rates,
         stages=tuple(needs.stages(rates)),
     )

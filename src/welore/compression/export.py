@@ -1,17 +1,19 @@
-"""export: a model in a format that other programs read."""
+"""export: a model in a format that other programs read, or that takes fewer bytes."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from welore.compression.export_gguf import export_gguf
+from welore.compression.export_int8 import export_int8
 from welore.compression.export_onnx import export_onnx
 from welore.compression.info import size_of
 from welore.compression.merge import merge
 from welore.config import AUTO, OutType, RunOptions, require_choice
 from welore.errors import WeLoreError, choose
+from welore.io.checkpoint import CheckpointReader
 from welore.io.context import RunContext
-from welore.models.source import open_source
+from welore.models.source import CheckpointSource, open_source
 from welore.records import Record
 
 if TYPE_CHECKING:
@@ -35,13 +37,16 @@ def export_dense(
 
 def _size(model: Any, context: RunContext) -> dict[str, int]:
     source = open_source(model, context)
-    return size_of(map(source.info, source.names()))
+    if isinstance(source, CheckpointSource):
+        return size_of(CheckpointReader(source.directory).entries)
+    return size_of({name: source.info(name) for name in source.names()})
 
 
 # Format -> a function (model, output, **options) that writes it; it gives the numbers of the record, among them
 # "notes": sentences that the user has to read.
 EXPORTS: dict[str, Callable[..., Mapping[str, Any]]] = {
     "dense": export_dense,
+    "int8": export_int8,
     "gguf": export_gguf,
     "onnx": export_onnx,
 }
@@ -60,8 +65,8 @@ def export(
     Args:
         model: Hub id, directory or a model in memory (not for gguf).
         output: The directory to write; for gguf the file.
-        format: One of EXPORTS. dense: a plain checkpoint, W = A B, as `merge` makes it. gguf: for llama.cpp; low-rank
-            matrices are multiplied back. onnx: for ONNX Runtime; low-rank matrices stay products of their factors.
+        format: One of EXPORTS. dense: a plain checkpoint, W = A B, as `merge` makes it. int8: the same compressed
+            model with its weights in 8 bits. gguf: for llama.cpp; low-rank matrices are multiplied back. onnx: for ONNX Runtime; low-rank matrices stay products of their factors.
         outtype: Type of the matrices in a gguf or onnx result.
         **options: Where downloads lie and what may be replaced (config.RunOptions).
 

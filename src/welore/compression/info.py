@@ -2,19 +2,22 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
+
 from welore.allocation.plan import Plan
-from welore.config import RunOptions
+from welore.config import NONE, RunOptions
 from welore.errors import WeLoreError
 from welore.io.checkpoint import PLAN, RECORD, CheckpointReader, read_config
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.safetensors_stream import TensorInfo
 from welore.layers.block_grid import layer_of
+from welore.layers.int8 import INT8, SCALE
 from welore.models.quantizer import METHOD, WeLoreConfig
 from welore.models.source import CheckpointSource
 from welore.records import Record
@@ -37,7 +40,7 @@ class CheckpointInfo:
 
     format: version of the compressed format; None for a dense checkpoint. parameters, bytes: of the weights in the
     files. target: what was asked for. rank_reduction, parameter_ratio: what was achieved. ranks: by module type.
-    made_from, settings, versions: of the compression's record.
+    quantization: of the weights, int8 or none. made_from, settings, versions: of the compression's record.
     """
 
     directory: Path
@@ -49,6 +52,7 @@ class CheckpointInfo:
     rank_reduction: float | None = None
     parameter_ratio: float | None = None
     ranks: dict[str, RankSummary] = field(default_factory=dict)
+    quantization: str = NONE
     made_from: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -60,6 +64,7 @@ class CheckpointInfo:
     def __str__(self) -> str:
         kind = "dense" if self.format is None else f"compressed by welore, format {self.format}"
         kind += ", made smaller by welore" * (self.format is None and bool(self.target))
+        kind += "" if self.quantization == NONE else f", weights in {self.quantization}"
         lines = [
             f"{self.directory}: {self.model_type}, {kind}",
             f"  {self.parameters:,} parameters, {self.bytes / 1e6:,.1f} MB",
@@ -101,7 +106,7 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
     path = resolve_model(directory, cache_dir=context.cache_dir, revision=context.revision)
     config = read_config(path)
     sizes: dict[str, Any] = {"directory": path, "model_type": config.get("model_type", "unknown")}
-    sizes |= size_of(CheckpointReader(path).entries.values())
+    sizes |= size_of(CheckpointReader(path).entries)
     quantization = config.get("quantization_config")
     if quantization is not None and quantization.get("quant_method") != METHOD:
         raise WeLoreError(f"{directory} is quantized by {quantization.get('quant_method')}, not compressed by welore")
@@ -117,6 +122,7 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
         rank_reduction=plan.rank_reduction if plan else None,
         parameter_ratio=plan.parameter_ratio if plan else None,
         ranks=_ranks(compressed) if compressed else {},
+        quantization=INT8 if compressed and compressed.int8 else NONE,
         made_from=record.inputs.get("model") if record else None,
         settings=record.settings if record else {},
         versions=record.versions if record else {},
@@ -124,11 +130,11 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
     )
 
 
-def size_of(tensors: Iterable[TensorInfo]) -> dict[str, int]:
-    """Parameters and bytes of the weights; positions are no parameters."""
-    tensors = list(tensors)
-    numbers = sum(math.prod(tensor.shape) for tensor in tensors if tensor.dtype.is_floating_point)
-    return {"parameters": numbers, "bytes": sum(tensor.bytes for tensor in tensors)}
+def size_of(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Parameters and bytes of the weights, by name; positions, and scales of integers, are no parameters."""
+    weights = [info for name, info in tensors.items() if not name.endswith(f".{SCALE}")]
+    numbers = sum(math.prod(w.shape) for w in weights if w.dtype.is_floating_point or w.dtype == torch.int8)
+    return {"parameters": numbers, "bytes": sum(info.bytes for info in tensors.values())}
 
 
 def _ranks(config: WeLoreConfig) -> dict[str, RankSummary]:

@@ -57,6 +57,8 @@ def _merge(model: Any, output_dir: str | Path | None, max_shard_size: str, conte
     config = welore_config(source)
     if config is None:
         raise WeLoreError(f"{source.name} is not a model compressed by welore: there is nothing to merge")
+    if config.int8 and not isinstance(source, CheckpointSource):
+        raise WeLoreError("the weights of this model are int8: merge its directory, one matrix after the other")
     if isinstance(source, CheckpointSource) and output_dir is not None:
         require_unread(output_dir, source.directory)
     outputs = merged_tensors(source, config, source.empty_skeleton(), context)

@@ -19,10 +19,13 @@ from welore.config import AUTO, MAX_LENGTH, NONE, SELF, DtypeName, FinetuneConfi
 from welore.data.self_generated import window_bytes, windows_at_once
 from welore.errors import WeLoreError
 from welore.io.memory import free_memory
+from welore.layers.int8 import INT8
 from welore.linalg.svd import working_bytes
 from welore.models.copies import writing_dtype
+from welore.models.int8 import with_int8
 from welore.models.load import fastest
 from welore.models.mlp import find_mlps
+from welore.models.quantizer import WeLoreConfig
 from welore.models.skeleton import decoder_blocks
 from welore.models.targets import Target, in_blocks
 
@@ -101,6 +104,17 @@ class Needs:
         self.swept: torch.dtype = getattr(torch, self.machine.dtype if chosen == AUTO else chosen)
         self.moments = self._moments()
 
+    def result_bytes(self, removed: float) -> float:
+        """Bytes of the result without this many numbers; of scales there are at most two for every row of a layer."""
+        size = self.dense_bytes - removed * self.dtype.itemsize
+        if self.job.config.quantization == INT8:
+            tensors = [self.source.copied(name) for name in self.source.names()]
+            layers = with_int8(WeLoreConfig({}), self.source.skeleton, tensors).int8
+            shapes = [self.source.info(f"{layer}.weight").shape for layer in layers]
+            scales = 2 * sum(max(shape) for shape in shapes)
+            size -= (self.dtype.itemsize - 1) * (sum(map(math.prod, shapes)) - removed) - scales * self.dtype.itemsize
+        return size
+
     def _moments(self) -> int:
         groups: dict[str, list[Target]] = {}
         blocks: dict[str, int] = {}
@@ -126,7 +140,7 @@ class Needs:
             stages.append(self._factors(rates))
         if job.recovery is not None:
             stages.append(self._recovery(job.recovery, rates))
-        size = self.dtype.itemsize * (self.stored + self.parameters - self.targeted)
+        size = self.result_bytes(self.targeted - self.stored)
         largest = max(math.prod(target.shape) for target in self.blocks)
         return [*stages, Stage("writing", size / DISK_RATE, 3 * 4 * largest, 0, size + stages[-1].disk_bytes)]
 

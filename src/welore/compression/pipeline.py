@@ -180,11 +180,14 @@ def compress(
 
 
 def _config_of_plan(plan: Plan, config: CompressionConfig) -> CompressionConfig:
-    if replace(config, max_shard_size=CompressionConfig.max_shard_size) != CompressionConfig():
+    default = CompressionConfig()
+    if replace(config, max_shard_size=default.max_shard_size, quantization=default.quantization) != default:
         raise WeLoreError(
             "a plan has its own target, preset, strategy, scaling, storage, split, pruning and patterns: "
             "leave those out"
         )
+    if plan.plain and config.quantization != NONE:
+        raise WeLoreError(f"the plan is for {ANYWHERE}, an ordinary checkpoint: leave quantization out")
     return replace(config, include=plan.include, exclude=plan.exclude)
 
 
@@ -454,7 +457,9 @@ def _result(
             factors = stored_factors(context.workspace, trained)
             if plan.plain and trained is not None:
                 source = with_trained(source, plan, trained)
-            numbers |= recovered.numbers | write_compressed(source, plan, factors, sink, context.progress)
+            quantization = job.config.quantization
+            numbers |= recovered.numbers
+            numbers |= write_compressed(source, plan, factors, sink, context.progress, quantization)
             numbers |= {"seconds": time.perf_counter() - started, "stages": context.stages}
             record = _record(plan, job, recovered, numbers)
             if sink.directory is not None:
@@ -484,6 +489,7 @@ def _record(plan: Plan, job: Job, recovered: Recovery, numbers: dict[str, Any]) 
         "include": list(plan.include),
         "exclude": list(plan.exclude),
         "recovery": recovered.settings,
+        "quantization": job.config.quantization,
     }
     inputs = {"model": plan.model.name, "targets_fingerprint": plan.model.fingerprint}
     return Record("compression", inputs, settings, plan.numbers() | numbers)

@@ -9,10 +9,13 @@ from torch import Tensor
 from welore.allocation.plan import Allocation, Plan
 from welore.compression.factorize import Factors
 from welore.compression.plain import resizing_of
+from welore.config import NONE
 from welore.io.checkpoint import PLAN, OutputTensors, weight_files
 from welore.io.progress import Progress
 from welore.io.safetensors_stream import TensorInfo
+from welore.layers.int8 import INT8
 from welore.layers.storage_forms import FORMS
+from welore.models.int8 import with_int8
 from welore.models.quantizer import WeLoreConfig
 from welore.models.sink import TensorSink
 from welore.models.source import CheckpointSource, TensorSource
@@ -20,7 +23,12 @@ from welore.models.targets import Target, census, in_blocks, shared_layers
 
 
 def write_compressed(
-    source: TensorSource, plan: Plan, factors: Factors, sink: TensorSink, progress: Progress
+    source: TensorSource,
+    plan: Plan,
+    factors: Factors,
+    sink: TensorSink,
+    progress: Progress,
+    quantization: str = NONE,
 ) -> dict[str, Any]:
     """Write the weights, the configuration and the plan of a compressed model; returns its sizes."""
     counts, original = census(source.skeleton, source.targets), source.original
@@ -30,8 +38,12 @@ def write_compressed(
         if isinstance(original, CheckpointSource)
         else sum(p.numel() * p.element_size() for p in original.skeleton.parameters())
     )
+    outputs = compressed_tensors(source, plan, factors)
     config = resizing_of(original, plan) if plan.plain else WeLoreConfig.of(plan)
-    size = sink.write(compressed_tensors(source, plan, factors), config, progress)
+    if quantization == INT8:
+        assert isinstance(config, WeLoreConfig)
+        config = with_int8(config, original.skeleton, outputs)
+    size = sink.write(outputs, config, progress)
     if sink.directory is not None:
         plan.save(sink.directory / PLAN)
         if plan.plain and isinstance(original, CheckpointSource):

@@ -42,10 +42,13 @@ def require_complete(directory: Path, skeleton: "PreTrainedModel", quantization:
         return
     _require_room(directory, skeleton, sum(math.prod(info.shape) for info in files.entries.values()))
     _require_generation_config(directory)
+    int8: set[str] = set()
     config = type(skeleton.config).from_dict(skeleton.config.to_dict())
     if quantization is not None:
         config.quantization_config = quantization
-        check_factors(WeLoreConfig.read(quantization), files.readers, skeleton.base_model_prefix + ".")
+        compressed = WeLoreConfig.read(quantization)
+        check_factors(compressed, files.readers, skeleton.base_model_prefix + ".")
+        int8 = {f"{name}.weight" for name in compressed.int8}
     state = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in files.entries.items()}
     kind: Any = type(skeleton)
     try:
@@ -65,7 +68,8 @@ def require_complete(directory: Path, skeleton: "PreTrainedModel", quantization:
         raise WeLoreError(f"{directory} cannot be loaded: {reason(error)}") from error
     require_all_loaded(directory, report)
     for name, tensor in skeleton.state_dict().items():
-        stored = files.entries.get(name, files.entries.get(name.removeprefix(f"{skeleton.base_model_prefix}.")))
+        names = name, name.removeprefix(f"{skeleton.base_model_prefix}.")
+        stored = next((files.entries[key] for key in names if key in files.entries and not int8 & {*names}), None)
         if tensor.is_floating_point() and stored is not None and stored.dtype not in FLOATS:
             raise WeLoreError(
                 f"{name} has dtype {stored.dtype}, and {CONFIG} does not say how: give the unquantized model"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+import torch
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -17,11 +18,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 import welore
 from welore.config import NONE, CompressionConfig, require_at_least
 from welore.errors import WeLoreError, choose
+from welore.io.checkpoint import check_finite
 from welore.io.fields import LARGEST, refusing, typed
 from welore.io.safetensors_stream import FLOATS, TensorInfo, TensorReader, readers_of
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
+from welore.layers.int8 import SCALE, Int8Layer
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
+from welore.models.int8 import quantize_layers
 from welore.models.replace import build_layer, share_layer, submodule_names
 from welore.models.targets import shared_layers
 
@@ -29,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "welore"
-# 1: A and B alone, 2: other forms, 3: blocks, 4: smaller MLPs; the least is written, for readers that know no more
-VERSION = 4
+# 1: A and B alone, 2: other forms, 3: blocks, 4: smaller MLPs, 5: int8; the least is written, for older readers
+VERSION = 5
 
 
 @register_quantization_config(METHOD)
@@ -44,6 +48,7 @@ class WeLoreConfig(QuantizationConfigMixin):
             which a block NAME.INDEX has a rank is a SplitLinear.
         shapes: Module name -> (m, n) of the layers that are smaller than the architecture says, because neurons were
             taken out.
+        int8: Names of the layers, also factors and blocks, whose weight is stored in 8 bits (layers.int8).
         include: Patterns of the modules that were, or are to be, targeted.
         exclude: Patterns of the modules that were, or are to be, left dense.
         version: Format of the checkpoint.
@@ -63,6 +68,7 @@ class WeLoreConfig(QuantizationConfigMixin):
         forms: Mapping[str, str] | None = None,
         grids: Mapping[str, Sequence[int]] | None = None,
         shapes: Mapping[str, Sequence[int]] | None = None,
+        int8: Sequence[str] = (),
         *,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -81,7 +87,8 @@ class WeLoreConfig(QuantizationConfigMixin):
         self.forms = {name: form for name, form in (forms or {}).items() if form != FACTORED}
         self.grids: dict[str, Grid] = read_grids(grids or {})
         self.shapes = read_grids(shapes or {}, "shapes", LARGEST)
-        self.version = 4 if self.shapes else 3 if self.grids else 2 if self.forms else 1
+        self.int8 = list(typed(int8, tuple[str, ...], "int8"))
+        self.version = 5 if self.int8 else 4 if self.shapes else 3 if self.grids else 2 if self.forms else 1
         self.include, self.exclude = (list(typed(p, tuple[str, ...], "a pattern")) for p in (include, exclude))
         fields, hints = {f.name: f for f in dataclasses.fields(CompressionConfig)}, get_type_hints(CompressionConfig)
         settings |= {} if params is None else {"keep": params}
@@ -117,16 +124,22 @@ class WeLoreConfig(QuantizationConfigMixin):
 
     def renamed(self, rename: Callable[[str], str]) -> "WeLoreConfig":
         """The same under other names of layers and blocks."""
-        fields: list[dict[str, Any]] = [
+        fields: list[Any] = [
             {rename(name): value for name, value in field.items()}
             for field in (self.ranks or {}, self.forms, self.grids, self.shapes)
         ]
+        renamed = WeLoreConfig(*fields, include=self.include, exclude=self.exclude)
+        return renamed.quantized([rename(name) for name in self.int8])
+
+    def quantized(self, layers: Sequence[str]) -> "WeLoreConfig":
+        """The same with the weights of these layers in 8 bits."""
+        fields = self.ranks, self.forms, self.grids, self.shapes, layers
         return WeLoreConfig(*fields, include=self.include, exclude=self.exclude)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json."""
         content: dict[str, Any] = {"quant_method": METHOD, "version": self.version, "ranks": self.ranks}
-        for name in ("forms", "grids", "shapes", "include", "exclude"):
+        for name in ("forms", "grids", "shapes", "int8", "include", "exclude"):
             if getattr(self, name):
                 content[name] = getattr(self, name)
         return content
@@ -151,10 +164,14 @@ class WeLoreQuantizer(HfQuantizer):
         shared, config = shared_layers(model), config.within(model)
         for layer in config.layers:
             build_layer(model, layer, config, shared.get(layer, ()))
+        quantize_layers(model, config.int8)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
         step_aside(model)
+        for module in model.modules():
+            if isinstance(module, Int8Layer):
+                module.weight_scale.requires_grad_(False)
         for first, others in shared_layers(model).items():
             for other in others:
                 if isinstance(model.get_submodule(first), LowRankLayer | SplitLinear):
@@ -232,6 +249,14 @@ def check_factors(config: WeLoreConfig, readers: Mapping[str, TensorReader], pre
             if order.is_floating_point() or sorted(order.tolist()) != list(range(len(order))):
                 raise WeLoreError(f"{key} is no permutation of its {len(order)} rows: the checkpoint is damaged")
         numbers += [f"{name}.{part}" for part in form.numbers]
+    for name in config.int8:
+        weight, scale = info(f"{name}.weight"), info(f"{name}.{SCALE}")
+        if weight.dtype != torch.int8 or scale.dtype not in FLOATS or scale.shape != (*weight.shape[:1], 1):
+            raise WeLoreError(f"config.json says that {name} is int8, its tensors are {weight}, {scale}: it is damaged")
+        key = stored(f"{name}.{SCALE}")
+        check_finite(key, readers[key].read(key))
+    whole_numbers = {f"{name}.weight" for name in config.int8}
+    numbers = [key for key in numbers if key not in whole_numbers]
     tombstones = [f"{name}.weight" for name in config.ranks or {}]
     for key in (*numbers, *(key for key in tombstones if stored(key) in readers)):
         if info(key).dtype not in FLOATS:

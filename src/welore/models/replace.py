@@ -8,6 +8,7 @@ from torch import nn
 
 from welore.errors import WeLoreError
 from welore.layers.block_grid import block_names
+from welore.layers.int8 import SCALE
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.key_names import loaded_name, of_layer
@@ -118,7 +119,7 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
     return {
         "rank_reduction": ranks_removed / full_ranks,
         "parameter_ratio": stored / dense,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for name, p in model.named_parameters() if not name.endswith(SCALE)),
         "bytes": sum(p.numel() * p.element_size() for p in model.parameters()) + indices,
     }
 

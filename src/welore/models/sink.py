@@ -14,6 +14,7 @@ from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import OutputTensors, write_config, write_weights
 from welore.io.progress import Progress
+from welore.models.int8 import quantize_layers, quantized_tensors
 from welore.models.key_names import Rename, of_layer, saved_name
 from welore.models.quantizer import WeLoreConfig
 from welore.models.replace import build_layer, restore_layer, share_layer, sizes
@@ -31,14 +32,26 @@ Change = WeLoreConfig | Resizing | None  # of config.json; None: of a dense resu
 class DirectorySink:
     """A checkpoint directory, written one tensor at a time.
 
-    source: the directory of the original model. rename: name in the model -> name in the files.
+    source: the directory of the original model. rename: name in the model -> name in the files. skeleton: the dense
+    model, needed for weights in 8 bits.
     """
 
-    def __init__(self, source: Path, directory: Path, max_shard_size: str = SHARD_SIZE, rename: Rename = str) -> None:
-        self.source, self.directory, self.max_shard_size, self.rename = source, directory, max_shard_size, rename
+    def __init__(
+        self,
+        source: Path,
+        directory: Path,
+        max_shard_size: str = SHARD_SIZE,
+        rename: Rename = str,
+        skeleton: "PreTrainedModel | None" = None,
+    ) -> None:
+        self.source, self.directory, self.max_shard_size = source, directory, max_shard_size
+        self.rename, self.skeleton = rename, skeleton
 
     def write(self, outputs: Sequence[OutputTensors], config: Change, progress: Progress) -> int:
         """Write the weights, config.json (config: None for a dense result) and the small files; returns their bytes."""
+        if config is not None and not isinstance(config, Resizing) and config.int8:
+            assert self.skeleton is not None
+            outputs = quantized_tensors(outputs, self.skeleton, config.int8)
         outputs = [output.renamed(self.rename) for output in outputs]
         size = write_weights(self.directory, outputs, self.max_shard_size, progress)
         if isinstance(config, Resizing):
@@ -82,6 +95,7 @@ class ModelSink:
         if isinstance(config, Resizing):
             config.apply(settings)
         elif config is not None:
+            quantize_layers(self.model, config.int8)
             settings.quantization_config = config.renamed(partial(of_layer, saved_name(self.model)))
         elif dense is not None and hasattr(settings, "quantization_config"):
             del settings.quantization_config
@@ -116,4 +130,4 @@ def open_sink(
         if directory is None or not on_disk:
             yield ModelSink(origin.model, directory, max_shard_size)
         else:
-            yield DirectorySink(origin.directory, directory, max_shard_size, origin.stored_name)
+            yield DirectorySink(origin.directory, directory, max_shard_size, origin.stored_name, origin.skeleton)

@@ -17,11 +17,12 @@ from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.resume import file_states
 from welore.io.safetensors_stream import FLOATS, TensorInfo, raw_bytes
+from welore.layers.int8 import SCALE, dequantize
 from welore.models.completeness import require_complete
 from welore.models.key_names import loaded_name, saved_name
 from welore.models.mlp import resize_layers
 from welore.models.skeleton import config_of, dense_skeleton, skeleton_of
-from welore.models.targets import Target, find_targets, shared_layers
+from welore.models.targets import Target, find_targets, kind_of, shared_layers
 from welore.records import Identity
 
 if TYPE_CHECKING:
@@ -266,21 +267,48 @@ class CheckpointSource(TensorSource):
 
     def names(self) -> Iterator[str]:
         """All tensors of the files, in their order."""
-        return iter(self._keys)
+        return (name for name, key in self._keys.items() if key.removesuffix(f".{SCALE}") not in self.int8)
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype and shape of a tensor, from the header."""
-        return self._files.entries[self._key(name)]
+        """Dtype and shape of a tensor, from the header; of an int8 weight those of the matrix that it stands for."""
+        key, entries = self._key(name), self._files.entries
+        if (layer := key.removesuffix(".weight")) not in self.int8:
+            return entries[key]
+        shape = entries[key].shape
+        return TensorInfo(entries[f"{layer}.{SCALE}"].dtype, shape[::-1] if self._transposed(name) else shape)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
-        """A tensor in flat pieces of a few MiB."""
-        for chunk in self._files.chunks(self._key(name)):
+        """A tensor in flat pieces of a few MiB; one that is made is one piece."""
+        key = self._key(name)
+        made = key.removesuffix(".weight") in self.int8
+        for chunk in [self.tensor(name).flatten()] if made else self._files.chunks(key):
             check_finite(name, chunk)
             yield chunk
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor, read from its file."""
-        return self._files.read(self._key(name))
+        """A tensor, read from its file; an int8 weight times its scales."""
+        key = self._key(name)
+        if (layer := key.removesuffix(".weight")) not in self.int8:
+            return self._files.read(key)
+        W = dequantize(self._files.read(key), self._files.read(f"{layer}.{SCALE}"))
+        return W.T.contiguous() if self._transposed(name) else W
+
+    @cached_property
+    def int8(self) -> set[str]:
+        """The layers, as the files name them, whose weight is stored in 8 bits with a scale beside it."""
+        entries = self._files.entries
+        layers = {key.removesuffix(f".{SCALE}") for key in entries if key.endswith(f".{SCALE}")}
+        return {layer for layer in layers if (info := entries.get(f"{layer}.weight")) and info.dtype == torch.int8}
+
+    def _transposed(self, name: str) -> bool:
+        """Whether the dense model stores the weight W^T: int8 is stored row by row of W."""
+        layer = self.skeleton.get_submodule(name.removesuffix(".weight")) if name in self._dense_names else None
+        kind = None if layer is None else kind_of(layer)
+        return kind is not None and kind.transposed
+
+    @cached_property
+    def _dense_names(self) -> set[str]:
+        return {name for name, _ in self.skeleton.named_parameters()}
 
     def _key(self, name: str) -> str:
         return self._keys.get(name, name)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from welore.errors import WeLoreError
 from welore.layers.block_grid import WHOLE, Grid, block_names, block_shape
+from welore.layers.int8 import Int8Linear
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.models.skeleton import decoder_blocks
 
@@ -76,7 +77,7 @@ CONV1D = WeightKind(True, ("nx", "nf"))  # GPT-2's
 def _kinds() -> dict[type[nn.Module], WeightKind]:
     from transformers.pytorch_utils import Conv1D
 
-    return {nn.Linear: LINEAR, Conv1D: CONV1D, LowRankLayer: LINEAR}
+    return {Int8Linear: LINEAR, nn.Linear: LINEAR, Conv1D: CONV1D, LowRankLayer: LINEAR}
 
 
 def kind_of(layer: nn.Module) -> WeightKind | None:
@@ -225,7 +226,8 @@ def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude:
             continue
         if include and not _are_one_layer(model, [*same, repeated.get(name, name)]):
             raise WeLoreError(f"{name} shares its weight with the embeddings and cannot be low rank: exclude it")
-        if name not in repeated and _are_one_layer(model, same) and not _reads_weight(model, name):
+        multiplied = reads_weight(model, name, " @")  # without a call of the layer, as Mamba does by dt_proj
+        if name not in repeated and _are_one_layer(model, same) and not multiplied:
             targets.append(Target(name, kind.shape(module), kind))
     for pattern in (*include, *exclude):
         if not any(_matches(name, pattern) for name in names):
@@ -261,21 +263,21 @@ def _are_one_layer(model: nn.Module, names: Sequence[str]) -> bool:
     return len(tensors) == 1 and all(kind_of(layer) for layer in layers)
 
 
-def _reads_weight(model: nn.Module, name: str) -> bool:
-    """Whether the module around a layer multiplies by its weight without calling it, as Mamba's by dt_proj."""
+def reads_weight(model: nn.Module, name: str, then: str = "") -> bool:
+    """Whether the code of the module around a layer reads its weight itself, and goes on with `then`."""
     parent, _, child = name.rpartition(".")
     around: Any = type(model.get_submodule(parent))
-    return child in _multiplied_layers(around)
+    return child in _read_layers(around, then)
 
 
 @cache
-def _multiplied_layers(module: Any) -> set[str]:
-    """Layers by whose weight the code of a module multiplies."""
+def _read_layers(module: Any, then: str) -> set[str]:
+    """Layers whose weight the code of a module reads."""
     try:
         source = inspect.getsource(module)
     except (OSError, TypeError):  # made at run time
         return set()
-    return set(re.findall(r"self\.(\w+)\.weight @", source))
+    return set(re.findall(rf"self\.(\w+)\.weight\b{then}", source))
 
 
 def _is_router(model: nn.Module, name: str) -> bool:

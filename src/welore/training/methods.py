@@ -14,6 +14,7 @@ from torch import nn
 
 from welore.allocation.plan import Plan
 from welore.errors import WeLoreError, choose
+from welore.layers.int8 import Int8Layer
 from welore.layers.low_rank import LowRankLayer
 from welore.models.replace import compression_config
 from welore.models.skeleton import decoder_blocks
@@ -111,6 +112,11 @@ def mark_trainable(
         WeLoreError: The method is unknown, has nothing to train in this model, or lacks a package.
     """
     entry = choose("method", method, METHODS)
+    if any(isinstance(module, Int8Layer) for module in model.modules()):
+        raise WeLoreError(
+            "the weights of this model are int8, which cannot be trained: fine-tune the model that it was made of, "
+            "then `welore export --format int8` that"
+        )
     refuse_options(method, train_norms=train_norms, rank=rank)
     plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
     marked = entry.mark(model, find_matrices(model, plan), rank or entry.default_rank or 0)
