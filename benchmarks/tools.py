@@ -200,6 +200,52 @@ def onnx_runtime(case: Case) -> None:
     torch.testing.assert_close(torch.cat(pieces, 1), case.logits, rtol=1e-3, atol=1e-3)
 
 
+def int8(case: Case) -> None:
+    """`export --format int8`, loaded: the logits of its own merged model, which are close to the reference."""
+    if "quantization_config" not in (case.directory / "config.json").read_text("utf-8"):
+        raise UnsupportedError("an ordinary checkpoint")
+    directory = case.directory.with_name(f"{case.form}-int8")
+    if not directory.is_dir():
+        welore.export(case.directory, directory, "int8", progress=False)
+    small = Case(directory.name, directory)
+    model = small.model(dtype=torch.float32)
+    small.check(model)
+    close(case, model)
+
+
+def torchao(case: Case) -> None:
+    """torchao's int8 weights, put in place after loading."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = case.model(dtype=torch.float32)
+    quantize_(model, Int8WeightOnlyConfig())
+    close(case, model)
+
+
+def bitsandbytes(case: Case) -> None:
+    """LLM.int8 layers of bitsandbytes, put in place after loading; the head stays."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    model = case.model(dtype=torch.float32)
+    for name, layer in list(model.named_modules()):
+        if type(layer) is torch.nn.Linear and name != "lm_head":
+            bias = layer.bias is not None
+            new = Linear8bitLt(layer.in_features, layer.out_features, bias=bias, has_fp16_weights=False)
+            new.load_state_dict(layer.state_dict())
+            model.set_submodule(name, new.to("cpu"))
+    close(case, model)
+
+
+def close(case: Case, model: Any, tolerance: float = 0.1) -> None:
+    """Raise AssertionError unless prompt, one token and generation are the reference's up to the rounding of 8 bits."""
+    with torch.inference_mode():
+        for length in (case.ids.shape[1], 1):
+            expected = case.logits[:, :length]
+            error = (model(case.ids[:, :length]).logits.float() - expected).norm() / expected.norm()
+            assert error < tolerance, f"the logits of {length} tokens are {float(error):.2f} away"
+    assert len(case.generated(model)) == NEW_TOKENS
+
+
 @dataclass(frozen=True)
 class Tool:
     """A row. package: the distribution whose version is shown; without it the row is not run."""
@@ -212,6 +258,9 @@ TOOLS: dict[str, Tool] = {
     "transformers, `import welore`": Tool("transformers", from_pretrained),
     "ONNX, `export --format onnx`": Tool("onnxruntime", onnx_runtime),
     "llama.cpp, `export --format gguf`": Tool("xllamacpp", llama_cpp),
+    "`export --format int8`": Tool("transformers", int8),
+    "torchao int8, after loading": Tool("torchao", torchao),
+    "bitsandbytes int8, after loading": Tool("bitsandbytes", bitsandbytes),
 }
 
 

@@ -271,8 +271,9 @@ def export(
     format: Annotated[
         ExportFormat,
         typer.Option(
-            help="dense: W = A B; nothing of the saving is left. gguf: for llama.cpp; low-rank matrices are multiplied "
-            "back, narrower MLPs stay narrow. onnx: for ONNX Runtime; low-rank products stay."
+            help="dense: W = A B; nothing of the saving is left. int8: still compressed, weights in 8 bits. gguf: for "
+            "llama.cpp; low-rank matrices are multiplied back, narrower MLPs stay narrow. onnx: for ONNX Runtime; "
+            "low-rank products stay."
         ),
     ] = "dense",
     outtype: Annotated[

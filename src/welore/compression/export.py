@@ -66,7 +66,8 @@ def export(
         model: Hub id, directory or a model in memory (not for gguf).
         output: The directory to write; for gguf the file.
         format: One of EXPORTS. dense: a plain checkpoint, W = A B, as `merge` makes it. int8: the same compressed
-            model with its weights in 8 bits. gguf: for llama.cpp; low-rank matrices are multiplied back. onnx: for ONNX Runtime; low-rank matrices stay products of their factors.
+            model with its weights in 8 bits. gguf: for llama.cpp; low-rank matrices are multiplied back. onnx: for
+            ONNX Runtime; low-rank matrices stay products of their factors.
         outtype: Type of the matrices in a gguf or onnx result.
         **options: Where downloads lie and what may be replaced (config.RunOptions).
 
