@@ -16,18 +16,23 @@ def give_back(tensors: Iterable[Tensor]) -> int:
 
     The weights of a model that was loaded are such: every page that was read stays until something else wants the room.
     """
-    if not MAPS.exists():
+    ranges = [_pages(tensor) for tensor in tensors if tensor.device.type == "cpu"]
+    ranges = [(first, last) for first, last in ranges if first < last]
+    if not ranges or not MAPS.exists():
         return 0
-    files = _mapped_files()
-    given = 0
-    for tensor in tensors:
-        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
-        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if tensor.device.type == "cpu" and first < last and any(low <= first and last <= high for low, high in files):
+    files, given = _mapped_files(), 0
+    for first, last in ranges:
+        if any(low <= first and last <= high for low, high in files):
             with suppress(AttributeError):  # a C library without it
                 ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), PAGEOUT)
                 given += last - first
     return given
+
+
+def _pages(tensor: Tensor) -> tuple[int, int]:
+    """First and last address of the pages that hold nothing but this tensor."""
+    start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+    return -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 def give_back_freed() -> None:
