@@ -123,12 +123,16 @@ class PivotedLinear(LowRankLayer):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n) -> (..., m)."""
         z = self.P(x)
-        y = torch.cat((z, self.C(z)), -1)
-        order = self.order.long()  # int32 in old files
-        # gather with a stretched index is several times as fast on a CPU, both ways; its backward on a GPU is not
-        # deterministic.
-        y = y.gather(-1, order.expand(y.shape)) if y.device.type == "cpu" else y.index_select(-1, order)
+        y = in_order(z, self.C(z), self.order)
         return y if self.bias is None else y + self.bias
+
+
+def in_order(z: Tensor, others: Tensor, order: Tensor) -> Tensor:
+    """cat(z, others)[order], over the last axis. z: (..., r). others: (..., m - r). order: (m,), a permutation."""
+    y, order = torch.cat((z, others), -1), order.long()  # int32 in old files
+    # gather with a stretched index is several times as fast on a CPU, both ways; its backward on a GPU is not
+    # deterministic.
+    return y.gather(-1, order.expand(y.shape)) if y.device.type == "cpu" else y.index_select(-1, order)
 
 
 class SplitLinear(nn.Module):
