@@ -10,6 +10,7 @@ others stay, so that a tool can have its own environment:
 """
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -246,6 +247,25 @@ def close(case: Case, model: Any, tolerance: float = 0.1) -> None:
     assert len(case.generated(model)) == NEW_TOKENS
 
 
+VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+limits = {"max_model_len": 128, "max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 26}
+engine = LLM(sys.argv[1], dtype="float32", enforce_eager=True, **limits)
+greedy = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]), ignore_eos=True)
+output = engine.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], greedy)[0].outputs[0]
+print(json.dumps(list(output.token_ids)))
+"""
+
+
+def vllm(case: Case) -> None:
+    """vLLM's offline engine, with the plug-in that the package brings; greedy tokens."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    output = python(VLLM, case.directory, json.dumps(case.ids[0].tolist()), NEW_TOKENS)
+    assert json.loads(output.splitlines()[-1]) == case.tokens
+
+
 @dataclass(frozen=True)
 class Tool:
     """A row. package: the distribution whose version is shown; without it the row is not run."""
@@ -261,6 +281,7 @@ TOOLS: dict[str, Tool] = {
     "`export --format int8`": Tool("transformers", int8),
     "torchao int8, after loading": Tool("torchao", torchao),
     "bitsandbytes int8, after loading": Tool("bitsandbytes", bitsandbytes),
+    "vLLM": Tool(metadata.packages_distributions().get("vllm", ["vllm"])[0], vllm),
 }
 
 

@@ -111,7 +111,7 @@ class StackedMethod(LinearMethodBase):
         """Build the (uninitialised) layer, and an empty parameter where vLLM looks for a tensor of the checkpoint."""
         sizes = output_partition_sizes if len(self.names) > 1 else [sum(output_partition_sizes)]
         if layer.tp_size > 1 and len(sizes) < len(output_partition_sizes):
-            raise WeLoreError(f"{self.names[0]} holds several matrices and cannot be divided: use pipeline parallelism")
+            raise WeLoreError(f"{self.names[0]} holds several matrices: take tensor_parallel_size=1")
         numbers = range(len(self.names))
         parts = [self._part(layer, number, (m, input_size)) for number, m in zip(numbers, sizes, strict=True)]
         product = partial(ReplicatedLinear, bias=False, params_dtype=params_dtype, return_bias=False)
