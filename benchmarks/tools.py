@@ -19,7 +19,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 OK, NOT_RUN = "ok", "not run"
 PROMPT, NEW_TOKENS = "the quick brown fox", 8
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
+
+
+TRAINING: dict[str, Any] = {"use_cpu": True, "report_to": [], "logging_steps": 1, "disable_tqdm": True}
 
 
 class UnsupportedError(Exception):
@@ -74,7 +77,7 @@ class Case:
     @cached_property
     def logits(self) -> torch.Tensor:
         """Of the reference for the prompt: (1, tokens, vocabulary)."""
-        with torch.inference_mode():
+        with torch.no_grad():
             logits: torch.Tensor = self.dense(self.ids).logits
         return logits
 
@@ -94,7 +97,7 @@ class Case:
 
     def check(self, model: Any, tolerance: float = 1e-3) -> None:
         """Raise AssertionError unless a model computes the logits of the reference."""
-        with torch.inference_mode():
+        with torch.no_grad():
             torch.testing.assert_close(model(self.ids).logits.float(), self.logits, rtol=tolerance, atol=tolerance)
 
 
@@ -160,6 +163,108 @@ def from_pretrained(case: Case) -> None:
     model = case.model(dtype=torch.float32)
     case.check(model)
     assert case.generated(model) == case.tokens
+
+
+def save_and_reload(case: Case) -> None:
+    """save_pretrained in shards, from_pretrained, logits."""
+    with tempfile.TemporaryDirectory() as out:
+        case.model(dtype=torch.float32).save_pretrained(out, max_shard_size="400KB")
+        case.check(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+
+
+def lora(case: Case, **options: Any) -> None:
+    """Adapters by the usual names: a step, saved, loaded, merged."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    model = case.model(dtype=torch.float32)
+    names = welore.lora_targets(model, ["q_proj", "up_proj"])
+    adapted = get_peft_model(model, LoraConfig(target_modules=names, task_type="CAUSAL_LM", **options))
+    case.check(adapted)
+    step(adapted, case)
+    with torch.no_grad(), tempfile.TemporaryDirectory() as out:
+        expected = adapted.eval()(case.ids).logits
+        adapted.save_pretrained(out)
+        again: Any = PeftModel.from_pretrained(case.model(dtype=torch.float32), out)
+        torch.testing.assert_close(again(case.ids).logits, expected, rtol=1e-4, atol=1e-4)
+        merged = again.merge_and_unload()
+        torch.testing.assert_close(merged(case.ids).logits, expected, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(expected, case.logits, atol=1e-3)
+
+
+def dora(case: Case) -> None:
+    """The same with DoRA."""
+    lora(case, use_dora=True)
+
+
+def step(model: Any, case: Case) -> None:
+    """Three steps of training on the prompt, after which its loss is lower."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
+    for _ in range(3):
+        loss = model(case.ids, labels=case.ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0], losses
+
+
+def trainer(case: Case) -> None:
+    """transformers' Trainer: its checkpoint has the logits of the trained model."""
+    from transformers import Trainer, TrainingArguments
+
+    model = case.model(dtype=torch.float32)
+    data = [{"input_ids": case.ids[0], "labels": case.ids[0]}] * 4
+    with tempfile.TemporaryDirectory() as out:
+        Trainer(model, TrainingArguments(out, max_steps=2, save_steps=2, **TRAINING), train_dataset=data).train()
+        again = AutoModelForCausalLM.from_pretrained(Path(out) / "checkpoint-2", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(again(case.ids).logits, model.eval()(case.ids).logits)
+
+
+def trl_sft(case: Case) -> None:
+    """TRL's SFTTrainer, by the directory's name."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    data = Dataset.from_dict({"prompt": ["one and"] * 4, "completion": [" one is two"] * 4})
+    with tempfile.TemporaryDirectory() as out:
+        arguments = SFTConfig(out, max_steps=2, bf16=False, gradient_checkpointing=False, **TRAINING)
+        trained: Any = SFTTrainer(str(case.directory), arguments, train_dataset=data)
+        assert trained.train().training_loss > 0
+
+
+def trl_dpo(case: Case) -> None:
+    """TRL's DPOTrainer."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    texts = {"prompt": ["one and"] * 4, "chosen": [" one is two"] * 4, "rejected": [" one is no"] * 4}
+    with tempfile.TemporaryDirectory() as out:
+        arguments = DPOConfig(out, max_steps=2, bf16=False, gradient_checkpointing=False, **TRAINING)
+        model = case.model(dtype=torch.float32)
+        trained: Any = DPOTrainer(
+            model, args=arguments, train_dataset=Dataset.from_dict(texts), processing_class=case.tokenizer
+        )
+        assert trained.train().training_loss > 0
+
+
+def compiled(case: Case) -> None:
+    """torch.compile without a break: forward, a training step, generate with a static cache."""
+    torch.compiler.reset()
+    model = case.model(dtype=torch.float32)
+    case.check(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    assert case.generated(model, cache_implementation="static") == case.tokens
+    step(torch.compile(model, fullgraph=True, backend="aot_eager"), case)
+
+
+def exported(case: Case) -> None:
+    """torch.export before and after generate."""
+    model = case.model(dtype=torch.float32)
+    for _ in range(2):
+        program = torch.export.export(model, (case.ids,), {"use_cache": False}, strict=False)
+        case.check(partial(program.module(), use_cache=False))
+        assert case.generated(model) == case.tokens
 
 
 def llama_cpp(case: Case) -> None:
@@ -239,7 +344,7 @@ def bitsandbytes(case: Case) -> None:
 
 def close(case: Case, model: Any, tolerance: float = 0.1) -> None:
     """Raise AssertionError unless prompt, one token and generation are the reference's up to the rounding of 8 bits."""
-    with torch.inference_mode():
+    with torch.no_grad():
         for length in (case.ids.shape[1], 1):
             expected = case.logits[:, :length]
             error = (model(case.ids[:, :length]).logits.float() - expected).norm() / expected.norm()
@@ -276,6 +381,14 @@ class Tool:
 
 TOOLS: dict[str, Tool] = {
     "transformers, `import welore`": Tool("transformers", from_pretrained),
+    "`save_pretrained` and reload": Tool("transformers", save_and_reload),
+    "`Trainer`": Tool("transformers", trainer),
+    "TRL `SFTTrainer`": Tool("trl", trl_sft),
+    "TRL `DPOTrainer`": Tool("trl", trl_dpo),
+    "peft LoRA, `welore.lora_targets`": Tool("peft", lora),
+    "peft DoRA, `welore.lora_targets`": Tool("peft", dora),
+    "`torch.compile`": Tool("torch", compiled),
+    "`torch.export`, before and after `generate`": Tool("torch", exported),
     "ONNX, `export --format onnx`": Tool("onnxruntime", onnx_runtime),
     "llama.cpp, `export --format gguf`": Tool("xllamacpp", llama_cpp),
     "`export --format int8`": Tool("transformers", int8),

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from welore.records import Record
     from welore.reporting.page import report
     from welore.training.finetune import finetune
-    from welore.training.methods import MarkedModel, mark_trainable
+    from welore.training.methods import MarkedModel, lora_targets, mark_trainable
 
 __all__ = [
     "AllocationConfig",
@@ -83,6 +83,7 @@ __all__ = [
     "export",
     "finetune",
     "info",
+    "lora_targets",
     "mark_trainable",
     "merge",
     "optimize_for_decoding",
@@ -127,7 +128,7 @@ _LAZY = {
     "records": ["Record"],
     "reporting.page": ["report"],
     "training.finetune": ["finetune"],
-    "training.methods": ["MarkedModel", "mark_trainable"],
+    "training.methods": ["MarkedModel", "lora_targets", "mark_trainable"],
 }
 _MODULE_OF = {name: f"welore.{module}" for module, names in _LAZY.items() for name in names}
 

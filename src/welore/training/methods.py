@@ -223,6 +223,39 @@ def _adapted(model: "PreTrainedModel", names: Sequence[str], rank: int) -> Any:
         return get_peft_model(model, config)
 
 
+def lora_targets(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
+    """The `target_modules` for peft that mean the usual names in a compressed model.
+
+    peft finds modules by the end of their name, and a low-rank `q_proj` is no linear layer: its factors are. Every
+    adapter of peft takes them, and the list in its configuration is read by peft alone.
+
+    Args:
+        model: A model with low-rank layers; others work, too.
+        names: Ends of names, such as "q_proj" or "mlp.up_proj"; None: those that peft adapts in this family by default.
+
+    Returns:
+        Names of linear layers: of a low-rank or split layer those inside it, of another one its own.
+
+    Raises:
+        WeLoreError: If no linear layer has one of the names, or peft has no default for the family.
+    """
+    if names is None:
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+        family = getattr(model.config, "model_type", "")
+        if family not in DEFAULTS:
+            raise WeLoreError(f"peft has no default targets for {family or 'this model'}: name them, such as q_proj")
+        names = DEFAULTS[family]
+    from transformers.pytorch_utils import Conv1D
+
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    inside = {end: [name for name in linear if f".{end}." in f".{name}."] for end in names}
+    for end, layers in inside.items():
+        if not layers:
+            raise WeLoreError(f"no linear layer of this model is called {end!r}")
+    return list(dict.fromkeys(name for layers in inside.values() for name in layers))
+
+
 def _galore(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
     """GaLore's AdamW: the gradients of the blocks are projected to a low rank."""
     model.requires_grad_(True)
