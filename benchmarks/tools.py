@@ -42,6 +42,35 @@ SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_atte
 TRAINING: dict[str, Any] = {"use_cpu": True, "report_to": [], "logging_steps": 1, "disable_tqdm": True}
 
 
+TRUSTED = """
+import sys
+from transformers import AutoModelForCausalLM, pipeline
+assert "welore" not in sys.modules
+AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+write = pipeline("text-generation", model=sys.argv[1], trust_remote_code=True, dtype="float32", device="cpu")
+count = int(sys.argv[3])
+answer = write(sys.argv[2], max_new_tokens=count, min_new_tokens=count, do_sample=False)
+print(repr(answer[0]["generated_text"]))
+"""
+LM_EVAL = """
+import sys
+from lm_eval.__main__ import cli_evaluate
+assert "welore" not in sys.modules
+cli_evaluate()
+"""
+TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {work}/sums.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{c}}}}"
+doc_to_target: "{{{{a}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
 class UnsupportedError(Exception):
     """The tool does not run this form: a short reason, for the table."""
 
@@ -165,6 +194,13 @@ def from_pretrained(case: Case) -> None:
     assert case.generated(model) == case.tokens
 
 
+def trusted(case: Case) -> None:
+    """A process that never imported welore: AutoConfig, AutoModelForCausalLM and pipeline with trust_remote_code."""
+    answer = python(TRUSTED, case.directory, PROMPT, NEW_TOKENS)
+    expected = case.tokenizer.decode(case.ids[0].tolist() + case.tokens, skip_special_tokens=True)
+    assert answer.strip().splitlines()[-1] == repr(expected), answer
+
+
 def save_and_reload(case: Case) -> None:
     """save_pretrained in shards, from_pretrained, logits."""
     with tempfile.TemporaryDirectory() as out:
@@ -265,6 +301,16 @@ def exported(case: Case) -> None:
         program = torch.export.export(model, (case.ids,), {"use_cache": False}, strict=False)
         case.check(partial(program.module(), use_cache=False))
         assert case.generated(model) == case.tokens
+
+
+def lm_eval(case: Case) -> None:
+    """The stock command of lm-eval in a process of its own."""
+    with tempfile.TemporaryDirectory() as work:
+        (Path(work) / "sums.jsonl").write_text('{"q": "1 + 1 =", "c": ["1", "2"], "a": 1}\n' * 4)
+        (Path(work) / "sums.yaml").write_text(TASK.format(work=work))
+        arguments = f"pretrained={case.directory},trust_remote_code=True,dtype=float32"
+        options = ["--model", "hf", "--model_args", arguments, "--tasks", "sums", "--include_path", work]
+        assert "|acc" in python(LM_EVAL, *options, "--device", "cpu", "--batch_size", "2")
 
 
 def llama_cpp(case: Case) -> None:
@@ -381,7 +427,9 @@ class Tool:
 
 TOOLS: dict[str, Tool] = {
     "transformers, `import welore`": Tool("transformers", from_pretrained),
+    "transformers and `pipeline`, `trust_remote_code=True`": Tool("transformers", trusted),
     "`save_pretrained` and reload": Tool("transformers", save_and_reload),
+    "lm-eval, `--model hf`, `trust_remote_code=True`": Tool("lm_eval", lm_eval),
     "`Trainer`": Tool("transformers", trainer),
     "TRL `SFTTrainer`": Tool("trl", trl_sft),
     "TRL `DPOTrainer`": Tool("trl", trl_dpo),

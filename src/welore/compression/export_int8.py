@@ -13,6 +13,7 @@ from welore.io.checkpoint import PLAN, RECORD
 from welore.io.claim import claimed, require_unread
 from welore.io.context import RunContext
 from welore.layers.int8 import INT8
+from welore.models.card import read_card, write_card
 from welore.models.int8 import with_int8
 from welore.models.sink import open_sink
 from welore.models.source import CheckpointSource, open_source
@@ -45,6 +46,7 @@ def export_int8(
             size = sink.write(outputs, config, context.progress)
             if isinstance(source, CheckpointSource) and sink.directory is not None:
                 _copy_records(source.directory, sink.directory, size)
+                write_card(sink.directory, source.name, read_card(source.directory))
     written = info(output)
     return {"parameters": written.parameters, "bytes": written.bytes}
 

@@ -15,6 +15,7 @@ from welore.io.context import RunContext
 from welore.io.safetensors_stream import TensorInfo
 from welore.layers.block_grid import Grid, block_names
 from welore.layers.storage_forms import FACTORED, FORMS
+from welore.models.card import read_card, write_card
 from welore.models.mlp import outputs_per_neuron, pad_neurons
 from welore.models.quantizer import METHOD, WeLoreConfig
 from welore.models.sink import open_sink
@@ -23,6 +24,8 @@ from welore.models.targets import known_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+MADE = "The factors of the compressed model are multiplied back, W = A B: this is an ordinary, dense checkpoint."
 
 
 def merge(
@@ -64,6 +67,9 @@ def _merge(model: Any, output_dir: str | Path | None, max_shard_size: str, conte
     outputs = merged_tensors(source, config, source.empty_skeleton(), context)
     with open_sink(source, output_dir, max_shard_size=max_shard_size, overwrite=context.overwrite) as sink:
         sink.write(outputs, None, context.progress)
+        if sink.directory is not None:
+            origin = read_card(source.directory) if isinstance(source, CheckpointSource) else ""
+            write_card(sink.directory, source.name, origin, relation="finetune", made=MADE)
 
 
 def welore_config(source: TensorSource) -> WeLoreConfig | None:

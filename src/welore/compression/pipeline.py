@@ -49,12 +49,14 @@ from welore.data.text import TextOptions
 from welore.data.windows import TopK, require_known_tokens
 from welore.errors import DamagedWeightsError, WeLoreError
 from welore.io.atomic import atomic_directory, hidden, remove, resolved, work_directory
-from welore.io.checkpoint import RECORD
+from welore.io.checkpoint import PLAN, RECORD
 from welore.io.claim import claimed, require_unread
 from welore.io.context import RunContext
 from welore.layers.block_grid import Grid, layer_of
+from welore.models.card import read_card, write_card
 from welore.models.load import load_model, read_tokenizer
 from welore.models.mlp import Mlp, find_mlps
+from welore.models.saving import remember_companions
 from welore.models.sink import open_sink
 from welore.models.source import CheckpointSource, TensorSource, open_source
 from welore.models.targets import Target, in_blocks
@@ -462,14 +464,28 @@ def _result(
             numbers |= write_compressed(source, plan, factors, sink, context.progress, quantization)
             numbers |= {"seconds": time.perf_counter() - started, "stages": context.stages}
             record = _record(plan, job, recovered, numbers)
-            if sink.directory is not None:
-                record.save(sink.directory / RECORD)
+            _write_companions(source.original, plan, record, sink.directory, context.workspace.directory)
             context.workspace.retire()
     context.processes.wait()
     if written is not None:
         record = Record.load(written / RECORD)
     assert record is not None
     return CompressionResult(plan, record, None if output_dir is None else Path(output_dir))
+
+
+def _write_companions(origin: Any, plan: Plan, record: Record, directory: Path | None, spare: Path) -> None:
+    """Record and card beside the weights, and on a model in memory what it writes itself when it is saved.
+
+    spare: a directory for the time of writing, where the result has none.
+    """
+    record.save((directory or spare) / RECORD)
+    if directory is None:
+        plan.save(spare / PLAN)
+    else:
+        write_card(directory, plan.model.name, read_card(origin.directory) if hasattr(origin, "directory") else "")
+    compression = None if isinstance(origin, CheckpointSource) else vars(origin.model.config).get("quantization_config")
+    if compression is not None:
+        remember_companions(compression, directory or spare)
 
 
 def _record(plan: Plan, job: Job, recovered: Recovery, numbers: dict[str, Any]) -> Record:

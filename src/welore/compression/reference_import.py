@@ -23,6 +23,7 @@ from welore.io.claim import claimed, require_unread
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.safetensors_stream import FLOATS, TensorInfo
+from welore.models.card import read_card, write_card
 from welore.models.quantizer import WeLoreConfig
 from welore.models.sink import DirectorySink
 from welore.models.skeleton import decoder_blocks, skeleton_of
@@ -93,6 +94,7 @@ def _import_checkpoint(
         settings: dict[str, Any] = {"strategy": "imported", "target": {}, "include": [], "exclude": []}
         record = Record("compression", {"model": str(model), "file": Path(path).name}, settings, numbers)
         record.save(unfinished / RECORD)
+        write_card(unfinished, str(model), read_card(directory))
     return record
 
 

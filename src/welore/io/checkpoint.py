@@ -21,11 +21,12 @@ from welore.io.progress import Progress
 from welore.io.safetensors_stream import TensorInfo, TensorWriter, readers_of
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-PLAN, RECORD, CONFIG = "plan.json", "compression.json", "config.json"
+PLAN, RECORD, CONFIG, CARD = "plan.json", "compression.json", "config.json", "README.md"
+BOOTSTRAP = "modeling_welore.py"  # models/remote_code.py
 ADAPTER = "adapter_config.json"
 # Fetched from the hub beside the weights, and copied beside those of a result.
 SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.py", "LICENSE*")
-NOT_COPIED = (CONFIG, "*.index.json", "adapter_*", "trainer_state.json", PLAN, RECORD)
+NOT_COPIED = (CONFIG, "*.index.json", "adapter_*", "trainer_state.json", PLAN, RECORD, BOOTSTRAP)
 OWN_FIELDS = ("quantization_config", "transformers_weights")  # of config.json: they say how the weights are stored
 
 
@@ -84,17 +85,27 @@ def write_config(
     change: of the other content of config.json. Python files are copied where a configuration names them (auto_map):
     others load the result with them.
     """
-    config = change({key: value for key, value in read_config(source).items() if key not in OWN_FIELDS})
+    config = {key: value for key, value in read_config(source).items() if key not in OWN_FIELDS}
+    if not (own := own_auto_map(config)):
+        config.pop("auto_map", None)
+    config = change(config)
     if quantization is not None:
         config["quantization_config"] = quantization
     with atomic_write(directory / CONFIG) as partial:  # JSON as Python writes it: families say Infinity
         partial.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    has_code = any(b'"auto_map"' in path.read_bytes() for path in source.glob("*config.json"))
+    others = (path for path in source.glob("*config.json") if path.name != CONFIG)
+    has_code = bool(own) or any(b'"auto_map"' in path.read_bytes() for path in others)
     for path in small_files(source):
         if (has_code or path.suffix != ".py") and not any(path.match(pattern) for pattern in NOT_COPIED):
             copy = directory / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
+
+
+def own_auto_map(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes that a model brings in files of its own: all but those of our file. config: of config.json."""
+    auto_map: dict[str, Any] = typed(config.get("auto_map"), Mapping | None, "auto_map") or {}
+    return {kind: path for kind, path in auto_map.items() if not str(path).startswith(BOOTSTRAP.removesuffix("py"))}
 
 
 def small_files(directory: Path) -> list[Path]:

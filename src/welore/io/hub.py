@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from welore.errors import WeLoreError, first_line
 from welore.io.atomic import atomic_directory
-from welore.io.checkpoint import SINGLE, SMALL_FILES, weight_names
+from welore.io.checkpoint import CARD, SINGLE, SMALL_FILES, weight_names
 
 MOST_LAYERS = 1024
 
@@ -38,7 +38,7 @@ def _snapshot(name: str, cache_dir: str | Path | None, revision: str | None) -> 
 
     try:
         fetch = partial(snapshot_download, name, revision=revision, cache_dir=cache_dir)
-        snapshot = Path(fetch(allow_patterns=[SINGLE, *SMALL_FILES]))
+        snapshot = Path(fetch(allow_patterns=[SINGLE, CARD, *SMALL_FILES]))
         if (names := weight_names(snapshot)) != [SINGLE]:  # those of an index
             fetch(allow_patterns=names)
     except HFValidationError as error:

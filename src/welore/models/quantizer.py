@@ -27,6 +27,7 @@ from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.int8 import quantize_layers
 from welore.models.replace import build_layer, share_layer, submodule_names
+from welore.models.saving import remember_companions
 from welore.models.targets import shared_layers
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ class WeLoreQuantizer(HfQuantizer):
         if config.ranks is None:
             return
         if checkpoint_files:
+            remember_companions(config, Path(checkpoint_files[0]).parent)
             files = [path for path in checkpoint_files if str(path).endswith(".safetensors")]
             check_factors(config, readers_of(files), model.base_model_prefix + ".")
         shared, config = shared_layers(model), config.within(model)

@@ -1,6 +1,6 @@
 """Where the tensors of a result go: a checkpoint directory, or the model in memory whose layers are exchanged."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,10 @@ from welore.io.progress import Progress
 from welore.models.int8 import quantize_layers, quantized_tensors
 from welore.models.key_names import Rename, of_layer, saved_name
 from welore.models.quantizer import WeLoreConfig
+from welore.models.remote_code import add_bootstrap
 from welore.models.replace import build_layer, restore_layer, share_layer, sizes
 from welore.models.resizing import Resizing
+from welore.models.saving import forget_compression, remember_companions
 from welore.models.skeleton import dense_skeleton
 from welore.models.source import CheckpointSource, TensorSource
 from welore.models.targets import shared_layers
@@ -54,11 +56,14 @@ class DirectorySink:
             outputs = quantized_tensors(outputs, self.skeleton, config.int8)
         outputs = [output.renamed(self.rename) for output in outputs]
         size = write_weights(self.directory, outputs, self.max_shard_size, progress)
+        content: dict[str, Any] | None = None
+        change: Callable[..., dict[str, Any]] = dict
         if isinstance(config, Resizing):
-            write_config(self.source, self.directory, None, config.changed)
-        else:
-            content = None if config is None else config.renamed(partial(of_layer, self.rename)).to_dict()
-            write_config(self.source, self.directory, content)
+            change = config.changed
+        elif config is not None:
+            content = config.renamed(partial(of_layer, self.rename)).to_dict()
+            change = partial(add_bootstrap, self.source, self.directory)
+        write_config(self.source, self.directory, content, change)
         return size
 
 
@@ -97,8 +102,9 @@ class ModelSink:
         elif config is not None:
             quantize_layers(self.model, config.int8)
             settings.quantization_config = config.renamed(partial(of_layer, saved_name(self.model)))
+            remember_companions(settings.quantization_config)
         elif dense is not None and hasattr(settings, "quantization_config"):
-            del settings.quantization_config
+            forget_compression(settings)
             self.model.all_tied_weights_keys = dense.all_tied_weights_keys
         if self.directory is not None:
             self.model.save_pretrained(self.directory, max_shard_size=self.max_shard_size)

@@ -20,6 +20,7 @@ from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import PLAN, RECORD
 from welore.io.context import RunContext
 from welore.io.progress import silent
+from welore.models.card import read_card, write_card
 from welore.models.load import sizes_in, warn_if_slow
 from welore.records import Record
 from welore.training.arguments import check_launch, is_recorded, resolve_defaults, sequences_read
@@ -102,7 +103,8 @@ def _finetuned(
     with streamed(run.marked.base, dtype) if config.stream_weights else nullcontext(()) as streaming:
         cast(run.marked.model, dtype, mapped=run.originals.directory is not None, streamed=streaming)
         numbers = _train(run, config, callbacks, context)
-    numbers |= _save(run, out, config.save_dtype and getattr(torch, config.save_dtype))
+    made = f"Fine-tuned by `welore finetune` with the method {config.method}, {numbers['tokens']:,} tokens."
+    numbers |= _save(run, out, config.save_dtype and getattr(torch, config.save_dtype), made)
     numbers |= {"seconds": time.perf_counter() - started, "resumed_at": run.resumed_at or 0}
     inputs = run.inputs | {"label": label, "split": run.data.split}
     record = Record("finetune", inputs, as_record(config) | {"processes": run.arguments.world_size}, numbers)
@@ -158,8 +160,11 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
     return numbers
 
 
-def _save(run: Prepared, out: Path, dtype: torch.dtype | None) -> dict[str, Any]:
-    """Write the tuned model, whole or not at all; plan and compression record come along. Returns its sizes."""
+def _save(run: Prepared, out: Path, dtype: torch.dtype | None, made: str) -> dict[str, Any]:
+    """Write the tuned model, whole or not at all; plan and compression record come along. Returns its sizes.
+
+    made: how, for the model card.
+    """
     copied = run.originals.readable(exact=not (run.arguments.bf16 or run.arguments.fp16))
     tuned, source = run.originals.merged(run.marked, dtype), run.originals.directory
     state = gathered(tuned)
@@ -182,6 +187,8 @@ def _save(run: Prepared, out: Path, dtype: torch.dtype | None) -> dict[str, Any]
             for name in (PLAN, RECORD):
                 if source is not None and (source / name).is_file():
                     shutil.copyfile(source / name, unfinished / name)
+            origin = "" if source is None else read_card(source)
+            write_card(unfinished, str(run.inputs.get("model") or ""), origin, relation="finetune", made=made)
     return sizes_in(source, tuned)
 
 

@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from welore.io.pages import give_back
 from welore.io.progress import silent
 from welore.io.resume import file_states
 from welore.io.safetensors_stream import TensorInfo
+from welore.models.remote_code import add_bootstrap
 from welore.models.source import CheckpointSource
 
 if TYPE_CHECKING:
@@ -111,8 +113,9 @@ class Originals:
             name = key if key in new else prefix + key
             outputs.append(_output(key, TensorInfo(kind, info.shape), new.get(name), source))
         write_weights(directory, outputs, "50GB", silent)
-        config = read_json(self.directory / "config.json")
-        write_config(self.directory, directory, config.get("quantization_config"))
+        compression = read_json(self.directory / "config.json").get("quantization_config")
+        change = partial(add_bootstrap, self.directory, directory) if compression else dict
+        write_config(self.directory, directory, compression, change)
         if dtype is not None:
             config = read_json(directory / "config.json")
             config.pop("torch_dtype", None)  # its older name
