@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import welore
 from conftest import build, compress, logits
@@ -112,6 +112,16 @@ def test_dtype_and_shards_do_not_change_the_integers(saved, tmp_path: Path, toke
     assert wide.lm_head.weight_scale.dtype == torch.float32
     torch.testing.assert_close(logits(model, tokens).float(), logits(wide, tokens), rtol=0.1, atol=0.1)
     assert equal(wide.to(torch.bfloat16).state_dict(), model.state_dict())
+
+
+def test_other_classes_and_places_compute_the_same(small: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
+    model = AutoModelForCausalLM.from_pretrained(small)
+    bare = AutoModel.from_pretrained(small)  # which has no head
+    assert torch.equal(bare(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+    places = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+    spread = AutoModelForCausalLM.from_pretrained(small, device_map=places, offload_folder=tmp_path / "offload")
+    assert torch.equal(logits(spread, tokens), logits(model, tokens))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

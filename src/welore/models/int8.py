@@ -88,6 +88,7 @@ def _quantized(layer: Any) -> Any:
         m, n = kind.shape(layer)
         new, W = Int8Linear(n, m, device=like.device, dtype=like.dtype), kind.matrix(like)
         new.bias = layer.bias
+    new.weight._is_hf_initialized = True  # transformers cannot draw integers for a layer that stays on the disk
     if not W.is_meta:
         for part, numbers in zip((new.weight, new.weight_scale), quantize_rows(W), strict=True):
             part.copy_(numbers)

@@ -26,7 +26,7 @@ from welore.layers.int8 import SCALE, Int8Layer
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.int8 import quantize_layers
-from welore.models.replace import build_layer, share_layer, submodule_names
+from welore.models.replace import build_layer, has_module, share_layer, submodule_names
 from welore.models.saving import remember_companions
 from welore.models.targets import shared_layers
 
@@ -166,7 +166,7 @@ class WeLoreQuantizer(HfQuantizer):
         shared, config = shared_layers(model), config.within(model)
         for layer in config.layers:
             build_layer(model, layer, config, shared.get(layer, ()))
-        quantize_layers(model, config.int8)
+        quantize_layers(model, [name for name in config.int8 if has_module(model, name)])  # a bare one has no head
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
