@@ -35,7 +35,7 @@ STAY = ("wpe", ".gate.", ".experts.")  # matrices in the dtype of the model: pos
 @pytest.fixture
 def small(saved: Callable[..., Path], tmp_path: Path) -> Path:
     """A compressed model in 8 bits."""
-    compress(saved("llama"), tmp_path / "small", rank_reduction=0.4, quantization="int8")
+    compress(saved("llama"), tmp_path / "small", rank_reduction=0.4, weights="int8")
     return tmp_path / "small"
 
 
@@ -43,7 +43,7 @@ def small(saved: Callable[..., Path], tmp_path: Path) -> Path:
 def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str, how: dict[str, Any]) -> None:
     """compress -> load -> save -> load gives equal bits; a model in memory and `export` give the same ones."""
     source, how = saved(family), how | {"rank_reduction": 0.4}
-    record = compress(source, tmp_path / "small", **how, quantization="int8")
+    record = compress(source, tmp_path / "small", **how, weights="int8")
     files = weights_of(tmp_path / "small")
     size = sum(path.stat().st_size for path in (tmp_path / "small").glob("*.safetensors"))
     assert record.numbers["bytes"] == size
@@ -52,7 +52,7 @@ def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str, ho
     welore.export(tmp_path / "float", tmp_path / "exported", "int8")
     assert equal(weights_of(tmp_path / "exported"), files)
     exported = welore.Record.load(tmp_path / "exported" / "compression.json")
-    assert (exported.settings["quantization"], exported.numbers["bytes"]) == ("int8", size)
+    assert (exported.settings["weights"], exported.numbers["bytes"]) == ("int8", size)
     for name, tensor in weights_of(tmp_path / "float").items():
         if f"{name}_scale" not in files:
             assert torch.equal(files[name], tensor)
@@ -66,7 +66,7 @@ def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str, ho
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("weight_scale"))
     in_memory = build(family)
-    compress(in_memory, **how, quantization="int8")
+    compress(in_memory, **how, weights="int8")
     assert torch.equal(logits(in_memory, tokens), logits(model, tokens))
     for name, again in (("again", model), ("from-memory", in_memory)):
         again.save_pretrained(tmp_path / name)
@@ -85,7 +85,7 @@ def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str, ho
 def test_sizes_tell_the_stored_bytes(small: Path, saved, monkeypatch: pytest.MonkeyPatch) -> None:
     told, files = welore.info(small), weights_of(small)
     model = AutoModelForCausalLM.from_pretrained(small)
-    assert told.quantization == "int8"
+    assert told.weights == "int8"
     assert told.format == 5
     assert told.bytes == sum(tensor.nbytes for tensor in files.values())
     assert told.bytes == sum(tensor.nbytes for tensor in model.state_dict().values())  # nothing is larger in memory
@@ -93,15 +93,15 @@ def test_sizes_tell_the_stored_bytes(small: Path, saved, monkeypatch: pytest.Mon
     assert "weights in int8" in str(told)
     rates = dict.fromkeys(("float64", "float32", "bfloat16"), 1e9)
     monkeypatch.setattr("welore.compression.estimate.measured_rates", lambda device: rates)
-    predicted = estimate(saved("llama"), CompressionConfig(keep=0.8, quantization="int8", scaling="none"))
-    compressed = compress(saved("llama"), small.parent / "kept", keep=0.8, quantization="int8", scaling="none")
+    predicted = estimate(saved("llama"), CompressionConfig(keep=0.8, weights="int8", scaling="none"))
+    compressed = compress(saved("llama"), small.parent / "kept", keep=0.8, weights="int8", scaling="none")
     assert predicted.bytes == pytest.approx(compressed.numbers["bytes"], rel=0.25)
 
 
 def test_dtype_and_shards_do_not_change_the_integers(saved, tmp_path: Path, tokens: torch.Tensor) -> None:
     source = saved("qwen2", torch.bfloat16)
-    compress(source, tmp_path / "one", rank_reduction=0.3, quantization="int8")
-    compress(source, tmp_path / "many", rank_reduction=0.3, quantization="int8", max_shard_size="6KB")
+    compress(source, tmp_path / "one", rank_reduction=0.3, weights="int8")
+    compress(source, tmp_path / "many", rank_reduction=0.3, weights="int8", max_shard_size="6KB")
     assert len(list((tmp_path / "many").glob("model-*.safetensors"))) > 2
     assert equal(weights_of(tmp_path / "one"), weights_of(tmp_path / "many"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "many")
@@ -200,8 +200,8 @@ def test_what_needs_floating_point_weights_is_refused(small: Path, tmp_path: Pat
         welore.export(small, tmp_path / "again", "int8")
     with pytest.raises(WeLoreError, match="compressed already"):
         compress(small, tmp_path / "again", rank_reduction=0.5)
-    with pytest.raises(WeLoreError, match="quantization"):
-        CompressionConfig(quantization="int4")  # type: ignore[arg-type]
+    with pytest.raises(WeLoreError, match="weights"):
+        CompressionConfig(weights="int4")  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
@@ -234,7 +234,7 @@ def test_loading_needs_no_more_memory_than_the_integers(small: Path, tmp_path: P
     """The pages of the file count in the peak beside the tensors; in float32 the tensors alone take four files."""
     shape = {"vocab_size": 60_000, "hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=8, tie_word_embeddings=True))
-    compress(model, tmp_path / "large", rank_reduction=0.4, include=["q_proj"], quantization="int8")
+    compress(model, tmp_path / "large", rank_reduction=0.4, include=["q_proj"], weights="int8")
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
     command = [sys.executable, "-c", LOADING, str(small), str(tmp_path / "large")]
     grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

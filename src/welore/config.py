@@ -28,7 +28,7 @@ OpeningName = Literal["vocabulary", "word", "nothing", "chat"]
 WriterName = Literal["transformers", "vllm"]
 DeviceMapName = Literal["auto"]
 TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
-QuantizationName = Literal["none", "int8"]
+WeightsName = Literal["auto", "int8"]
 ExportFormat = Literal["dense", "int8", "gguf", "onnx"]
 OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 MinRatio = float | Literal["break-even"]
@@ -220,14 +220,14 @@ class CompressionConfig(AnalysisConfig, AllocationConfig):
         panel="Method",
         shown="auto for presets best and fast, else 0",
     )
-    quantization: QuantizationName = option(
-        "none", "Store the weights of the result in 8 bits (int8), or in the model's dtype (none).", panel="Method"
+    weights: WeightsName = option(
+        AUTO, "Store the weights of the result in 8 bits (int8), or in the model's dtype (auto).", panel="Method"
     )
     max_shard_size: str = option(SHARD_SIZE, "Largest size of one weight file.", panel="Run")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("quantization", self.quantization, QuantizationName)
+        require_choice("weights", self.weights, WeightsName)
         if self.scaling is not None:
             object.__setattr__(self, "scaling", current_name(self.scaling))
         if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", self.max_shard_size, re.IGNORECASE):

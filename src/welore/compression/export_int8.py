@@ -35,7 +35,7 @@ def export_int8(
         source = open_source(model, context)
         config = welore_config(source)
         if config is None:
-            raise WeLoreError(f"{source.name} is not a model compressed by welore: compress it with quantization int8")
+            raise WeLoreError(f"{source.name} is not a model compressed by welore: compress it with weights int8")
         if config.int8:
             raise WeLoreError(f"{source.name} is stored in 8 bits already: there is nothing to do")
         if isinstance(source, CheckpointSource):
@@ -56,5 +56,5 @@ def _copy_records(source: Path, directory: Path, size: int) -> None:
         shutil.copyfile(source / PLAN, directory / PLAN)
     if (source / RECORD).is_file():
         record = Record.load(source / RECORD)
-        settings, numbers = record.settings | {"quantization": INT8}, record.numbers | {"bytes": size}
+        settings, numbers = record.settings | {"weights": INT8}, record.numbers | {"bytes": size}
         replace(record, settings=settings, numbers=numbers).save(directory / RECORD)

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch
 
 from welore.allocation.plan import Plan
-from welore.config import NONE, RunOptions
+from welore.config import AUTO, RunOptions
 from welore.errors import WeLoreError
 from welore.io.checkpoint import PLAN, RECORD, CheckpointReader, read_config
 from welore.io.context import RunContext
@@ -40,7 +40,7 @@ class CheckpointInfo:
 
     format: version of the compressed format; None for a dense checkpoint. parameters, bytes: of the weights in the
     files. target: what was asked for. rank_reduction, parameter_ratio: what was achieved. ranks: by module type.
-    quantization: of the weights, int8 or none. made_from, settings, versions: of the compression's record.
+    weights: int8, or auto for those of a float dtype. made_from, settings, versions: of the compression's record.
     """
 
     directory: Path
@@ -52,7 +52,7 @@ class CheckpointInfo:
     rank_reduction: float | None = None
     parameter_ratio: float | None = None
     ranks: dict[str, RankSummary] = field(default_factory=dict)
-    quantization: str = NONE
+    weights: str = AUTO
     made_from: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class CheckpointInfo:
     def __str__(self) -> str:
         kind = "dense" if self.format is None else f"compressed by welore, format {self.format}"
         kind += ", made smaller by welore" * (self.format is None and bool(self.target))
-        kind += "" if self.quantization == NONE else f", weights in {self.quantization}"
+        kind += "" if self.weights == AUTO else f", weights in {self.weights}"
         lines = [
             f"{self.directory}: {self.model_type}, {kind}",
             f"  {self.parameters:,} parameters, {self.bytes / 1e6:,.1f} MB",
@@ -122,7 +122,7 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
         rank_reduction=plan.rank_reduction if plan else None,
         parameter_ratio=plan.parameter_ratio if plan else None,
         ranks=_ranks(compressed) if compressed else {},
-        quantization=INT8 if compressed and compressed.int8 else NONE,
+        weights=INT8 if compressed and compressed.int8 else AUTO,
         made_from=record.inputs.get("model") if record else None,
         settings=record.settings if record else {},
         versions=record.versions if record else {},

@@ -107,7 +107,7 @@ class Needs:
     def result_bytes(self, removed: float) -> float:
         """Bytes of the result without this many numbers; of scales there are at most two for every row of a layer."""
         size = self.dense_bytes - removed * self.dtype.itemsize
-        if self.job.config.quantization == INT8:
+        if self.job.config.weights == INT8:
             tensors = [self.source.copied(name) for name in self.source.names()]
             layers = with_int8(WeLoreConfig({}), self.source.skeleton, tensors).int8
             shapes = [self.source.info(f"{layer}.weight").shape for layer in layers]

@@ -183,13 +183,13 @@ def compress(
 
 def _config_of_plan(plan: Plan, config: CompressionConfig) -> CompressionConfig:
     default = CompressionConfig()
-    if replace(config, max_shard_size=default.max_shard_size, quantization=default.quantization) != default:
+    if replace(config, max_shard_size=default.max_shard_size, weights=default.weights) != default:
         raise WeLoreError(
             "a plan has its own target, preset, strategy, scaling, storage, split, pruning and patterns: "
             "leave those out"
         )
-    if plan.plain and config.quantization != NONE:
-        raise WeLoreError(f"the plan is for {ANYWHERE}, an ordinary checkpoint: leave quantization out")
+    if plan.plain and config.weights != AUTO:
+        raise WeLoreError(f"the plan is for {ANYWHERE}, an ordinary checkpoint: leave weights out")
     return replace(config, include=plan.include, exclude=plan.exclude)
 
 
@@ -459,9 +459,8 @@ def _result(
             factors = stored_factors(context.workspace, trained)
             if plan.plain and trained is not None:
                 source = with_trained(source, plan, trained)
-            quantization = job.config.quantization
             numbers |= recovered.numbers
-            numbers |= write_compressed(source, plan, factors, sink, context.progress, quantization)
+            numbers |= write_compressed(source, plan, factors, sink, context.progress, job.config.weights)
             numbers |= {"seconds": time.perf_counter() - started, "stages": context.stages}
             record = _record(plan, job, recovered, numbers)
             _write_companions(source.original, plan, record, sink.directory, context.workspace.directory)
@@ -505,7 +504,7 @@ def _record(plan: Plan, job: Job, recovered: Recovery, numbers: dict[str, Any]) 
         "include": list(plan.include),
         "exclude": list(plan.exclude),
         "recovery": recovered.settings,
-        "quantization": job.config.quantization,
+        "weights": job.config.weights,
     }
     inputs = {"model": plan.model.name, "targets_fingerprint": plan.model.fingerprint}
     return Record("compression", inputs, settings, plan.numbers() | numbers)

@@ -99,7 +99,7 @@ def _require_neurons_alone(config: CompressionConfig, scaling: str) -> None:
     """Raise WeLoreError for settings of a method that factors matrices, where only neurons are taken out."""
     names = "rank_reduction", "threshold", "strategy", "storage", "split", "min_ratio", "mlp_pruning"
     given = [name for name in names if getattr(config, name) is not None]
-    given += ["allow_growth"] * config.allow_growth + ["quantization"] * (config.quantization != NONE)
+    given += ["allow_growth"] * config.allow_growth + ["weights"] * (config.weights != AUTO)
     if scaling != KFAC:
         given.append(f"scaling {scaling}" if config.scaling else f"preset {config.preset}")
     if given:

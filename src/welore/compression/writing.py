@@ -9,7 +9,7 @@ from torch import Tensor
 from welore.allocation.plan import Allocation, Plan
 from welore.compression.factorize import Factors
 from welore.compression.plain import resizing_of
-from welore.config import NONE
+from welore.config import AUTO
 from welore.io.checkpoint import PLAN, OutputTensors, weight_files
 from welore.io.progress import Progress
 from welore.io.safetensors_stream import TensorInfo
@@ -28,7 +28,7 @@ def write_compressed(
     factors: Factors,
     sink: TensorSink,
     progress: Progress,
-    quantization: str = NONE,
+    weights: str = AUTO,
 ) -> dict[str, Any]:
     """Write the weights, the configuration and the plan of a compressed model; returns its sizes."""
     counts, original = census(source.skeleton, source.targets), source.original
@@ -40,7 +40,7 @@ def write_compressed(
     )
     outputs = compressed_tensors(source, plan, factors)
     config = resizing_of(original, plan) if plan.plain else WeLoreConfig.of(plan)
-    if quantization == INT8:
+    if weights == INT8:
         assert isinstance(config, WeLoreConfig)
         config = with_int8(config, original.skeleton, outputs)
     size = sink.write(outputs, config, progress)
