@@ -411,6 +411,21 @@ def tools() -> str:
     return "\n".join(lines)
 
 
+def int8() -> str:
+    """Perplexity and bytes of weights in 16 and in 8 bits, from benchmarks/int8.py."""
+    record = Record.load(HERE / "int8.json")
+    rows, texts = record.numbers["rows"], record.settings["texts"]
+    lines = [f"| weights | bytes | {' | '.join(f'perplexity, {text} (to 16 bits)' for text in texts)} |"]
+    lines.append("|---" * (len(texts) + 2) + "|")
+    for name, row in rows.items():
+        wide = rows[f"{name.split(', ')[0]}, 16 bits"]
+        values = [(row[f"perplexity_{text}"], wide[f"perplexity_{text}"]) for text in texts]
+        cells = [f"{perplexity_text(value)} (x {perplexity_text(value / base)})" for value, base in values]
+        label = name.replace("compressed", f"{percent(record.numbers['parameter_ratio'])} of the parameters")
+        lines.append(f"| {label} | {megabytes(row['bytes'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def engines() -> str:
     """The same for the front page: the forms of low rank in one column."""
     numbers = Record.load(HERE / "tools.json").numbers
@@ -473,6 +488,7 @@ TABLES = {
     "quality_gemma3": lambda: quality("quality-gemma3-270m"),
     "kinds": kinds,
     "tools": tools,
+    "int8": int8,
     "engines": engines,
     "recovered": recovered,
     "study": lambda: marked_down(claims_table(list(study_records().values()))),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from conftest import compress
 from toys import checkpoint
 
 DIRECTORY = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -225,3 +226,17 @@ def test_rows_of_tools_are_joined_and_a_cell_says_why_it_fails(
     tables = benchmark("tables", HERE=tmp_path)
     assert f"| {first} | transformers" in tables.tools()
     assert f"| {first} | split |" in tables.engines()
+
+
+def test_int8(benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module, text = benchmark("int8"), tmp_path / "text.txt"
+    dense = checkpoint(tmp_path / "dense", None)
+    compress(dense, tmp_path / "small", rank_reduction=0.4)
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 30)
+    arguments = [str(dense), str(tmp_path / "small"), "--texts", f"foxes={text}", "--num-windows", "1"]
+    monkeypatch.setattr(sys, "argv", ["int8.py", *arguments])
+    module.main()
+    rows = numbers(tmp_path / "int8.json")["rows"]
+    assert list(rows) == ["dense, 16 bits", "dense, int8", "compressed, 16 bits", "compressed, int8"]
+    assert rows["dense, int8"]["bytes"] < 0.5 * rows["dense, 16 bits"]["bytes"]
+    assert all(row["perplexity_foxes"] > 1 for row in rows.values())
