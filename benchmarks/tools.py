@@ -322,8 +322,9 @@ def llama_cpp(case: Case) -> None:
         shutil.copytree(case.directory, directory)
         pieces = ["<unk>", "<s>", "</s>", "▁", *(chr(97 + i) for i in range(case.dense.config.vocab_size - 4))]
         model = models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
-        special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}  # of a kind that llama.cpp knows
-        PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), **special).save_pretrained(directory)
+        tokenizer, special = Tokenizer(model), {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)  # llama.cpp knows it
         welore.export(directory, file, "gguf", "f32", progress=False)
         settings = xllamacpp.CommonParams()
         settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = str(file), 64, 1, False

@@ -190,7 +190,11 @@ def _lazy(kind: Any, output: OutputTensors) -> tuple[str, Any]:
     ((name, info),) = output.tensors.items()
 
     def make(output: OutputTensors) -> Tensor:
-        return torch.cat(list(output.make()[name])).reshape(info.shape)
+        flat, start = torch.empty(math.prod(info.shape), dtype=info.dtype), 0
+        for chunk in output.make()[name]:
+            flat[start : start + len(chunk)] = chunk
+            start += len(chunk)
+        return flat.reshape(info.shape)
 
     return name, lambda: kind(meta=kind.meta_with_dtype_and_shape(*info), args=(output,), func=make)
 
