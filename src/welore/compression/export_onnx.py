@@ -22,6 +22,7 @@ from welore.io.checkpoint import CONFIG, OWN_FIELDS, write_config
 from welore.io.claim import claimed
 from welore.io.context import RunContext
 from welore.models.load import evaluating, load_model
+from welore.models.replace import sizes
 from welore.models.skeleton import reason
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def export_onnx(
                 write_json(directory / CONFIG, fields)
             size = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
     note = "the graph reads input_ids, position_ids and a cache, which is empty for a prompt; low-rank products stay"
-    return {"parameters": sum(p.numel() for p in loaded.parameters()), "bytes": size, "notes": [note]}
+    return {"parameters": sizes(loaded)["parameters"], "bytes": size, "notes": [note]}
 
 
 def _exporter() -> tuple[Any, Any, Any]:
