@@ -152,6 +152,7 @@ FORMS: dict[str, Callable[[Path, Path], object]] = {
     "pivoted": compressed(storage="pivoted", split=False),
     "split": compressed(storage="pivoted", split=True),
     "narrower MLPs": compressed(storage="auto", mlp_pruning=0.25),
+    "int8": compressed(storage="auto", weights="int8"),
     "anywhere": compressed(optimize_for="anywhere"),
 }
 
@@ -185,6 +186,12 @@ def python(code: str, *arguments: object) -> str:
     if run.returncode:
         raise RuntimeError((run.stderr.strip().splitlines() or ["no output"])[-1])
     return run.stdout
+
+
+def require_floats(case: Case) -> None:
+    """Raise UnsupportedError for a form whose weights are integers, which cannot be trained or quantized again."""
+    if case.form == "int8":
+        raise UnsupportedError("integers")
 
 
 def from_pretrained(case: Case) -> None:
@@ -222,6 +229,8 @@ def lora(case: Case, **options: Any) -> None:
         adapted.save_pretrained(out)
         again: Any = PeftModel.from_pretrained(case.model(dtype=torch.float32), out)
         torch.testing.assert_close(again(case.ids).logits, expected, rtol=1e-4, atol=1e-4)
+        if case.form == "int8":
+            raise UnsupportedError("not merged into integers")
         merged = again.merge_and_unload()
         torch.testing.assert_close(merged(case.ids).logits, expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(expected, case.logits, atol=1e-3)
@@ -249,6 +258,7 @@ def trainer(case: Case) -> None:
     """transformers' Trainer: its checkpoint has the logits of the trained model."""
     from transformers import Trainer, TrainingArguments
 
+    require_floats(case)
     model = case.model(dtype=torch.float32)
     data = [{"input_ids": case.ids[0], "labels": case.ids[0]}] * 4
     with tempfile.TemporaryDirectory() as out:
@@ -263,6 +273,7 @@ def trl_sft(case: Case) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    require_floats(case)
     data = Dataset.from_dict({"prompt": ["one and"] * 4, "completion": [" one is two"] * 4})
     with tempfile.TemporaryDirectory() as out:
         arguments = SFTConfig(out, max_steps=2, bf16=False, gradient_checkpointing=False, **TRAINING)
@@ -275,6 +286,7 @@ def trl_dpo(case: Case) -> None:
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
+    require_floats(case)
     texts = {"prompt": ["one and"] * 4, "chosen": [" one is two"] * 4, "rejected": [" one is no"] * 4}
     with tempfile.TemporaryDirectory() as out:
         arguments = DPOConfig(out, max_steps=2, bf16=False, gradient_checkpointing=False, **TRAINING)
@@ -355,6 +367,7 @@ def onnx_runtime(case: Case) -> None:
 
 def int8(case: Case) -> None:
     """`export --format int8`, loaded: the logits of its own merged model, which are close to the reference."""
+    require_floats(case)
     if "quantization_config" not in (case.directory / "config.json").read_text("utf-8"):
         raise UnsupportedError("an ordinary checkpoint")
     directory = case.directory.with_name(f"{case.form}-int8")
@@ -370,6 +383,7 @@ def torchao(case: Case) -> None:
     """torchao's int8 weights, put in place after loading."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
+    require_floats(case)
     model = case.model(dtype=torch.float32)
     quantize_(model, Int8WeightOnlyConfig())
     close(case, model)
@@ -379,6 +393,7 @@ def bitsandbytes(case: Case) -> None:
     """LLM.int8 layers of bitsandbytes, put in place after loading; the head stays."""
     from bitsandbytes.nn import Linear8bitLt
 
+    require_floats(case)
     model = case.model(dtype=torch.float32)
     for name, layer in list(model.named_modules()):
         if type(layer) is torch.nn.Linear and name != "lm_head":
@@ -414,7 +429,12 @@ print(json.dumps(list(output.token_ids)))
 def vllm(case: Case) -> None:
     """vLLM's offline engine, with the plug-in that the package brings; greedy tokens."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    output = python(VLLM, case.directory, json.dumps(case.ids[0].tolist()), NEW_TOKENS)
+    try:
+        output = python(VLLM, case.directory, json.dumps(case.ids[0].tolist()), NEW_TOKENS)
+    except RuntimeError as error:
+        if case.form == "int8":
+            raise UnsupportedError("refused") from error
+        raise
     assert json.loads(output.splitlines()[-1]) == case.tokens
 
 
@@ -459,8 +479,8 @@ def cell(tool: Tool, case: Case, *, show: bool) -> str:
     """What a tool does with a checkpoint: OK, or a short reason."""
     try:
         tool.run(case)
-    except UnsupportedError as reason:
-        return f"no: {reason}"
+    except (UnsupportedError, welore.WeLoreError) as reason:
+        return f"no: {first_line(reason)[:100]}"
     except Exception as error:
         if show:
             traceback.print_exc()

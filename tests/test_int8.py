@@ -142,6 +142,9 @@ def test_a_layer_multiplies_by_the_dequantized_weight(dtype: torch.dtype, rows: 
     x.requires_grad_()
     layer(x).sum().backward()  # as under adapters
     assert x.grad is not None
+    layer.weight.data = W  # as adapters do when they are merged
+    with pytest.raises(WeLoreError, match="merge adapters before"):
+        layer(x)
 
 
 def test_an_embedding_reads_rows_and_calls_the_forward_of_its_family() -> None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from welore.errors import WeLoreError
+
 INT8 = "int8"
 SCALE = "weight_scale"
 LEVELS = 127  # on either side of 0
@@ -27,7 +29,9 @@ def quantize_rows(W: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
-    """W (m, n) in the dtype of the scale."""
+    """W (m, n) in the dtype of the scale; WeLoreError if somebody has put other numbers in place of the integers."""
+    if weight.dtype != torch.int8:
+        raise WeLoreError(f"an int8 layer holds {weight.dtype}: merge adapters before `export --format int8`")
     return weight * scale
 
 
