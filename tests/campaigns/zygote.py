@@ -109,7 +109,7 @@ def import_everything() -> None:
     torch.set_num_threads(1)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for module in pkgutil.walk_packages(welore.__path__, "welore."):
-        if module.name != "welore.__main__":
+        if module.name not in ("welore.__main__", "welore.models.vllm_plugin"):  # the second is for vLLM's processes
             importlib.import_module(module.name)
     others = (
         "transformers.trainer pydantic accelerate datasets pyarrow.parquet gguf jinja2 matplotlib.backends.backend_svg"
