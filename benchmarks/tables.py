@@ -441,6 +441,22 @@ def engines() -> str:
     return "\n".join(lines)
 
 
+def serving() -> str:
+    """Tokens/s and time to first token in vLLM, over the dense model, from benchmarks/serving.py."""
+    record = Record.load(HERE / "serving.json")
+    n, new_tokens = record.numbers, record.settings["new_tokens"]
+    names = [name for name in n["bytes"] if name != "dense"]
+    rows = [["weights", f"{n['bytes']['dense'] / 1e6:,.0f} MB", *(f"{n['bytes'][m] / 1e6:,.0f} MB" for m in names)]]
+    first = n["first_token"]
+    label = f"time to the first token, a prompt of {record.settings['first_prompt']}"
+    rows.append([label, f"{first['dense']['seconds']:.2f} s", *(f"x {first[m]['to_dense']:.2f}" for m in names)])
+    for count, taken in n["requests"].items():
+        speed = int(count) * new_tokens / taken["dense"]["seconds"]
+        ratios = [f"x {1 / taken[m]['to_dense']:.2f}" for m in names]
+        rows.append([f"throughput, {count} at once", f"{speed:,.0f} tokens/s", *ratios])
+    return marked_down(Table("", [f"vLLM {record.inputs['vllm']}", "dense", *(f"`{m}`" for m in names)], rows))
+
+
 def take(source: Path, target: Path, root: Path | None = None) -> None:
     """Copy a record without the paths of its model and text, and with only a few of the questions of a task.
 
@@ -481,6 +497,7 @@ TABLES = {
     "default_job": default_job,
     "inference": inference,
     "layouts": layouts,
+    "serving": serving,
     "tuning": tuning,
     "methods": methods,
     "tasks": tasks,
