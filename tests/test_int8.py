@@ -51,6 +51,7 @@ def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str, ho
     compress(source, tmp_path / "float", **how)
     welore.export(tmp_path / "float", tmp_path / "exported", "int8")
     assert equal(weights_of(tmp_path / "exported"), files)
+    assert all("--weights int8" in (tmp_path / name / "README.md").read_text("utf-8") for name in ("small", "exported"))
     exported = welore.Record.load(tmp_path / "exported" / "compression.json")
     assert (exported.settings["weights"], exported.numbers["bytes"]) == ("int8", size)
     for name, tensor in weights_of(tmp_path / "float").items():

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from welore.config import AUTO
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_write
 from welore.io.checkpoint import CARD, RECORD, read_config
@@ -149,7 +150,8 @@ def _making(record: Record, base: str) -> str:
     if not target:
         return ""
     method = ("preset", "optimize_for") if settings.get("preset") else ("strategy", "scaling", "optimize_for")
-    chosen = dict(target) | {name: settings[name] for name in method if settings.get(name)}
+    names = [name for name in (*method, "weights") if settings.get(name, AUTO) not in (None, AUTO)]
+    chosen = dict(target) | {name: settings[name] for name in names}
     flags = [f"--{'for' if key == 'optimize_for' else key.replace('_', '-')} {value}" for key, value in chosen.items()]
     recovery = settings.get("recovery")
     flags.append(f"--recovery {recovery.get('text', 'self') if recovery else 'none'}")
