@@ -253,7 +253,7 @@ def test_the_scheme_is_that_of_compressed_tensors() -> None:
     weight, scale = quantize_rows(W)
     theirs = forward.quantize(W, scale, torch.zeros_like(scale), arguments, dtype=torch.int8)
     assert torch.equal(theirs, weight)
-    assert torch.equal(forward.dequantize(weight, scale), dequantize(weight, scale))
+    assert torch.equal(forward.dequantize(weight, scale, args=arguments), dequantize(weight, scale))
 
 
 # --- other libraries, after loading -----------------------------------------------------------------------------------
