@@ -93,7 +93,9 @@ def test_moments_last_only_where_neurons_may_go_and_no_longer_than_needed(model:
     assert len(seen["neurons decompositions"]) == 8  # of the attention
     # every MLP has lost neurons; decompositions are left of the matrices to be factored alone
     assert not stored(tmp_path, "outputs") | {name for name in seen["factors"] if "gate" not in name}
-    assert {key.rpartition(".")[0] for key in seen["factors decompositions"]} == {a.name for a in plan.lrcs}
+    left = {key.rpartition(".")[0] for key in seen["factors decompositions"]}  # a worker may have begun with some
+    assert left
+    assert left <= {a.name for a in plan.lrcs}
     assert not seen["-factors decompositions"]
 
 
