@@ -15,6 +15,7 @@ from toys import calibrate, checkpoint
 from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate
 from welore.calibration.statistics import Statistics
+from welore.compression.factorize import factors_key
 from welore.compression.mlp_pruning import Search
 from welore.config import CalibrationConfig, CompressionConfig
 from welore.errors import DamagedWeightsError, WeLoreError
@@ -86,6 +87,7 @@ def test_moments_last_only_where_neurons_may_go_and_no_longer_than_needed(model:
     def see(label: str) -> None:
         seen.setdefault(label, stored(work, "outputs") | stored(work, "inputs"))
         seen.setdefault(label + " decompositions", stored(work, "decomposition"))
+        seen.setdefault(label + " files", {path.stem for path in work.glob("*.safetensors")})
 
     plan = ours(model, tmp_path / "out", watching(see), keep=0.5, mlp_pruning=0.2)
     assert {mlp.rpartition(".")[0] for mlp in plan.neurons} == {"model.layers.0", "model.layers.1"}
@@ -93,9 +95,9 @@ def test_moments_last_only_where_neurons_may_go_and_no_longer_than_needed(model:
     assert len(seen["neurons decompositions"]) == 8  # of the attention
     # every MLP has lost neurons; decompositions are left of the matrices to be factored alone
     assert not stored(tmp_path, "outputs") | {name for name in seen["factors"] if "gate" not in name}
-    left = {key.rpartition(".")[0] for key in seen["factors decompositions"]}  # a worker may have begun with some
-    assert left
-    assert left <= {a.name for a in plan.lrcs}
+    lrcs, files = {a.name for a in plan.lrcs}, seen["factors files"]
+    begun = {a.name for a in plan.lrcs if factors_key(a) in files}  # by workers, before the test looked
+    assert {key.rpartition(".")[0] for key in seen["factors decompositions"]} | begun == lrcs
     assert not seen["-factors decompositions"]
 
 

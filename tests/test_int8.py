@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import welore
-from conftest import build, compress, logits
+from conftest import Command, build, compress, done, logits
 from test_checkpoint import equal, weights_of
 from welore.compression.estimate import estimate
 from welore.config import CompressionConfig
@@ -81,6 +81,17 @@ def test_round_trip(saved, tmp_path: Path, tokens: torch.Tensor, family: str, ho
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     assert all(t.is_floating_point() and "scale" not in n for n, t in weights_of(tmp_path / "dense").items())
     torch.testing.assert_close(logits(dense, tokens), logits(model, tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_command_says_what_the_integers_save(saved, tmp_path: Path, command: Command) -> None:
+    compress(saved("llama"), tmp_path / "float", rank_reduction=0.4)
+    line = done(command("export", tmp_path / "float", tmp_path / "again", "--format", "int8"))
+    answer = command("export", tmp_path / "float", tmp_path / "small", "--format", "int8", "--json")
+    facts, before = json.loads(answer.out), welore.info(tmp_path / "float")
+    assert line.startswith(f"int8: {before.parameters:,} parameters, {facts['bytes'] / 1e6:,.1f} MB")
+    assert facts["parameters"] == before.parameters
+    assert facts["bytes"] == welore.info(tmp_path / "small").bytes < before.bytes
+    assert f"{before.bytes / 1e6:,.1f} MB" in facts["notes"][0]
 
 
 def test_sizes_tell_the_stored_bytes(small: Path, saved, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,6 +100,11 @@ class Record:
             return cls.of(content)
 
     @classmethod
+    def load_if_there(cls, path: Path) -> "Record | None":
+        """The record at `path`; None if there is no such file."""
+        return cls.load(path) if path.is_file() else None
+
+    @classmethod
     def of(cls, content: Any) -> "Record":
         """The record in a JSON value; KeyError or WeLoreError if it is none. Fields of later versions are passed by."""
         content = {"versions": {}, "machine": {}, "created": ""} | typed(content, dict, "a record")

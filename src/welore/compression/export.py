@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, Unpack
 from welore.compression.export_gguf import export_gguf
 from welore.compression.export_int8 import export_int8
 from welore.compression.export_onnx import export_onnx
-from welore.compression.info import size_of
+from welore.compression.info import stored_size
 from welore.compression.merge import merge
 from welore.config import AUTO, OutType, RunOptions, require_choice
 from welore.errors import WeLoreError, choose
-from welore.io.checkpoint import CheckpointReader
 from welore.io.context import RunContext
-from welore.models.source import CheckpointSource, open_source
+from welore.models.source import open_source
 from welore.records import Record
 
 if TYPE_CHECKING:
@@ -25,21 +24,14 @@ def export_dense(
 ) -> dict[str, Any]:
     """Multiply the factors back, W = A B, as `merge` does; the sizes before and after."""
     context = RunContext.create(**options)
-    before = _size(model, context)
+    before = stored_size(open_source(model, context))
     merge(model, output, **options)
-    after = _size(output, context)
+    after = stored_size(open_source(output, context))
     note = (
         f"as the dense model; compressed it has {before['parameters']:,} parameters, {before['bytes'] / 1e6:,.1f} MB: "
         "nothing of the saving is left"
     )
     return after | {f"{name}_compressed": value for name, value in before.items()} | {"notes": [note]}
-
-
-def _size(model: Any, context: RunContext) -> dict[str, int]:
-    source = open_source(model, context)
-    if isinstance(source, CheckpointSource):
-        return size_of(CheckpointReader(source.directory).entries)
-    return size_of({name: source.info(name) for name in source.names()})
 
 
 # Format -> a function (model, output, **options) that writes it; it gives the numbers of the record, among them

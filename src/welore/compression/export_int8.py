@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from welore.compression.info import info
+from welore.compression.info import size_of, stored_size
 from welore.compression.merge import welore_config
 from welore.config import SHARD_SIZE, RunOptions
 from welore.errors import WeLoreError
-from welore.io.checkpoint import PLAN, RECORD
+from welore.io.checkpoint import PLAN, RECORD, CheckpointReader
 from welore.io.claim import claimed, require_unread
 from welore.io.context import RunContext
 from welore.layers.int8 import INT8
@@ -40,6 +40,7 @@ def export_int8(
             raise WeLoreError(f"{source.name} is stored in 8 bits already: there is nothing to do")
         if isinstance(source, CheckpointSource):
             require_unread(output, source.directory)
+        before = stored_size(source)
         outputs = [source.copied(name) for name in source.names()]
         config = with_int8(config, source.empty_skeleton(), outputs)
         with open_sink(source, output, max_shard_size=SHARD_SIZE, overwrite=context.overwrite) as sink:
@@ -47,14 +48,13 @@ def export_int8(
             if isinstance(source, CheckpointSource) and sink.directory is not None:
                 _copy_records(source.directory, sink.directory, size)
                 write_card(sink.directory, source.name, read_card(source.directory))
-    written = info(output)
-    return {"parameters": written.parameters, "bytes": written.bytes}
+    after = size_of(CheckpointReader(Path(output)).entries)
+    return after | {"notes": [f"before its weights were int8 it took {before['bytes'] / 1e6:,.1f} MB"]}
 
 
 def _copy_records(source: Path, directory: Path, size: int) -> None:
     if (source / PLAN).is_file():
         shutil.copyfile(source / PLAN, directory / PLAN)
-    if (source / RECORD).is_file():
-        record = Record.load(source / RECORD)
+    if (record := Record.load_if_there(source / RECORD)) is not None:
         settings, numbers = record.settings | {"weights": INT8}, record.numbers | {"bytes": size}
         replace(record, settings=settings, numbers=numbers).save(directory / RECORD)

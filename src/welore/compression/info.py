@@ -19,7 +19,7 @@ from welore.io.safetensors_stream import TensorInfo
 from welore.layers.block_grid import layer_of
 from welore.layers.int8 import INT8, SCALE
 from welore.models.quantizer import METHOD, WeLoreConfig
-from welore.models.source import CheckpointSource
+from welore.models.source import CheckpointSource, TensorSource
 from welore.records import Record
 from welore.reporting.module_types import group_by_type
 
@@ -115,7 +115,7 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
         return CheckpointInfo(format=None, **sizes)
     compressed = None if quantization is None else WeLoreConfig.read(quantization)
     CheckpointSource(path, str(directory), trust_remote_code=context.trust_remote_code).require_complete()
-    record = Record.load(path / RECORD) if (path / RECORD).is_file() else None
+    record = Record.load_if_there(path / RECORD)
     return CheckpointInfo(
         format=compressed.version if compressed else None,
         target=dict(plan.target) if plan else {},
@@ -128,6 +128,13 @@ def info(directory: str | Path, **options: Unpack[RunOptions]) -> CheckpointInfo
         versions=record.versions if record else {},
         **sizes,
     )
+
+
+def stored_size(source: TensorSource) -> dict[str, int]:
+    """Parameters and bytes of a model as it is stored: its files, or its tensors in memory."""
+    if isinstance(source, CheckpointSource):
+        return size_of(CheckpointReader(source.directory).entries)
+    return size_of({name: source.info(name) for name in source.names()})
 
 
 def size_of(tensors: Mapping[str, TensorInfo]) -> dict[str, int]:

@@ -164,3 +164,15 @@ def raw_bytes(tensor: Tensor) -> Any:
     """The numbers of a tensor as bytes, in order."""
     flat = tensor.detach().cpu().contiguous().as_strided((tensor.numel(),), (1,))  # a single number may have any stride
     return flat.view(torch.uint8).numpy().data
+
+
+def check_permutation(name: str, order: Tensor) -> None:
+    """Raise WeLoreError unless a tensor holds every position of its rows once."""
+    if order.is_floating_point() or sorted(order.tolist()) != list(range(len(order))):
+        raise WeLoreError(f"{name} is no permutation of its {len(order)} rows: the checkpoint is damaged")
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise WeLoreError for a dtype of weights that are not numbers to compute with."""
+    if dtype not in FLOATS:
+        raise WeLoreError(f"{name} has dtype {dtype}, in which nothing can be multiplied: it is damaged")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError
-from welore.io.safetensors_stream import FLOATS
+from welore.io.safetensors_stream import check_dtype, check_permutation
 from welore.layers.block_grid import WHOLE, Grid, block_names, block_shape
 from welore.layers.low_rank import in_order
 from welore.layers.storage_forms import DENSE, FORMS, PIVOTED
@@ -137,10 +137,9 @@ class StackedLinear(nn.Module):
         if tuple(data.shape) != block.shapes[key]:
             raise WeLoreError(f"{key} has shape {tuple(data.shape)}, not {block.shapes[key]} as config.json says")
         if key.endswith(".order"):
-            if data.is_floating_point() or sorted(data.tolist()) != list(range(len(data))):
-                raise WeLoreError(f"{key} is no permutation of its {len(data)} rows: the checkpoint is damaged")
-        elif data.dtype not in FLOATS:
-            raise WeLoreError(f"{key} has dtype {data.dtype}, in which nothing can be multiplied: it is damaged")
+            check_permutation(key, data)
+        else:
+            check_dtype(key, data.dtype)
         if block.is_here:
             weight = self.products[self.inputs.index(block.reads)].weight.data
             block.fill(key, data, weight[block.start : block.start + block.height])

@@ -58,7 +58,7 @@ def write_card(directory: Path, base: str, origin: str = "", *, relation: str = 
 
     config, before = read_config(directory), _metadata(origin)
     quantization = config.get("quantization_config") or {}
-    record = Record.load(directory / RECORD) if (directory / RECORD).is_file() else None
+    record = Record.load_if_there(directory / RECORD)
     if not base and record is not None:
         base = str(record.inputs.get("model") or "")
     first = before.get("base_model") if OURS in (before.get("tags") or ()) else _hub_id(base)

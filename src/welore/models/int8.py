@@ -133,7 +133,7 @@ def _make(output: OutputTensors, infos: Mapping[str, TensorInfo], transposed: se
         scales: list[Tensor] = []
         if name in transposed:
             chunks = [torch.cat(list(chunks)).view(n, m).T]
-        made |= {name: _rows(chunks, n, scales), f"{name}_scale": _later(scales)}
+        made |= {name: _rows(chunks, n, scales), f"{name}_scale": scales}  # which the rows fill when they are written
     return made
 
 
@@ -144,7 +144,3 @@ def _rows(chunks: Iterable[Tensor], columns: int, scales: list[Tensor]) -> Itera
             weight, scale = quantize_rows(W)
             scales.append(scale.flatten())
             yield weight.flatten()
-
-
-def _later(tensors: list[Tensor]) -> Iterator[Tensor]:
-    yield from tensors

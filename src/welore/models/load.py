@@ -73,7 +73,8 @@ def load_model(
     kind = dtype if dtype == AUTO else getattr(torch, dtype)
     how: Any = {"attention": attention, "device_map": device_map, "trust_remote_code": context.trust_remote_code}
     loaded, tokenizer = load(directory, kind, context.device, **how)
-    inputs = {"model": str(model), "label": label, "compression": compression_of(directory)}
+    record = Record.load_if_there(directory / RECORD)
+    inputs = {"model": str(model), "label": label, "compression": record and record.settings}
     return LoadedModel(loaded, tokenizer, inputs, directory)
 
 
@@ -89,14 +90,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def compression_of(directory: Path) -> dict[str, Any] | None:
-    """The settings in the compression record of a directory, None without one."""
-    return Record.load(directory / RECORD).settings if (directory / RECORD).is_file() else None
-
-
 def sizes_in(directory: Path | None, model: "PreTrainedModel") -> dict[str, Any]:
     """`sizes` of the model of a directory; narrower MLPs of an ordinary checkpoint only its record tells."""
-    record = Record.load(directory / RECORD) if directory and (directory / RECORD).is_file() else None
+    record = None if directory is None else Record.load_if_there(directory / RECORD)
     if record is None or record.settings.get("optimize_for") != ANYWHERE:
         return sizes(model)
     return sizes(model) | {"parameter_ratio": record.numbers["parameter_ratio"]}

@@ -20,7 +20,7 @@ from welore.config import NONE, CompressionConfig, require_at_least
 from welore.errors import WeLoreError, choose
 from welore.io.checkpoint import check_finite
 from welore.io.fields import LARGEST, refusing, typed
-from welore.io.safetensors_stream import FLOATS, TensorInfo, TensorReader, readers_of
+from welore.io.safetensors_stream import FLOATS, TensorInfo, TensorReader, check_dtype, check_permutation, readers_of
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
 from welore.layers.int8 import SCALE, Int8Layer
 from welore.layers.low_rank import LowRankLayer, SplitLinear
@@ -247,9 +247,7 @@ def check_factors(config: WeLoreConfig, readers: Mapping[str, TensorReader], pre
             raise WeLoreError(f"config.json gives {name} rank {rank}, its tensors are {parts}: it is damaged")
         for part in form.indices:
             key = stored(f"{name}.{part}")
-            order = readers[key].read(key)
-            if order.is_floating_point() or sorted(order.tolist()) != list(range(len(order))):
-                raise WeLoreError(f"{key} is no permutation of its {len(order)} rows: the checkpoint is damaged")
+            check_permutation(key, readers[key].read(key))
         numbers += [f"{name}.{part}" for part in form.numbers]
     for name in config.int8:
         weight, scale = info(f"{name}.weight"), info(f"{name}.{SCALE}")
@@ -257,9 +255,8 @@ def check_factors(config: WeLoreConfig, readers: Mapping[str, TensorReader], pre
             raise WeLoreError(f"config.json says that {name} is int8, its tensors are {weight}, {scale}: it is damaged")
         key = stored(f"{name}.{SCALE}")
         check_finite(key, readers[key].read(key))
-    whole_numbers = {f"{name}.weight" for name in config.int8}
-    numbers = [key for key in numbers if key not in whole_numbers]
+    integers = {f"{name}.weight" for name in config.int8}
+    numbers = [key for key in numbers if key not in integers]
     tombstones = [f"{name}.weight" for name in config.ranks or {}]
     for key in (*numbers, *(key for key in tombstones if stored(key) in readers)):
-        if info(key).dtype not in FLOATS:
-            raise WeLoreError(f"{key} has dtype {info(key).dtype}, in which nothing can be multiplied: it is damaged")
+        check_dtype(key, info(key).dtype)

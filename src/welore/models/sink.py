@@ -51,11 +51,6 @@ class DirectorySink:
 
     def write(self, outputs: Sequence[OutputTensors], config: Change, progress: Progress) -> int:
         """Write the weights, config.json (config: None for a dense result) and the small files; returns their bytes."""
-        if config is not None and not isinstance(config, Resizing) and config.int8:
-            assert self.skeleton is not None
-            outputs = quantized_tensors(outputs, self.skeleton, config.int8)
-        outputs = [output.renamed(self.rename) for output in outputs]
-        size = write_weights(self.directory, outputs, self.max_shard_size, progress)
         content: dict[str, Any] | None = None
         change: Callable[..., dict[str, Any]] = dict
         if isinstance(config, Resizing):
@@ -63,6 +58,11 @@ class DirectorySink:
         elif config is not None:
             content = config.renamed(partial(of_layer, self.rename)).to_dict()
             change = partial(add_bootstrap, self.source, self.directory)
+            if config.int8:
+                assert self.skeleton is not None
+                outputs = quantized_tensors(outputs, self.skeleton, config.int8)
+        outputs = [output.renamed(self.rename) for output in outputs]
+        size = write_weights(self.directory, outputs, self.max_shard_size, progress)
         write_config(self.source, self.directory, content, change)
         return size
 

@@ -21,6 +21,7 @@ from welore.layers.int8 import SCALE, dequantize
 from welore.models.completeness import require_complete
 from welore.models.key_names import loaded_name, saved_name
 from welore.models.mlp import resize_layers
+from welore.models.replace import has_module
 from welore.models.skeleton import config_of, dense_skeleton, skeleton_of
 from welore.models.targets import Target, find_targets, kind_of, shared_layers
 from welore.records import Identity
@@ -302,13 +303,9 @@ class CheckpointSource(TensorSource):
 
     def _transposed(self, name: str) -> bool:
         """Whether the dense model stores the weight W^T: int8 is stored row by row of W."""
-        layer = self.skeleton.get_submodule(name.removesuffix(".weight")) if name in self._dense_names else None
-        kind = None if layer is None else kind_of(layer)
+        layer = name.removesuffix(".weight")
+        kind = kind_of(self.skeleton.get_submodule(layer)) if has_module(self.skeleton, layer) else None
         return kind is not None and kind.transposed
-
-    @cached_property
-    def _dense_names(self) -> set[str]:
-        return {name for name, _ in self.skeleton.named_parameters()}
 
     def _key(self, name: str) -> str:
         return self._keys.get(name, name)

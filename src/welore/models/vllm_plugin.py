@@ -30,7 +30,6 @@ from welore.models.key_names import of_layer
 from welore.models.quantizer import METHOD, WeLoreConfig
 
 SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}  # vLLM's name of a matrix in a packed layer -> its number, if it is none
-
 MERGE = "serve what `welore merge` makes of it"
 
 
@@ -131,9 +130,8 @@ class StackedMethod(LinearMethodBase):
         """A matrix, and the share of it that this device computes. shape: (rows here, n) of the dense one."""
         name, (rows, columns), config = self.names[number], (1, 1), self.config
         if isinstance(layer, ColumnParallelLinear):
-            rows = layer.tp_size // (
-                layer.num_kv_head_replicas if number and isinstance(layer, QKVParallelLinear) else 1
-            )
+            replicated = number and isinstance(layer, QKVParallelLinear)  # k and v
+            rows = layer.tp_size // (layer.num_kv_head_replicas if replicated else 1)
         elif isinstance(layer, RowParallelLinear):
             columns = layer.tp_size
         dense = shape[0] * rows, shape[1]
