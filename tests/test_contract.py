@@ -24,7 +24,7 @@ OPTIONS = {
     "export": "--format",
     "info": "",
     "evaluate": "--dataset --max-length --num-windows --against --lm-eval --batch-size --dtype --label --device "
-    "--limit --output --tasks-dir",
+    "--limit --output --tasks-dir --save-logprobs --top-logprobs",
     "finetune": "--method --dataset --task --max-steps --learning-rate --batch-size --max-length --eval-steps "
     "--save-steps --seed --resume --distill --warmup-steps --gradient-accumulation-steps --dtype --save-dtype "
     "--attention --rank --optimizer --weight-decay --max-grad-norm --max-eval-samples --distill-weight "

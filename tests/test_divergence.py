@@ -1,5 +1,6 @@
-"""Divergence from the dense model, against whole logits in float64."""
+"""Divergence from the dense model, in memory or saved, against whole logits in float64."""
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import welore
-from conftest import FAMILIES, build
+from conftest import FAMILIES, Command, build, done
 from welore.config import EvaluationConfig
 from welore.errors import WeLoreError
 from welore.evaluation import divergence as module
@@ -54,12 +57,16 @@ def changed(family: str = "llama") -> PreTrainedModel:
 
 
 @torch.no_grad()
-def reference(model: PreTrainedModel, dense: PreTrainedModel) -> dict[str, float]:
-    """From the whole logits of every window, in float64."""
+def reference(model: PreTrainedModel, dense: PreTrainedModel, k: int | None = None) -> dict[str, float]:
+    """From the whole logits of every window, in float64; with k all but the k likeliest tokens are one."""
     values, same = [], []
     for window in WINDOWS:
         p, q = (m.double()(torch.tensor([window])).logits[0, :-1].log_softmax(-1) for m in (dense, model))
-        values += (p.exp() * (p - q)).sum(-1).tolist()
+        for one, other in zip(p.exp().numpy(), q.exp().numpy(), strict=True):
+            order = np.argsort(-one)
+            listed, rest = order[:k], [] if k is None else order[k:]
+            terms = [(one[i], other[i]) for i in listed] + ([(one[rest].sum(), other[rest].sum())] if len(rest) else [])
+            values.append(sum(a * np.log(a / b) for a, b in terms))
         same += (p.argmax(-1) == q.argmax(-1)).tolist()
     return {
         "kl_mean": float(np.mean(values)),
@@ -79,7 +86,109 @@ def test_divergence_is_that_of_whole_logits(
     expected = reference(changed(family), build(family))
     assert expected["kl_mean"] > 1e-3
     for name, value in expected.items():
-        assert numbers[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+        assert numbers[name] == pytest.approx(value, rel=0, abs=1e-6), name
+
+
+@pytest.mark.parametrize("k", [1, 5, 96, 1000])
+def test_divergence_from_a_file_is_that_of_the_likeliest_tokens_and_one_class_for_the_others(
+    k: int, text: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ROWS", 7)
+    config, file = EvaluationConfig(text, **CONFIG), tmp_path / "dense.safetensors"
+    dense = welore.evaluate(build("llama"), config, tokenizer=tokenizer, save_logprobs=file, top_logprobs=k)
+    record = welore.evaluate(changed(), config, against=file, tokenizer=tokenizer)
+    for name, value in reference(changed(), build("llama"), k).items():
+        assert record.numbers[name] == pytest.approx(value, rel=0, abs=1e-6), name
+    assert record.numbers["kl_mean"] <= reference(changed(), build("llama"))["kl_mean"] + 1e-6
+    assert record.inputs["against"] == dense.inputs["model"]
+    assert record.inputs["against_top_logprobs"] == min(k, 96)
+    assert (record.numbers["kl_rest"] == 0) == (k >= 96)
+
+
+def test_one_pass_of_the_dense_model_serves_the_command(
+    command: Command, saved: Callable[..., Path], text: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    dense, file = saved("llama"), tmp_path / "dense.safetensors"
+    tokenizer.save_pretrained(dense)
+    how = ("--dataset", text, "--max-length", LENGTH)
+    done(command("evaluate", dense, *how, "--save-logprobs", file, "--top-logprobs", 3))
+    answer = command("evaluate", dense, *how, "--against", file)
+    assert "KL 0, top-1 100.0%" in answer.out
+
+
+@pytest.fixture
+def predictions(text: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """The log-probabilities of build("llama")."""
+    file = tmp_path / "dense.safetensors"
+    config = EvaluationConfig(text, **CONFIG)
+    welore.evaluate(build("llama"), config, tokenizer=tokenizer, save_logprobs=file, top_logprobs=3)
+    return file
+
+
+def test_a_file_of_another_text_or_other_windows_is_refused(
+    text: str, tokenizer: PreTrainedTokenizerFast, predictions: Path
+) -> None:
+    def refusal(config: EvaluationConfig, **changes: Any) -> str:
+        with pytest.raises(WeLoreError) as refused:
+            welore.evaluate(build("llama", **changes), config, against=predictions, tokenizer=tokenizer)
+        return str(refused.value)
+
+    usual = EvaluationConfig(text, **CONFIG)
+    assert "was made with another text: give the --dataset" in refusal(EvaluationConfig(["w1 w2 w3"], **CONFIG))
+    assert "was made with other windows" in refusal(dataclasses.replace(usual, max_length=20))
+    assert "was made with other windows" in refusal(dataclasses.replace(usual, num_windows=1))
+    assert "the two models have 100 and 96 tokens" in refusal(usual, vocab_size=100)
+    tokenizer.add_tokens(["w1000"])
+    assert "was made with another tokenizer: compare with the dense model" in refusal(usual)
+
+
+@pytest.mark.parametrize("damage", ["id", "sum", "nan", "shape"])
+def test_a_damaged_file_is_refused(
+    damage: str, text: str, tokenizer: PreTrainedTokenizerFast, predictions: Path
+) -> None:
+    with safe_open(predictions, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    match damage:
+        case "id":
+            tensors["1.ids"][2, 1] = 96
+        case "sum":
+            tensors["1.rest"][2] += 0.1
+        case "nan":
+            tensors["1.logprobs"][2, 1] = torch.nan
+        case "shape":
+            tensors["1.first"] = tensors["1.first"][:-1].clone()
+    save_file(tensors, predictions, metadata)
+    with pytest.raises(WeLoreError, match="is damaged: make it again with --save-logprobs"):
+        welore.evaluate(build("llama"), EvaluationConfig(text, **CONFIG), against=predictions, tokenizer=tokenizer)
+
+
+def test_what_is_no_file_of_log_probabilities_is_refused(tmp_path: Path, text: str) -> None:
+    save_file({"windows": torch.zeros(2, 3)}, tmp_path / "windows.safetensors")
+    with pytest.raises(WeLoreError, match="holds no log-probabilities that can be read"):
+        welore.evaluate(build("llama"), against=tmp_path / "windows.safetensors")
+    with pytest.raises(WeLoreError, match="does not exist: make it with `welore evaluate DENSE --save-logprobs"):
+        welore.evaluate(build("llama"), against=tmp_path / "nothing.safetensors")
+    with pytest.raises(WeLoreError, match=r"call it NAME\.safetensors"):
+        welore.evaluate(build("llama"), EvaluationConfig(text), save_logprobs=tmp_path / "a.npz")
+
+
+def test_nan_leaves_no_file_and_the_one_of_before(
+    text: str, tokenizer: PreTrainedTokenizerFast, predictions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, config = predictions.read_bytes(), EvaluationConfig(text, **CONFIG)
+    broken = build("llama")
+    of = module.Predictions.of
+
+    def late(logits: torch.Tensor, k: int) -> Any:
+        """The last window is NaN."""
+        return of(logits if len(logits) > 9 else logits * torch.nan, k)
+
+    monkeypatch.setattr(module.Predictions, "of", late)
+    for name in (predictions, predictions.with_name("other.safetensors")):
+        with pytest.raises(WeLoreError, match="computes NaN or Inf"):
+            welore.evaluate(broken, config, tokenizer=tokenizer, save_logprobs=name)
+    assert predictions.read_bytes() == before
+    assert [path.name for path in predictions.parent.glob("*.safetensors")] == [predictions.name]
 
 
 def test_model_does_not_diverge_from_itself(text: str, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -129,6 +129,7 @@ def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--lm-eval", "boolq", "--dataset", "pydoc"], "give --dataset or --lm-eval, not both"),
         (["--lm-eval", "boolq", "--num-windows", "3"], "--num-windows and --bos go with --dataset"),
         (["--lm-eval", "boolq", "--bos", "never"], "--num-windows and --bos go with --dataset"),
+        (["--lm-eval", "boolq", "--against", "dense"], "--against and --save-logprobs go with --dataset"),
         (["--limit", "3"], "--limit and --tasks-dir go with --lm-eval"),
         (["--tasks-dir", "x"], "--limit and --tasks-dir go with --lm-eval"),
     ],

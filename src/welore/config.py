@@ -46,6 +46,7 @@ ANYWHERE: Literal["anywhere"] = "anywhere"
 SELF = "self"  # a dataset: text that the model (of a fine-tuning, its teacher) writes
 SHARD_SIZE = "5GB"
 NUM_TOKENS, MAX_LENGTH = 65_536, 512  # of calibration
+TOP_LOGPROBS = 128  # likeliest tokens that are saved of every prediction
 LARGEST = (1 << 31) - 1  # of all counts
 LEAST_PROBES = 4  # of a pre-training, to describe its course
 BOS = "Begin every window with BOS (window), only a text (text), nothing (never); auto: as the tokenizer's family does."

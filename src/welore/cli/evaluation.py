@@ -8,11 +8,37 @@ import typer
 from welore.cli.ending import is_main_process
 from welore.cli.from_config import Label, Model, RecordFile
 from welore.cli.output import log, print_result, quiet_libraries
-from welore.config import EvaluationConfig, RunConfig, ScoreConfig
+from welore.config import TOP_LOGPROBS, EvaluationConfig, RunConfig, ScoreConfig
 from welore.errors import WeLoreError
 
 if TYPE_CHECKING:
     from welore.records import Record
+
+
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DENSE",
+        help="Also measure the divergence from this model, or from a file that --save-logprobs wrote.",
+        rich_help_panel="Text",
+    ),
+]
+SaveLogprobs = Annotated[
+    Path | None,
+    typer.Option(help="File (.safetensors) to write: the model's predictions, for --against.", rich_help_panel="Text"),
+]
+TopLogprobs = Annotated[
+    int, typer.Option(help="Likeliest tokens that this file holds of every prediction.", rich_help_panel="Text")
+]
+LmEval = Annotated[
+    str | None, typer.Option(help="In place of a text: tasks of lm-eval, boolq,piqa.", rich_help_panel="lm-eval")
+]
+Limit = Annotated[
+    int | None, typer.Option(help="Only the first questions of each of these tasks.", rich_help_panel="lm-eval")
+]
+TasksDir = Annotated[
+    Path | None, typer.Option(help="Directory with the definitions (.yaml) of these tasks.", rich_help_panel="lm-eval")
+]
 
 
 def evaluate(
@@ -20,21 +46,12 @@ def evaluate(
     config: EvaluationConfig,
     run: RunConfig,
     as_json: bool,
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="DENSE", help="Also measure the divergence from this model.", rich_help_panel="Text"),
-    ] = None,
-    lm_eval: Annotated[
-        str | None,
-        typer.Option(help="In place of a text: tasks of lm-eval, boolq,piqa.", rich_help_panel="lm-eval"),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Only the first questions of each of these tasks.", rich_help_panel="lm-eval")
-    ] = None,
-    tasks_dir: Annotated[
-        Path | None,
-        typer.Option(help="Directory with the definitions (.yaml) of these tasks.", rich_help_panel="lm-eval"),
-    ] = None,
+    against: Against = None,
+    save_logprobs: SaveLogprobs = None,
+    top_logprobs: TopLogprobs = TOP_LOGPROBS,
+    lm_eval: LmEval = None,
+    limit: Limit = None,
+    tasks_dir: TasksDir = None,
     label: Label = None,
     output: RecordFile = None,
 ) -> None:
@@ -44,18 +61,12 @@ def evaluate(
     from welore.io.claim import claimed
 
     quiet_libraries()
-    usual = EvaluationConfig()
     if lm_eval is None and (limit, tasks_dir) != (None, None):
         raise WeLoreError("--limit and --tasks-dir go with --lm-eval; of a text, --num-windows are read")
-    if lm_eval is not None and config.device_map is not None:
-        raise WeLoreError("--device-map goes with --dataset; for tasks, name a device that holds the model")
-    if lm_eval is not None and config.dataset != usual.dataset:
-        raise WeLoreError("give --dataset or --lm-eval, not both: a text or tasks")
-    windows = (config.max_length, config.num_windows, config.bos)
-    if lm_eval is not None and windows != (usual.max_length, usual.num_windows, usual.bos):
-        raise WeLoreError(
-            "--max-length, --num-windows and --bos go with --dataset; of a task, --limit questions are read"
-        )
+    if lm_eval is not None and (against, save_logprobs) != (None, None):
+        raise WeLoreError("--against and --save-logprobs go with --dataset: they are of predictions in a text")
+    if lm_eval is not None:
+        _require_no_text(config)
     with claimed(output, model, config, against, tasks_dir, leads=is_main_process()):
         if lm_eval is not None:
             names = [name.strip() for name in lm_eval.split(",") if name.strip()]
@@ -70,11 +81,32 @@ def evaluate(
                 **run.options,
             )
         else:
-            record = evaluate(model, config, against=against, label=label, **run.options)
+            record = evaluate(
+                model,
+                config,
+                against=against,
+                save_logprobs=save_logprobs if is_main_process() else None,
+                top_logprobs=top_logprobs,
+                label=label,
+                **run.options,
+            )
         if output is not None and is_main_process():
             record.save(output)
     line = _summary(record)
     print_result(record, as_json, line if output is None else f"{line} -> {output}")
+
+
+def _require_no_text(config: EvaluationConfig) -> None:
+    """Raise WeLoreError for an option of texts, which tasks do not read."""
+    usual = EvaluationConfig()
+    if config.device_map is not None:
+        raise WeLoreError("--device-map goes with --dataset; for tasks, name a device that holds the model")
+    if config.dataset != usual.dataset:
+        raise WeLoreError("give --dataset or --lm-eval, not both: a text or tasks")
+    if (config.max_length, config.num_windows, config.bos) != (usual.max_length, usual.num_windows, usual.bos):
+        raise WeLoreError(
+            "--max-length, --num-windows and --bos go with --dataset; of a task, --limit questions are read"
+        )
 
 
 def score(

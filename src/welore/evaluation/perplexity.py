@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from welore.config import Dataset, EvaluationConfig, RunOptions, as_record
+from welore.config import TOP_LOGPROBS, Dataset, EvaluationConfig, RunOptions, as_record, require_at_least
 from welore.data.packing import IGNORED, Batch
 from welore.data.text import TextOptions
 from welore.data.windows import Openings, evaluation_text, require_known_tokens, stack, windows
 from welore.errors import WeLoreError
-from welore.evaluation.divergence import divergence
+from welore.evaluation.divergence import divergence, save_predictions
+from welore.evaluation.logprobs import binding, logprobs_name, saved_logprobs
+from welore.io.claim import claimed
 from welore.io.context import RunContext, finest_dtype
-from welore.io.progress import counted
+from welore.io.progress import Progress, counted
 from welore.models.load import LoadedModel, evaluating, input_device, load_model, warn_if_slow
 from welore.models.skeleton import context_length, require_context_length
 from welore.records import Record
@@ -35,6 +37,8 @@ def evaluate(
     *,
     dataset: Dataset | None = None,
     against: "str | Path | PreTrainedModel | None" = None,
+    save_logprobs: str | Path | None = None,
+    top_logprobs: int = TOP_LOGPROBS,
     label: str | None = None,
     **options: Unpack[RunOptions],
 ) -> Record:
@@ -47,8 +51,9 @@ def evaluate(
         model: hub id, directory, .gguf file or model in memory; the last one needs the option `tokenizer`.
         config: text, windows, batch size and dtype of the weights.
         dataset: the text, in place of config.dataset.
-        against: the dense model; adds `kl_mean`, `kl_median`, `kl_p99` (nats per token) and `top1_agreement` of the
-            next-token distributions on the same windows.
+        against: the dense model, or a file of its log-probabilities; adds `kl_mean`, `kl_median`, `kl_p99` (nats per
+            token) and `top1_agreement` of the next-token distributions on the same windows.
+        save_logprobs: .safetensors file to write, for `against`: the `top_logprobs` likeliest tokens after each one.
         label: a name for tables.
         **options: device, progress, cache_dir, revision, tokenizer.
 
@@ -61,34 +66,64 @@ def evaluate(
     context = RunContext.create(**options)
     config = config or EvaluationConfig()
     config = config if dataset is None else replace(config, dataset=dataset)
-    text, digest = evaluation_text(config.dataset, TextOptions.of(config, context))
-    loaded = load_model(model, context, config.dtype, label, device_map=config.device_map)
-    net = loaded.model
-    warn_if_slow(net.dtype, net.device)
-    pieces = windows(loaded.tokenizer, text, config.max_length, config.num_windows, config.bos)
-    require_context_length(len(pieces[0]), context_length(net.config))
-    require_known_tokens(net, torch.cat(pieces))
-    batches = stack(pieces, config.batch_size)
+    require_at_least(1, top_logprobs=top_logprobs)
+    saved = saved_logprobs(against)
+    with claimed(save_logprobs and logprobs_name(save_logprobs), model, config, against):
+        text, digest = evaluation_text(config.dataset, TextOptions.of(config, context))
+        loaded = load_model(model, context, config.dtype, label, device_map=config.device_map)
+        net = loaded.model
+        pieces = windows(loaded.tokenizer, text, config.max_length, config.num_windows, config.bos)
+        require_context_length(len(pieces[0]), context_length(net.config))
+        require_known_tokens(net, torch.cat(pieces))
+        bound = binding(digest, pieces, loaded.tokenizer)
+        if saved is not None:
+            saved.require(bound, pieces)
+        numbers = _perplexity(net, pieces, config.batch_size, context.progress)
+        loaded.inputs["text_sha256"] = digest
+        if saved is not None:
+            loaded.inputs.update(against=saved.model, against_top_logprobs=saved.k)
+            numbers |= divergence(net, saved, stack(pieces, 1), context.progress)
+        elif against is not None:
+            numbers |= _divergence(loaded, against, text, pieces, config, context)
+        if save_logprobs is not None:
+            header = bound | {"model": str(loaded.inputs["model"])}
+            save_predictions(Path(save_logprobs), net, pieces, top_logprobs, header, context.progress)
+    bos = "text" if isinstance(text, Tensor) else Openings.of(loaded.tokenizer, config.bos, config.max_length).bos
+    return loaded.record("perplexity", as_record(config) | {"bos": bos}, numbers)
+
+
+def _perplexity(model: "PreTrainedModel", pieces: list[Tensor], batch_size: int, progress: Progress) -> dict[str, Any]:
+    """The perplexity on windows, and how long it took."""
+    warn_if_slow(model.dtype, model.device)
     started = time.perf_counter()
-    labelled = ({"input_ids": batch, "labels": batch} for batch in counted(context.progress, batches, "perplexity"))
-    nll, tokens = negative_log_likelihood(net, labelled, input_device(net))
+    batches = counted(progress, stack(pieces, batch_size), "perplexity")
+    labelled = ({"input_ids": batch, "labels": batch} for batch in batches)
+    nll, tokens = negative_log_likelihood(model, labelled, input_device(model))
     if not math.isfinite(nll):
         raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
-    numbers = {
+    return {
         "perplexity": perplexity_of(nll / tokens),
         "nll": nll / tokens,
         "tokens": tokens,
         "windows": len(pieces),
         "seconds": time.perf_counter() - started,
     }
-    loaded.inputs["text_sha256"] = digest
-    if against is not None:
-        dense = load_model(against, context, config.dtype, device_map=config.device_map)
-        loaded.inputs["against"] = dense.inputs["model"]
-        _require_equal_tokens(dense, text, batches, config)
-        numbers |= divergence(net, dense.model, batches, context.progress)
-    bos = "text" if isinstance(text, Tensor) else Openings.of(loaded.tokenizer, config.bos, config.max_length).bos
-    return loaded.record("perplexity", as_record(config) | {"bos": bos}, numbers)
+
+
+def _divergence(
+    loaded: LoadedModel,
+    against: "str | Path | PreTrainedModel",
+    text: str | Tensor,
+    pieces: list[Tensor],
+    config: EvaluationConfig,
+    context: RunContext,
+) -> dict[str, float]:
+    """The divergence from a dense model, whose name the inputs of the record get."""
+    dense = load_model(against, context, config.dtype, device_map=config.device_map)
+    loaded.inputs["against"] = dense.inputs["model"]
+    batches = stack(pieces, config.batch_size)
+    _require_equal_tokens(dense, text, batches, config)
+    return divergence(loaded.model, dense.model, batches, context.progress)
 
 
 def _require_equal_tokens(
