@@ -48,6 +48,7 @@ FRONT = (  # directory of records, model in print, row, share of the parameters,
     ("quality-gemma3-270m", "Gemma 3 270M", "ours-default", 0.8, "`--for size --keep 0.8 --num-tokens 16384`"),
     ("quality-gemma3-270m", "Gemma 3 270M", "ours-default", 0.6, "`--for size --keep 0.6 --num-tokens 16384`"),
 )
+TEXTS = ("perplexity_wikitext2", "perplexity_pydoc")
 LOW_RANK = ("factored", "pivoted", "split", "narrower MLPs")
 DEMO = (  # rows in print; of an older demo some are not there
     *("dense", "uniform-same-err", "uniform-same-parameters", "welore"),
@@ -373,8 +374,7 @@ def front() -> str:
 
 def _ratios(base: Record, records: list[Record]) -> list[str]:
     """Mean perplexity over seeds on both texts, to that of `base`."""
-    texts = ("perplexity_wikitext2", "perplexity_pydoc")
-    means = [sum(r.numbers[text] for r in records) / len(records) / base.numbers[text] for text in texts]
+    means = [sum(r.numbers[text] for r in records) / len(records) / base.numbers[text] for text in TEXTS]
     return [f"x {perplexity_text(mean)}" for mean in means]
 
 
@@ -424,6 +424,23 @@ def int8() -> str:
         label = name.replace("compressed", f"{percent(record.numbers['parameter_ratio'])} of the parameters")
         lines.append(f"| {label} | {megabytes(row['bytes'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def equal_bytes(of: str) -> str:
+    """Quality of files of the dense model and of compressed ones, from benchmarks/equal_bytes.py."""
+    rows = Record.load(HERE / f"equal_bytes-{of}.json").numbers["rows"]
+    lines = []
+    for name, row in rows.items():
+        what, form = name.split(", ")
+        kind, _, ratio = what.partition(" ")
+        dense, exact = rows["dense, 16 bits"], rows[f"{what}, 16 bits"]
+        label = "dense" if kind == "dense" else percent(float(ratio)) + (", anywhere" if kind == "anywhere" else "")
+        ratios = (f"x {perplexity_text(row[text] / dense[text])}" for text in TEXTS)
+        millions = f"{exact['multiplications_per_token'] / 1e6:.0f} M"
+        divergence = (f"{row['kl_mean']:.4f}", percent(row["top1_agreement"]))
+        lines.append([label, form, megabytes(row["bytes"]), millions, " / ".join(ratios), *divergence])
+    head = ["parameters", "weights", "bytes", "multiplications", "perplexity, to dense", "KL", "same first token"]
+    return marked_down(Table("", head, lines))
 
 
 def engines() -> str:
@@ -506,6 +523,7 @@ TABLES = {
     "kinds": kinds,
     "tools": tools,
     "int8": int8,
+    "equal_bytes": lambda: equal_bytes("SmolLM2-135M-Instruct"),
     "engines": engines,
     "recovered": recovered,
     "study": lambda: marked_down(claims_table(list(study_records().values()))),

@@ -260,3 +260,24 @@ def test_trials_for_anywhere(
     assert rows["matrices at 1e-3, 2 steps"]["held_out_loss"]["healed"] > 0
     for name in module.HEADS:
         assert rows[name]["parameter_ratio"] == pytest.approx(0.8, abs=0.05)
+
+
+@pytest.mark.slow
+def test_equal_bytes_goes_on_where_it_was(
+    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without the rows that need llama.cpp."""
+    module = benchmark("equal_bytes", LENGTH=32)
+    (tmp_path / "text.txt").write_text("a number of words, and a number of other words; " * 40)
+    rows = ["dense, 16 bits", "compressed 0.8, 16 bits", "compressed 0.8, int8"]
+    sizes = ["--num-windows", "3", "--num-tokens", "1024"]
+    options = ["--wikitext", str(tmp_path / "text.txt"), "--work", str(tmp_path / "work"), *sizes]
+    for asked in (rows[:2], rows):
+        monkeypatch.setattr(sys, "argv", ["equal_bytes", *options, "--rows", *asked])
+        module.main()
+    found = numbers(tmp_path / f"equal_bytes-{module.EMBEDDED}.json")["rows"]
+    assert list(found) == rows
+    assert found[rows[0]]["kl_mean"] < 1e-6 < found[rows[1]]["kl_mean"]
+    assert found[rows[1]]["multiplications_per_token"] < found[rows[0]]["multiplications_per_token"]
+    assert found[rows[2]]["bytes"] < found[rows[1]]["bytes"]
+    assert (tmp_path / f"equal_bytes-{module.EMBEDDED}.png").stat().st_size > 1000

@@ -96,6 +96,8 @@ def test_divergence_from_a_file_is_that_of_the_likeliest_tokens_and_one_class_fo
     monkeypatch.setattr(module, "ROWS", 7)
     config, file = EvaluationConfig(text, **CONFIG), tmp_path / "dense.safetensors"
     dense = welore.evaluate(build("llama"), config, tokenizer=tokenizer, save_logprobs=file, top_logprobs=k)
+    alone = welore.evaluate(build("llama"), config, tokenizer=tokenizer)
+    assert dense.numbers["nll"] == pytest.approx(alone.numbers["nll"], rel=1e-6)
     record = welore.evaluate(changed(), config, against=file, tokenizer=tokenizer)
     for name, value in reference(changed(), build("llama"), k).items():
         assert record.numbers[name] == pytest.approx(value, rel=0, abs=1e-6), name
@@ -175,18 +177,16 @@ def test_what_is_no_file_of_log_probabilities_is_refused(tmp_path: Path, text: s
 def test_nan_leaves_no_file_and_the_one_of_before(
     text: str, tokenizer: PreTrainedTokenizerFast, predictions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, config = predictions.read_bytes(), EvaluationConfig(text, **CONFIG)
-    broken = build("llama")
-    of = module.Predictions.of
+    before, config, pieces = predictions.read_bytes(), EvaluationConfig(text, **CONFIG), module.logit_pieces
 
-    def late(logits: torch.Tensor, k: int) -> Any:
+    def late(model: PreTrainedModel, batch: torch.Tensor) -> Any:
         """The last window is NaN."""
-        return of(logits if len(logits) > 9 else logits * torch.nan, k)
+        return ((x if batch.shape[1] > 10 else x * torch.nan, following) for x, following in pieces(model, batch))
 
-    monkeypatch.setattr(module.Predictions, "of", late)
+    monkeypatch.setattr(module, "logit_pieces", late)
     for name in (predictions, predictions.with_name("other.safetensors")):
         with pytest.raises(WeLoreError, match="computes NaN or Inf"):
-            welore.evaluate(broken, config, tokenizer=tokenizer, save_logprobs=name)
+            welore.evaluate(build("llama"), config, tokenizer=tokenizer, save_logprobs=name)
     assert predictions.read_bytes() == before
     assert [path.name for path in predictions.parent.glob("*.safetensors")] == [predictions.name]
 
@@ -203,7 +203,8 @@ def test_perplexity_is_the_same_with_and_without_divergence(text: str, tokenizer
     beside = welore.evaluate(
         build("llama"), EvaluationConfig(text, **CONFIG), against=changed(), tokenizer=tokenizer
     ).numbers
-    assert alone["nll"] == beside["nll"]
+    assert beside["nll"] == pytest.approx(alone["nll"], rel=1e-6)
+    assert beside["perplexity"] == pytest.approx(alone["perplexity"], rel=1e-6)
     assert "kl_mean" not in alone
 
 

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import welore
 from conftest import Command
 from toys import characters, checkpoint
 from welore.errors import WeLoreError
-from welore.evaluation.lm_eval import evaluate_tasks
+from welore.evaluation.lm_eval import SETS, evaluate_tasks
 
 ABSENT = importlib.util.find_spec("lm_eval") is None
 needs_lm_eval = pytest.mark.skipif(ABSENT, reason="lm-eval is absent: pip install -e '.[eval]'")
@@ -80,6 +83,47 @@ def test_a_task_of_lm_eval_gives_the_accuracy_found_by_hand(model: Path, tasks_d
     first = evaluate_tasks(model, ["sums"], tasks_dir=tasks_dir, limit=3).numbers["tasks"]["sums"]
     assert first["n"] == 3
     assert first["metrics"]["acc"] == pytest.approx(sum(right[:3]) / 3)
+
+
+@needs_lm_eval
+@needs_lm_eval_warnings
+@pytest.mark.slow
+def test_results_are_those_of_the_command_of_lm_eval_on_the_merged_model(
+    model: Path, tasks_dir: Path, tmp_path: Path
+) -> None:
+    welore.merge(model, tmp_path / "merged", progress=False)
+    arguments = f"pretrained={tmp_path / 'merged'},dtype=float32"
+    options = ["--model_args", arguments, "--tasks", "sums", "--include_path", tasks_dir, "--output_path", tmp_path]
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--batch_size", "1", *options]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    (path,) = tmp_path.glob("*/results_*.json")
+    theirs = json.loads(path.read_text("utf-8"))["results"]["sums"]
+    for directory in (model, tmp_path / "merged"):
+        ours = evaluate_tasks(directory, ["sums"], tasks_dir=tasks_dir, dtype="float32").numbers["tasks"]["sums"]
+        assert ours["metrics"]["acc"] == theirs["acc,none"]
+
+
+@needs_lm_eval
+@needs_lm_eval_warnings
+@pytest.mark.slow
+def test_lm_eval_knows_the_tasks_of_our_sets() -> None:
+    from lm_eval.tasks import TaskManager
+
+    assert set().union(*SETS.values(), ["gsm8k"]) <= set(TaskManager().all_tasks)
+
+
+def test_a_set_stands_for_its_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def manager(tasks: list[str], directory: str | None) -> None:
+        asked.append(tasks)
+        raise WeLoreError("enough")
+
+    monkeypatch.setattr("welore.evaluation.lm_eval.importlib.util.find_spec", lambda name: True)
+    monkeypatch.setattr("welore.evaluation.lm_eval._task_manager", manager)
+    with pytest.raises(WeLoreError, match="enough"):
+        evaluate_tasks("nowhere", ["gsm8k", "zero-shot", "piqa"])
+    assert asked == [["gsm8k", *SETS["zero-shot"]]]
 
 
 @needs_lm_eval

@@ -31,7 +31,7 @@ TopLogprobs = Annotated[
     int, typer.Option(help="Likeliest tokens that this file holds of every prediction.", rich_help_panel="Text")
 ]
 LmEval = Annotated[
-    str | None, typer.Option(help="In place of a text: tasks of lm-eval, boolq,piqa.", rich_help_panel="lm-eval")
+    str | None, typer.Option(help="In place of a text: tasks of lm-eval, zero-shot,gsm8k.", rich_help_panel="lm-eval")
 ]
 Limit = Annotated[
     int | None, typer.Option(help="Only the first questions of each of these tasks.", rich_help_panel="lm-eval")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from welore.errors import WeLoreError
 from welore.evaluation.logprobs import LogprobsFile, Predictions, write_logprobs
@@ -27,7 +28,7 @@ def divergence(
     batches: Sequence[Tensor],
     progress: Progress = silent,
 ) -> dict[str, float]:
-    """KL(dense || model) in nats over all predicted tokens, and how often both rank the same token first.
+    """KL(dense || model) in nats over all predicted tokens, how often both rank the same token first; `nll` of model.
 
     dense: a model, or saved log-probabilities; with these, `kl_rest` is the mean probability of the tokens that are
     not listed. batches: (b, length) token ids; with saved log-probabilities b is 1. Windows are read in pieces of at
@@ -36,20 +37,25 @@ def divergence(
     compared: list[tuple[Tensor, ...]] = []
     with evaluating(model), nullcontext() if isinstance(dense, LogprobsFile) else evaluating(dense):
         for at, batch in enumerate(counted(progress, batches, "divergence")):
-            theirs = dense.pieces(at, ROWS) if isinstance(dense, LogprobsFile) else logit_pieces(dense, batch)
-            pairs: Iterator[tuple[Tensor, Tensor | Predictions]] = zip(logit_pieces(model, batch), theirs, strict=True)
-            for own, reference in pairs:
+            theirs: Iterator[Tensor | Predictions]
+            if isinstance(dense, LogprobsFile):
+                theirs = dense.pieces(at, ROWS)
+            else:
+                theirs = (logits for logits, _ in logit_pieces(dense, batch))
+            for (own, following), reference in zip(logit_pieces(model, batch), theirs, strict=True):
                 size = dense.vocabulary if isinstance(reference, Predictions) else reference.shape[-1]
                 if own.shape[-1] != size:
                     raise WeLoreError(
                         f"the two models have {own.shape[-1]} and {size} tokens: compare with the dense model that the "
                         "compressed one was made from"
                     )
-                compared.append(tuple(row.double().cpu() for row in _compare(own, reference.to(own.device))))
-    nats, same, rest = (torch.cat(rows).numpy() for rows in zip(*compared, strict=True))
+                rows = *_compare(own, reference.to(own.device)), _losses(own, following)
+                compared.append(tuple(row.cpu().double() for row in rows))
+    nats, same, rest, losses = (torch.cat(rows).numpy() for rows in zip(*compared, strict=True))
     if not np.isfinite(nats).all():
         raise WeLoreError("one of the two models computes NaN or Inf: try --dtype float32, or look for damaged weights")
     numbers = {
+        "nll": float(losses.mean()),
         "kl_mean": float(nats.mean()),
         "kl_median": float(np.median(nats)),
         "kl_p99": float(np.quantile(nats, 0.99)),
@@ -61,32 +67,45 @@ def divergence(
 @torch.inference_mode()
 def save_predictions(
     path: Path, model: "PreTrainedModel", windows: Sequence[Tensor], k: int, header: dict[str, str], progress: Progress
-) -> None:
-    """Write the k likeliest tokens after every token of windows (length,); header: see `write_logprobs`."""
+) -> dict[str, float]:
+    """Write the k likeliest tokens after every token of windows (length,); `nll`, as for `divergence`.
+
+    header: see `write_logprobs`.
+    """
     size = model.config.get_text_config(decoder=True).vocab_size
-    reads = counted(progress, windows, "log-probabilities")
-    each = ((_finite(Predictions.of(logits, min(k, size))) for logits in logit_pieces(model, w[None])) for w in reads)
+    losses: list[Tensor] = []
+
+    def predictions(window: Tensor) -> Iterator[Predictions]:
+        for logits, following in logit_pieces(model, window[None]):
+            losses.append(_losses(logits, following).cpu().double())
+            if not bool(losses[-1].isfinite().all()):
+                raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
+            yield Predictions.of(logits, min(k, size))
+
     with evaluating(model):
+        each = (predictions(window) for window in counted(progress, windows, "log-probabilities"))
         write_logprobs(path, each, windows, min(k, size), header | {"vocab_size": str(size)})
+    return {"nll": float(torch.cat(losses).mean())}
 
 
-def _finite(predictions: Predictions) -> Predictions:
-    """The predictions; WeLoreError if one is NaN."""
-    if not bool(predictions.logprobs.isfinite().all()):
-        raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
-    return predictions
+def logit_pieces(model: "PreTrainedModel", batch: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (rows, vocabulary) after all tokens of a batch but the last of each window, and the next tokens (rows,).
 
-
-def logit_pieces(model: "PreTrainedModel", batch: Tensor) -> Iterator[Tensor]:
-    """Logits (rows, vocabulary) of all tokens of a batch but the last of each window, at most ROWS at once."""
-    batch, cache = batch[:, :-1].to(input_device(model)), None
-    for at in range(0, batch.shape[1], ROWS // len(batch) or 1):
-        ids = batch[:, at : at + (ROWS // len(batch) or 1)]
-        out: Any = model(ids, past_key_values=cache, use_cache=True)
+    At most ROWS at once.
+    """
+    ids, cache, step = batch.to(input_device(model)), None, ROWS // len(batch) or 1
+    for at in range(0, ids.shape[1] - 1, step):
+        stop = min(at + step, ids.shape[1] - 1)
+        out: Any = model(ids[:, at:stop], past_key_values=cache, use_cache=True)
         cache = out.get("past_key_values")
         if cache is None:
             raise WeLoreError(f"{type(model).__name__} keeps no keys and values: its divergence cannot be measured")
-        yield out.logits.flatten(0, 1)
+        yield out.logits.flatten(0, 1), ids[:, at + 1 : stop + 1].flatten()
+
+
+def _losses(logits: Tensor, following: Tensor) -> Tensor:
+    """-log p (rows,) of the tokens that follow."""
+    return cross_entropy(logits.float(), following.to(logits.device), reduction="none")
 
 
 def _compare(logits: Tensor, reference: Tensor | Predictions) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,9 @@ from welore.records import Record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# A name of ours -> tasks of lm-eval: those by which papers on compression compare.
+SETS = {"zero-shot": ["arc_easy", "arc_challenge", "hellaswag", "piqa", "winogrande", "openbookqa", "boolq", "mathqa"]}
+
 
 def evaluate_tasks(
     model: "str | Path | PreTrainedModel",
@@ -38,7 +41,7 @@ def evaluate_tasks(
 
     Args:
         model: hub id, directory, .gguf file or model in memory; the last one needs the option `tokenizer`.
-        tasks: names of tasks, groups or tags of lm-eval.
+        tasks: names of tasks, groups or tags of lm-eval; "zero-shot" stands for the tasks of SETS.
         tasks_dir: read only the tasks that the .yaml files of this directory define.
         limit: read only the first documents of each task.
         batch_size: requests answered at once.
@@ -57,6 +60,7 @@ def evaluate_tasks(
         raise WeLoreError("tasks of lm-eval need the package lm-eval: pip install 'welore[eval]'")
     require_choice("dtype", dtype, DtypeName)
     require_at_least(1, batch_size=batch_size, limit=limit)
+    tasks = list(dict.fromkeys(task for name in tasks for task in SETS.get(name, [name])))
     context = RunContext.create(**options)
     directory = None if tasks_dir is None else str(tasks_dir)
     manager = _task_manager(tasks, directory)
@@ -69,7 +73,7 @@ def evaluate_tasks(
         results = _run(loaded, tasks, manager, limit, batch_size)
     numbers = {"tasks": _numbers(results), "seconds": time.perf_counter() - started}
     settings = {
-        "tasks": list(tasks),
+        "tasks": tasks,
         "tasks_dir": directory,
         "limit": limit,
         "batch_size": batch_size,

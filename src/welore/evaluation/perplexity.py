@@ -17,7 +17,7 @@ from welore.data.text import TextOptions
 from welore.data.windows import Openings, evaluation_text, require_known_tokens, stack, windows
 from welore.errors import WeLoreError
 from welore.evaluation.divergence import divergence, save_predictions
-from welore.evaluation.logprobs import binding, logprobs_name, saved_logprobs
+from welore.evaluation.logprobs import LogprobsFile, binding, logprobs_name, saved_logprobs
 from welore.io.claim import claimed
 from welore.io.context import RunContext, finest_dtype
 from welore.io.progress import Progress, counted
@@ -76,68 +76,61 @@ def evaluate(
         require_context_length(len(pieces[0]), context_length(net.config))
         require_known_tokens(net, torch.cat(pieces))
         bound = binding(digest, pieces, loaded.tokenizer)
-        if saved is not None:
-            saved.require(bound, pieces)
-        numbers = _perplexity(net, pieces, config.batch_size, context.progress)
         loaded.inputs["text_sha256"] = digest
-        if saved is not None:
-            loaded.inputs.update(against=saved.model, against_top_logprobs=saved.k)
-            numbers |= divergence(net, saved, stack(pieces, 1), context.progress)
-        elif against is not None:
-            numbers |= _divergence(loaded, against, text, pieces, config, context)
+        warn_if_slow(net.dtype, net.device)
+        started, measured = time.perf_counter(), dict[str, float]()
+        if against is not None:
+            measured = _divergence(loaded, saved or against, text, pieces, bound, config, context)
         if save_logprobs is not None:
             header = bound | {"model": str(loaded.inputs["model"])}
-            save_predictions(Path(save_logprobs), net, pieces, top_logprobs, header, context.progress)
+            measured |= save_predictions(Path(save_logprobs), net, pieces, top_logprobs, header, context.progress)
+        if not measured:
+            measured = {"nll": _mean_loss(net, pieces, config.batch_size, context.progress)}
+    numbers: dict[str, Any] = {"perplexity": perplexity_of(measured["nll"])} | measured
+    numbers |= {"tokens": sum(len(piece) - 1 for piece in pieces), "windows": len(pieces)}
+    numbers["seconds"] = time.perf_counter() - started
     bos = "text" if isinstance(text, Tensor) else Openings.of(loaded.tokenizer, config.bos, config.max_length).bos
     return loaded.record("perplexity", as_record(config) | {"bos": bos}, numbers)
 
 
-def _perplexity(model: "PreTrainedModel", pieces: list[Tensor], batch_size: int, progress: Progress) -> dict[str, Any]:
-    """The perplexity on windows, and how long it took."""
-    warn_if_slow(model.dtype, model.device)
-    started = time.perf_counter()
+def _mean_loss(model: "PreTrainedModel", pieces: list[Tensor], batch_size: int, progress: Progress) -> float:
+    """Mean -log p of all predicted tokens, of windows that are read at once."""
     batches = counted(progress, stack(pieces, batch_size), "perplexity")
     labelled = ({"input_ids": batch, "labels": batch} for batch in batches)
     nll, tokens = negative_log_likelihood(model, labelled, input_device(model))
     if not math.isfinite(nll):
         raise WeLoreError("the model computes NaN or Inf: try --dtype float32, or look for damaged weights")
-    return {
-        "perplexity": perplexity_of(nll / tokens),
-        "nll": nll / tokens,
-        "tokens": tokens,
-        "windows": len(pieces),
-        "seconds": time.perf_counter() - started,
-    }
+    return nll / tokens
 
 
 def _divergence(
     loaded: LoadedModel,
-    against: "str | Path | PreTrainedModel",
+    against: "LogprobsFile | str | Path | PreTrainedModel",
     text: str | Tensor,
     pieces: list[Tensor],
+    bound: dict[str, str],
     config: EvaluationConfig,
     context: RunContext,
 ) -> dict[str, float]:
-    """The divergence from a dense model, whose name the inputs of the record get."""
+    """The divergence from a dense model, which the inputs of the record name.
+
+    WeLoreError if its tokenizer gives other tokens, or it does not know them; bound: see `binding`.
+    """
+    if isinstance(against, LogprobsFile):
+        against.require(bound, pieces)
+        loaded.inputs.update(against=against.model, against_top_logprobs=against.k)
+        return divergence(loaded.model, against, stack(pieces, 1), context.progress)
     dense = load_model(against, context, config.dtype, device_map=config.device_map)
     loaded.inputs["against"] = dense.inputs["model"]
     batches = stack(pieces, config.batch_size)
-    _require_equal_tokens(dense, text, batches, config)
-    return divergence(loaded.model, dense.model, batches, context.progress)
-
-
-def _require_equal_tokens(
-    dense: LoadedModel, text: str | Tensor, batches: list[Tensor], config: EvaluationConfig
-) -> None:
-    """Raise WeLoreError unless the dense model's own tokenizer gives the tokens that it is to read, which it knows."""
-    pieces = windows(dense.tokenizer, text, config.max_length, config.num_windows, config.bos)
-    theirs = stack(pieces, config.batch_size)
+    theirs = stack(windows(dense.tokenizer, text, config.max_length, config.num_windows, config.bos), config.batch_size)
     if len(theirs) != len(batches) or not all(map(torch.equal, theirs, batches)):
         raise WeLoreError(
             "the tokenizers of the two models divide the text differently: compare with the dense model that the "
             "compressed one was made from"
         )
     require_known_tokens(dense.model, *batches)
+    return divergence(loaded.model, dense.model, batches, context.progress)
 
 
 @torch.no_grad()
