@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import welore
 from conftest import build, compress, logits
+from hub_server import hub
 from test_architectures import build_architecture
 from toys import checkpoint
 from welore.models.card import write_card
@@ -58,10 +59,21 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] 
 """
 
 
-def python(code: str, modules: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+PUSH = """
+import sys, torch, welore
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model.push_to_hub("me/small")
+again = AutoModelForCausalLM.from_pretrained("me/small")
+ids = torch.arange(8)[None]
+assert torch.equal(model(ids).logits, again(ids).logits)
+"""
+
+
+def python(code: str, modules: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """A script in a process of its own. modules: where transformers copies the code that it runs."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = os.environ | {"HF_MODULES_CACHE": str(modules)}
+    environment = os.environ | {"HF_MODULES_CACHE": str(modules)} | variables
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -204,29 +216,15 @@ def test_cards_of_others_that_cannot_be_read_are_passed_by(small: Path, card: st
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_push_to_hub_uploads_our_card_and_leaves_one_that_the_hub_has(
-    small: Path, monkeypatch: pytest.MonkeyPatch, known: bool
-) -> None:
-    from huggingface_hub import ModelCard
-    from huggingface_hub.errors import EntryNotFoundError
-
-    uploaded: dict[str, bytes] = {}
-
-    class Hub:
-        def create_repo(self, repo_id: str, **_: Any) -> Any:
-            return type("Url", (), {"repo_id": repo_id})
-
-        def create_commit(self, repo_id: str, operations: Any, **_: Any) -> None:
-            uploaded.update({o.path_in_repo: Path(o.path_or_fileobj).read_bytes() for o in operations})
-
-    def card(repo_id: str, **_: Any) -> ModelCard:
-        if not known:
-            raise EntryNotFoundError("none")
-        return ModelCard("---\nlicense: mit\n---\nWritten by hand")
-
-    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
-    monkeypatch.setattr("transformers.utils.hub.ModelCard.load", card)
-    AutoModelForCausalLM.from_pretrained(small).push_to_hub("me/small")
+def test_push_to_hub_uploads_our_card_and_leaves_one_that_the_hub_has(small: Path, tmp_path: Path, known: bool) -> None:
+    """Over HTTP, and back by the name of the repository."""
+    by_hand = b"---\nlicense: mit\n---\nWritten by hand"
+    uploaded = {"README.md": by_hand} if known else {}
+    with hub(uploaded) as address:
+        settings = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_none"}
+        online = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        run = python(PUSH, tmp_path / "modules", small, **settings, **online)
+    assert run.returncode == 0, run.stderr
     assert set(uploaded) == {*FILES, "config.json", "generation_config.json", "model.safetensors"}
     assert (b"Written by hand" in uploaded["README.md"]) == known
     assert (uploaded["README.md"] == (small / "README.md").read_bytes()) == (not known)
