@@ -48,11 +48,11 @@ def loaded_name(model: "PreTrainedModel") -> Rename:
 def saved_name(model: "PreTrainedModel") -> Rename:
     """Name in a model -> name in the files that `save_pretrained` writes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
+    from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
 
     mapping: Any = getattr(model, "_weight_conversions", None)
     if mapping is None:
         mapping = get_model_conversion_mapping(model, add_legacy=False)
         mapping = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
     back: Any = [entry.reverse_transform() for entry in reversed(mapping) if isinstance(entry, WeightRenaming)]
-    return lambda name: apply_renamings(name, back)
+    return lambda name: rename_source_key(name, back, [])[0]
