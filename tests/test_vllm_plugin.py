@@ -70,14 +70,17 @@ def expected(directory: Path, **options: Any) -> list[list[int]]:
 def compressed(out: Path, family: str = "llama", storage: str = "factored") -> Path:
     """A small compressed model, written from disk to disk: also with the transformers that vLLM asks for."""
     dense = checkpoint(out.with_name(f"{out.name}-dense"), None, family, **SIZES)
-    how: dict[str, Any] = {"storage": "pivoted", "split": True} if storage == "split" else {"storage": storage}
-    compress(dense, out, rank_reduction=0.4, min_ratio=0.3, **how)
+    forms: dict[str, dict[str, Any]] = {
+        "split": {"storage": "pivoted", "split": True},
+        "int8": {"storage": "auto", "split": True, "weights": "int8"},
+    }
+    compress(dense, out, rank_reduction=0.4, min_ratio=0.3, **forms.get(storage, {"storage": storage}))
     return out
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "starcoder2"])
 def test_every_form_gives_the_tokens_of_transformers(tmp_path: Path, family: str) -> None:
-    forms = ("factored", "pivoted", "split")
+    forms = ("factored", "pivoted", "split", "int8")
     directories = [compressed(tmp_path / form, family, form) for form in forms]
     assert served(*directories) == [expected(directory) for directory in directories]
 
@@ -87,16 +90,17 @@ def test_narrower_mlps_and_compiled_layers_give_the_tokens_of_transformers(tmp_p
     settings: dict[str, Any] = {"keep": 0.7, "mlp_pruning": 0.25, "optimize_for": "size", "num_tokens": 1024}
     compress(dense, directory, recovery=None, **settings)
     assert json.loads((directory / "config.json").read_text("utf-8"))["quantization_config"]["shapes"]
-    assert served(directory, enforce_eager=False) == [expected(directory)]
+    directories = directory, compressed(tmp_path / "int8", storage="int8")
+    assert served(*directories, enforce_eager=False) == [expected(directory) for directory in directories]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_other_dtypes_go_through(tmp_path: Path, dtype: str) -> None:
     """Random models have near ties, so that not all of their tokens are those of another order of sums."""
-    directory = compressed(tmp_path / "split", storage="split")
-    (outputs,) = served(directory, dtype=dtype)
-    wanted = expected(directory, dtype=getattr(torch, dtype))
-    assert [tokens[0] for tokens in outputs] == [tokens[0] for tokens in wanted]
+    directories = [compressed(tmp_path / form, storage=form) for form in ("split", "int8")]
+    for directory, outputs in zip(directories, served(*directories, dtype=dtype), strict=True):
+        wanted = expected(directory, dtype=getattr(torch, dtype))
+        assert [tokens[0] for tokens in outputs] == [tokens[0] for tokens in wanted]
 
 
 @pytest.mark.parametrize(("options", "message"), [({"enable_lora": True}, "vLLM cannot add LoRA adapters")])
@@ -106,10 +110,11 @@ def test_options_that_would_be_wrong_are_refused(tmp_path: Path, options: dict[s
         served(directory, **options)
 
 
-def test_a_lost_factor_is_refused(tmp_path: Path) -> None:
-    directory = compressed(tmp_path / "model")
+@pytest.mark.parametrize(("form", "end"), [("factored", ".B.weight"), ("int8", "embed_tokens.weight_scale")])
+def test_a_lost_factor_or_scale_is_refused(tmp_path: Path, form: str, end: str) -> None:
+    directory = compressed(tmp_path / "model", storage=form)
     tensors = load_file(directory / "model.safetensors")
-    lost = next(key for key in tensors if key.endswith(".B.weight"))
+    lost = next(key for key in tensors if key.endswith(end))
     del tensors[lost]
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(AssertionError, match=f"the checkpoint has lost the tensor {lost}"):

@@ -35,6 +35,27 @@ def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
     return weight * scale
 
 
+def int8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias. x: (..., n). weight, scale: of W (m, n)."""
+    m, n = weight.shape
+    if not _has_kernel(x, scale):
+        return functional.linear(x, dequantize(weight, scale), bias)
+    y = torch._weight_int8pack_mm(x.reshape(-1, n).contiguous(), weight, scale.flatten()).view(*x.shape[:-1], m)
+    return y if bias is None else y + bias
+
+
+def _has_kernel(x: Tensor, scale: Tensor) -> bool:
+    """Whether torch multiplies by the int8 weight itself, and is faster for it: few rows in bfloat16 on a CPU."""
+    n = x.shape[-1]
+    return (
+        x.device.type == "cpu"
+        and x.dtype == scale.dtype == torch.bfloat16
+        and n % KERNEL_STEP == 0
+        and x.numel() <= KERNEL_ROWS * n
+        and not (torch.is_grad_enabled() and x.requires_grad)
+    )
+
+
 class Int8Linear(nn.Linear):
     """y = W x + b with W = weight * weight_scale, in place of a linear layer."""
 
@@ -55,22 +76,7 @@ class Int8Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n) -> (..., m)."""
-        if not self._has_kernel(x):
-            return functional.linear(x, dequantize(self.weight, self.weight_scale), self.bias)
-        rows = x.reshape(-1, self.in_features).contiguous()
-        y = torch._weight_int8pack_mm(rows, self.weight, self.weight_scale.flatten())
-        y = y.view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
-
-    def _has_kernel(self, x: Tensor) -> bool:
-        """Whether torch multiplies by the int8 weight itself, and is faster for it: few rows in bfloat16 on a CPU."""
-        return (
-            x.device.type == "cpu"
-            and x.dtype == self.weight_scale.dtype == torch.bfloat16
-            and self.in_features % KERNEL_STEP == 0
-            and x.numel() <= KERNEL_ROWS * self.in_features
-            and not (torch.is_grad_enabled() and x.requires_grad)
-        )
+        return int8_product(x, self.weight, self.weight_scale, self.bias)
 
 
 class Int8Embedding(nn.Embedding):

@@ -4,7 +4,7 @@ Their first factors lie below each other, so that one product reads the input fo
 layer holds the share of one.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from welore.errors import WeLoreError
 from welore.io.safetensors_stream import check_dtype, check_permutation
 from welore.layers.block_grid import WHOLE, Grid, block_names, block_shape
+from welore.layers.int8 import SCALE
 from welore.layers.low_rank import in_order
 from welore.layers.storage_forms import DENSE, FORMS, PIVOTED
 
-Product = Callable[[int, int], nn.Module]  # (n, m) -> a linear layer without bias, whose `weight` is (m, n)
+Product = Callable[[int, int, bool], nn.Module]  # n, m, int8 -> a layer without bias; its weight (and scale) as stored
+SHARED = {"weight", "B.weight", "P.weight"}  # tensors of a matrix that lie in the product that it shares
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Part:
     """One matrix W (m, n) of a stacked layer, as it lies in a checkpoint.
 
     name: of the layer that it was. grid: its blocks, None if it is not split. low_rank: name of the matrix, or of a
-    block -> form and rank; others are dense. rows, columns: the share of W that is computed here.
+    block -> form and rank; others are dense. rows, columns: the share of W that is computed here. int8: the dense
+    matrices, blocks and factors that are stored in 8 bits (layers.int8).
     """
 
     name: str
@@ -34,6 +37,7 @@ class Part:
     columns: range
     grid: Grid | None = None
     low_rank: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    int8: Container[str] = ()
 
     def blocks(self, product: Product) -> Iterator["Block"]:
         """The blocks, or W itself, row by row; also those of which nothing is computed here."""
@@ -42,10 +46,10 @@ class Part:
         for index, name in enumerate(block_names(self.name, grid) if self.grid else [self.name]):
             row, column = divmod(index, grid[1])
             share = _share(self.rows, row * m, m), _share(self.columns, column * n, n)
-            block = Block(name, (m, n), self.low_rank.get(name, (DENSE, 0)), share, product)
+            block = Block(name, (m, n), self.low_rank.get(name, (DENSE, 0)), share, product, self.int8)
             if block.is_here:
                 start = column * n + block.columns.start - self.columns.start
-                block.reads, block.adds, top = (start, start + len(block.columns)), row == top, row
+                block.reads, block.adds, top = (start, start + len(block.columns), block.is_int8), row == top, row
             yield block
 
 
@@ -58,54 +62,71 @@ class Block(nn.Module):
     """A matrix W (m, n), or a block of one, behind the product that it shares: nothing, A, or C and the order of rows.
 
     share: its rows and columns that are computed here. Of a pivoted matrix with fewer rows than m, those rows of
-    cat(1, C)[order] are stored, as an A.
+    cat(1, C)[order] are stored, as an A. int8: names of all that is stored in 8 bits.
     """
 
     order: Tensor | None
-    reads: tuple[int, int]  # its columns within the input of the stack
+    reads: tuple[int, int, bool]  # its columns within the input of the stack, and is_int8
     start: int  # its first row in the product that all with these columns share
     adds: bool  # whether its result is added to that of the block before, which lies beside it
 
     def __init__(
-        self, name: str, shape: Grid, low_rank: tuple[str, int], share: tuple[range, range], product: Product
+        self,
+        name: str,
+        shape: Grid,
+        low_rank: tuple[str, int],
+        share: tuple[range, range],
+        product: Product,
+        int8: Container[str],
     ) -> None:
         super().__init__()
         (self.form, r), (m, n), (self.rows, self.columns) = low_rank, shape, share
         parts = FORMS[self.form].shapes(m, n, r) if r else {"weight": shape}
+        integers = {part for part in parts if f"{name}.{part}".removesuffix(".weight") in int8}
+        parts = {**parts, **{f"{part}_scale": (parts[part][0], 1) for part in integers}}
         self.shapes = {f"{name}.{part}": size for part, size in parts.items()}
+        self.is_int8 = not integers.isdisjoint(SHARED)  # what lies in the shared product
         self.name, self.height = name, r or len(self.rows)  # rows of the shared product
         complete = self.form == PIVOTED and len(self.rows) == m
         self.is_here = bool(self.rows and self.columns)
-        self.second = product(r, m - r if complete else len(self.rows)) if r and self.is_here else None
+        rows = m - r if complete else len(self.rows)
+        self.second = product(r, rows, not integers <= SHARED) if r and self.is_here else None
         self.register_buffer("order", torch.arange(m) if complete else None)
         self.waiting: dict[str, Tensor] = {}  # tensors of a pivoted matrix of which only some rows are computed
+        self.awaited = sum(not part.startswith("P.") for part in parts)
 
-    def fill(self, key: str, data: Tensor, first: Tensor) -> None:
-        """Take a tensor of the checkpoint. first: (height, columns), the rows of the shared product's weight."""
+    def fill(self, key: str, data: Tensor, product: Any) -> None:
+        """Take a tensor of the checkpoint. product: the shared one."""
+        part, leaf = key.removeprefix(f"{self.name}."), key.rpartition(".")[2]
+        matrix, own = part.removesuffix("_scale"), slice(self.start, self.start + self.height)
         rows, columns = (slice(share.start, share.stop) for share in (self.rows, self.columns))
-        second: Any = self.second
-        match key.removeprefix(f"{self.name}."):
+        if leaf == SCALE:
+            columns = slice(None)
+        match matrix:
             case "weight":
-                first.copy_(data[rows, columns])
+                getattr(product, leaf).data[own] = data[rows, columns]
             case "B.weight" | "P.weight":
-                first.copy_(data[:, columns])
+                getattr(product, leaf).data[own] = data[:, columns]
             case "A.weight":
-                second.weight.data.copy_(data[rows])
+                getattr(self.second, leaf).data.copy_(data[rows])
             case "C.weight" if self.order is not None:
-                second.weight.data.copy_(data)
+                getattr(self.second, leaf).data.copy_(data)
             case "order" if self.order is not None:
                 self.order.copy_(data)
-            case part:
-                self.waiting[part] = data
-        if len(self.waiting) == 2:
-            C, order = self.waiting.pop("C.weight"), self.waiting.pop("order").long()
-            second.weight.data.copy_(torch.cat((torch.eye(self.height).to(C), C))[order[rows]])
+            case _:
+                self.waiting[leaf] = data
+        if len(self.waiting) == self.awaited:
+            order = self.waiting.pop("order").long()[rows]
+            for leaf, C in self.waiting.items():
+                P = torch.eye(self.height) if leaf == "weight" else torch.ones(self.height, 1)  # 1 and the scale 1
+                getattr(self.second, leaf).data.copy_(torch.cat((P.to(C), C))[order])
+            self.waiting.clear()
 
     def forward(self, z: Tensor) -> Tensor:
         """z: (..., height) -> (..., rows)."""
         if self.second is None:
             return z
-        y = self.second(z)
+        y: Tensor = self.second(z)
         return y if self.order is None else in_order(z, y, self.order)
 
 
@@ -126,7 +147,9 @@ class StackedLinear(nn.Module):
         for block in blocks:
             block.start = heights[block.reads]
             heights[block.reads] += block.height
-        self.products: Any = nn.ModuleList(product(end - start, heights[start, end]) for start, end in self.inputs)
+        self.products: Any = nn.ModuleList(
+            product(end - start, heights[start, end, int8], int8) for start, end, int8 in self.inputs
+        )
         self.empty = {key: block for block in matrices for key in block.shapes}
 
     def fill(self, key: str, data: Tensor) -> None:
@@ -138,11 +161,12 @@ class StackedLinear(nn.Module):
             raise WeLoreError(f"{key} has shape {tuple(data.shape)}, not {block.shapes[key]} as config.json says")
         if key.endswith(".order"):
             check_permutation(key, data)
-        else:
+        elif f"{key}_scale" not in block.shapes:
             check_dtype(key, data.dtype)
+        elif data.dtype != torch.int8:
+            raise WeLoreError(f"{key} has dtype {data.dtype}, not int8 as config.json says: it is damaged")
         if block.is_here:
-            weight = self.products[self.inputs.index(block.reads)].weight.data
-            block.fill(key, data, weight[block.start : block.start + block.height])
+            block.fill(key, data, self.products[self.inputs.index(block.reads)])
         del self.empty[key]
 
     def keys(self, name: str) -> set[str]:
@@ -157,7 +181,7 @@ class StackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n), or the columns that are read here -> (..., rows of all parts)."""
-        z = {reads: product(x[..., slice(*reads)]) for reads, product in zip(self.inputs, self.products, strict=True)}
+        z = {reads: p(x[..., reads[0] : reads[1]]) for reads, p in zip(self.inputs, self.products, strict=True)}
         outputs: list[Tensor] = []
         for block in self.blocks:
             y = block(z[block.reads][..., block.start : block.start + block.height])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -20,16 +21,20 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization import register_quantization_config
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
+from vllm.model_executor.utils import set_weight_attrs
 
 from welore.errors import WeLoreError
 from welore.layers.block_grid import block_names
+from welore.layers.int8 import SCALE, Int8Linear, dequantize, int8_product
 from welore.layers.stacked import Part, StackedLinear
 from welore.layers.storage_forms import FACTORED
 from welore.models.key_names import of_layer
 from welore.models.quantizer import METHOD, WeLoreConfig
 
 SHARDS = {"q": 0, "k": 1, "v": 2, None: 0}  # vLLM's name of a matrix in a packed layer -> its number, if it is none
+UNNAMED = ".embed_tokens"  # the embedding to which vLLM gives no name (llama)
 MERGE = "serve what `welore merge` makes of it"
 
 
@@ -48,20 +53,22 @@ class VllmConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "VllmConfig":
         """From the content of config.json."""
-        read = WeLoreConfig.read(config)
-        if read.int8:
-            raise WeLoreError("vLLM does not read int8 checkpoints: serve the model from before --format int8")
-        return cls(read)
+        return cls(WeLoreConfig.read(config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take the names that modules have in vLLM."""
         self.config = self.config.renamed(partial(of_layer, lambda key: hf_to_vllm_mapper.map_name(key) or key))
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of a layer: ours for layers that hold a compressed matrix."""
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
-        if set(self.config.layers).isdisjoint(names):
+        if isinstance(layer, VocabParallelEmbedding) and prefix not in self.config.layers:
+            embeddings = [
+                name for name in self.config.int8 if name == prefix or (not prefix and name.endswith(UNNAMED))
+            ]
+            return Int8EmbeddingMethod(embeddings[0]) if embeddings else EmbeddingMethod()
+        if {*self.config.layers, *self.config.int8}.isdisjoint(names):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if not isinstance(layer, LinearBase):
             raise WeLoreError(f"vLLM does not compute {prefix} as a linear layer: {MERGE}")
@@ -113,7 +120,12 @@ class StackedMethod(LinearMethodBase):
             raise WeLoreError(f"{self.names[0]} holds several matrices: take tensor_parallel_size=1")
         numbers = range(len(self.names))
         parts = [self._part(layer, number, (m, input_size)) for number, m in zip(numbers, sizes, strict=True)]
-        product = partial(ReplicatedLinear, bias=False, params_dtype=params_dtype, return_bias=False)
+
+        def product(n: int, m: int, int8: bool) -> nn.Module:
+            if int8:
+                return Int8Linear(n, m, dtype=params_dtype)
+            return ReplicatedLinear(n, m, bias=False, params_dtype=params_dtype, return_bias=False)
+
         layer.stack = StackedLinear(parts, product)
         for key in set().union(*map(layer.stack.keys, self.names)):
             *modules, leaf = key.split(".")
@@ -147,7 +159,7 @@ class StackedMethod(LinearMethodBase):
             if matrix in ranks
         }
         own = _share(m, rows, layer.tp_rank * rows // layer.tp_size), _share(n, columns, layer.tp_rank % columns)
-        return Part(name, (m, n), *own, grid, low_rank)
+        return Part(name, (m, n), *own, grid, low_rank, frozenset(config.int8))
 
     def _fill(self, stack: StackedLinear, key: str, _: nn.Parameter, data: Tensor, shard: Any = None) -> None:
         """vLLM's loader of a tensor. shard: vLLM's name of the matrix in a packed layer."""
@@ -163,6 +175,61 @@ class StackedMethod(LinearMethodBase):
         """x: (..., n) -> (..., rows of all matrices)."""
         y: Tensor = layer.stack(x)
         return y if bias is None else y + bias
+
+
+class EmbeddingMethod(UnquantizedEmbeddingMethod):
+    """An ordinary embedding or head; a head that shares the weight of an 8-bit embedding is one, too."""
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """Give a head the weight of the embedding."""
+        layer.quant_method = embed_tokens.quant_method
+        for name, parameter in embed_tokens.named_parameters(recurse=False):
+            layer.register_parameter(name, parameter)
+        return layer
+
+
+class Int8EmbeddingMethod(QuantizeMethodBase):
+    """An embedding or head that stays in 8 bits (layers.int8); name: of it, in the checkpoint."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.empty = name, {"weight", SCALE}
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *_: Any,
+        params_dtype: torch.dtype,
+        weight_loader: Any,
+        **__: Any,
+    ) -> None:
+        """Register the integers and the scales of the rows that this device holds."""
+        m = sum(output_partition_sizes)
+        for name, n, dtype in (("weight", input_size_per_partition, torch.int8), (SCALE, 1, params_dtype)):
+            parameter = nn.Parameter(torch.empty(m, n, dtype=dtype), requires_grad=False)
+            load = partial(self._load, name, weight_loader)
+            set_weight_attrs(parameter, {"output_dim": 0, "weight_loader": load})
+            layer.register_parameter(name, parameter)
+
+    def _load(self, name: str, load: Any, parameter: nn.Parameter, data: Tensor) -> None:
+        if (name == "weight") != (data.dtype == torch.int8):
+            raise WeLoreError(f"config.json says that {self.name} is int8, its {name} is {data.dtype}: it is damaged")
+        self.empty.discard(name)
+        load(parameter, data)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Refuse a checkpoint that has lost a tensor."""
+        if self.empty:
+            raise WeLoreError(f"the checkpoint has lost the tensor {self.name}.{min(self.empty)}: it cannot be loaded")
+
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
+        """input_: (...), token ids -> (..., n)."""
+        return dequantize(functional.embedding(input_, layer.weight), functional.embedding(input_, layer.weight_scale))
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: (..., n) -> (..., tokens)."""
+        return int8_product(x, layer.weight, layer.weight_scale, bias)
 
 
 def _share(size: int, devices: int, rank: int) -> range:
