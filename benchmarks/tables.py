@@ -403,7 +403,9 @@ def recovered() -> str:
 def tools() -> str:
     """What every tool does with every form, from benchmarks/tools.py."""
     numbers = Record.load(HERE / "tools.json").numbers
-    forms = numbers["forms"]
+    forms = list(
+        dict.fromkeys([*numbers["forms"], *(form for row in numbers["rows"].values() for form in row["cells"])])
+    )
     lines = [f"| tool | version | {' | '.join(forms)} |", "|---" * (len(forms) + 2) + "|"]
     for name, row in numbers["rows"].items():
         cells = [row["cells"].get(form, "not run").replace("ok", "yes") for form in forms]

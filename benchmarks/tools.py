@@ -6,6 +6,7 @@ others stay, so that a tool can have its own environment:
 
     python benchmarks/tools.py                     # every row whose package is installed
     python benchmarks/tools.py --rows vLLM --forms factored pivoted --traceback
+    python benchmarks/tools.py --rows vLLM --forms "SmolLM2" --result DIRECTORY   # what `welore compress` made of it
     python benchmarks/tables.py                    # then the tables of the pages
 """
 
@@ -13,16 +14,21 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -35,7 +41,8 @@ from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 OK, NOT_RUN = "ok", "not run"
-PROMPT, NEW_TOKENS = "the quick brown fox", 8
+PROMPTS, NEW_TOKENS = ("the quick brown fox", "one and one is", "a small model of"), 16
+REAL = "SmolLM2"  # the form of a result that is given
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "head_dim": 32}
 
 
@@ -88,10 +95,14 @@ class Case:
         return PreTrainedTokenizerFast.from_pretrained(self.directory)
 
     @cached_property
+    def prompts(self) -> list[torch.Tensor]:
+        """The prompts: (1, tokens) each."""
+        return [self.tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+
+    @property
     def ids(self) -> torch.Tensor:
-        """The prompt: (1, tokens)."""
-        ids: torch.Tensor = self.tokenizer(PROMPT, return_tensors="pt").input_ids
-        return ids
+        """The first prompt: (1, tokens)."""
+        return self.prompts[0]
 
     @cached_property
     def dense(self) -> Any:
@@ -105,24 +116,24 @@ class Case:
 
     @cached_property
     def logits(self) -> torch.Tensor:
-        """Of the reference for the prompt: (1, tokens, vocabulary)."""
+        """Of the reference for the first prompt: (1, tokens, vocabulary)."""
         with torch.no_grad():
             logits: torch.Tensor = self.dense(self.ids).logits
         return logits
 
     @cached_property
-    def tokens(self) -> list[int]:
-        """The first greedy tokens of the reference after the prompt."""
+    def tokens(self) -> list[list[int]]:
+        """The first greedy tokens of the reference after every prompt."""
         return self.generated(self.dense)
 
     def model(self, **options: Any) -> Any:
         """The checkpoint as transformers loads it."""
         return AutoModelForCausalLM.from_pretrained(self.directory, **options)
 
-    def generated(self, model: Any, **options: Any) -> list[int]:
-        """The first greedy tokens of a model after the prompt."""
-        out = model.generate(self.ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False, **options)
-        return list(out[0, self.ids.shape[1] :].tolist())
+    def generated(self, model: Any, **options: Any) -> list[list[int]]:
+        """The first greedy tokens of a model after every prompt."""
+        how = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False} | options
+        return [model.generate(ids, **how)[0, ids.shape[1] :].tolist() for ids in self.prompts]
 
     def check(self, model: Any, tolerance: float = 1e-3) -> None:
         """Raise AssertionError unless a model computes the logits of the reference."""
@@ -203,8 +214,8 @@ def from_pretrained(case: Case) -> None:
 
 def trusted(case: Case) -> None:
     """A process that never imported welore: AutoConfig, AutoModelForCausalLM and pipeline with trust_remote_code."""
-    answer = python(TRUSTED, case.directory, PROMPT, NEW_TOKENS)
-    expected = case.tokenizer.decode(case.ids[0].tolist() + case.tokens, skip_special_tokens=True)
+    answer = python(TRUSTED, case.directory, PROMPTS[0], NEW_TOKENS)
+    expected = case.tokenizer.decode(case.ids[0].tolist() + case.tokens[0], skip_special_tokens=True)
     assert answer.strip().splitlines()[-1] == repr(expected), answer
 
 
@@ -325,44 +336,81 @@ def lm_eval(case: Case) -> None:
         assert "|acc" in python(LM_EVAL, *options, "--device", "cpu", "--batch_size", "2")
 
 
+def serve(case: Case) -> None:
+    """`transformers serve` in a process of its own, asked over HTTP: greedy text."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(case.directory)]
+    options = ["--trust-remote-code", "--device", "cpu", "--dtype", "float32", "--port", port]
+    address, answers = f"http://localhost:{port}/v1/completions", []
+    wanted = {"model": str(case.directory), "max_tokens": NEW_TOKENS, "temperature": 0}
+    with subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            while len(answers) < len(PROMPTS):
+                body = json.dumps(wanted | {"prompt": PROMPTS[len(answers)]}).encode()
+                try:
+                    answers.append(json.load(urlopen(Request(address, body, {"Content-Type": "application/json"}))))
+                except HTTPError:
+                    raise
+                except URLError:  # it has not begun
+                    if server.poll() is not None:
+                        raise RuntimeError(f"the server ended with status {server.returncode}") from None
+                    time.sleep(1)
+        finally:
+            server.terminate()
+    texts = [answer["choices"][0]["text"] for answer in answers]
+    assert texts == [case.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in case.tokens], texts
+
+
 def llama_cpp(case: Case) -> None:
     """`welore export --format gguf`, loaded by llama.cpp: greedy tokens."""
     import xllamacpp
 
     with tempfile.TemporaryDirectory() as work:
-        directory, file = Path(work) / case.form, Path(work) / "model.gguf"
-        shutil.copytree(case.directory, directory)
-        pieces = ["<unk>", "<s>", "</s>", "▁", *(chr(97 + i) for i in range(case.dense.config.vocab_size - 4))]
-        model = models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
-        tokenizer, special = Tokenizer(model), {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)  # llama.cpp knows it
+        directory, file = case.directory, Path(work) / "model.gguf"
+        if case.form != REAL:
+            directory = shutil.copytree(case.directory, Path(work) / case.form)
+            known_tokenizer(case.dense.config.vocab_size).save_pretrained(directory)
         welore.export(directory, file, "gguf", "f32", progress=False)
         settings = xllamacpp.CommonParams()
         settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = str(file), 64, 1, False
         settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        prompt = {"prompt": case.ids[0].tolist(), "n_predict": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
-        answer = xllamacpp.Server(settings).handle_completions(prompt | {"logprobs": 1})
-    assert [token["id"] for token in answer["choices"][0]["logprobs"]["content"]] == case.tokens
+        server, how = xllamacpp.Server(settings), {"n_predict": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
+        prompts = [how | {"prompt": ids[0].tolist(), "logprobs": 1} for ids in case.prompts]
+        answers = [server.handle_completions(prompt)["choices"][0]["logprobs"]["content"] for prompt in prompts]
+    assert [[token["id"] for token in answer] for answer in answers] == case.tokens
+
+
+def known_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of letters, of a kind that llama.cpp's converter knows."""
+    pieces = ["<unk>", "<s>", "</s>", "▁", *(chr(97 + i) for i in range(size - 4))]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 def onnx_runtime(case: Case) -> None:
-    """`welore export --format onnx` in ONNX Runtime: the logits of a prompt in two pieces, by way of the cache."""
+    """`export --format onnx` in ONNX Runtime, with its cache: logits of a prompt in two pieces, greedy tokens."""
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as work:
         welore.export(case.directory, Path(work) / "onnx", "onnx", "f32", progress=False)
         session = onnxruntime.InferenceSession(Path(work) / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
-    config, half = case.dense.config, case.ids.shape[1] // 2
-    empty = torch.zeros(1, config.num_key_value_heads, 0, config.head_dim).numpy()
-    past = {value.name: empty for value in session.get_inputs() if "past" in value.name}
-    pieces, places = [], torch.arange(case.ids.shape[1])[None]
-    for piece in (slice(0, half), slice(half, None)):
-        feed = {"input_ids": case.ids[:, piece].numpy(), "position_ids": places[:, piece].numpy()}
-        logits, *cache = session.run(None, feed | past)
-        past = dict(zip(past, cache, strict=True))
-        pieces.append(torch.from_numpy(logits))
-    torch.testing.assert_close(torch.cat(pieces, 1), case.logits, rtol=1e-3, atol=1e-3)
+    names, config = [value.name for value in session.get_inputs() if "past" in value.name], case.dense.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    empty = torch.zeros(1, config.num_key_value_heads, 0, width).numpy()
+    for number, (ids, tokens) in enumerate(zip(case.prompts, case.tokens, strict=True)):
+        past, outputs, start, half = dict.fromkeys(names, empty), [], 0, ids.shape[1] // 2
+        pieces = [ids[:, :half], ids[:, half:], *(torch.tensor([[token]]) for token in tokens[:-1])]
+        for piece in pieces:
+            places = torch.arange(start, start + piece.shape[1])[None]
+            logits, *cache = session.run(None, {"input_ids": piece.numpy(), "position_ids": places.numpy()} | past)
+            past, start = dict(zip(past, cache, strict=True)), start + piece.shape[1]
+            outputs.append(torch.from_numpy(logits))
+        assert [int(logits[0, -1].argmax()) for logits in outputs[1:]] == tokens
+        if number == 0:
+            torch.testing.assert_close(torch.cat(outputs[:2], 1), case.logits, rtol=1e-3, atol=1e-3)
 
 
 def int8(case: Case) -> None:
@@ -411,7 +459,7 @@ def close(case: Case, model: Any, tolerance: float = 0.1) -> None:
             expected = case.logits[:, :length]
             error = (model(case.ids[:, :length]).logits.float() - expected).norm() / expected.norm()
             assert error < tolerance, f"the logits of {length} tokens are {float(error):.2f} away"
-    assert len(case.generated(model)) == NEW_TOKENS
+    assert all(len(tokens) == NEW_TOKENS for tokens in case.generated(model))
 
 
 VLLM = """
@@ -421,20 +469,15 @@ from vllm import LLM, SamplingParams
 limits = {"max_model_len": 128, "max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 26}
 engine = LLM(sys.argv[1], dtype="float32", enforce_eager=True, **limits)
 greedy = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]), ignore_eos=True)
-output = engine.generate([{"prompt_token_ids": json.loads(sys.argv[2])}], greedy)[0].outputs[0]
-print(json.dumps(list(output.token_ids)))
+outputs = engine.generate([{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])], greedy)
+print(json.dumps([list(output.outputs[0].token_ids) for output in outputs]))
 """
 
 
 def vllm(case: Case) -> None:
     """vLLM's offline engine, with the plug-in that the package brings; greedy tokens."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    try:
-        output = python(VLLM, case.directory, json.dumps(case.ids[0].tolist()), NEW_TOKENS)
-    except RuntimeError as error:
-        if case.form == "int8":
-            raise UnsupportedError("refused") from error
-        raise
+    output = python(VLLM, case.directory, json.dumps([ids[0].tolist() for ids in case.prompts]), NEW_TOKENS)
     assert json.loads(output.splitlines()[-1]) == case.tokens
 
 
@@ -451,6 +494,7 @@ TOOLS: dict[str, Tool] = {
     "transformers and `pipeline`, `trust_remote_code=True`": Tool("transformers", trusted),
     "`save_pretrained` and reload": Tool("transformers", save_and_reload),
     "lm-eval, `--model hf`, `trust_remote_code=True`": Tool("lm_eval", lm_eval),
+    "`transformers serve`, over HTTP": Tool("transformers" if find_spec("uvicorn") else "uvicorn", serve),
     "`Trainer`": Tool("transformers", trainer),
     "TRL `SFTTrainer`": Tool("trl", trl_sft),
     "TRL `DPOTrainer`": Tool("trl", trl_dpo),
@@ -489,7 +533,10 @@ def cell(tool: Tool, case: Case, *, show: bool) -> str:
 
 
 def measured(rows: Sequence[str], forms: Sequence[str], work: Path, *, show: bool) -> dict[str, Any]:
-    """Row -> package, its version, those of Python, torch and transformers, and a cell for each form."""
+    """Row -> package, its version, those of Python, torch and transformers, and a cell for each form.
+
+    work: of the models, made where they are not there.
+    """
     results: dict[str, Any] = {}
     source = work / "dense"
     if not source.is_dir():
@@ -527,12 +574,23 @@ def main() -> None:
     """Run the rows and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=TOOLS, default=list(TOOLS), metavar="ROW", help=", ".join(TOOLS))
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), metavar="FORM", help=", ".join(FORMS))
+    parser.add_argument(
+        "--forms",
+        nargs="+",
+        choices=[*FORMS, REAL],
+        default=list(FORMS),
+        metavar="FORM",
+        help=", ".join([*FORMS, REAL]),
+    )
+    parser.add_argument("--result", type=Path, metavar="DIRECTORY", help=f"for the form {REAL}")
     parser.add_argument("--work", type=Path, help="directory in which the models stay; default: a temporary one")
     parser.add_argument("--traceback", action="store_true", help="print the error of a cell that fails")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
+        if arguments.result and not (work / REAL).is_dir():
+            work.mkdir(parents=True, exist_ok=True)
+            (work / REAL).symlink_to(arguments.result.resolve())
         results = measured(arguments.rows, arguments.forms, work, show=arguments.traceback)
     merged(HERE / "tools.json", results).save(HERE / "tools.json")
 
