@@ -52,6 +52,26 @@ FSDP2 = {
 }
 
 
+# transformers' own Trainer, and the same trick in two processes
+TRAINER = """
+import os, sys, torch, welore
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+size = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+how = {"use_cpu": True, "report_to": [], "max_steps": 3, "learning_rate": 5e-3, "save_strategy": "no"}
+arguments = TrainingArguments(sys.argv[2], per_device_train_batch_size=size, **how)
+if "WORLD_SIZE" in os.environ:
+    arguments.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(12 * 16).view(12, 16) % 90]
+trainer = Trainer(AutoModelForCausalLM.from_pretrained(sys.argv[1]), arguments, train_dataset=data)
+trainer.train()
+assert all(isinstance(p, DTensor) for p in trainer.model.parameters()) == ("WORLD_SIZE" in os.environ)
+trainer.save_model(sys.argv[2])
+"""
+
+
 FAMILY = "qwen2"  # embeddings and head are one tensor
 
 
@@ -87,6 +107,24 @@ def test_fsdp2_gives_losses_and_weights_of_one_process(tmp_path: Path, taught: b
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
     config = "model/config.json"
     assert (tmp_path / "two" / config).read_text() == (tmp_path / "one" / config).read_text()
+
+
+@pytest.mark.slow
+def test_the_trainer_of_transformers_saves_under_fsdp2_what_one_process_saves(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", family=FAMILY, storage="pivoted")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
+    full = FSDP2 | {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    for name, start, environment in (("one", [], {}), ("two", launch, full)):
+        command = [*start, sys.executable, "-c", TRAINER, str(model), str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=400)
+        assert done.returncode == 0, done.stderr
+    before, expected, found = (weights(directory) for directory in (model, tmp_path / "one", tmp_path / "two"))
+    assert found.keys() == expected.keys() == before.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    assert any(not torch.equal(before[name], found[name]) for name in found)
+    for name in ("config.json", "modeling_welore.py", "README.md"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
 
 
 @pytest.mark.parametrize(("batches", "processes"), [(3, 2), (4, 2), (1, 3), (7, 4)])
