@@ -13,7 +13,7 @@ from welore.data import text as text_module
 from welore.data.packing import DatasetSplit, blocks_of_text
 from welore.data.text import TextOptions
 from welore.errors import WeLoreError
-from welore.training.data import IGNORED, collate, questions_of_task, shuffled
+from welore.training.data import IGNORED, collate, questions_of_task, reading_order
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
@@ -160,9 +160,9 @@ def test_what_is_held_out_of_a_task_comes_from_its_training_part(tmp_path: Path)
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_is_counted(tmp_path: Path) -> None:
     found = questions_of_svamp(svamp(tmp_path, 20), 20)
-    assert found.counts["prompts_cut"] == found.counts["train_items"] + found.counts["held_out_items"] == 14
+    assert found.counts["items_cut"] == found.counts["train_items"] + found.counts["held_out_items"] == 14
     assert characters().decode(found.train[3]["input_ids"]) == "bic numerals) is 3.</s>"
-    with pytest.raises(WeLoreError, match="an answer of svamp alone has 5 tokens"):
+    with pytest.raises(WeLoreError, match="max_length is 5: an answer of svamp alone"):
         questions_of_svamp(tmp_path, 5)
     opened = questions_of_svamp(tmp_path, 20, tokenizer=characters(opens=True)).train[3]
     assert characters().decode(opened["input_ids"]) == "<pad>ic numerals) is 3.</s>"
@@ -179,8 +179,8 @@ def test_batches_are_padded_on_the_right_to_their_longest() -> None:
 
 
 def test_order_depends_on_the_seed_alone_and_repeats_nothing_early() -> None:
-    order = shuffled(range(10), 25, seed=3)
-    assert order == shuffled(range(10), 25, seed=3)
-    assert order != shuffled(range(10), 25, seed=4)
+    order = reading_order(10, 25, seed=3)
+    assert order == reading_order(10, 25, seed=3)
+    assert order != reading_order(10, 25, seed=4)
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
-    assert order[:5] == shuffled(range(10), 5, seed=3)
+    assert order[:5] == reading_order(10, 5, seed=3)

@@ -97,8 +97,8 @@ def test_a_sequence_longer_than_the_block_is_counted_and_said(command: Command, 
         90,
     )
     assert answer.status == 0
-    assert "1 prompts were longer than 90 tokens and lost their beginning" in answer.err
-    assert welore.Record.load(tmp_path / "run" / "finetune.json").numbers["prompts_cut"] == 1
+    assert "1 items were longer than 90 tokens: their prompts lost the beginning" in answer.err
+    assert welore.Record.load(tmp_path / "run" / "finetune.json").numbers["items_cut"] == 1
 
     file = coins(tmp_path / "long.json", 4, question="a long coin " * 60)
     answer = command("score", model, "--task", "coin_flip", "--dataset", file, "-o", tmp_path / "a.score.json")
@@ -213,7 +213,7 @@ def test_nothing_is_lost_when_a_run_that_was_to_be_replaced_cannot_begin(
         ("finetune MODEL OUT --dataset TEXT --device cuda:77", "device 'cuda:77' is not there"),
         ("finetune MODEL OUT --dataset TEXT --resume", "holds no run that could be resumed"),
         ("finetune MODEL OUT --max-length 32 --dataset pydok", "did you mean 'pydoc'"),
-        ("finetune MODEL OUT --dataset TEXT --task-dataset TEXT", "go with task"),
+        ("finetune MODEL OUT --dataset TEXT --task-dataset TEXT", "goes with task"),
         ("finetune MODEL OUT --task svamp --task-dataset generated", "svamp cannot be generated"),
         ("finetune MODEL OUT --dataset self", "name the teacher by distill"),
         ("finetune MODEL OUT --dataset TEXT --distill-weight 0.5", "go with distill"),

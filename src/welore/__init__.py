@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from welore.records import Record
     from welore.reporting.page import report
     from welore.training.finetune import finetune
-    from welore.training.methods import MarkedModel, lora_targets, mark_trainable
+    from welore.training.methods import MarkedModel, lora_targets, mark_trainable, optimizer_groups
 
 __all__ = [
     "AllocationConfig",
@@ -87,6 +87,7 @@ __all__ = [
     "mark_trainable",
     "merge",
     "optimize_for_decoding",
+    "optimizer_groups",
     "pretrain",
     "report",
     "score",
@@ -128,7 +129,7 @@ _LAZY = {
     "records": ["Record"],
     "reporting.page": ["report"],
     "training.finetune": ["finetune"],
-    "training.methods": ["MarkedModel", "lora_targets", "mark_trainable"],
+    "training.methods": ["MarkedModel", "lora_targets", "mark_trainable", "optimizer_groups"],
 }
 _MODULE_OF = {name: f"welore.{module}" for module, names in _LAZY.items() for name in names}
 

@@ -427,10 +427,22 @@ class FinetuneConfig:
 
     method: MethodName = option("lrc", "Parameters to train.", panel="Method")
     dataset: Dataset | None = option(
-        None, "A text; self: the teacher writes it; a .safetensors file of windows.", panel="Data"
+        None,
+        "A text, conversations, or prompts with completions: hub id or file; self: the teacher writes it; a "
+        ".safetensors file of windows.",
+        panel="Data",
     )
     dataset_split: str | None = option(None, "Split of a hub data set.", panel="Data", shown="train")
-    text_column: str = option("text", "Column or field of the text.", panel="Data")
+    eval_dataset: Dataset | None = option(
+        None, "Held-out rows of the same columns: hub id or file.", panel="Data", shown="of the data set"
+    )
+    eval_split: str | None = option(
+        None, "Split of a hub data set to hold out.", panel="Data", shown="validation; without it the last tenth"
+    )
+    text_column: str | None = option(None, "Column or field of the text.", panel="Data", shown="text")
+    messages_column: str | None = option(None, "Column of conversations.", panel="Data", shown="messages")
+    prompt_column: str | None = option(None, "Column of prompts.", panel="Data", shown="prompt")
+    completion_column: str | None = option(None, "Column of completions.", panel="Data", shown="completion")
     bos: BosName = option("auto", BOS, panel="Data")
     task: TaskName | None = option(None, "A task to learn in place of a text.", panel="Data")
     task_dataset: str | Path | None = option(
@@ -451,7 +463,7 @@ class FinetuneConfig:
         None, "sdpa, eager, flash_attention_2, ...", panel="Training", shown="what transformers chooses"
     )
     train_norms: bool = option(False, "Train the norms, too (lrc, nlrc).", panel="Method")
-    loss_on_prompt: bool = option(False, "Learn the questions of a task, too.", panel="Data")
+    loss_on_prompt: bool = option(False, "Learn prompts and the users' turns, too.", panel="Data")
     rank: int | None = option(None, "Rank of lora or galore.", panel="Method", shown="8; 128")
     optimizer: str = option("adamw_torch_fused", "Any optimiser of transformers' Trainer.", panel="Training")
     weight_decay: float = option(0.0, "Weight decay of AdamW.", panel="Training")
@@ -516,8 +528,8 @@ class FinetuneConfig:
             require_choice("task", self.task, TaskName)
             if self.dataset is not None:
                 raise WeLoreError("give dataset or task, one of them; task_dataset names the file of a task")
-        elif self.task_dataset is not None or self.loss_on_prompt:
-            raise WeLoreError("task_dataset and loss_on_prompt go with task: a text has no answers")
+        elif self.task_dataset is not None:
+            raise WeLoreError("task_dataset goes with task: dataset names a file of your own")
 
     def _check_distillation(self) -> None:
         own_text = isinstance(self.dataset, str) and self.dataset == SELF
@@ -625,8 +637,9 @@ def as_record(config: Any) -> dict[str, Any]:
     A dataset that is no name becomes its type's name; what was read stands in the record's inputs with its digest.
     """
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    if not isinstance(values.get("dataset"), str | Path | Mapping | None):
-        values["dataset"] = type(values["dataset"]).__name__
+    for name in ("dataset", "eval_dataset"):
+        if not isinstance(values.get(name), str | Path | Mapping | None):
+            values[name] = type(values[name]).__name__
     return {name: _plain(value) for name, value in values.items()}
 
 

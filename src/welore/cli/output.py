@@ -50,4 +50,6 @@ def quiet_libraries() -> None:
 
     disable_progress_bar()
     disable_progress_bars()
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read by datasets, which is not imported yet
+    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read by datasets when it is imported
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()

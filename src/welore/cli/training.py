@@ -38,9 +38,11 @@ def finetune(
         return_freed_memory(large=1 << 20)
     record = finetune(model, output_dir, config, plan=plan, resume=resume, label=label, **run.options)
     n = record.numbers
-    if n.get("prompts_cut"):
-        limit = record.settings["max_length"]
-        log(f"{n['prompts_cut']} prompts were longer than {limit} tokens and lost their beginning")
+    if n.get("items_cut") or n.get("items_dropped"):
+        log(
+            f"{n['items_cut']} items were longer than {record.settings['max_length']} tokens: their prompts lost the "
+            f"beginning, conversations the end; {n['items_dropped']} without an answer left were dropped"
+        )
     teacher = f" (teacher {math.exp(min(n['teacher_eval_loss'], 700.0)):.4g})" if "teacher_eval_loss" in n else ""
     held_out = f"held-out perplexity {n['eval_perplexity']:.4g}{teacher}, " if "eval_perplexity" in n else ""
     line = (

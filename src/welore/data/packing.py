@@ -37,6 +37,16 @@ class Blocks(Sequence[Example]):
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of every block, (count,)."""
+        return torch.full((len(self),), self.tokens.shape[1])
+
+    @property
+    def extremes(self) -> Tensor:
+        """The smallest and the largest token."""
+        return torch.stack(self.tokens.aminmax())
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return Blocks(self.tokens[index], None if self.predictions is None else self.predictions[index])
@@ -47,14 +57,14 @@ class Blocks(Sequence[Example]):
 
 @dataclass(frozen=True)
 class DatasetSplit:
-    """Examples to train on and examples to evaluate on, which have nothing in common.
+    """Examples to train on and examples to evaluate on, Blocks or Examples, which have nothing in common.
 
     split: how they were told apart. counts: of what was left over, cut or held out. sha256: of what was read.
     teacher_loss: of recorded predictions, on what is held out.
     """
 
-    train: Sequence[Example]
-    evaluation: Sequence[Example]
+    train: Any
+    evaluation: Any
     split: str
     counts: dict[str, int]
     sha256: str

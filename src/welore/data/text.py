@@ -37,7 +37,7 @@ class TextOptions:
     @classmethod
     def of(cls, config: Any, context: RunContext) -> "TextOptions":
         """Those of a verb: `dataset_split`, `text_column` and `bos` of its config, and the cache of its context."""
-        return cls(config.dataset_split, config.text_column, context.cache_dir, config.bos)
+        return cls(config.dataset_split, config.text_column or COLUMN, context.cache_dir, config.bos)
 
 
 @dataclass(frozen=True)

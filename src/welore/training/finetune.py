@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
+from torch.utils.data import Subset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from welore.allocation.plan import Plan
@@ -24,7 +25,7 @@ from welore.models.card import read_card, write_card
 from welore.models.load import sizes_in, warn_if_slow
 from welore.records import Record
 from welore.training.arguments import check_launch, is_recorded, resolve_defaults, sequences_read
-from welore.training.data import collate, shuffled
+from welore.training.data import collate, reading_order
 from welore.training.methods import known_warnings, state_classes
 from welore.training.objective import Objective
 from welore.training.originals import borrowed, same_randomness
@@ -119,10 +120,11 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
     args, base = run.arguments, run.marked.base
     objective = _objective(base, run.teacher, config, args)
     pad = min(run.tokenizer.pad_token_id or 0, len(base.get_input_embeddings().weight) - 1)  # never read
-    items = shuffled(run.data.train, sequences_read(config, args.world_size), config.seed)
-    of_step, size = len(items) // args.max_steps, args.per_device_train_batch_size
+    order = reading_order(len(run.data.train), sequences_read(config, args.world_size), config.seed)
+    tokens = run.data.train.lengths[order].view(args.max_steps, -1).sum(1).tolist()
+    size = args.per_device_train_batch_size
     measure = RunCallback(
-        lambda step: sum(len(item["input_ids"]) for item in items[step * of_step : (step + 1) * of_step]),
+        tokens.__getitem__,
         args.max_steps,
         context.progress if run.leads else silent,
     )
@@ -130,7 +132,7 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
     trainer = FinetuneTrainer(
         model=run.marked.model,
         args=args,
-        train_dataset=items,
+        train_dataset=Subset(run.data.train, order),
         eval_dataset=held_out,
         data_collator=partial(collate, pad=pad),
         callbacks=[measure],
@@ -150,8 +152,8 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
         read_checkpoint(run.last),
     ):
         trainer.train(resume_from_checkpoint=None if run.last is None else str(run.last))
-    tokens = sum(map(measure.tokens, range(trainer.state.global_step)))  # of the run, also of what was resumed
-    numbers = _numbers(run, trainer) | measure.numbers() | {"tokens": tokens}
+    read = sum(tokens[: trainer.state.global_step])  # of the run, also of what was resumed
+    numbers = _numbers(run, trainer) | measure.numbers() | {"tokens": read}
     numbers["logits_in_pieces"] = objective is not None and objective.chunked
     if run.teacher is not None:
         numbers |= _numbers_of_teacher(run.teacher, base, trainer if config.eval_steps else None)

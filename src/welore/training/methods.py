@@ -128,6 +128,20 @@ def mark_trainable(
     return replace(marked, description=f"{marked.description} and the norms")
 
 
+def optimizer_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """The trained parameters as groups for any optimiser: with weight decay, and without.
+
+    Factors, norms and biases get none: decay pulls them to zero, where a factored matrix is lost. A learning rate is
+    the optimiser's own.
+    """
+    factors = {id(p) for layer in model.modules() if isinstance(layer, LowRankLayer) for p in layer.parameters()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1 and id(p) not in factors]
+    others = [p for p in trained if p.ndim < 2 or id(p) in factors]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
 def refuse_options(method: str, *, train_norms: bool, rank: int | None) -> None:
     """Raise WeLoreError for options that a method does not have, and for packages that it lacks."""
     entry = METHODS[method]

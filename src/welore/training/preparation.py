@@ -12,8 +12,10 @@ from transformers import TrainingArguments, set_seed
 
 from welore.allocation.plan import Plan
 from welore.config import SELF, FinetuneConfig, as_record
-from welore.data.packing import Blocks, DatasetSplit, blocks_of_text, blocks_of_windows
-from welore.data.text import TextOptions
+from welore.data.examples import examples_of_rows
+from welore.data.packing import DatasetSplit, blocks_of_text, blocks_of_windows, blocks_to_write
+from welore.data.rows import Rows, open_rows
+from welore.data.text import COLUMN, TextOptions, dataset_name
 from welore.data.windows import given_predictions, given_windows, is_windows, require_known_tokens, write_windows
 from welore.errors import WeLoreError, first_line
 from welore.io.checkpoint import check_finite
@@ -112,7 +114,7 @@ def prepare(
             written = write_text(teacher, tokenizer, config, args.device, args.world_size, progress)
         data = blocks_of_windows(written, "the teacher's own text", eval_items=config.max_eval_samples)
     for part in (data.train, data.evaluation):
-        require_known_tokens(model, *([part.tokens] if isinstance(part, Blocks) else [e["input_ids"] for e in part]))
+        require_known_tokens(model, part.extremes)
     digests["data_sha256"] = data.sha256
     if leads:
         begin(out, _identity(config, marked, digests | configs, args.world_size), resume=resume)
@@ -127,6 +129,7 @@ def prepare(
 def _identity(config: FinetuneConfig, marked: MarkedModel, digests: dict[str, Any], processes: int) -> dict[str, Any]:
     """Settings and digests that a resumed run must share with the run that it continues."""
     settings = {name: value for name, value in as_record(config).items() if name not in NOT_IDENTITY}
+    settings["text_column"] = config.text_column or COLUMN  # as runs of before have it
     names = "\n".join(name for name, p in marked.model.named_parameters() if p.requires_grad)  # a plan can change them
     trained = hashlib.sha256(names.encode()).hexdigest()
     return settings | digests | {"trained_sha256": trained, "processes": processes}
@@ -160,10 +163,10 @@ def _refuse_optimizer(model: Any, args: TrainingArguments) -> None:
 def _data(
     config: FinetuneConfig, tokenizer: "PreTrainedTokenizerBase", processes: int, context: RunContext
 ) -> DatasetSplit:
-    """The questions of a task, windows of tokens, or a text in blocks: a part to train on, a part to evaluate on."""
+    """Answers to learn, windows of tokens, or a text in blocks: a part to train on, a part to evaluate on."""
     if config.task is not None:
         return questions_of_task(config, tokenizer, context.cache_dir)
-    length = length_of(config)
+    length, sequences = length_of(config), sequences_read(config, processes)
     if is_windows(config.dataset):
         windows = given_windows(config.dataset, length)  # type: ignore[arg-type]
         if windows.shape[1] != length:
@@ -171,11 +174,19 @@ def _data(
         predictions = given_predictions(config.dataset) if is_recorded(config.distill) else None  # type: ignore[arg-type]
         name, count = "windows of token ids", config.max_eval_samples
         return blocks_of_windows(windows, name, eval_items=count, predictions=predictions)
+    rows = open_rows(config, blocks_to_write(sequences), context.cache_dir)
+    if isinstance(rows, Rows):
+        return examples_of_rows(rows, tokenizer, config)
+    if config.loss_on_prompt or config.eval_dataset is not None or config.eval_split is not None:
+        raise WeLoreError(
+            f"loss_on_prompt, eval_dataset and eval_split go with conversations, or prompts and completions; "
+            f"{dataset_name(config.dataset)} is a text"
+        )
     return blocks_of_text(
-        config.dataset,
+        rows,
         tokenizer,
         length,
-        tokens=sequences_read(config, processes) * length,
+        tokens=sequences * length,
         eval_items=config.max_eval_samples,
         options=TextOptions.of(config, context),
     )

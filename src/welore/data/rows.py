@@ -1,0 +1,163 @@
+"""A data set with columns, of the hub, of files or in memory -> tables of datasets, in one of TRL's formats."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from welore.config import FinetuneConfig
+from welore.data.text import HUB_ID, dataset_name
+from welore.errors import WeLoreError, first_line
+from welore.io.text_file import json_lines, local_path, require_file
+
+# Shape -> the columns that tell it, in the order in which they are looked for. Texts are packed: see packing.
+SHAPES = {
+    "messages": ("messages",),
+    "completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+OPTIONAL = ("input", "tools", "chat_template_kwargs")  # columns that are read where there are any
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}  # kind of file -> of datasets
+AT_ONCE = 1000  # rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set with the columns of a shape, under the shape's own names.
+
+    train, held_out: datasets.Dataset; held_out None: the last tenth of train.
+    """
+
+    name: str
+    shape: str
+    train: Any
+    held_out: Any = None
+
+
+def open_rows(config: FinetuneConfig, limit: int, cache_dir: str | Path | None = None) -> Any:
+    """The Rows of config.dataset; for a text, the data set as `text.open_text` takes it.
+
+    A hub id, a .json, .jsonl, .parquet or .csv file, a datasets.Dataset, IterableDataset or DatasetDict, or any
+    iterable of records. Files and the hub's data are memory-mapped by datasets in `cache_dir`. limit: so many rows are
+    read of an iterable without length. Raises WeLoreError for what cannot be read, and for columns of no known shape.
+    """
+    split, own = config.dataset_split or "train", config.eval_split
+    first, dataset = _first_row(config.dataset, split)
+    if first is None:
+        return dataset
+    columns = ("text", "messages", "prompt", "completion")
+    names = {name: given for name in columns if (given := getattr(config, f"{name}_column")) is not None}
+    shape = _shape(dataset_name(dataset), list(first), names)
+    if shape == "text":  # of which the other door reads all but these kinds of files
+        others = Path(str(dataset)).suffix in (".json", ".csv")
+        return _table(dataset, split, limit, cache_dir) if others else dataset
+    tables = [_table(dataset, split, limit, cache_dir)]
+    if config.eval_dataset is not None:
+        tables.append(_table(config.eval_dataset, own or "train", limit, cache_dir))
+    elif own or (config.dataset_split is None and "validation" in _splits(dataset)):
+        tables.append(_table(dataset, own or "validation", limit, cache_dir))
+    return Rows(dataset_name(dataset), shape, *(_select(table, shape, names) for table in tables))
+
+
+def _shape(name: str, columns: Sequence[str], names: Mapping[str, str]) -> str:
+    """The shape that the given names decide, or else the first whose columns are there."""
+    for shape, needed in SHAPES.items():
+        if (not names or names.keys() & {*needed}) and all(names.get(column, column) in columns for column in needed):
+            return shape
+    raise WeLoreError(
+        f"{name} has the columns {', '.join(map(str, columns))}: needed are text, messages, prompt and completion, or "
+        "instruction and output; text_column, messages_column, prompt_column and completion_column give other names"
+    )
+
+
+def _select(table: Any, shape: str, names: Mapping[str, str]) -> Any:
+    """The columns of the shape alone, under its own names."""
+    columns = {names.get(column, column): column for column in (*SHAPES[shape], *OPTIONAL)}
+    table = table.select_columns([column for column in table.column_names if column in columns])
+    return table.rename_columns({column: columns[column] for column in table.column_names})
+
+
+def _source(dataset: Any) -> dict[str, Any]:
+    """The arguments of datasets.load_dataset for a file or a hub id; none for anything else."""
+    if not isinstance(dataset, str | Path):
+        return {}
+    path = local_path(dataset)
+    if path.suffix in READERS:
+        require_file(path)
+        return {"path": READERS[path.suffix], "data_files": str(path)} | (
+            _all_text(path) if path.suffix == ".csv" else {}
+        )
+    hub = HUB_ID.fullmatch(str(dataset))
+    return {} if hub is None or path.exists() else {"path": hub[1], "name": hub[2]}
+
+
+def _all_text(path: Path) -> dict[str, Any]:
+    """Options by which a .csv file is read as it is written: "1." and "NA" are answers, too."""
+    from datasets import Features, Value
+    from pandas import read_csv
+
+    columns = read_csv(path, nrows=0).columns
+    return {"features": Features(dict.fromkeys(columns, Value("string"))), "keep_default_na": False}
+
+
+def _first_row(dataset: Any, split: str) -> tuple[Mapping[str, Any] | None, Any]:
+    """The first row, None for what has no columns; and the data set, from which nothing is missing."""
+    from datasets import load_dataset
+
+    with _readable(dataset):
+        source = _source(dataset)
+        if str(dataset).endswith(".jsonl") and source:
+            rows = json_lines(local_path(dataset))
+        elif "features" in source:
+            rows = iter([source["features"]])
+        elif source:  # nothing is fetched yet but this row
+            rows = iter(load_dataset(**source, split=split.partition("[")[0], streaming=True))
+        elif isinstance(dataset, str | Path) or not isinstance(dataset, Iterable):
+            return None, dataset
+        else:
+            rows = iter(dataset[split] if isinstance(dataset, Mapping) else dataset)
+        row = next(rows, None)
+    return row if isinstance(row, Mapping) else None, chain([row], rows) if rows is dataset else dataset
+
+
+def _table(dataset: Any, split: str, limit: int, cache_dir: str | Path | None) -> Any:
+    """A split as a datasets.Dataset: memory-mapped from a file or the hub, in memory from an iterable."""
+    from datasets import Dataset, concatenate_datasets, load_dataset
+
+    with _readable(dataset):
+        source = _source(dataset)
+        if source:
+            return load_dataset(**source, split=split, cache_dir=None if cache_dir is None else str(cache_dir))
+        if isinstance(dataset, Mapping):
+            return dataset[split]
+        if isinstance(dataset, Dataset):
+            return dataset
+        rows = islice(dataset, None if hasattr(dataset, "__len__") else limit)
+        return concatenate_datasets([Dataset.from_list(part) for part in iter(lambda: [*islice(rows, AT_ONCE)], [])])
+
+
+def _splits(dataset: Any) -> Iterable[str]:
+    """The names of the splits of a hub data set or a datasets.DatasetDict."""
+    from datasets import get_dataset_split_names
+
+    with _readable(dataset):
+        source = _source(dataset)
+        own = get_dataset_split_names(source["path"], source["name"]) if "name" in source else ()
+    return dataset if isinstance(dataset, Mapping) else own
+
+
+@contextmanager
+def _readable(dataset: Any) -> Iterator[None]:
+    """Any error of a reader as one sentence: datasets reads files of any kind, that anybody may have made."""
+    try:
+        yield
+    except WeLoreError:
+        raise
+    except Exception as error:
+        remote = isinstance(dataset, str) and not local_path(dataset).exists()
+        how = ": connect once, or give a local file" if remote else ""
+        why = first_line(error.__cause__ or error)
+        raise WeLoreError(f"the data set {dataset_name(dataset)} cannot be read ({why}){how}") from error
