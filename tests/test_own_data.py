@@ -180,6 +180,20 @@ def test_the_order_of_keys_and_rows_of_other_columns_change_nothing_but_other_ro
     assert same.sha256 != read(PAIRS, loss_on_prompt=True).sha256
 
 
+def test_what_is_cached_belongs_to_a_template_a_length_and_a_loss(tmp_path: Path) -> None:
+    file, cache = written(CHATS, tmp_path / "chats.jsonl"), tmp_path / "cache"
+    first = read(file, cache)
+    others = [
+        read(file, cache, chatting(PLAIN.replace("[end]", "[e]"))),
+        read(file, cache, max_length=60),
+        read(file, cache, loss_on_prompt=True),
+    ]
+    assert len({first.sha256, *(other.sha256 for other in others)}) == 4
+    again = read(file, cache, learning_rate=1.0)
+    assert again.sha256 == first.sha256
+    assert again.train.table.cache_files == first.train.table.cache_files  # nothing is encoded twice
+
+
 # --- held-out parts, the hub -----------------------------------------------------------------------------------------
 
 

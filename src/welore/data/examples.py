@@ -69,7 +69,8 @@ def examples_of_rows(rows: Rows, tokenizer: "PreTrainedTokenizerBase", config: F
     In a row that is too long a prompt loses its beginning, a conversation its end; a row that has no answer left is
     dropped. Both are counted.
     """
-    most, encoder = config.max_eval_samples, Encoder(rows.name, rows.shape, tokenizer, config)
+    most, length = config.max_eval_samples, config.max_length or 0
+    encoder = Encoder(rows.name, rows.shape, tokenizer, length, config.loss_on_prompt)
     train, cut = _encoded(rows.train, encoder)
     dropped = len(rows.train) - len(train)
     if rows.held_out is not None:
@@ -85,7 +86,7 @@ def examples_of_rows(rows: Rows, tokenizer: "PreTrainedTokenizerBase", config: F
     if not len(train) or not len(held_out):
         raise WeLoreError(
             f"{rows.name} has {count} training item{'s' * (count != 1)}: two are needed, one of them to evaluate on; "
-            f"{dropped} have answers longer than max_length, {config.max_length} tokens"
+            f"{dropped} have answers longer than max_length, {length} tokens"
         )
     sha = hashlib.sha256()
     for ids, labels in chain(train.lists(), held_out.lists()):
@@ -107,12 +108,16 @@ def _encoded(table: Any, encoder: "Encoder") -> tuple[Examples, int]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns rows of a shape into token ids and labels; `name` of the data set is for messages."""
+    """Turns rows of a shape into token ids and labels; `name` of the data set is for messages.
+
+    datasets caches the result under a hash of all fields: nothing large, and nothing that does not change it.
+    """
 
     name: str
     shape: str
     tokenizer: Any
-    config: FinetuneConfig
+    length: int
+    loss_on_prompt: bool
 
     def __call__(self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
         """Columns input_ids, labels and cut of a batch of rows, for datasets.Dataset.map."""
@@ -122,21 +127,20 @@ class Encoder:
             ids, learned = encode(dict(zip(rows, values, strict=True)), f"{self.name}, record {number + 1}")
             short, taught = self._cut(ids, learned), self._cut(learned, learned)
             if any(taught):
-                labels = [i if t or self.config.loss_on_prompt else IGNORED for i, t in zip(short, taught, strict=True)]
+                labels = [i if t or self.loss_on_prompt else IGNORED for i, t in zip(short, taught, strict=True)]
                 for name, value in zip(columns, (short, labels, len(short) < len(ids)), strict=True):
                     columns[name].append(value)
         return columns
 
     def _cut(self, values: list[int], learned: list[int]) -> list[int]:
-        """At most max_length values of a row's tokens, none of a pair whose answer alone is as long.
+        """At most `length` values of a row's tokens, none of a pair whose answer alone is as long.
 
         A conversation keeps its beginning; a pair keeps its end, and the tokens with which every text opens.
         """
-        length = self.config.max_length or 0
-        if len(values) <= length or self.shape == "messages":
-            return values[:length]
+        if len(values) <= self.length or self.shape == "messages":
+            return values[: self.length]
         first = len(opening_tokens(self.tokenizer))
-        return values[:first] + values[first - length :] if sum(learned) + first < length else []
+        return values[:first] + values[first - self.length :] if sum(learned) + first < self.length else []
 
     def _pair(self, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
         """Tokens of prompt, completion and end, and 1 from where those with and without the completion part."""
