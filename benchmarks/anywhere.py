@@ -1,20 +1,20 @@
 """Trials for `--for anywhere` on SmolLM2, how its recovery trains and whether heads may go: a record.
 
-    python benchmarks/anywhere.py STATISTICS --texts c4=FILE emma=FILE --work DIR [--keep 0.8] [--num-windows 3]
-                                  [--recovery 2.6e-5:33 2.6e-4:58 ...] [--trainable factors|updates]
-                                  [--heads 0 1 2 --statistics-of-o FILE]
+    python benchmarks/anywhere.py OWN --texts c4=FILE emma=FILE --work DIR [--statistics-windows 16] [--keep 0.8]
+                                  [--num-windows 3] [--recovery 2.6e-5:14 2.6e-4:14 ...] [--heads 0 1 2]
 
-STATISTICS: of 65,536 tokens of the model's own text (`welore calibrate MODEL --dataset self --max-length 512
---measure-losses 0 -o STATISTICS`). Widths are multiples of 16, as in benchmarks/quality.py. --recovery RATE:STEPS
-trains the cut model once for each; no smaller rate takes the place of one that does harm. --heads compares models at
-equal parameters, as they are cut: (0) neurons alone, (1) a key group of every layer with its heads, (2) a head of every
-key group; o is refitted as down is. Trials are added to docs/benchmarks/anywhere.json. The texts are for validation.
+OWN: the `written.safetensors` of `welore finetune MODEL DIR --dataset self`, text that the model wrote. The statistics
+are of its first windows. Widths are multiples of 16, as in benchmarks/arena.py. --recovery RATE:STEPS trains all
+matrices of the cut model on OWN, once for each. --heads compares models at equal parameters, as they are cut: (0)
+neurons alone, (1) a key group of every layer with its heads, (2) a head of every key group; o is refitted as down is.
+Trials are added to docs/benchmarks/anywhere.json. The texts are for validation.
 """
 
 import argparse
 import copy
 import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +25,83 @@ from transformers import AutoModelForCausalLM
 import welore
 from welore.calibration.scaling import DAMPING_INPUTS, damped
 from welore.calibration.statistics import Statistics
-from welore.config import CompressionConfig, EvaluationConfig, RecoveryConfig
+from welore.config import CalibrationConfig, CompressionConfig, EvaluationConfig, FinetuneConfig
+from welore.data.windows import given_windows, write_windows
 from welore.io.checkpoint import PLAN, RECORD
+from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.linalg.brain_surgeon import refit
 from welore.models.embedded import embedded_model
-from welore.models.load import read_tokenizer
+from welore.models.load import fastest, read_tokenizer
 from welore.records import Record
+from welore.training.finetune import finetune
+from welore.training.run_dir import MODEL, RUN, TUNED
+from welore.training.teacher import recorded_predictions
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-MULTIPLE, LENGTH = 16, 512
+MULTIPLE, LENGTH, BATCH = 16, 512, 2  # as in benchmarks/arena.py, and in a recovery
 HEADS = ("neurons alone", "a key group of every layer", "a head of every key group")
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
 
 
 @dataclass(frozen=True)
 class Trials:
-    """The model, its statistics, and the texts on which the results are compared."""
+    """The model, windows that it wrote, and the texts on which the results are compared.
+
+    calibrated: how many of the windows the statistics are of; windows: of each text.
+    """
 
     model: Path
-    statistics: Statistics
-    statistics_of_o: Statistics
+    own: Tensor
+    calibrated: int
     work: Path
     texts: dict[str, str]
     windows: int
 
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Those of the first windows, made once."""
+        out = self.work / f"statistics-{self.calibrated}.safetensors"
+        if not out.is_file():
+            welore.calibrate(
+                self.model, CalibrationConfig(measure_losses=0), out, dataset=self.own[: self.calibrated], **QUIET
+            )
+        return Statistics.load(out)
+
     def cut(self, keep: float) -> Path:
         """A directory of the model without neurons, made once."""
-        out = self.work / f"cut-{keep:.6f}"
+        out = self.work / f"cut-{self.calibrated}-{keep:.6f}"
         if not (out / RECORD).is_file():
             config = CompressionConfig(keep=keep, optimize_for="anywhere", rank_multiple=MULTIPLE)
-            welore.compress(self.model, out, config, statistics=self.statistics, recovery=None, overwrite=True, **QUIET)
+            welore.compress(self.model, out, config, statistics=self.statistics, recovery=None, **QUIET)
         return out
 
-    def recovered(self, keep: float, trainable: Any, rate: float, steps: int) -> dict[str, Any]:
-        """Perplexities and losses after a recovery of so many steps."""
-        out = self.work / f"{trainable}-{keep}-{rate}-{steps}"
-        recovery = RecoveryConfig(
-            trainable=trainable, learning_rate=rate, max_steps=steps, fallbacks=(1.0,), tolerance=1e9
+    def recovered(self, keep: float, rate: float, steps: int) -> dict[str, Any]:
+        """Perplexities and losses after a recovery of so many steps, as `compress` trains."""
+        text, run = self.work / f"own-{steps}.safetensors", self.work / f"run-{self.calibrated}-{keep}-{rate}-{steps}"
+        if not text.is_file():
+            windows = self.own[: -(-steps * BATCH * 10 // 9)]
+            write_windows(text, windows, recorded_predictions(self.model, windows, RunContext.create(**QUIET)))
+        config = FinetuneConfig(
+            method="nlrc",
+            distill=str(text),
+            distill_weight=1.0,
+            learning_rate=rate,
+            max_steps=steps,
+            warmup_steps=min(8, steps // 4),
+            batch_size=BATCH,
+            max_length=LENGTH,
+            eval_steps=steps,
+            **fastest("cpu"),
         )
-        if not (out / RECORD).is_file():
-            how: dict[str, Any] = {"plan": self.cut(keep) / PLAN, "statistics": self.statistics, "recovery": recovery}
-            welore.compress(self.model, out, **how, **QUIET)
-        numbers = Record.load(out / RECORD).numbers
-        own = {name: numbers[name] for name in ("held_out_loss", "healing_tokens", "healing_seconds")}
-        return own | self.perplexities(AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+        if not (run / TUNED).is_file():
+            cut = self.cut(keep)
+            finetune(cut, run, config, plan=cut / PLAN, resume=(run / RUN).is_file(), **QUIET)
+        numbers = Record.load(run / TUNED).numbers
+        own = {"cut": numbers["evaluation"][0][1], "recovered": numbers["evaluation"][-1][1]}
+        own["dense"] = numbers["teacher_eval_loss"]
+        model = AutoModelForCausalLM.from_pretrained(run / MODEL, dtype=torch.float32)
+        return {"held_out_loss": own, "seconds": numbers["seconds"]} | self.perplexities(model)
 
     def perplexities(self, model: Any) -> dict[str, float]:
         """Perplexity of a model in memory on every text."""
@@ -91,11 +123,10 @@ class Trials:
         share = numbers * dense.config.num_hidden_layers / targeted
         small = AutoModelForCausalLM.from_pretrained(self.cut(keep + share), dtype=torch.float32)
         if kind:
-            small = fewer_heads(small, self.statistics_of_o, lost["kv"])
+            small = fewer_heads(small, self.statistics, lost["kv"])
         names = set(self.statistics.shapes)
         left = sum(m.weight.numel() for name, m in small.named_modules() if name in names)
-        tokens = max(self.statistics_of_o.counts.values())
-        return {"parameter_ratio": left / targeted, "tokens_of_o": tokens} | self.perplexities(small)
+        return {"parameter_ratio": left / targeted} | self.perplexities(small)
 
 
 def fewer_heads(model: Any, statistics: Statistics, groups: int) -> Any:
@@ -147,47 +178,38 @@ def removal_cost(W: Tensor, G: Tensor, H: Tensor, columns: Tensor) -> float:
 def main() -> None:
     """Run the trials that were asked for, and add them to the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("statistics", type=Path)
+    parser.add_argument("own", type=Path)
     parser.add_argument("--texts", nargs="+", required=True, metavar="NAME=FILE")
-    parser.add_argument("--work", type=Path, required=True, help="where models that are cut stay between calls")
+    parser.add_argument("--work", type=Path, required=True, help="where statistics and models stay between calls")
+    parser.add_argument("--statistics-windows", type=int, default=16)
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--num-windows", type=int, default=3)
     parser.add_argument("--recovery", nargs="*", default=[], metavar="RATE:STEPS")
-    parser.add_argument("--trainable", choices=["factors", "updates"], default="factors", help="factors: all matrices")
-    parser.add_argument("--statistics-of-o", type=Path, help="others for the last matrix of attention")
     parser.add_argument("--heads", nargs="*", type=int, default=[], choices=range(len(HEADS)))
     given = parser.parse_args()
-    texts = dict(text.split("=", 1) for text in given.texts)
-    model = resolve_model(embedded_model())
-    own, of_o = (Statistics.load(path) for path in (given.statistics, given.statistics_of_o or given.statistics))
-    trials = Trials(model, own, of_o, given.work, texts, given.num_windows)
+    model, load = resolve_model(embedded_model()), partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+    own, texts = given_windows(given.own), dict(text.split("=", 1) for text in given.texts)
+    trials = Trials(model, own, given.statistics_windows, given.work, texts, given.num_windows)
     given.work.mkdir(parents=True, exist_ok=True)
     out = HERE / "anywhere.json"
     rows: dict[str, Any] = Record.load(out).numbers["rows"] if out.is_file() else {}
-    trained = {"factors": "matrices"}.get(given.trainable, given.trainable)
     todo: dict[str, Any] = {}
     if given.recovery:
-        load = AutoModelForCausalLM.from_pretrained
-        todo["dense"] = lambda: trials.perplexities(load(model, dtype=torch.float32))
-        todo["cut"] = lambda: trials.perplexities(load(trials.cut(given.keep), dtype=torch.float32))
-    for rate, steps in (text.split(":") for text in given.recovery):
-        todo[f"{trained} at {rate}, {steps} steps"] = lambda rate=rate, steps=steps: trials.recovered(
-            given.keep, given.trainable, float(rate), int(steps)
-        )
+        todo["dense"] = lambda: trials.perplexities(load(model))
+        todo["cut"] = lambda: trials.perplexities(load(trials.cut(given.keep)))
+    for trial in given.recovery:
+        rate, steps = trial.split(":")
+        todo[f"{steps} steps at {rate}"] = partial(trials.recovered, given.keep, float(rate), int(steps))
     for kind in given.heads:
-        todo[HEADS[kind]] = lambda kind=kind: trials.without_heads(given.keep, kind)
-    for name, trial in todo.items():
-        key = f"keep {given.keep:g}, {given.num_windows} windows: {name}"
+        todo[HEADS[kind]] = partial(trials.without_heads, given.keep, kind)
+    for name, run in todo.items():
+        key = f"keep {given.keep:g}: {name}"
         if key in rows:
             continue
-        rows[key] = trial()
+        rows[key] = run()
         print(key, rows[key], flush=True)
-        settings = {
-            "max_length": LENGTH,
-            "num_tokens": own.record.settings["num_tokens"],
-            "width_multiple": MULTIPLE,
-            "texts": list(texts),
-        }
+        settings = {"max_length": LENGTH, "num_windows": given.num_windows, "width_multiple": MULTIPLE}
+        settings |= {"texts": list(texts), "statistics_windows": given.statistics_windows}
         Record("anywhere", {"model": "SmolLM2-135M-Instruct"}, settings, {"rows": rows}).save(out)
 
 

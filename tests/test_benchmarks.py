@@ -9,9 +9,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import compress
-from toys import calibrate, checkpoint
+from toys import checkpoint
+from welore.data.windows import write_windows
 
 DIRECTORY = Path(__file__).resolve().parents[1] / "benchmarks"
 NAMES = sorted(path.stem for path in DIRECTORY.glob("*.py"))
@@ -245,19 +247,19 @@ def test_int8(benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPa
 def test_trials_for_anywhere(
     benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    module, text, statistics = benchmark("anywhere"), tmp_path / "text.txt", tmp_path / "C.safetensors"
+    module, text, own = benchmark("anywhere", LENGTH=32), tmp_path / "text.txt", tmp_path / "written.safetensors"
     model = checkpoint(tmp_path / "wide", None, intermediate_size=128)
     monkeypatch.setattr(module, "embedded_model", lambda: model)
-    calibrate(model, "self", statistics, num_tokens=512, max_length=64, measure_losses=0)
+    write_windows(own, torch.randint(2, 90, (8, 32), generator=torch.Generator().manual_seed(0)))
     text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
-    common = [str(statistics), "--texts", f"foxes={text}", "--work", str(tmp_path / "work"), "--num-windows", "1"]
-    for options in (["--recovery", "1e-3:2"], ["--heads", "0", "1", "2"]):
+    common = [str(own), "--texts", f"foxes={text}", "--work", str(tmp_path / "work"), "--num-windows", "1"]
+    for options in (["--recovery", "1e-3:3"], ["--heads", "0", "1", "2"]):
         monkeypatch.setattr(sys, "argv", ["anywhere.py", *common, *options])
         module.main()
     rows = {name.split(": ")[1]: row for name, row in numbers(tmp_path / "anywhere.json")["rows"].items()}
-    assert list(rows) == ["dense", "cut", "matrices at 1e-3, 2 steps", *module.HEADS]
+    assert list(rows) == ["dense", "cut", "3 steps at 1e-3", *module.HEADS]
     assert rows["neurons alone"]["perplexity_foxes"] == rows["cut"]["perplexity_foxes"]
-    assert rows["matrices at 1e-3, 2 steps"]["held_out_loss"]["healed"] > 0
+    assert rows["3 steps at 1e-3"]["held_out_loss"]["recovered"] != rows["3 steps at 1e-3"]["held_out_loss"]["cut"]
     for name in module.HEADS:
         assert rows[name]["parameter_ratio"] == pytest.approx(0.8, abs=0.05)
 
