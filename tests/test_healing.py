@@ -251,12 +251,13 @@ def test_a_lighter_cut_takes_fewer_steps_on_its_own_text(source: Path, own: Stat
     plan, windows = Plan.load(tmp_path / "cut" / "plan.json"), own.generated_text()
     context = RunContext.create(device="cpu")
 
-    def steps(**settings: Any) -> int:
+    def steps(plan: Plan = plan, **settings: Any) -> int:
         return healing._training(windows, plan, RecoveryConfig(**settings), 0, context).max_steps
 
     assert steps(steps_per_share=20) == math.ceil(20 * (1 - plan.parameter_ratio)) < 9
     assert steps(steps_per_share=20, max_steps=4) == 4
     assert steps() == steps(steps_per_share=20, dataset="my.txt") == 9  # all that there is
+    assert steps(replace(plan, optimize_for="anywhere"), steps_per_share=20) == 9  # matrices learn longer than factors
 
 
 @pytest.mark.slow

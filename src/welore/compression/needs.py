@@ -14,7 +14,7 @@ import torch
 
 from welore.allocation.plan import Allocation
 from welore.calibration.layerwise import is_small, whole_bytes
-from welore.compression.recovery import UPDATES, first_that_fits
+from welore.compression.recovery import UPDATES, first_that_fits, number_of_steps
 from welore.config import AUTO, MAX_LENGTH, NONE, SELF, DtypeName, FinetuneConfig, RecoveryConfig
 from welore.data.self_generated import window_bytes, windows_at_once
 from welore.errors import WeLoreError
@@ -247,9 +247,7 @@ class Needs:
     def _recovery(self, config: RecoveryConfig, rates: Rates) -> Stage:
         """The first choice of what is trained that fits; all matrices have the same share of their ranks."""
         windows = (self.tokens if config.dataset == SELF else config.num_tokens or 0) // self.length
-        steps = max(1, (windows - max(1, windows // 10)) // config.batch_size)
-        if config.dataset == SELF:
-            steps = min(config.max_steps, math.ceil(config.steps_per_share * max(1 - self.share, 0.01)), steps)
+        steps = number_of_steps(config, windows, config.batch_size, self.share, plain=self.job.width is not None)
         training = FinetuneConfig(
             batch_size=config.batch_size,
             max_length=self.length,

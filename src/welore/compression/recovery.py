@@ -98,6 +98,7 @@ FACTORS = Trainable("factors", "lrc")
 UPDATES = Trainable("updates", "updates")
 # Of a plain result, which has no factors.
 MATRICES: dict[MethodName, MethodName] = {"lrc": "nlrc", "updates": "lora"}
+MATRICES_RATE = 3.0  # times the learning rate of factors; the same and this were tried (docs/concepts/recovery.md)
 SMALLEST = replace(UPDATES, checkpointing=True), replace(UPDATES, checkpointing=True, streaming=True)
 CHOICES = {  # in the order in which they are taken, the first that fits
     "auto": (FACTORS, UPDATES, *SMALLEST),
@@ -265,14 +266,12 @@ def _text(config: RecoveryConfig) -> str:
 
 def _training(windows: Tensor, plan: Plan, config: RecoveryConfig, seed: int, context: RunContext) -> FinetuneConfig:
     """Settings of the fine-tuning, but for its text, its learning rate and what it trains."""
-    own = config.dataset == SELF
     batch_size = -(-config.batch_size // context.processes.size)
-    steps = max(1, (len(windows) - max(1, len(windows) // 10)) // (batch_size * context.processes.size))
-    if own:  # the less was removed, the sooner the model's own text has given all it can
-        steps = min(config.max_steps, math.ceil(config.steps_per_share * _removed(plan)), steps)
+    each = batch_size * context.processes.size
+    steps = number_of_steps(config, len(windows), each, plan.parameter_ratio, plain=plan.plain)
     return FinetuneConfig(
         distill=WRITTEN,
-        distill_weight=1.0 if own else config.teacher_weight,
+        distill_weight=1.0 if config.dataset == SELF else config.teacher_weight,
         max_steps=steps,
         warmup_steps=min(config.warmup_steps, steps // 4),
         batch_size=batch_size,
@@ -283,6 +282,19 @@ def _training(windows: Tensor, plan: Plan, config: RecoveryConfig, seed: int, co
         seed=seed,
         **fastest(context.device),
     )
+
+
+def number_of_steps(config: RecoveryConfig, windows: int, each: int, parameter_ratio: float, *, plain: bool) -> int:
+    """Steps of `each` windows in one pass over the nine tenths that are not held out, or the limit for own text.
+
+    The less was removed, the sooner its own text has given factors all it can. A plain result loses more at the same
+    size and takes all.
+    """
+    steps = max(1, (windows - max(1, windows // 10)) // each)
+    if config.dataset != SELF:
+        return steps
+    limit = math.inf if plain else math.ceil(config.steps_per_share * _removed(parameter_ratio))
+    return int(min(config.max_steps, limit, steps))
 
 
 def _without_harm(
@@ -335,14 +347,15 @@ def learning_rate(compressed: Path, plan: Plan, training: FinetuneConfig, config
             scale = (a.shape if plan.plain else factor.shape)[1] if updates else 1
             squares += scale * float(factor.square().sum(dtype=torch.float64))
             count += factor.numel()
-    removed = _removed(plan)
+    removed = _removed(plan.parameter_ratio)
     longer = min(config.largest_share, removed * math.sqrt((training.max_steps or 1) / config.max_steps))
-    return config.relative_learning_rate * max(removed, longer) * math.sqrt(squares / count)
+    relative = config.relative_learning_rate * (MATRICES_RATE if plan.plain and not updates else 1)
+    return relative * max(removed, longer) * math.sqrt(squares / count)
 
 
-def _removed(plan: Plan) -> float:
+def _removed(parameter_ratio: float) -> float:
     """The share of the parameters of the targeted matrices that is gone."""
-    return max(1 - plan.parameter_ratio, 0.01)
+    return max(1 - parameter_ratio, 0.01)
 
 
 def is_sound(losses: dict[str, float], tolerance: float) -> bool:
