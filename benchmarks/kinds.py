@@ -1,11 +1,11 @@
-"""Texts of seven kinds for `benchmarks/quality.py --kinds`, one file each; settings were chosen on none but Python.
+"""Texts of seven kinds for `benchmarks/arena.py --texts`, one file each; settings were chosen on none but Python.
 
 python benchmarks/kinds.py OUT --guides DIRECTORY --npm DIRECTORY
 
 Python: modules of its own library. C: headers of glibc (--headers, by default /usr/include). JavaScript: npm's own code
 (--npm, the folder that holds its lib/). French, Spanish, German, Italian: Debian's reference guide, whose packages
 debian-reference-fr, -es, -de and -it hold debian-reference.fr.txt.gz and so on (--guides, the folder they lie in).
-60,000 characters of each; of the guides the longer paragraphs, without the tables. Prints what --kinds takes.
+60,000 characters of each; of the guides the longer paragraphs, without the tables. Prints what --texts takes.
 """
 
 import argparse

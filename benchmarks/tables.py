@@ -28,6 +28,18 @@ PAGES = (
     STUDY / "README.md",
 )
 METHODS, ITEMS_SHOWN = HERE / "tuning", 3
+ARENA = "arena/SmolLM2-135M-Instruct"
+ABLATED = (0.8, 0.6)
+STRATEGIES = ("uniform", "one threshold", "water-filling")
+FACTORISATIONS = {  # in print -> methods of benchmarks/arena.py, one for each of STRATEGIES
+    "plain weights, factored": ("plain-uniform", "welore", "plain-waterfill"),
+    "ASVD, factored": ("asvd", "asvd-welore", "asvd-waterfill"),
+    "whitening, factored": ("svd-llm", "input-welore", "input-waterfill"),
+    "K-FAC, factored": ("kfac-uniform", "kfac-welore", "kfac-factored"),
+    "K-FAC, smaller storage form": (None, None, "ours-whole"),
+    "the same, long matrices in blocks": (None, None, "ours-split"),
+    "the same, MLP pruning": (None, None, "ours-text"),
+}
 SIZED = "ours-self"  # the row whose sizes stand for all: they differ by what pivoted storage keeps beside the numbers
 RECOVERED = (  # row, the dense model it is measured against, both in print
     ("ours-raw", "dense", "the original dense model"),
@@ -303,7 +315,7 @@ def _by_label(
 
 
 def quality_cells(of: str) -> dict[tuple[str, float], list[Record]]:
-    """(row, share of the parameters) -> the records of benchmarks/quality.py, one for each seed."""
+    """(row, share of the parameters) -> the records of benchmarks/arena.py or recovery.py, one for each seed."""
     cells: dict[tuple[str, float], list[Record]] = {}
     for record in map(Record.load, sorted((HERE / of).glob("*.json"))):
         cells.setdefault((record.inputs["row"], record.settings["keep"]), []).append(record)
@@ -323,17 +335,63 @@ def ratios_to(base: Record, found: list[Record]) -> str:
     return " / ".join(ratio_to(base, found, text) for text in ("wikitext2", "pydoc"))
 
 
+def cost(record: Record) -> str:
+    """Minutes of calibration, compression and tuning of a cell, and the largest peak memory."""
+    n = record.numbers
+    parts = [part for part in ("calibration_", "", "tuning_") if f"{part}seconds" in n]
+    minutes = " + ".join(f"{n[f'{part}seconds'] / 60:.0f}" for part in parts)
+    return f"{minutes} min, {max(n[f'{part}peak_memory_bytes'] for part in parts) / 1e9:.1f} GB"
+
+
+def arena(of: str = ARENA) -> str:
+    """Every method at equal parameters, from benchmarks/arena.py: perplexity, divergence and cost, the worst first."""
+    cells = quality_cells(of)
+    (dense,) = cells.pop(("dense", 1.0))
+    texts = list(dense.settings["texts"])
+
+    def mean(records: list[Record], key: str) -> float:
+        return float(sum(record.numbers[key] for record in records) / len(records))
+
+    def row(records: list[Record]) -> list[str]:
+        n = records[0].numbers
+        return [
+            f"{records[0].inputs['label']}",
+            f"{percent(n['parameter_ratio'])}, {megabytes(n['bytes'])}",
+            " / ".join(ratio_to(dense, records, text) for text in texts),
+            " / ".join(f"{mean(records, f'kl_mean_{text}'):.3g}" for text in texts),
+            " / ".join(percent(mean(records, f"top1_agreement_{text}")) for text in texts),
+            cost(records[0]),
+        ]
+
+    def worst(cell: tuple[tuple[str, float], list[Record]]) -> tuple[float, float]:
+        return -cell[0][1], -mean(cell[1], f"perplexity_{texts[0]}")
+
+    head = ["method", "parameters, weights", "perplexity, to dense", "KL, nats", "same first token", "time, memory"]
+    return marked_down(Table("", head, [row(records) for _, records in sorted(cells.items(), key=worst)]))
+
+
+def ablation(of: str = "quality") -> str:
+    """Allocation of ranks (columns) apart from factorisation, storage and neurons (rows), from benchmarks/arena.py."""
+    cells = quality_cells(of)
+    (dense,) = cells["dense", 1.0]
+
+    def cell(method: str | None, ratio: float) -> str:
+        records = cells.get((method or "", ratio))
+        return ratios_to(dense, records) if records else ""
+
+    head = ["", *(f"{strategy}, {percent(ratio)}" for ratio in ABLATED for strategy in STRATEGIES)]
+    rows = [
+        [name, *(cell(method, ratio) for ratio in ABLATED for method in methods)]
+        for name, methods in FACTORISATIONS.items()
+    ]
+    return marked_down(Table("", head, [row for row in rows if any(row[1:])]))
+
+
 def quality(of: str = "quality") -> str:
-    """Perplexity of every method at equal parameters, from benchmarks/quality.py: mean over seeds, and their range."""
+    """Perplexity of every method at equal parameters, from benchmarks/arena.py: mean over seeds, and their range."""
     cells = quality_cells(of)
     (dense,) = cells["dense", 1.0]
     ratios = sorted({ratio for _, ratio in cells} - {1.0}, reverse=True)
-
-    def cost(found: list[Record]) -> str:
-        n = found[0].numbers
-        parts = [part for part in ("calibration_", "", "tuning_") if f"{part}seconds" in n]
-        minutes = " + ".join(f"{n[f'{part}seconds'] / 60:.0f}" for part in parts)
-        return f"{minutes} min, {max(n[f'{part}peak_memory_bytes'] for part in parts) / 1e9:.1f} GB"
 
     head = ["parameters of the targeted matrices kept", *(percent(ratio) for ratio in ratios), "time, memory"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -346,7 +404,7 @@ def quality(of: str = "quality") -> str:
         measured = [found for found in own.values() if found]
         if measured:
             shown = " | ".join(ratios_to(dense, found) if found else "" for found in own.values())
-            lines.append(f"| {measured[0][0].inputs['label']} | {shown} | {cost(measured[-1])} |")
+            lines.append(f"| {measured[0][0].inputs['label']} | {shown} | {cost(measured[-1][0])} |")
     sizes = [cells[SIZED, ratio][0].numbers for ratio in ratios]
     shown = " | ".join(f"{percent(n['rank_reduction'])}, {megabytes(n['bytes'])}" for n in sizes)
     lines.append(f"| ERR and weights (no data, no recovery; dense {megabytes(dense.numbers['bytes'])}) | {shown} | |")
@@ -379,7 +437,7 @@ def _ratios(base: Record, records: list[Record]) -> list[str]:
 
 
 def kinds() -> str:
-    """Perplexity on texts of other kinds, from benchmarks/quality.py --kinds: a ratio to the dense model."""
+    """Perplexity on texts of other kinds, from benchmarks/arena.py --texts: a ratio to the dense model."""
     cells = quality_cells("quality-kinds")
     (dense,) = cells.pop(("dense", 1.0))
     names = list(dense.settings["texts"])
@@ -391,7 +449,7 @@ def kinds() -> str:
 
 
 def recovered() -> str:
-    """Perplexity after recovery on real text, to dense models that read the same text, from benchmarks/quality.py."""
+    """Perplexity after recovery on real text, to dense models that read the same text, from benchmarks/recovery.py."""
     cells, ratios = quality_cells("quality"), (0.9, 0.8, 0.6)
     rows = []
     for row, base, label in RECOVERED:
@@ -520,6 +578,8 @@ TABLES = {
     "tuning": tuning,
     "methods": methods,
     "tasks": tasks,
+    "arena": arena,
+    "ablation": ablation,
     "quality": quality,
     "quality_gemma3": lambda: quality("quality-gemma3-270m"),
     "kinds": kinds,
