@@ -1,5 +1,6 @@
 """A data set with columns, of the hub, of files or in memory -> tables of datasets, in one of TRL's formats."""
 
+import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,9 +98,9 @@ def _source(dataset: Any) -> dict[str, Any]:
 def _all_text(path: Path) -> dict[str, Any]:
     """Options by which a .csv file is read as it is written: "1." and "NA" are answers, too."""
     from datasets import Features, Value
-    from pandas import read_csv
 
-    columns = read_csv(path, nrows=0).columns
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        columns = next(csv.reader(file), [])
     return {"features": Features(dict.fromkeys(columns, Value("string"))), "keep_default_na": False}
 
 
