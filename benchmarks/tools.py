@@ -342,7 +342,8 @@ def serve(case: Case) -> None:
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(case.directory)]
     options = ["--trust-remote-code", "--device", "cpu", "--dtype", "float32", "--port", port]
-    address, answers = f"http://localhost:{port}/v1/completions", []
+    address = f"http://localhost:{port}/v1/completions"
+    answers: list[dict[str, Any]] = []
     wanted = {"model": str(case.directory), "max_tokens": NEW_TOKENS, "temperature": 0}
     with subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
