@@ -495,7 +495,7 @@ TOOLS: dict[str, Tool] = {
     "transformers and `pipeline`, `trust_remote_code=True`": Tool("transformers", trusted),
     "`save_pretrained` and reload": Tool("transformers", save_and_reload),
     "lm-eval, `--model hf`, `trust_remote_code=True`": Tool("lm_eval", lm_eval),
-    "`transformers serve`, over HTTP": Tool("transformers" if find_spec("uvicorn") else "uvicorn", serve),
+    "`transformers serve`": Tool("transformers" if find_spec("uvicorn") else "uvicorn", serve),
     "`Trainer`": Tool("transformers", trainer),
     "TRL `SFTTrainer`": Tool("trl", trl_sft),
     "TRL `DPOTrainer`": Tool("trl", trl_dpo),
