@@ -2,8 +2,8 @@
 
     python benchmarks/top_logprobs.py DENSE NAME=MODEL ... --text FILE [--num-windows 4]
 
-The models are what `welore compress` made of DENSE. Windows of 512 tokens, float32. A model that is compared replaces
-its row of the record.
+The models are what `welore compress` or a quantizer made of DENSE. Windows of 512 tokens, float32. A model that is
+compared replaces its row of the record.
 """
 
 import argparse

@@ -285,3 +285,17 @@ def test_equal_bytes_goes_on_where_it_was(
     assert int8["bytes"] < compressed["bytes"]
     assert 0 < int8["kl_mean"] < 1
     assert (tmp_path / f"equal_bytes-{module.EMBEDDED}.png").stat().st_size > 1000
+
+
+def test_more_tokens_tell_more_of_a_divergence(
+    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, text = benchmark("top_logprobs", LENGTH=32, SIZES=(2, 20)), tmp_path / "text.txt"
+    dense, small = checkpoint(tmp_path / "dense", None), checkpoint(tmp_path / "small")
+    text.write_text("a number of words, and a number of other words; " * 4)
+    monkeypatch.setattr(sys, "argv", ["top_logprobs", str(dense), f"small={small}", "--text", str(text)])
+    module.main()
+    row = numbers(tmp_path / "top_logprobs.json")["small"]
+    assert row["kl"] > 0
+    assert 1 > row["by_k"]["2"]["missed"] > row["by_k"]["20"]["missed"] > 0
+    assert 1 > row["by_k"]["2"]["rest"] > row["by_k"]["20"]["rest"] > 0
