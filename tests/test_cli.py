@@ -532,12 +532,18 @@ def test_sentence_does_nothing_to_a_terminal(command: Command, tmp_path: Path) -
 
 
 def test_signals_stop_a_command_and_are_given_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        with pytest.raises(Stopped) as caught, stoppable():
-            os.kill(os.getpid(), number)
-        assert caught.value.number == number
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # Whoever started the tests in the background may have had SIGINT ignored.
+    before = [signal.signal(number, signal.default_int_handler) for number in numbers]
+    try:
+        for number in numbers:
+            with pytest.raises(Stopped) as caught, stoppable():
+                os.kill(os.getpid(), number)
+            assert caught.value.number == number
+        assert {signal.getsignal(number) for number in numbers} == {signal.default_int_handler}
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_reader_that_goes_away_is_no_failure_but_a_full_disk_is() -> None:
