@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import welore
+from arena import MULTIPLE
 from welore.calibration.scaling import DAMPING_INPUTS, damped
 from welore.calibration.statistics import Statistics
 from welore.config import CalibrationConfig, CompressionConfig, EvaluationConfig, FinetuneConfig
@@ -39,7 +40,7 @@ from welore.training.run_dir import MODEL, RUN, TUNED
 from welore.training.teacher import recorded_predictions
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-MULTIPLE, LENGTH, BATCH = 16, 512, 2  # as in benchmarks/arena.py, and in a recovery
+LENGTH, BATCH = 512, 2  # as in a recovery
 HEADS = ("neurons alone", "a key group of every layer", "a head of every key group")
 QUIET: dict[str, Any] = {"device": "cpu", "progress": False}
 

@@ -101,7 +101,6 @@ METHODS = {
 def main() -> None:
     """Every cell that was asked for and is not there yet."""
     arguments = parser(__doc__)
-    arguments.add_argument("model", nargs="?", default=None)
     arguments.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -115,6 +114,7 @@ def main() -> None:
 def parser(about: str | None) -> argparse.ArgumentParser:
     """The options of a benchmark of cells."""
     arguments = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("model", nargs="?", default=None)
     arguments.add_argument("--keep", nargs="*", type=float, default=[0.9, 0.8, 0.7, 0.6, 0.5])
     arguments.add_argument("--seeds", nargs="*", type=int, default=[0])
     arguments.add_argument("--tokens", type=int, default=32768)

@@ -26,7 +26,7 @@ from gguf import GGUFReader, LlamaFileType
 from transformers import AutoModelForCausalLM
 
 import welore
-from welore.config import EvaluationConfig
+from welore.config import TOP_LOGPROBS, EvaluationConfig
 from welore.io.atomic import read_json, write_json
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
@@ -36,7 +36,7 @@ from welore.records import Record
 from welore.reporting.style import STYLES, finish_axes, new_figure
 
 HERE, EMBEDDED = Path(__file__).resolve().parents[1] / "docs" / "benchmarks", "SmolLM2-135M-Instruct"
-LENGTH, TOP_LOGPROBS = 2048, 1024
+LENGTH = 2048
 TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M")
 RATIOS = (0.9, 0.8, 0.7, 0.6, 0.5)
 ROWS = (
@@ -89,7 +89,7 @@ class Bench:
     def evaluated(self, loaded: LoadedModel, text: str, **more: Any) -> dict[str, Any]:
         """The perplexity on a text, and the divergence if there is one."""
         config = replace(self.how, dataset=self.texts[text], num_windows=self.windows[text])
-        how: Any = {"tokenizer": self.tokenizer, "progress": False, "top_logprobs": TOP_LOGPROBS} | more
+        how: Any = {"tokenizer": self.tokenizer, "progress": False} | more
         found = welore.evaluate(loaded.model, config, **how).numbers
         divergence = {name: found[name] for name in found if name.startswith(("kl_", "top1_"))}
         return {f"perplexity_{text}": found["perplexity"], f"tokens_{text}": found["tokens"]} | divergence

@@ -115,7 +115,6 @@ CONTROLS = {
 def main() -> None:
     """Every cell that was asked for and is not there yet."""
     arguments = arena.parser(__doc__)
-    arguments.add_argument("model", nargs="?", default=None)
     arguments.add_argument("--rows", nargs="*", default=list(ROWS), choices=[*ROWS, *CONTROLS])
     arguments.add_argument("--heal-on", default="c4")
     arguments.add_argument("--learn", default="wikitext2:7,c4:10.5")

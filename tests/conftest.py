@@ -28,6 +28,7 @@ from welore.errors import WeLoreError
 
 # The files that take longest, longest first: with `-n 2 --dist loadfile` neither worker is left alone at the end.
 LONGEST = (
+    "test_benchmarks",
     "test_tuning",
     "test_cli",
     "test_healing",

@@ -98,7 +98,7 @@ FACTORS = Trainable("factors", "lrc")
 UPDATES = Trainable("updates", "updates")
 # Of a plain result, which has no factors.
 MATRICES: dict[MethodName, MethodName] = {"lrc": "nlrc", "updates": "lora"}
-MATRICES_RATE = 3.0  # times the learning rate of factors; the same and this were tried (docs/concepts/recovery.md)
+MATRICES_RATE = 3.0  # times the learning rate of factors; 1, 3 and 10 were tried (docs/concepts/recovery.md)
 SMALLEST = replace(UPDATES, checkpointing=True), replace(UPDATES, checkpointing=True, streaming=True)
 CHOICES = {  # in the order in which they are taken, the first that fits
     "auto": (FACTORS, UPDATES, *SMALLEST),
