@@ -4,9 +4,10 @@
                                   [--num-windows 3] [--recovery 2.6e-5:14 2.6e-4:14 ...] [--heads 0 1 2]
 
 OWN: the `written.safetensors` of `welore finetune MODEL DIR --dataset self`, text that the model wrote. The statistics
-are of its first windows. Widths are multiples of 16, as in benchmarks/arena.py. --recovery RATE:STEPS trains all
-matrices of the cut model on OWN, once for each. --heads compares models at equal parameters, as they are cut: (0)
-neurons alone, (1) a key group of every layer with its heads, (2) a head of every key group; o is refitted as down is.
+are of its last windows, so that the held-out ones, its first, are unseen. Widths are multiples of 16, as in
+benchmarks/arena.py. --recovery RATE:STEPS trains all matrices of the cut model on OWN, once for each. --heads compares
+models at equal parameters, as they are cut: (0) neurons alone, (1) a key group of every layer with its heads, (2) a
+head of every key group; o is refitted as down is.
 Trials are added to docs/benchmarks/anywhere.json. The texts are for validation.
 """
 
@@ -61,11 +62,11 @@ class Trials:
 
     @cached_property
     def statistics(self) -> Statistics:
-        """Those of the first windows, made once."""
+        """Those of the last windows, made once: a recovery holds the first ones out."""
         out = self.work / f"statistics-{self.calibrated}.safetensors"
         if not out.is_file():
             welore.calibrate(
-                self.model, CalibrationConfig(measure_losses=0), out, dataset=self.own[: self.calibrated], **QUIET
+                self.model, CalibrationConfig(measure_losses=0), out, dataset=self.own[-self.calibrated :], **QUIET
             )
         return Statistics.load(out)
 
