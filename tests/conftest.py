@@ -91,6 +91,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": COMMON | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
+    "gpt_oss": COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16},
 }
 
 
@@ -105,6 +106,10 @@ def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pr
                 U, S, V = torch.linalg.svd(parameter, full_matrices=False)
                 decay = torch.exp(-torch.arange(len(S)) / (2 + 8 * torch.rand(())))
                 parameter.copy_(U @ torch.diag(S[0] * decay * 4) @ V)
+            elif parameter.ndim == 3:  # the matrices of all experts
+                U, S, V = torch.linalg.svd(parameter, full_matrices=False)
+                decay = torch.exp(-torch.arange(S.shape[1]) / (2 + 8 * torch.rand(len(S), 1)))
+                parameter.copy_(U @ torch.diag_embed(S[:, :1] * decay * 4) @ V)
             elif parameter.ndim == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model.to(dtype)

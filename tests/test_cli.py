@@ -228,9 +228,15 @@ def test_shards_are_as_small_as_asked(command: Command, model: Path, tmp_path: P
 def test_what_stays_dense_is_said(command: Command, saved: Callable[..., Path], tmp_path: Path) -> None:
     answer = command("compress", saved("mixtral"), tmp_path / "out", "--paper", "--keep", 0.9)
     assert answer.status == 0
-    assert "left dense inside the blocks" in answer.err
-    assert "experts" in answer.err
+    assert "left dense inside the blocks: 0.0 M parameters (mlp.gate)" in answer.err
     assert answer.out.count("\n") == 1
+    answer = command("compress", saved("mixtral"), tmp_path / "some", "--paper", "--keep", 0.5, "--exclude", "experts")
+    numbers = json.loads((tmp_path / "some/compression.json").read_text())["numbers"]
+    blocks, model = (numbers[name] / numbers[f"{name}_dense"] for name in ("block_parameters", "parameters"))
+    assert numbers["parameter_ratio"] < 0.6 < 0.9 < blocks < 1
+    assert (
+        f"of the targeted matrices, {blocks:.2%} of all matrices of the blocks, {model:.2%} of the model" in answer.out
+    )
 
 
 def test_overwrite_replaces_a_result(command: Command, model: Path, tmp_path: Path) -> None:

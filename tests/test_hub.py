@@ -102,6 +102,7 @@ def test_processes_that_never_imported_welore_load_every_form(tmp_path: Path, to
         checkpoint(tmp_path / "pivoted", family="qwen2", storage="pivoted"),
         checkpoint(tmp_path / "split", family="gemma3_text", storage="split", intermediate_size=64),
         checkpoint(tmp_path / "conv1d", family="gpt2"),
+        checkpoint(tmp_path / "mixture", family="mixtral"),
     ]
     run = python(STOCK, tmp_path / "modules", *(with_logits(form, tokens) for form in forms))
     assert run.returncode == 0, run.stderr

@@ -72,12 +72,20 @@ def test_head_that_is_tied_to_the_embeddings_cannot_be_low_rank() -> None:
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_experts_are_counted_as_left_dense(family: str) -> None:
+def test_experts_are_targets_and_routers_are_counted_as_left_dense(family: str) -> None:
     model = build(family)
-    found = census(model, find_targets(model))
-    experts = sum(p.numel() for name, p in model.named_parameters() if "expert" in name or "mlp.gate." in name)
-    assert found.blocks_other == experts > found.targeted
-    assert "mlp.experts" in found.blocks_other_names
+    source = ModelSource(model)
+    found = census(source.skeleton, source.targets)
+    routers = {
+        name: p.numel() for name, p in model.named_parameters() if name.endswith(("gate.weight", "router.weight"))
+    }
+    assert found.blocks_other == sum(routers.values()) > 0
+    assert found.blocks_other_names == tuple({".".join(name.split(".")[-3:-1]) for name in routers})
+    matrices = {
+        n: p.numel() for n, p in model.named_parameters() if ".layers." in n and n.endswith(("weight", "_proj"))
+    }
+    norms = sum(numel for name, numel in matrices.items() if "norm" in name)
+    assert found.targeted == sum(matrices.values()) - norms - found.blocks_other
     assert found.total == sum(p.numel() for p in model.parameters())
 
 

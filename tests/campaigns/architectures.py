@@ -226,10 +226,11 @@ def build(name: str, seed: int = 0) -> Any:
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**changes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim == 2 and min(parameter.shape) > 1:
+            if parameter.ndim in (2, 3) and min(parameter.shape) > 1:  # in three axes are the matrices of all experts
                 U, S, V = torch.linalg.svd(torch.randn_like(parameter), full_matrices=False)
-                decay = torch.exp(-torch.arange(len(S)) * (1 + 2 * torch.rand(())) / len(S))
-                parameter.copy_(U @ torch.diag(S * decay) @ V / (2 * len(S) ** 0.5))
+                k = S.shape[-1]
+                decay = torch.exp(-torch.arange(k) * (1 + 2 * torch.rand(S.shape[:-1]))[..., None] / k)
+                parameter.copy_(U @ torch.diag_embed(S * decay) @ V / (2 * k**0.5))
     return model
 
 
@@ -251,22 +252,34 @@ def loaded(directory: Path, kind: Any = None) -> Any:
     return model
 
 
+def matrix_of(model: Any, name: str) -> Tensor:
+    """W (m, n) of a layer, a view; that of one expert is a part of a 3-D parameter."""
+    head, of_experts, rest = name.partition(".experts.")
+    if not of_experts or isinstance(model.get_submodule(f"{head}.experts"), nn.ModuleList):
+        layer = model.get_submodule(name)
+        return layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
+    experts, (number, own) = model.get_submodule(f"{head}.experts"), rest.split(".")
+    whole = getattr(experts, own, None)
+    W = (experts.gate_up_proj if whole is None else whole).data[int(number)]
+    W = W.T if experts.is_transposed else W
+    return W if whole is not None else W.chunk(2)[own == "up_proj"]
+
+
 # --- the check -------------------------------------------------------------------------------------------------------
 
 
 def truncated(model: Any, plan: dict[str, Any]) -> None:
     """Replace the matrices of a dense model by their best approximations, by numpy's SVD; check the plan's ranks."""
     for matrix in plan["matrices"]:
-        layer = model.get_submodule(matrix["name"])
-        weight = layer.weight.detach().double().numpy()
-        U, sigma, V = np.linalg.svd(weight.T if isinstance(layer, Conv1D) else weight, full_matrices=False)
+        W = matrix_of(model, matrix["name"])
+        U, sigma, V = np.linalg.svd(W.double().numpy(), full_matrices=False)
         share, rank, level = sigma - sigma[-1], matrix["kept"], plan["threshold"]
         share = share / share[0] if share[0] > 0 else np.ones_like(share)
         least, most = (max(1, int((share >= level + slack).sum())) for slack in (1e-6, -1e-6))
         assert least <= rank <= most, f"{matrix['name']} has rank {rank}, the threshold gives {least} to {most}"
         if matrix["factored"]:
             product = (U[:, :rank] * sigma[:rank]) @ V[:rank]
-            layer.weight.data.copy_(torch.from_numpy(product.T if isinstance(layer, Conv1D) else product))
+            W.copy_(torch.from_numpy(product))
 
 
 def require_close(actual: Tensor, expected: Tensor, words: str) -> float:
@@ -307,7 +320,7 @@ def check(name: str, seed: int, directory: Path) -> str:
     welore.merge(in_memory, progress=False)
     require_close(logits(in_memory, seed), expected, "merged in memory")
     targeted = {matrix["name"] for matrix in plan["matrices"]}
-    chosen = {id(reference.get_submodule(name).weight) for name in targeted}
+    chosen = {id(w) for n, w in linear if n in targeted}
     left = sorted({".".join(n.split(".")[-2:]) for n, w in linear if id(w) in inside - chosen})
     factored = sum(matrix["factored"] for matrix in plan["matrices"])
     words = f"{factored} of {len(targeted)} factored, ERR {result.plan.rank_reduction:.2f}, logits to {worst:.0e}"

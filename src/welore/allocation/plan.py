@@ -136,7 +136,12 @@ class Plan:
     @cached_property
     def parameter_ratio(self) -> float:
         """Stored parameters of the targeted matrices over those of the dense model."""
-        return self.stored_parameters / sum(map(self.dense_numel, self.allocations))
+        return self.stored_parameters / self.dense_parameters
+
+    @cached_property
+    def dense_parameters(self) -> int:
+        """Parameters of the targeted matrices in the dense model."""
+        return sum(map(self.dense_numel, self.allocations))
 
     @cached_property
     def stored_parameters(self) -> int:
@@ -155,7 +160,7 @@ class Plan:
             "matrices": len(self.allocations),
             "lrcs": len(self.lrcs),
             "threshold": self.threshold,
-            "targeted_parameters_dense": sum(map(self.dense_numel, self.allocations)),
+            "targeted_parameters_dense": self.dense_parameters,
             "targeted_parameters": self.stored_parameters,
         }
 

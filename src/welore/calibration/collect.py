@@ -36,6 +36,7 @@ from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
 from welore.linalg.svd import Decomposition, Factors, decompose
 from welore.models.copies import generation_copy
+from welore.models.experts import unfused
 from welore.models.load import load_model
 from welore.models.mlp import long_matrices
 from welore.models.skeleton import context_length, require_context_length
@@ -161,7 +162,7 @@ def collect(
     assert workspace is not None
     stored = workspace.fetch(COLLECTED)
     if stored is None:
-        job, started = _Job(weights, load(), text.config, context, workspace), time.perf_counter()
+        job, started = _Job(weights, unfused(load()), text.config, context, workspace), time.perf_counter()
         with context.stage("text"):
             sources = [*text.sources, *([_own_text(job, text.tokenizer, text.own)] if text.own else [])]
             give_back(job.net.parameters())
@@ -307,10 +308,10 @@ def measure_losses(
         losses.open()
     context.processes.wait()
     grids = long_matrices(weights.skeleton, weights.targets) if config.split else {}
-    job = _Job(weights, net, config, context.within(losses), losses)
+    job = _Job(weights, unfused(net), config, context.within(losses), losses)
     collector = partial(Losses, components=partial(_components, job, statistics, workspace, grids))
     labelled = replace(config, seed=seed_of(config.seed, "measured"))
-    collect_statistics(net, weights.targets, some, labelled, job.context, collector=collector)
+    collect_statistics(job.net, weights.targets, some, labelled, job.context, collector=collector)
     return replace(statistics, store=WorkspaceStore(workspace, losses), measured=some.numel(), grids=grids)
 
 

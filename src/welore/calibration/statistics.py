@@ -62,11 +62,7 @@ class FileStore(TensorReader):
     def read(self, name: str, part: slice = ALL) -> Tensor:
         """The tensor, or a part of it; DamagedWeightsError if it cannot be the mean of what its name says."""
         square = name.endswith((".inputs", ".outputs"))
-        if part == ALL:
-            tensor = super().read(name)
-        else:
-            with self._open() as file:
-                tensor = file.get_slice(name)[(part, part) if square else part].clone()
+        tensor = super().read(name) if part == ALL else super().part(name, *((part, part) if square else (part,)))
         diagonal = tensor.diagonal() if square else tensor
         if not bool(torch.isfinite(tensor).all()) or (name != TEACHER[0] and bool((diagonal < 0).any())):
             raise DamagedWeightsError(f"{self.path}: {name} is NaN, infinite or negative: make the statistics again")

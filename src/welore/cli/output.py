@@ -31,11 +31,15 @@ def log(line: str) -> None:
 
 
 def achieved(target: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:
-    """The target and what a plan's numbers say was reached."""
+    """The target and what the numbers of a plan, or of a whole result, say was reached."""
+    shares = f"{numbers['parameter_ratio']:.2%} of the targeted matrices"
+    if "block_parameters" in numbers:
+        blocks, model = (numbers[name] / numbers[f"{name}_dense"] for name in ("block_parameters", "parameters"))
+        shares += f", {blocks:.2%} of all matrices of the blocks, {model:.2%} of the model"
     wanted = ", ".join(f"target {name} {value:g}" for name, value in target.items()) or "imported"
     return (
-        f"{wanted}; achieved ERR {numbers['rank_reduction']:.2%}, parameters {numbers['parameter_ratio']:.2%} "
-        f"of the targeted matrices, {numbers['lrcs']} of {numbers['matrices']} factored"
+        f"{wanted}; achieved ERR {numbers['rank_reduction']:.2%}, parameters {shares}, "
+        f"{numbers['lrcs']} of {numbers['matrices']} factored"
     )
 
 

@@ -235,7 +235,8 @@ def recover(
     if context.processes.is_main:
         if not compressed.is_dir():
             with atomic_directory(compressed) as unfinished:
-                sink = DirectorySink(teacher, unfinished, rename=source.original.stored_name)
+                original = source.original
+                sink = DirectorySink(teacher, unfinished, rename=original.stored_name, skeleton=original.skeleton)
                 write_compressed(source, plan, stored_factors(context.workspace), sink, silent)
         if not (directory / WRITTEN).is_file():
             predictions = predictions or recorded_predictions(teacher, windows, context)

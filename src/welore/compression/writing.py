@@ -54,6 +54,8 @@ def write_compressed(
         "bytes": size,
         "parameters_dense": dense,
         "parameters": counts.total - counts.targeted + plan.stored_parameters,
+        "block_parameters_dense": plan.dense_parameters + counts.blocks_other,
+        "block_parameters": plan.stored_parameters + counts.blocks_other,
         "left_dense_in_blocks": counts.blocks_other,
         "left_dense_names": list(counts.blocks_other_names),
     }

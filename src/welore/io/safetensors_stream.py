@@ -77,6 +77,12 @@ class TensorReader:
             tensor: Tensor = file.get_tensor(name).clone()
         return tensor
 
+    def part(self, name: str, *index: int | slice) -> Tensor:
+        """A fresh copy of a part of the tensor."""
+        with self._open() as file:
+            tensor: Tensor = file.get_slice(name)[index].clone()
+        return tensor
+
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor as flat pieces of about 4 MiB, in order."""
         info = self.entries[name]

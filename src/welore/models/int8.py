@@ -27,7 +27,7 @@ WEIGHT = ".weight"
 def with_int8(config: "WeLoreConfig", model: "PreTrainedModel", outputs: Iterable[OutputTensors]) -> "WeLoreConfig":
     """The config of the same model with all weights in 8 bits that can be: factors, dense layers, embeddings and head.
 
-    Biases, norms, routers, fused experts and weights that the code around their layer reads itself stay.
+    Biases, norms, routers and weights that the code around their layer reads itself stay.
 
     model: dense, may be on meta. outputs: the tensors that are stored.
     """

@@ -7,6 +7,8 @@ for the text alone has others than the class for all of it. Files and config.jso
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from welore.models.experts import conversions, fused_names, unmerged
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -26,10 +28,10 @@ def loaded_name(model: "PreTrainedModel") -> Rename:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    mapping: Any = get_model_conversion_mapping(model)
+    mapping: Any = unmerged(get_model_conversion_mapping(model), model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    state: Any = dict(model.state_dict())
+    state: Any = dict(model.state_dict()) | dict.fromkeys(fused_names(model), True)
 
     def name_of(key: str) -> str:
         parts = key.split(".")
@@ -47,12 +49,8 @@ def loaded_name(model: "PreTrainedModel") -> Rename:
 
 def saved_name(model: "PreTrainedModel") -> Rename:
     """Name in a model -> name in the files that `save_pretrained` writes."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    mapping: Any = getattr(model, "_weight_conversions", None)
-    if mapping is None:
-        mapping = get_model_conversion_mapping(model, add_legacy=False)
-        mapping = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
-    back: Any = [entry.reverse_transform() for entry in reversed(mapping) if isinstance(entry, WeightRenaming)]
+    mapping = [entry for entry in reversed(conversions(model)) if isinstance(entry, WeightRenaming)]
+    back: Any = [entry.reverse_transform() for entry in mapping]
     return lambda name: rename_source_key(name, back, [])[0]

@@ -25,6 +25,7 @@ from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, sp
 from welore.layers.int8 import SCALE, Int8Layer
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
+from welore.models.experts import name_experts, unfuse, unmerged
 from welore.models.int8 import quantize_layers
 from welore.models.replace import build_layer, has_module, share_layer, submodule_names
 from welore.models.saving import remember_companions
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 METHOD = "welore"
-# 1: A and B alone, 2: other forms, 3: blocks, 4: smaller MLPs, 5: int8; the least is written, for older readers
-VERSION = 5
+# 1: A and B alone, 2: other forms, 3: blocks, 4: smaller MLPs, 5: int8, 6: single experts; the least is written, for
+# older readers
+VERSION = 6
 
 
 @register_quantization_config(METHOD)
@@ -89,7 +91,8 @@ class WeLoreConfig(QuantizationConfigMixin):
         self.grids: dict[str, Grid] = read_grids(grids or {})
         self.shapes = read_grids(shapes or {}, "shapes", LARGEST)
         self.int8 = list(typed(int8, tuple[str, ...], "int8"))
-        self.version = 5 if self.int8 else 4 if self.shapes else 3 if self.grids else 2 if self.forms else 1
+        used = (6, self.has_experts), (5, self.int8), (4, self.shapes), (3, self.grids), (2, self.forms), (1, True)
+        self.version = next(number for number, feature in used if feature)
         self.include, self.exclude = (list(typed(p, tuple[str, ...], "a pattern")) for p in (include, exclude))
         fields, hints = {f.name: f for f in dataclasses.fields(CompressionConfig)}, get_type_hints(CompressionConfig)
         settings |= {} if params is None else {"keep": params}
@@ -118,6 +121,11 @@ class WeLoreConfig(QuantizationConfigMixin):
     def layers(self) -> list[str]:
         """The layers that are not as the architecture says."""
         return list(dict.fromkeys([layer_of(name, self.grids) for name in self.ranks or {}] + list(self.shapes)))
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether single experts of a mixture are named, so that they are linear layers of their own."""
+        return name_experts((*self.layers, *self.int8))
 
     def within(self, model: nn.Module) -> "WeLoreConfig":
         """The same under the names that modules have in `model`, which may be a bare AutoModel."""
@@ -163,6 +171,8 @@ class WeLoreQuantizer(HfQuantizer):
             remember_companions(config, Path(checkpoint_files[0]).parent)
             files = [path for path in checkpoint_files if str(path).endswith(".safetensors")]
             check_factors(config, readers_of(files), model.base_model_prefix + ".")
+        if config.has_experts:
+            unfuse(model)
         shared, config = shared_layers(model), config.within(model)
         for layer in config.layers:
             build_layer(model, layer, config, shared.get(layer, ()))
@@ -182,6 +192,10 @@ class WeLoreQuantizer(HfQuantizer):
             del model.config.quantization_config
             welore.compress(model, config=config.compression, tokenizer=_tokenizer(model, config.compression))
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
+        """Leave the matrices of experts apart that are linear layers."""
+        return unmerged(weight_conversions, model)
 
     def is_serializable(self) -> bool:
         """Compressed models save as they are."""

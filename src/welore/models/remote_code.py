@@ -47,16 +47,19 @@ def write_bootstrap(config: "PretrainedConfig", directory: Path) -> dict[str, st
 
     Configuration and model are classes of their own, with the names of transformers' classes: those of transformers
     stay as they are. The configuration that is read is of transformers' class, so that every other AutoModel takes it.
-    A model of text and images has no model class here, for transformers renames tensors for its own classes only.
+    A model whose tensors have other names in files has no model class here: transformers renames them for its own
+    classes only.
     """
     import transformers
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping as mapping
 
     name, auto = type(config).__name__, auto_class(config)
     if getattr(transformers, name, None) is not type(config):
         return {}
     model: Any = auto._model_mapping.get(type(config), None)
     auto_map, text = {"AutoConfig": f"{MODULE}.{name}"}, CONFIG_TEXT.format(config=name)
-    if isinstance(model, type) and config.get_text_config() is config:
+    renamed = isinstance(model, type) and (mapping(model.__name__) or mapping(config.model_type))
+    if isinstance(model, type) and config.get_text_config() is config and not renamed:
         auto_map[auto.__name__] = f"{MODULE}.{model.__name__}"
         text += MODEL_TEXT.format(model=model.__name__)
     (directory / BOOTSTRAP).write_text(text, encoding="utf-8")

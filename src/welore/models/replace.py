@@ -11,6 +11,7 @@ from welore.layers.block_grid import block_names
 from welore.layers.int8 import SCALE
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
+from welore.models.experts import unfused
 from welore.models.key_names import loaded_name, of_layer
 from welore.models.mlp import resize_layers
 from welore.models.skeleton import dense_skeleton
@@ -97,7 +98,7 @@ def sizes(model: "PreTrainedModel") -> dict[str, Any]:
     parameters, bytes: everything that is stored, tied weights once, in the dtype of the model; in the bytes also the
     indices of low-rank layers.
     """
-    config = {"include": (), "exclude": ()} | compression_config(model)
+    config, model = {"include": (), "exclude": ()} | compression_config(model), unfused(model)
     patterns = config["include"], config["exclude"]
     ranks_removed = full_ranks = stored = dense = indices = 0
     rename = submodule_names(model)

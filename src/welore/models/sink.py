@@ -14,11 +14,12 @@ from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import OutputTensors, write_config, write_weights
 from welore.io.progress import Progress
+from welore.models.experts import fuse, fused_outputs, unfuse
 from welore.models.int8 import quantize_layers, quantized_tensors
 from welore.models.key_names import Rename, of_layer, saved_name
 from welore.models.quantizer import WeLoreConfig
 from welore.models.remote_code import add_bootstrap
-from welore.models.replace import build_layer, restore_layer, share_layer, sizes
+from welore.models.replace import build_layer, has_module, restore_layer, share_layer, sizes
 from welore.models.resizing import Resizing
 from welore.models.saving import forget_compression, remember_companions
 from welore.models.skeleton import dense_skeleton
@@ -35,7 +36,7 @@ class DirectorySink:
     """A checkpoint directory, written one tensor at a time.
 
     source: the directory of the original model. rename: name in the model -> name in the files. skeleton: the dense
-    model, needed for weights in 8 bits.
+    model, needed for weights in 8 bits and for experts.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class DirectorySink:
             if config.int8:
                 assert self.skeleton is not None
                 outputs = quantized_tensors(outputs, self.skeleton, config.int8)
+        if self.skeleton is not None and not (isinstance(config, WeLoreConfig) and config.has_experts):
+            outputs = fused_outputs(outputs, self.skeleton)
         outputs = [output.renamed(self.rename) for output in outputs]
         size = write_weights(self.directory, outputs, self.max_shard_size, progress)
         write_config(self.source, self.directory, content, change)
@@ -81,6 +84,9 @@ class ModelSink:
         for output in outputs:
             if output.layer is not None:
                 layers.setdefault(output.layer, []).append(output)
+        single = isinstance(config, WeLoreConfig) and config.has_experts
+        if single or not all(has_module(self.model, layer) for layer in layers):
+            unfuse(self.model)
         dense = dense_skeleton(self.model.config, type(self.model)) if config is None else None
         shared = shared_layers(self.model)
         costs = [float(sum(info.bytes for o in pieces for info in o.tensors.values())) for pieces in layers.values()]
@@ -96,6 +102,8 @@ class ModelSink:
             for name, chunks in tensors.items():
                 if chunks:
                     self._load(name, torch.cat(chunks))
+        if not isinstance(config, WeLoreConfig):
+            fuse(self.model)
         settings: Any = self.model.config
         if isinstance(config, Resizing):
             config.apply(settings)

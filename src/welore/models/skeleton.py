@@ -10,6 +10,7 @@ from torch import nn
 
 from welore.errors import WeLoreError, first_line
 from welore.io.checkpoint import CONFIG, read_config
+from welore.models.experts import unfuse
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -109,10 +110,15 @@ def require_context_length(length: int, limit: int | None) -> None:
 
 
 def dense_skeleton(config: "PretrainedConfig", kind: Any, **options: Any) -> "PreTrainedModel":
-    """The dense model of a configuration on the meta device; kind: AutoModelForCausalLM, or a class of models."""
+    """The dense model of a configuration on the meta device, its experts apart.
+
+    kind: AutoModelForCausalLM, or a class of models.
+    """
     plain = type(config).from_dict(config.to_dict())
     plain.name_or_path = config.name_or_path  # where a model's own code lies
     if hasattr(plain, "quantization_config"):
         del plain.quantization_config
     with torch.device("meta"):
-        return kind.from_config(plain, **options) if hasattr(kind, "from_config") else kind._from_config(plain)
+        model = kind.from_config(plain, **options) if hasattr(kind, "from_config") else kind._from_config(plain)
+    unfuse(model)
+    return model

@@ -19,7 +19,8 @@ from welore.io.resume import file_states
 from welore.io.safetensors_stream import FLOATS, TensorInfo, raw_bytes
 from welore.layers.int8 import SCALE, dequantize
 from welore.models.completeness import require_complete
-from welore.models.key_names import loaded_name, saved_name
+from welore.models.experts import FusedTensor, Slice, fused_names, slices_of, unfused
+from welore.models.key_names import Rename, loaded_name, saved_name
 from welore.models.mlp import resize_layers
 from welore.models.replace import has_module
 from welore.models.skeleton import config_of, dense_skeleton, skeleton_of
@@ -104,17 +105,23 @@ class ModelSource(TensorSource):
                 f"{type(model).__name__} is wrapped, or has adapters or parametrizations: give the model of "
                 "transformers inside it, with adapters merged (merge_and_unload of peft)"
             )
-        self.model = self.skeleton = model
+        self.model = model
         self.name = model.config.name_or_path or type(model).__name__
         self.include, self.exclude = tuple(include), tuple(exclude)
+
+    @cached_property
+    def skeleton(self) -> "PreTrainedModel":  # type: ignore[override]
+        """The model, or another one with its tensors whose experts are apart."""
+        model: PreTrainedModel = unfused(self.model)
+        return model
 
     @cached_property
     def targets(self) -> list[Target]:  # type: ignore[override]
         """The targeted matrices."""
         require_dense(self.model.config)
-        targets = find_targets(self.model, self.include, self.exclude)
+        targets = find_targets(self.skeleton, self.include, self.exclude)
         for target in targets:
-            _require_float(f"{target.layer}.weight", self.model.get_submodule(target.layer).weight.dtype)
+            _require_float(f"{target.layer}.weight", self.skeleton.get_submodule(target.layer).weight.dtype)
         return targets
 
     @cached_property
@@ -137,8 +144,9 @@ class ModelSource(TensorSource):
 
     def names(self) -> Iterator[str]:
         """Parameters, tied ones once, and the buffers that a checkpoint holds."""
-        stored = self.model.state_dict()
-        yield from (name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers()) if name in stored)
+        model = self.skeleton
+        stored = model.state_dict()
+        yield from (name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name in stored)
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor."""
@@ -154,7 +162,7 @@ class ModelSource(TensorSource):
     def tensor(self, name: str) -> Tensor:
         """A tensor, a view; WeLoreError if it is offloaded."""
         layer, _, part = name.rpartition(".")
-        tensor = getattr(self.model.get_submodule(layer), part)
+        tensor = getattr(self.skeleton.get_submodule(layer), part)
         assert isinstance(tensor, Tensor)
         if tensor.is_meta:
             raise WeLoreError(f"{name} is not in memory (offloaded?): load the model on one device")
@@ -162,7 +170,11 @@ class ModelSource(TensorSource):
 
     def stored_name(self, name: str) -> str:
         """As `save_pretrained` would write it."""
-        return saved_name(self.model)(name)
+        return self._saved_name(name)
+
+    @cached_property
+    def _saved_name(self) -> Rename:
+        return saved_name(self.skeleton)
 
 
 class CheckpointSource(TensorSource):
@@ -229,8 +241,14 @@ class CheckpointSource(TensorSource):
     @cached_property
     def identity(self) -> Identity:  # type: ignore[override]
         """Name and fingerprint of the weights."""
-        weights = ((t, next(self._files.chunks(self._key(t.layer + ".weight")))) for t in self.targets)
-        return Identity(self.name, _fingerprint(weights))
+        return Identity(self.name, _fingerprint((t, self._beginning(t)) for t in self.targets))
+
+    def _beginning(self, target: Target) -> Tensor:
+        """The first numbers of a weight, flat."""
+        name = f"{target.layer}.weight"
+        if name in self._slices:
+            return self._slices[name].read(self._files, -(-FINGERPRINTED // target.shape[1])).flatten()
+        return next(self._files.chunks(self._key(name)))
 
     @property
     def state(self) -> str:  # type: ignore[override]
@@ -249,18 +267,38 @@ class CheckpointSource(TensorSource):
 
     @cached_property
     def _keys(self) -> dict[str, str]:
-        """Name in the model -> name in the files."""
+        """Name in the model -> name in the files; of experts that lie in 3-D tensors the names of those."""
         rename, keys = loaded_name(self.skeleton), dict[str, str]()
         for key in self._files.entries:
             name = rename(key)
             keys[key if name in keys else name] = key
         return keys
 
+    @cached_property
+    def _fused(self) -> dict[str, dict[str, Slice]]:
+        """Name of a 3-D tensor of experts -> the tensors of single experts that it holds."""
+        fused, keys, entries = self._fused_names, self._keys, self._files.entries
+        return {n: slices_of(keys[n], n, fused[n], entries[keys[n]].shape[0]) for n in fused if n in keys}
+
+    @cached_property
+    def _fused_names(self) -> dict[str, FusedTensor]:
+        return fused_names(self.skeleton)
+
+    @cached_property
+    def _saved_name(self) -> Rename:
+        return saved_name(self.skeleton)
+
+    @cached_property
+    def _slices(self) -> dict[str, Slice]:
+        return {name: part for parts in self._fused.values() for name, part in parts.items()}
+
     def stored_name(self, name: str) -> str:
         """As these files hold it; a factor where its layer is."""
         parts = name.split(".")
         for end in range(len(parts), 0, -1):
             own = name if end == len(parts) else ".".join([*parts[:end], "weight"])
+            if own in self._slices or (own not in self._keys and own in self._fused_names):
+                return self._saved_name(name)
             key = self._keys.get(own)
             if key is not None and self.prefix + key != own:
                 return key if end == len(parts) else ".".join([key.removesuffix(".weight"), *parts[end:]])
@@ -268,11 +306,15 @@ class CheckpointSource(TensorSource):
 
     def names(self) -> Iterator[str]:
         """All tensors of the files, in their order."""
-        return (name for name, key in self._keys.items() if key.removesuffix(f".{SCALE}") not in self.int8)
+        for name, key in self._keys.items():
+            if key.removesuffix(f".{SCALE}") not in self.int8:
+                yield from self._fused.get(name, (name,))
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor, from the header; of an int8 weight those of the matrix that it stands for."""
         key, entries = self._key(name), self._files.entries
+        if name in self._slices:
+            return TensorInfo(entries[key].dtype, self._slices[name].shape(entries[key].shape))
         if (layer := key.removesuffix(".weight")) not in self.int8:
             return entries[key]
         shape = entries[key].shape
@@ -281,13 +323,15 @@ class CheckpointSource(TensorSource):
     def chunks(self, name: str) -> Iterator[Tensor]:
         """A tensor in flat pieces of a few MiB; one that is made is one piece."""
         key = self._key(name)
-        made = key.removesuffix(".weight") in self.int8
+        made = key.removesuffix(".weight") in self.int8 or name in self._slices
         for chunk in [self.tensor(name).flatten()] if made else self._files.chunks(key):
             check_finite(name, chunk)
             yield chunk
 
     def tensor(self, name: str) -> Tensor:
         """A tensor, read from its file; an int8 weight times its scales."""
+        if name in self._slices:
+            return self._slices[name].read(self._files)
         key = self._key(name)
         if (layer := key.removesuffix(".weight")) not in self.int8:
             return self._files.read(key)
@@ -308,7 +352,7 @@ class CheckpointSource(TensorSource):
         return kind is not None and kind.transposed
 
     def _key(self, name: str) -> str:
-        return self._keys.get(name, name)
+        return self._slices[name].key if name in self._slices else self._keys.get(name, name)
 
 
 class OverlaySource(TensorSource):

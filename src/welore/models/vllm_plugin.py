@@ -48,6 +48,8 @@ class VllmConfig(QuantizationConfig):
 
     def __init__(self, config: WeLoreConfig) -> None:
         super().__init__()
+        if config.has_experts:
+            raise WeLoreError(f"vLLM computes all experts of a layer at once, and some of these are low rank: {MERGE}")
         self.config = config
 
     @classmethod

@@ -16,6 +16,7 @@ from welore.allocation.plan import Plan
 from welore.errors import WeLoreError, choose
 from welore.layers.int8 import Int8Layer
 from welore.layers.low_rank import LowRankLayer
+from welore.models.experts import name_experts, unfuse
 from welore.models.replace import compression_config
 from welore.models.skeleton import decoder_blocks
 from welore.models.targets import find_targets, in_blocks
@@ -157,11 +158,16 @@ def refuse_options(method: str, *, train_norms: bool, rank: int | None) -> None:
 
 
 def find_matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrices:
-    """The targeted matrices of a compressed model by their form; of a dense one by what `plan` would make of them."""
+    """The targeted matrices of a compressed model by their form; of a dense one by what `plan` would make of them.
+
+    The fused experts of a mixture are taken apart, in place, if the plan tells theirs apart.
+    """
     patterns = compression_config(model)
     include, exclude = patterns.get("include", ()), patterns.get("exclude", ())
     if plan is not None:
         include, exclude = plan.include, plan.exclude
+        if name_experts(plan.lrc_layers):
+            unfuse(model)
     targets = find_targets(model, include, exclude)
     names = [target.name for target in targets]
     factored = {name for name in names if isinstance(model.get_submodule(name), LowRankLayer)}

@@ -1,0 +1,69 @@
+"""The experts of a mixture as ordinary linear layers: nn.Modules and nothing else."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DOWN = "down_proj"
+
+
+class Gate:
+    """The function of a family between the products of an expert: its activation, and the gate if it has one.
+
+    fused: the family's own module of all experts, without its parameters. It is no part of the model.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        self.fused = fused
+
+    def __call__(self, products: list[Tensor]) -> Tensor:
+        """products: (tokens, f) each, or one (tokens, 2 f) -> (tokens, f)."""
+        joined = products[0] if len(products) == 1 else torch.cat(products, -1)
+        y: Tensor = self.fused._apply_gate(joined) if self.fused.has_gate else self.fused.act_fn(joined)
+        return y
+
+
+class Expert(nn.Module):
+    """One expert, an MLP: down_proj reads what `gate` makes of the outputs of all other layers."""
+
+    def __init__(self, layers: Mapping[str, nn.Linear], gate: Gate) -> None:
+        super().__init__()
+        self.gate = gate
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., d) -> (..., d)."""
+        products = [layer(x) for name, layer in self.named_children() if name != DOWN]
+        y: Tensor = self.get_submodule(DOWN)(self.gate(products))
+        return y
+
+
+class Experts(nn.Module):
+    """The experts of one layer, called 0, 1, ...; in the place of a family's module that holds 3-D parameters.
+
+    fused: that module, without its parameters: its class, its settings and its activation.
+    """
+
+    def __init__(self, experts: list[Expert], fused: Any) -> None:
+        super().__init__()
+        self.gate = Gate(fused)
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The sum of the chosen experts' outputs, each times its weight.
+
+        hidden_states: (tokens, d). top_k_index, top_k_weights: (tokens, k), the experts of every token -> (tokens, d).
+        """
+        experts, (tokens, k) = list(self.children()), top_k_index.shape
+        chosen, order = top_k_index.flatten().sort(stable=True)
+        counts = torch.bincount(chosen, minlength=len(experts)).tolist()
+        parts = hidden_states[order // k].split(counts)
+        outputs = [expert(x) for expert, x in zip(experts, parts, strict=True) if len(x)]
+        if not outputs:
+            return torch.zeros_like(hidden_states)
+        weighted = torch.cat(outputs) * top_k_weights.flatten()[order, None]
+        return weighted[order.argsort()].view(tokens, k, -1).sum(1).to(hidden_states.dtype)

@@ -1,0 +1,267 @@
+"""Mixtures of experts: every matrix of every expert is compressed, stored, loaded and merged as one of its own."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModel, Qwen3VLMoeForConditionalGeneration
+
+import welore
+from campaigns.architectures import build as build_architecture
+from campaigns.architectures import loaded, matrix_of
+from conftest import build, compress, logits
+from test_checkpoint import equal, weights_of
+from welore.config import CompressionConfig
+from welore.io.context import RunContext
+from welore.io.safetensors_stream import TensorReader
+from welore.layers.experts import Experts
+from welore.layers.low_rank import LowRankLayer
+from welore.models.experts import fuse, fused_experts, unfuse, unfused
+from welore.models.replace import sizes
+from welore.models.source import CheckpointSource, ModelSource, open_source
+from welore.training.methods import mark_trainable
+
+PAPER: dict[str, Any] = {"scaling": "none", "storage": "factored", "min_ratio": 0}
+# What the families differ in: names in files, shared experts, and 3-D tensors in files, of which one is transposed.
+KINDS = ("Mixtral", "Qwen3-MoE", "OLMoE", "DeepSeek-V3", "GPT-OSS", "GraniteMoeHybrid")
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Callable[..., Path]:
+    """Builds and saves a mixture; the directory."""
+
+    def save(name: str, dtype: torch.dtype = torch.float32, **how: Any) -> Path:
+        build_architecture(name).to(dtype).save_pretrained(tmp_path / "dense", **how)
+        return tmp_path / "dense"
+
+    return save
+
+
+@pytest.mark.parametrize("name", [*KINDS, "PhiMoE", "Jamba", "MiniMax"])
+def test_experts_apart_compute_what_they_compute_together(name: str, tokens: torch.Tensor) -> None:
+    model = build_architecture(name)
+    before, parameters = logits(model, tokens), {n: p.clone() for n, p in model.named_parameters()}
+    twin = unfused(model)
+    assert twin is not model
+    assert fused_experts(model).keys() == {n for n, m in twin.named_modules() if isinstance(m, Experts)}
+    torch.testing.assert_close(logits(twin, tokens), before, rtol=1e-5, atol=1e-6)
+    experts = [n for n, m in twin.named_modules() if isinstance(m, torch.nn.Linear) and ".experts." in n]
+    weight = twin.get_submodule(experts[0]).weight
+    assert torch.equal(weight, matrix_of(model, experts[0]))
+    for layer in experts:  # they share their numbers
+        twin.get_submodule(layer).weight.data.mul_(2)
+    assert not torch.allclose(logits(model, tokens), before, rtol=1e-3)
+    for layer in experts:
+        twin.get_submodule(layer).weight.data.div_(2)
+    unfuse(model)
+    assert not fused_experts(model)
+    torch.testing.assert_close(logits(model, tokens), before, rtol=1e-5, atol=1e-6)
+    fuse(model)
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in parameters.items()}
+    assert all(torch.equal(p, parameters[n]) for n, p in model.named_parameters())
+    assert torch.equal(logits(model, tokens), before)
+
+
+def test_training_gradients_reach_the_experts_and_the_router(tokens: torch.Tensor) -> None:
+    model = build("mixtral")
+    twin = unfused(build("mixtral"))
+    for net in (model, twin):
+        net(tokens, labels=tokens).loss.backward()
+    router = "model.layers.0.mlp.gate.weight"
+    torch.testing.assert_close(twin.get_parameter(router).grad, model.get_parameter(router).grad)
+    whole = model.get_parameter("model.layers.0.mlp.experts.down_proj").grad
+    for number in range(4):
+        own = twin.get_parameter(f"model.layers.0.mlp.experts.{number}.down_proj.weight").grad
+        torch.testing.assert_close(torch.zeros_like(whole[number]) if own is None else own, whole[number])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_files_and_memory_hold_the_same_matrices(name: str, dense: Callable[..., Path]) -> None:
+    directory = dense(name)
+    model = loaded(directory)
+    stored, here = open_source(directory, RunContext.create()), ModelSource(model)
+    assert isinstance(stored, CheckpointSource)
+    assert stored.identity.fingerprint == here.identity.fingerprint
+    assert stored.targets == here.targets
+    assert any(".experts.3." in target.name for target in stored.targets)
+    assert set(stored.names()) == set(here.names())
+    for tensor in stored.names():
+        assert torch.equal(stored.tensor(tensor), here.tensor(tensor)), tensor
+        assert stored.info(tensor) == here.info(tensor)
+        assert torch.equal(torch.cat(list(stored.chunks(tensor))), here.tensor(tensor).flatten())
+        assert stored.stored_name(tensor) == here.stored_name(tensor)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_factors_of_every_expert_are_those_of_an_independent_svd(
+    name: str, dense: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    directory = dense(name)
+    plan = welore.compress(directory, tmp_path / "small", CompressionConfig(keep=0.7, **PAPER), recovery=None).plan
+    reference, small, tensors = loaded(directory), loaded(tmp_path / "small"), weights_of(tmp_path / "small")
+    of_experts = [a for a in plan.allocations if ".experts." in a.name]
+    counts = {name.split(".experts.")[1].split(".")[0] for name in (a.name for a in of_experts)}
+    assert counts == {"0", "1", "2", "3"}
+    assert len({a.rank for a in of_experts}) > 1  # every matrix has its own spectrum under the one threshold
+    for a in of_experts:
+        W = matrix_of(reference, a.name).double().numpy()
+        U, sigma, V = np.linalg.svd(W, full_matrices=False)
+        layer = small.get_submodule(a.name)
+        assert isinstance(layer, LowRankLayer) == a.factored
+        if a.factored:
+            product = (layer.A.weight.double() @ layer.B.weight.double()).detach().numpy()
+            np.testing.assert_allclose(product, (U[:, : a.rank] * sigma[: a.rank]) @ V[: a.rank], atol=2e-6 * sigma[0])
+    config = json.loads((tmp_path / "small/config.json").read_text())["quantization_config"]
+    assert config["version"] == 6
+    assert {f"{layer}.A.weight" for layer in config["ranks"]} <= set(tensors)
+    generated = small.generate(tokens, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert generated.shape[1] == tokens.shape[1] + 4
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_round_trip(name: str, dense: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor) -> None:
+    """In memory as on the disk; loading, saving and loading again is bit-equal; merging gives an ordinary model."""
+    directory, how = dense(name), CompressionConfig(keep=0.7, **PAPER)
+    welore.compress(directory, tmp_path / "small", how, recovery=None)
+    small = loaded(tmp_path / "small")
+    in_memory = loaded(directory)
+    welore.compress(in_memory, config=how, recovery=None)
+    expected = logits(small, tokens)
+    assert equal(in_memory.state_dict(), small.state_dict())
+    torch.testing.assert_close(logits(in_memory, tokens), expected, rtol=1e-5, atol=1e-6)  # others lie in a mapped file
+    for word, model in (("again", small), ("from-memory", in_memory)):
+        model.save_pretrained(tmp_path / word)
+        assert equal(weights_of(tmp_path / word), weights_of(tmp_path / "small"))
+    for other in (loaded(tmp_path / "again"), pickle.loads(pickle.dumps(small))):
+        torch.testing.assert_close(logits(other, tokens), expected, rtol=1e-5, atol=1e-6)
+    bare, whole = AutoModel.from_pretrained(tmp_path / "small"), AutoModel.from_pretrained(directory)
+    assert not torch.allclose(bare(tokens).last_hidden_state, whole(tokens).last_hidden_state, atol=1e-4)
+
+    welore.merge(tmp_path / "small", tmp_path / "merged")
+    files = weights_of(tmp_path / "merged")
+    assert {n: t.shape for n, t in files.items()} == {n: t.shape for n, t in weights_of(directory).items()}
+    merged = loaded(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, tokens), expected, rtol=1e-3, atol=1e-4)
+    assert not any(isinstance(module, Experts | LowRankLayer) for module in merged.modules())
+    welore.merge(small)
+    assert not any(isinstance(module, Experts | LowRankLayer) for module in small.modules())
+    small.save_pretrained(tmp_path / "merged-in-memory")
+    assert equal(weights_of(tmp_path / "merged-in-memory"), files)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS"])
+def test_experts_that_are_excluded_stay_as_they_are_in_the_files(
+    name: str, dense: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    directory = dense(name)
+    compress(directory, tmp_path / "small", keep=0.6, exclude=["experts"], **PAPER)
+    before, after = weights_of(directory), weights_of(tmp_path / "small")
+    kept = {n for n in before if ".experts." in n}
+    assert kept
+    assert all(torch.equal(before[n], after[n]) for n in kept)
+    small = loaded(tmp_path / "small")
+    assert fused_experts(small)
+    assert small.config.quantization_config.version == 1
+    in_memory = loaded(directory)
+    compress(in_memory, keep=0.6, exclude=["experts"], **PAPER)
+    assert fused_experts(in_memory)
+    torch.testing.assert_close(logits(in_memory, tokens), logits(small, tokens), rtol=1e-5, atol=1e-6)
+    assert sizes(in_memory) == sizes(small)
+    welore.merge(tmp_path / "small", tmp_path / "merged")
+    assert weights_of(tmp_path / "merged").keys() == before.keys()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_share_is_that_of_all_matrices_of_the_blocks(name: str, dense: Callable[..., Path], tmp_path: Path) -> None:
+    directory = dense(name)
+    numbers = compress(directory, tmp_path / "small", keep=0.8, **PAPER).numbers
+    routers = ("gate.weight", "router.weight", "router.layer.weight")
+
+    def count(where: Path) -> int:
+        tensors = {n: t for n, t in weights_of(where).items() if ".layers." in n and t.ndim > 1}
+        return sum(
+            t.numel() for n, t in tensors.items() if not n.endswith(routers) and "conv1d" not in n and "bias" not in n
+        )
+
+    assert count(tmp_path / "small") == pytest.approx(0.8 * count(directory), rel=0.01)
+    assert numbers["parameter_ratio"] == pytest.approx(0.8, abs=0.01)
+    stored = {n: t.numel() for n, t in weights_of(tmp_path / "small").items() if "correction" not in n}
+    assert numbers["parameters"] == sum(stored.values())
+
+
+def test_weights_of_one_shard_or_many_and_of_any_dtype(
+    dense: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    directory = dense("Mixtral", torch.bfloat16, max_shard_size="40KB")
+    assert len(list(directory.glob("model-*.safetensors"))) > 2
+    compress(directory, tmp_path / "one", keep=0.7, **PAPER)
+    compress(directory, tmp_path / "many", keep=0.7, **PAPER, max_shard_size="12KB")
+    assert equal(weights_of(tmp_path / "one"), weights_of(tmp_path / "many"))
+    model = loaded(tmp_path / "many")
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert equal(weights_of(tmp_path / "one"), weights_of(tmp_path / "again"))
+
+
+def test_only_factors_are_trained(dense: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor) -> None:
+    compress(dense("Mixtral"), tmp_path / "small", keep=0.6, **PAPER)
+    model = loaded(tmp_path / "small")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    marked = mark_trainable(model, "lrc")
+    optimizer = torch.optim.SGD(marked.parameters, lr=1.0)
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert any(".experts." in n for n in changed)
+    assert all(n.endswith(("A.weight", "B.weight")) for n in changed)
+
+
+def test_plan_for_a_dense_mixture_tells_which_experts_are_trained(tmp_path: Path) -> None:
+    model, other = build("mixtral"), build("mixtral")
+    plan = welore.compress(other, config=CompressionConfig(keep=0.6, **PAPER), recovery=None).plan
+    marked = mark_trainable(model, "lrc", plan=plan)
+    trained = {n.removesuffix(".weight") for n, p in marked.model.named_parameters() if p.requires_grad}
+    assert trained == set(plan.ranks)
+
+
+def test_pruned_int8_and_split_experts(saved: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor) -> None:
+    source = saved("mixtral", intermediate_size=64)
+    compress(source, tmp_path / "small", keep=0.7, weights="int8", split=True, scaling="none", storage="pivoted")
+    config = json.loads((tmp_path / "small/config.json").read_text())["quantization_config"]
+    assert any(".experts.0.w1" in name for name in config["int8"])
+    assert any(".experts." in name for name in config["grids"])
+    small = loaded(tmp_path / "small")
+    welore.merge(tmp_path / "small", tmp_path / "merged")
+    torch.testing.assert_close(logits(loaded(tmp_path / "merged"), tokens), logits(small, tokens), rtol=1e-2, atol=1e-2)
+
+
+def test_one_expert_is_read_at_a_time(dense: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, read = dense("GPT-OSS"), list[tuple[int | slice, ...]]()
+    source = open_source(directory, RunContext.create())
+    whole = load_file(directory / "model.safetensors")
+
+    def part(self: TensorReader, name: str, *index: int | slice) -> torch.Tensor:
+        read.append(index)
+        return whole[name][index]
+
+    monkeypatch.setattr(TensorReader, "part", part)
+    key = "model.layers.0.mlp.experts.2.down_proj.weight"
+    assert torch.equal(source.tensor(key), whole["model.layers.0.mlp.experts.down_proj"][2].T)
+    assert read == [(2, slice(None), slice(0, 32))]
+
+
+def test_experts_that_the_files_hold_in_another_way_stay_dense() -> None:
+    text = {"num_hidden_layers": 1, "num_experts": 2, "hidden_size": 32, "moe_intermediate_size": 16}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96}
+    config = CONFIG_MAPPING["qwen3_vl_moe"](text_config=text, vision_config={"depth": 1})
+    with torch.device("meta"):
+        model = Qwen3VLMoeForConditionalGeneration(config)
+    assert any(p.ndim == 3 for n, p in model.named_parameters() if ".experts." in n)
+    assert not fused_experts(model)
+    assert unfused(model) is model
