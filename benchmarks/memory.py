@@ -10,6 +10,7 @@ from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 RANK_REDUCTION = 0.5
+WORKERS = (1, 2)
 LIMIT_BYTES = 64e6  # of the peak resident set
 KEPT = (
     "anonymous_baseline_bytes",
@@ -28,7 +29,7 @@ def main() -> None:
         "limit_bytes": LIMIT_BYTES,
     }
     peaks = []
-    for workers in (1, 2):
+    for workers in WORKERS:
         found = measured(model, RANK_REDUCTION, workers)
         counts = {name: found["numbers"][name] for name in ("lrcs", "matrices")}
         numbers[f"workers_{workers}"] = {name: found[name] for name in KEPT} | counts

@@ -34,6 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "vocab_size": 256,
+        "max_position_embeddings": 64,
         "tie_word_embeddings": True,
     },
     "smollm2-135m": {

@@ -12,7 +12,7 @@ os.environ["OMP_WAIT_POLICY"] = "passive"  # idle threads that spin make every o
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,6 +226,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return Answer(int(caught.value.code or 0), *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests that fork: a child computes with one thread, and another number of threads sums in another order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def everything(directory: Path) -> dict[Path, bytes]:

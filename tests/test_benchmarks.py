@@ -5,13 +5,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import build, compress
+from conftest import Command, build, compress, done
 from toys import characters, checkpoint, weights
 from welore.data.windows import write_windows
 
@@ -86,10 +86,10 @@ def test_speed_in_a_norm_compares_equal_results(benchmark: Callable[..., ModuleT
 
 @pytest.mark.slow
 def test_memory_is_measured_in_a_process_of_its_own(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
-    benchmark("memory", LIMIT_BYTES=1e9, RANK_REDUCTION=0.4).main()
-    measured = numbers(tmp_path / "memory.json")
-    assert measured["workers_2"]["resident_peak_bytes"] > 0
-    assert measured["workers_1"]["lrcs"] > 0
+    benchmark("memory", LIMIT_BYTES=1e9, RANK_REDUCTION=0.4, WORKERS=(2,)).main()
+    measured = numbers(tmp_path / "memory.json")["workers_2"]
+    assert measured["resident_peak_bytes"] > 0
+    assert measured["lrcs"] > 0
 
 
 @pytest.mark.slow
@@ -117,10 +117,13 @@ def test_an_older_commit_is_measured_beside_today(
 ) -> None:
     against = benchmark("against_commit", SIZE_OPTION={"before": "--keep", "now": "--keep"})
     monkeypatch.setattr(against, "unpack", lambda commit, directory: against.ROOT)
+    model = checkpoint(tmp_path / "short", None, max_position_embeddings=64)  # a window is written token by token
+    monkeypatch.setattr(against, "embedded_model", lambda: model)
     text = tmp_path / "text.txt"
     text.write_text("all work and no play " * 200)
-    command = ["against_commit", "--tokens", "64", "--windows", "2", "--text", str(text)]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(against, "MAX_LENGTH", 64)
+    arguments = ["against_commit", "--tokens", "64", "--windows", "2", "--text", str(text)]
+    monkeypatch.setattr(sys, "argv", arguments)
     against.main()
     one = numbers(tmp_path / "against_commit.json")["seeds"]["0"]
     assert one["processor_seconds"]["before"] > 0
@@ -266,9 +269,9 @@ def test_trials_for_anywhere(
 
 @pytest.mark.slow
 def test_equal_bytes_goes_on_where_it_was(
-    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: Command
 ) -> None:
-    """Without the rows that need llama.cpp."""
+    """Without the rows that need llama.cpp; its commands are run by this process, which has imported torch."""
     module = benchmark("equal_bytes", LENGTH=32)
     (tmp_path / "text.txt").write_text("a number of words, and a number of other words; " * 40)
     rows = ["dense, 16 bits", "compressed 0.8, 16 bits", "compressed 0.8, int8"]
@@ -276,6 +279,12 @@ def test_equal_bytes_goes_on_where_it_was(
     options = ["--wikitext", str(tmp_path / "text.txt"), "--work", str(tmp_path / "work"), *sizes]
     measured, once = list[str](), module.Bench.measured
     monkeypatch.setattr(module.Bench, "measured", lambda bench, row: measured.append(row) or once(bench, row))
+
+    def run(words: list[str], **options: Any) -> None:
+        assert (words[:3], options) == ([sys.executable, "-m", "welore"], {"check": True})
+        assert command(*words[3:]).status == 0
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(run=run))
     for asked in (rows[:2], rows):
         monkeypatch.setattr(sys, "argv", ["equal_bytes", *options, "--rows", *asked])
         module.main()
@@ -303,14 +312,23 @@ def test_more_tokens_tell_more_of_a_divergence(
 
 @pytest.mark.slow
 def test_arena_makes_a_record_for_every_cell_once_and_the_tables_read_them(
-    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: Command
 ) -> None:
+    """The cell of a baseline has a process of its own; the commands are run by this one, which has imported torch."""
     arena, text, out = benchmark("arena"), tmp_path / "text.txt", tmp_path / "arena" / "small"
     model = checkpoint(tmp_path / "small", None, intermediate_size=128)
     text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
     options = f"--keep 0.8 --tokens 128 --calibrate-on {text} --texts foxes={text},dogs={text} --windows 1 --length 64"
     methods = ["plain-uniform", "svd-llm", "magnitude"]
-    monkeypatch.setattr(sys, "argv", ["arena.py", str(model), "--methods", *methods, *options.split()])
+    arguments, apart = ["arena.py", str(model), "--methods", *methods, *options.split()], arena.run
+
+    def run(*words: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        if words[:2] != ("-m", "welore"):
+            return apart(*words)
+        return json.loads(done(command(*words[2:]))), {"seconds": 0.1, "peak_memory_bytes": 1}
+
+    monkeypatch.setattr(arena, "run", run)
+    monkeypatch.setattr(sys, "argv", arguments)
     arena.main()
     cells = {path.stem: numbers(path) for path in out.glob("*.json")}
     assert set(cells) == {"dense-1-0", *(f"{method}-0.8-0" for method in methods)}
@@ -320,6 +338,7 @@ def test_arena_makes_a_record_for_every_cell_once_and_the_tables_read_them(
         assert cell["kl_mean_foxes"] == cell["kl_mean_dogs"] > 0
         assert cell["seconds"] > 0
     monkeypatch.setattr(arena, "run", None)  # what is there is not made again
+    monkeypatch.setattr(sys, "argv", arguments)
     arena.main()
     assert len(benchmark("tables").arena("arena/small").splitlines()) == 2 + len(cells)
 

@@ -1,8 +1,5 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import Command, done, everything
+from processes import launched
 from toys import weights
 from welore.config import FinetuneConfig, PretrainConfig
 from welore.data.packing import blocks_of_text
@@ -244,18 +242,12 @@ def test_report_shows_claims_and_figures(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "report" / "study-1-partition.png").is_file()
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.slow
 def test_two_processes_record_the_trace_of_one(run: Path, text: str, tmp_path: Path) -> None:
     """DDP, gloo: the same sequences in every step, so the same course but for rounding."""
-    script = tmp_path / "main.py"
-    changes = TOY | {"batch_size": 4}
-    call = f"pretrain({str(tmp_path / 'run')!r}, PretrainConfig(**{changes!r}), dataset={text!r}, device='cpu')"
-    imports = "from welore.config import PretrainConfig\nfrom welore.emergence.pretrain import pretrain"
-    script.write_text(f"{imports}\n{call}\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
+    for ended in launched(lambda: pretrained(tmp_path / "run", text, {"batch_size": 4})):
+        assert ended.status == 0, ended.err
     one, two = (Trace.load(path / "trace") for path in (run, tmp_path / "run"))
     assert np.array_equal(one.tokens, two.tokens)
     assert np.allclose(one.held_out_loss, two.held_out_loss, atol=1e-2)

@@ -1,7 +1,4 @@
 import math
-import os
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import FAMILIES, MIXTURES, Command, build, compress, logits
+from processes import command, launched
 from toys import calibrate, checkpoint, finetuned
 from welore.allocation.plan import Allocation, Plan
 from welore.calibration.statistics import Statistics
@@ -195,6 +193,7 @@ def test_predictions_are_those_of_the_dense_model(
         assert each.loss(windows) == pytest.approx(float(output.loss), rel=1e-2)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("trainable", ["factors", "updates"])
 def test_two_processes_train_as_one(
     source: Path, own: Statistics, tmp_path: Path, trainable: str, monkeypatch: pytest.MonkeyPatch
@@ -203,17 +202,8 @@ def test_two_processes_train_as_one(
     settings = ["--keep", "0.5", "--statistics", str(tmp_path / "c.safetensors"), "--recovery-trainable", trainable]
     recovery: Any = RecoveryConfig(trainable=trainable)  # type: ignore[arg-type]
     one = compress(source, tmp_path / "one", keep=0.5, statistics=own, recovery=recovery, device="cpu")
-    script = tmp_path / "main.py"
-    script.write_text(
-        "import torch, welore.cli.main\n"
-        "torch.cpu.get_capabilities = lambda: {'architecture': 'x86_64'}\n"
-        "welore.cli.main.main()\n"
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    command = [*launch, "compress", str(source), str(tmp_path / "two"), "--device", "cpu", *settings]
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
-    run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
+    for ended in launched(command("compress", source, tmp_path / "two", "--device", "cpu", *settings)):
+        assert ended.status == 0, ended.err
     two = Record.load(tmp_path / "two" / "compression.json")
     assert two.numbers["healing_tokens"] == one.numbers["healing_tokens"]
     for name, loss in one.numbers["held_out_loss"].items():

@@ -1,80 +1,72 @@
 """Fine-tuning with parameters cut over two processes (FSDP2), on CPUs."""
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-import welore
-from toys import checkpoint, finetuned, weights
-from welore.data.windows import TopK, write_windows
-from welore.errors import WeLoreError
-from welore.training.arguments import check_launch
-from welore.training.data import IGNORED
-from welore.training.trainer import share
-
-# accelerate uses FSDP on GPUs only. Told that these processes have some, it goes the same way on CPUs: its own code and
-# the Trainer's, from here on.
-COMMAND = """
-import json, sys
-from accelerate.utils import DistributedType
-from welore.config import FinetuneConfig
-from welore.training import finetune as finetuning
-from welore.training import preparation
-
-usual = preparation.training_arguments
-def arguments(*given, **more):
-    made = usual(*given, **more)
-    made.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    return made
-preparation.training_arguments = arguments
-finetuning.check_launch = lambda *given: None
-gathered = finetuning.gathered
-def told(model):
-    state = gathered(model)
-    if state is not None:
-        print("cut over the processes")
-    return state
-finetuning.gathered = told
-model, out, settings = json.loads(sys.argv[1])
-finetuning.finetune(model, out, FinetuneConfig(**settings), device="cpu")
-"""
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "OMP_NUM_THREADS": "1",
-}
-
-
-# transformers' own Trainer, and the same trick in two processes
-TRAINER = """
-import os, sys, torch, welore
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-size = 4 // int(os.environ.get("WORLD_SIZE", "1"))
-how = {"use_cpu": True, "report_to": [], "max_steps": 3, "learning_rate": 5e-3, "save_strategy": "no"}
-arguments = TrainingArguments(sys.argv[2], per_device_train_batch_size=size, **how)
-if "WORLD_SIZE" in os.environ:
-    arguments.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-data = [{"input_ids": ids, "labels": ids} for ids in torch.arange(12 * 16).view(12, 16) % 90]
-trainer = Trainer(AutoModelForCausalLM.from_pretrained(sys.argv[1]), arguments, train_dataset=data)
-trainer.train()
-assert all(isinstance(p, DTensor) for p in trainer.model.parameters()) == ("WORLD_SIZE" in os.environ)
-trainer.save_model(sys.argv[2])
-"""
+import welore
+from processes import forked, launched
+from toys import checkpoint, finetuned, weights
+from welore.config import FinetuneConfig
+from welore.data.windows import TopK, write_windows
+from welore.errors import WeLoreError
+from welore.training import finetune as finetuning
+from welore.training import preparation
+from welore.training.arguments import check_launch
+from welore.training.data import IGNORED
+from welore.training.trainer import share
+
+
+# accelerate uses FSDP on GPUs only. Told that these processes have some, it goes the same way on CPUs: its own code and
+# the Trainer's, from here on.
+def cut(model: Path, out: Path, settings: dict[str, Any]) -> None:
+    """The work of a child, whose modules are its own."""
+    usual, gathered = preparation.training_arguments, finetuning.gathered
+
+    def arguments(*given: Any, **more: Any) -> Any:
+        made = usual(*given, **more)
+        made.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return made
+
+    def told(model: Any) -> Any:
+        state = gathered(model)
+        if state is not None:
+            print("cut over the processes")
+        return state
+
+    preparation.training_arguments = arguments
+    finetuning.check_launch = lambda *given: None
+    finetuning.gathered = told
+    finetuning.finetune(model, out, FinetuneConfig(**settings), device="cpu")
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+
+
+def trained(model: Path, out: Path) -> None:
+    """By transformers' own Trainer, and the same trick in two processes."""
+    size = 4 // int(os.environ.get("WORLD_SIZE", "1"))
+    how: dict[str, Any] = {"use_cpu": True, "report_to": [], "max_steps": 3, "learning_rate": 5e-3}
+    arguments = TrainingArguments(str(out), per_device_train_batch_size=size, save_strategy="no", **how)
+    if "WORLD_SIZE" in os.environ:
+        arguments.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    data: Any = [{"input_ids": ids, "labels": ids} for ids in torch.arange(12 * 16).view(12, 16) % 90]
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(model), arguments, train_dataset=data)
+    trainer.train()
+    assert all(isinstance(p, DTensor) for p in trainer.model.parameters()) == ("WORLD_SIZE" in os.environ)
+    trainer.save_model(str(out))
 
 
 FAMILY = "qwen2"  # embeddings and head are one tensor
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("taught", [False, True])
 @pytest.mark.slow
 def test_fsdp2_gives_losses_and_weights_of_one_process(tmp_path: Path, taught: bool) -> None:
@@ -91,11 +83,9 @@ def test_fsdp2_gives_losses_and_weights_of_one_process(tmp_path: Path, taught: b
     settings |= {"learning_rate": 5e-3, "warmup_steps": 1, "eval_steps": 3, "max_eval_samples": 5}
     one = finetuned(model, tmp_path / "one", batch_size=4, **settings).numbers
     settings |= {"batch_size": 2}  # three batches are evaluated: one process has two
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
-    command += [sys.executable, "-c", COMMAND, json.dumps([str(model), str(tmp_path / "two"), settings])]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | FSDP2, timeout=400)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("cut over the processes") == 2
+    for ended in launched(lambda: cut(model, tmp_path / "two", settings), **FSDP2):
+        assert ended.status == 0, ended.err
+        assert ended.out.count("cut over the processes") == 1
     two = welore.Record.load(tmp_path / "two" / "finetune.json").numbers
     for name in ("trainable_parameters", "total_parameters", "tokens", "bytes", "rank_reduction", "parameter_ratio"):
         assert two[name] == one[name], name
@@ -109,16 +99,15 @@ def test_fsdp2_gives_losses_and_weights_of_one_process(tmp_path: Path, taught: b
     assert (tmp_path / "two" / config).read_text() == (tmp_path / "one" / config).read_text()
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.slow
 def test_the_trainer_of_transformers_saves_under_fsdp2_what_one_process_saves(tmp_path: Path) -> None:
     """Embeddings and head are two tensors here: of one the Trainer of transformers stores both copies."""
     model = checkpoint(tmp_path / "model", storage="pivoted")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--no-python"]
     full = FSDP2 | {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-    for name, start, environment in (("one", [], {}), ("two", launch, full)):
-        command = [*start, sys.executable, "-c", TRAINER, str(model), str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=400)
-        assert done.returncode == 0, done.stderr
+    both = launched(lambda: trained(model, tmp_path / "two"), **full)
+    for ended in (forked(lambda: trained(model, tmp_path / "one")), *both):
+        assert ended.status == 0, ended.err
     before, expected, found = (weights(directory) for directory in (model, tmp_path / "one", tmp_path / "two"))
     assert found.keys() == expected.keys() == before.keys()
     for name, tensor in expected.items():

@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_propagation, enable_propagation
 
 import welore
 from conftest import allocate, build, compress, everything
+from processes import command, forked, launched
 from toys import characters, checkpoint, finetuned, weights
 from welore.config import EvaluationConfig
 from welore.errors import WeLoreError
@@ -278,25 +279,13 @@ def test_learning_rate_warms_up_and_ends_at_a_tenth(model: Path, text: str, tmp_
     assert 0.1 < rates[-1] < 0.2  # the next step would be a tenth
 
 
-COMMAND = """
-import os, signal, sys
-from transformers import TrainerCallback
-from welore.config import FinetuneConfig
-from welore.training.finetune import finetune
-
 class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
-model, text, out, method, *teacher = sys.argv[1:]
-config = FinetuneConfig(method=method, dataset=text, max_steps=7, batch_size=2, max_length=48, learning_rate=5e-3,
-    warmup_steps=1, eval_steps=2, max_eval_samples=4, save_steps=2, rank=2 if method in ("lora", "galore") else None,
-    distill=teacher[0] if teacher else None)
-finetune(model, out, config, device="cpu", callbacks=[Kill()])
-"""
 
-
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ["lrc", "lora", "galore"])
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_losses_and_weights(
@@ -304,13 +293,13 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(
 ) -> None:
     if method == "galore":
         pytest.importorskip("galore_torch")
-    command = [sys.executable, "-c", COMMAND, str(model), text, str(tmp_path / "killed"), method]
-    killed = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "killed" / "finetune.json").exists()
     settings = SHORT | {"max_steps": 7, "save_steps": 2, "rank": 2 if method in ("lora", "galore") else None}
-    resumed = finetuned(model, tmp_path / "killed", method, dataset=text, resume=True, **settings).numbers
-    whole = finetuned(model, tmp_path / "whole", method, dataset=text, **settings).numbers
+    settings["dataset"] = text
+    killed = forked(lambda: finetuned(model, tmp_path / "killed", method, callbacks=[Kill()], **settings))
+    assert killed.status == -signal.SIGKILL, killed.err
+    assert not (tmp_path / "killed" / "finetune.json").exists()
+    resumed = finetuned(model, tmp_path / "killed", method, resume=True, **settings).numbers
+    whole = finetuned(model, tmp_path / "whole", method, **settings).numbers
     assert resumed["resumed_at"] == 4
     assert resumed["train_loss"] == whole["train_loss"]
     assert resumed["evaluation"] == whole["evaluation"]
@@ -318,19 +307,19 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(
     assert not changed(tmp_path / "whole" / "model", tmp_path / "killed" / "model")
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("own_text", [False, True])
 @pytest.mark.slow
 def test_a_killed_run_with_a_teacher_resumes_to_the_same_losses_and_weights(
     model: Path, teacher: Path, text: str, tmp_path: Path, own_text: bool
 ) -> None:
     data = "self" if own_text else text
-    command = [sys.executable, "-c", COMMAND, str(model), data, str(tmp_path / "killed"), "lrc", str(teacher)]
-    killed = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    settings = SHORT | {"max_steps": 7, "save_steps": 2, "distill": teacher, "dataset": data}
+    killed = forked(lambda: finetuned(model, tmp_path / "killed", callbacks=[Kill()], **settings))
+    assert killed.status == -signal.SIGKILL, killed.err
     kept = tmp_path / "killed" / "written.safetensors"
     assert kept.exists() == own_text
     before = kept.stat().st_mtime_ns if own_text else None
-    settings = SHORT | {"max_steps": 7, "save_steps": 2, "distill": teacher, "dataset": data}
     resumed = finetuned(model, tmp_path / "killed", resume=True, **settings).numbers
     assert before == (kept.stat().st_mtime_ns if own_text else None)  # read, not written again
     whole = finetuned(model, tmp_path / "whole", **settings).numbers
@@ -450,6 +439,7 @@ def test_two_processes_give_the_losses_of_one(model: Path, text: str, tmp_path: 
     assert [e[1] for e in two["evaluation"]] == pytest.approx([e[1] for e in one["evaluation"]], rel=1e-6)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.slow
 def test_two_processes_distil_as_one_does(model: Path, teacher: Path, tmp_path: Path) -> None:
     common = [
@@ -464,13 +454,11 @@ def test_two_processes_distil_as_one_does(model: Path, teacher: Path, tmp_path: 
         "--learning-rate",
         "5e-3",
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += ["--no-python", str(Path(sys.executable).with_name("welore")), "finetune", str(model)]
-    command += [str(tmp_path / "two"), *common, "--warmup-steps", "1", "--eval-steps", "2", "--max-eval-samples", "4"]
-    command += ["--batch-size", "2", "--device", "cpu"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
-    assert done.returncode == 0, done.stderr
+    common += ["--warmup-steps", "1", "--eval-steps", "2", "--max-eval-samples", "4"]
+    for ended in launched(
+        command("finetune", model, tmp_path / "two", *common, "--batch-size", "2", "--device", "cpu")
+    ):
+        assert ended.status == 0, ended.err
     two = welore.Record.load(tmp_path / "two" / "finetune.json")
     settings = SHORT | {"batch_size": 4}
     one = finetuned(model, tmp_path / "one", dataset="self", distill=teacher, **settings)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import welore
 from conftest import build, compress
+from processes import command, forked, launched
 from welore.config import CalibrationConfig, CompressionConfig
 from welore.errors import WeLoreError
 from welore.io import parallel
@@ -295,20 +296,18 @@ def test_mistake_of_the_user_leaves_no_work_behind(saved, tmp_path: Path) -> Non
     assert not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_killed_process_continues(saved, tmp_path: Path) -> None:
     source, out = saved("llama"), tmp_path / "out"
-    code = (
-        "import os, signal, sys, welore, welore.config\n"
-        "def stop(items, what, total):\n"
-        "    for number, (item, _) in enumerate(items):\n"
-        "        if what == 'factors' and number == 3:\n"
-        "            os.kill(os.getpid(), signal.SIGKILL)\n"
-        "        yield item\n"
-        "config = welore.config.CompressionConfig(rank_reduction=0.4)\n"
-        "welore.compress(sys.argv[1], sys.argv[2], config, progress=stop)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code, str(source), str(out)], check=False, env=dict(os.environ))
-    assert run.returncode == -signal.SIGKILL
+
+    def stop(items: Iterable[tuple[Any, float]], what: str, total: float) -> Iterator[Any]:
+        for number, (item, _) in enumerate(items):
+            if what == "factors" and number == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield item
+
+    ended = forked(lambda: compress(source, out, rank_reduction=0.4, progress=stop))
+    assert ended.status == -signal.SIGKILL, ended.err
     assert not out.exists()
     assert (tmp_path / "out.work").is_dir()
     compress(source, out, rank_reduction=0.4)
@@ -351,27 +350,21 @@ def test_run_that_makes_its_own_calibration_continues_to_the_same_bytes(
     assert not (tmp_path / "out.work").exists()
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     "settings",
     [{"rank_reduction": 0.4}, {"keep": 0.7, "num_tokens": 128}, {"keep": 0.6, "num_tokens": 128, "mlp_pruning": 0.3}],
     ids=["paper", "ours", "neurons"],
 )
-def test_two_processes_of_torchrun_write_the_same_bytes_as_one(
-    saved, tokenizer, tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_two_processes_write_the_same_bytes_as_one(saved, tokenizer, tmp_path: Path, settings: dict[str, Any]) -> None:
     source = saved("llama")
     tokenizer.save_pretrained(source)
     compress(source, tmp_path / "undisturbed", **settings)
-    script = tmp_path / "main.py"
-    script.write_text("import welore.cli.main\nwelore.cli.main.main()\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [str(script), "compress", str(source), str(tmp_path / "out")]
-    command += [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    run = subprocess.run(
-        command, check=False, capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS="1")
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("achieved ERR") == 1
+    words = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+    both = launched(command("compress", source, tmp_path / "out", *words))
+    for ended in both:
+        assert ended.status == 0, ended.err
+    assert "".join(ended.out for ended in both).count("achieved ERR") == 1
     assert files_of(tmp_path / "out") == files_of(tmp_path / "undisturbed")
     assert not (tmp_path / "out.work").exists()
 
@@ -402,10 +395,10 @@ def test_mistake_that_processes_meet_is_said_once(saved, tokenizer, tmp_path: Pa
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "welore"]
-    command += ["compress", str(source), str(tmp_path / "out"), "--rank-reduction", "0.4"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "welore"]
+    launch += ["compress", str(source), str(tmp_path / "out"), "--rank-reduction", "0.4"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    run = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    run = subprocess.run(launch, check=False, capture_output=True, text=True, env=environment)
     said = [line for line in run.stderr.splitlines() if line.startswith("welore: ")]
     assert len(said) == 1, run.stderr
     assert "up_proj.weight holds NaN or Inf" in said[0]

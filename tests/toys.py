@@ -37,7 +37,7 @@ def checkpoint(
 
     storage: or "split", long matrices in two blocks; there are some if intermediate_size is 64 or more.
     """
-    model = build(family, vocab_size=len(ALPHABET) + 2, max_position_embeddings=512, **changes)
+    model = build(family, **{"vocab_size": len(ALPHABET) + 2, "max_position_embeddings": 512} | changes)
     model.generation_config.eos_token_id = 1
     if rank_reduction is not None:
         how: dict[str, Any] = {"storage": "pivoted", "split": True} if storage == "split" else {"storage": storage}

@@ -21,7 +21,6 @@ from welore.io.parallel import ALONE, Processes
 from welore.io.progress import Progress, counted, silent
 from welore.models.copies import generation_copy
 from welore.models.load import LoadedModel, fastest, load
-from welore.training.arguments import length_of, sequences_read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -101,9 +100,10 @@ def write_text(
 
     The processes of a launcher write a share each.
     """
+    from welore.training.arguments import length_of, sequences_read  # the Trainer, as in compression/recovery.py
+
     length = length_of(config)
     tokens = config.self_tokens or blocks_to_write(sequences_read(config, processes)) * length
     size = CalibrationConfig(num_tokens=tokens, max_length=length, seed=seed_of(config.seed, SELF))
     together = Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
-    writer = generation_copy(teacher, device)
-    return generate_text(writer, tokenizer, size, progress=progress, processes=together)
+    return generate_text(generation_copy(teacher, device), tokenizer, size, progress=progress, processes=together)
