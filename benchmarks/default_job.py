@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ def measure(directory: Path, name: str) -> None:
     quiet_libraries()
     settings = read_json(directory / SETTINGS)
     torch.set_num_threads(settings["threads"])
+    import_module("welore.training.finetune")
+    gc.collect()
+    gc.freeze()  # what libraries keep is no garbage of the job, which is collected before every training
     with tempfile.TemporaryDirectory() as tiny:
         model = make_checkpoint(Path(tiny) / DENSE, SHAPES["tiny"])
         job(

@@ -6,11 +6,13 @@ simulated one without float64
 Nothing says `device` but what a user would say: "auto" has to find the GPU.
 """
 
+import gc
 import json
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 import welore
 from welore.config import CalibrationConfig, CompressionConfig, EvaluationConfig, FinetuneConfig, ScoreConfig
 
-WRITTEN: dict[str, Any] = {"num_tokens": 384, "max_length": 64}
+WRITTEN: dict[str, Any] = {"num_tokens": 384, "max_length": 32}
 TRAINING: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "max_length": 48, "eval_steps": 2, "max_eval_samples": 2}
 
 
@@ -177,7 +179,7 @@ def on_gpu(directory: Path) -> Any:
     return torch.nn.Module.to(AutoModelForCausalLM.from_pretrained(directory), torch.device("cuda", 0))
 
 
-COMPRESSION: dict[str, Callable[[Path], None]] = {
+RUNS: dict[str, Callable[[Path], None]] = {
     run.__name__: run
     for run in (
         refuse,
@@ -191,11 +193,6 @@ COMPRESSION: dict[str, Callable[[Path], None]] = {
         compress_in_memory,
         merge,
         merge_in_memory,
-    )
-}
-TRAINED: dict[str, Callable[[Path], None]] = {
-    run.__name__: run
-    for run in (
         finetune_lrc,
         finetune_full,
         finetune_lora,
@@ -210,7 +207,6 @@ TRAINED: dict[str, Callable[[Path], None]] = {
         generate,
     )
 }
-RUNS = COMPRESSION | TRAINED
 
 
 def prepare(at: Path) -> None:
@@ -231,6 +227,9 @@ def main(kind: str, at: Path, names: list[str]) -> None:
 
         simulated_gpu.install(2, float64=kind == "simulated")
         ledger = simulated_gpu.ledger
+    import_module("welore.training.finetune")
+    gc.collect()
+    gc.freeze()  # every training collects garbage, and objects of libraries are none
     for name in names:
         if ledger is not None:
             ledger.clear()

@@ -16,16 +16,16 @@ errors takes the branches that it would take on a GPU. Speed and memory are not 
 import collections
 import contextlib
 import dataclasses
+import functools
 import sys
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -96,12 +96,18 @@ _current = 0  # the GPU that "cuda" means
 _has_float64 = True
 
 
+@functools.cache
+def _inside_package(file: str) -> str:
+    """A file's name in the package; empty if it is no file of it."""
+    _before, inside, name = file.rpartition(PACKAGE)
+    return name if inside else ""
+
+
 def _line() -> str:
     """The innermost line of the package on the stack."""
     frame = sys._getframe(1)
     while frame is not None:
-        _before, inside, name = frame.f_code.co_filename.rpartition(PACKAGE)
-        if inside:
+        if name := _inside_package(frame.f_code.co_filename):
             return f"{name}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return "elsewhere"
@@ -172,7 +178,7 @@ def _unpickled(numbers: Tensor, device: torch.device, requires_grad: bool) -> Te
 
 
 def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    leaves = tree_leaves((args, kwargs))
+    leaves = list(_leaves((args, kwargs)))
     ours = [x for x in leaves if isinstance(x, GPUTensor)]
     if func is torch.ops.prim.device.default:  # C++ would ask the driver for the streams of a GPU
         return torch.device("meta") if ours else args[0].device
@@ -184,7 +190,7 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
     _check_devices(func, args, leaves, ours)
     target = device or ours[0].device
-    inner_args, inner_kwargs = tree_map(lambda x: _inside(x), (args, kwargs))
+    inner_args, inner_kwargs = _map(_inside, (args, kwargs))
     if device is not None and "device" in kwargs:
         inner_kwargs["device"] = CPU if device.type == "cuda" else device
     inner_kwargs.pop("pin_memory", None)
@@ -213,7 +219,26 @@ def _dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             same[id(x)] = GPUTensor(x, target)
         return same[id(x)]
 
-    return tree_map(outside, result)
+    return _map(outside, result)
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    """What the lists and dicts of a call hold, as torch's own tree_leaves, which is slower."""
+    if isinstance(x, tuple | list):
+        for each in x:
+            yield from _leaves(each)
+    elif isinstance(x, dict):
+        yield from _leaves(list(x.values()))
+    else:
+        yield x
+
+
+def _map(function: Callable[[Any], Any], x: Any) -> Any:
+    if isinstance(x, tuple | list):
+        return type(x)([_map(function, each) for each in x])
+    if isinstance(x, dict):
+        return {name: _map(function, each) for name, each in x.items()}
+    return function(x)
 
 
 def _inside(x: Any) -> Any:
@@ -307,7 +332,7 @@ def _autocast(args: Any) -> Any:
         dtype = min(floats, key=lambda kind: kind.itemsize)
     else:
         return args
-    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, args)
+    return _map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, args)
 
 
 class _Mode(TorchDispatchMode):

@@ -89,7 +89,7 @@ def test_export_before_and_after_generate_and_compiled_training(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint(tmp_path / "model", **FORMS[form]))
     expected, greedy = logits(model, tokens), model.generate(tokens, max_new_tokens=4, do_sample=False)
-    for _ in range(2):
+    for _ in range(2 if form == "split" else 1):  # the second time after a cache has been filled
         program = torch.export.export(model, (tokens,), {"use_cache": False}, strict=False)
         torch.testing.assert_close(program.module()(tokens, use_cache=False).logits, expected)
         cached = model.generate(tokens, max_new_tokens=4, do_sample=False, cache_implementation="static")

@@ -1,6 +1,6 @@
 """Every verb finds the GPU by itself, computes there, and mixes no devices: on a simulated one, and on a real one.
 
-The simulator changes torch for the whole process; each group of verbs has a process of its own.
+The simulator changes torch for the whole process, which is one of its own.
 """
 
 import functools
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from device_runs import COMPRESSION, RUNS, TRAINED, prepare
+from device_runs import RUNS, WRITTEN, prepare
 from welore.io.context import resolve_device
 
 TESTS = Path(__file__).parent
@@ -32,15 +32,11 @@ WITHOUT_FLOAT64 = ("calibrate", "compress", "finetune_lrc", "distill", "pretrain
 def outcomes(kind: str, directory: Path) -> dict[str, dict[str, Any]]:
     """Runs all verbs; name -> error and counts."""
     prepare(directory)
-    lines: list[str] = []
-    groups: list[list[str]] = [[*COMPRESSION], [*TRAINED]]
-    if kind == "real":
-        groups[1].remove("second_gpu")
-    for names in [[*WITHOUT_FLOAT64]] if kind == "single" else groups:
-        command = [sys.executable, str(TESTS / "device_runs.py"), kind, str(directory), *names]
-        process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-        assert process.returncode == 0, process.stderr
-        lines += [line for line in process.stdout.splitlines() if line.startswith('{"name"')]
+    names = WITHOUT_FLOAT64 if kind == "single" else [name for name in RUNS if (kind, name) != ("real", "second_gpu")]
+    command = [sys.executable, str(TESTS / "device_runs.py"), kind, str(directory), *names]
+    process = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert process.returncode == 0, process.stderr
+    lines = [line for line in process.stdout.splitlines() if line.startswith('{"name"')]
     return {run["name"]: run for run in map(json.loads, lines)}
 
 
@@ -92,7 +88,7 @@ def test_verb_leaves_no_work_to_the_cpu(simulated: dict[str, dict[str, Any]], na
 
 # The rooms whose lines wait for the GPU in a default job, and how often at most: for every position of the windows that
 # are written at once, or for every matrix.
-POSITIONS, MATRICES = 64, 14
+POSITIONS, MATRICES = WRITTEN["max_length"], 14
 WAITS = {"data/": POSITIONS, "calibration/": 5 * MATRICES, "linalg/": 15 * MATRICES, "compression/": MATRICES}
 
 
