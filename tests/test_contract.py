@@ -46,7 +46,7 @@ def test_verb_takes_the_options_of_the_contract(verb: str) -> None:
 
 
 def test_every_verb_runs_with_those_names(command: Command, tmp_path: Path) -> None:
-    model, text = checkpoint(tmp_path / "model", rank_reduction=None), tmp_path / "text.txt"
+    model, text = checkpoint(tmp_path / "model", None, max_position_embeddings=256), tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog and reads a program. " * 80)
     short = ("--max-length", 32, "--batch-size", 1)
     training = ("--max-steps", 4, "--eval-steps", 2, "--save-steps", 0, "--seed", 1, *short)
