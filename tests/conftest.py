@@ -31,12 +31,20 @@ from welore.errors import WeLoreError
 LONGEST = (
     "test_benchmarks",
     "test_tuning",
-    "test_cli",
     "test_healing",
-    "test_calibration",
-    "test_recipes",
     "test_devices",
+    "test_cli",
+    "test_calibration",
+    "test_hub",
+    "test_recipes",
+    "test_embedded",
+    "test_campaigns",
+    "test_checkpoint",
+    "test_adapters",
+    "test_blockwise",
     "test_emergence",
+    "test_docs",
+    "test_contract",
 )
 
 
