@@ -48,10 +48,16 @@ def test_registry_has_the_names_of_the_settings() -> None:
     assert tuple(METHODS) == choices(MethodName)
 
 
-def test_the_merged_model_of_an_adapter_is_an_ordinary_one(small: Path) -> None:
+@pytest.mark.parametrize(("method", "scaling", "magnitudes"), [("lora", 2, 0), ("rslora", 8**0.5, 0), ("dora", 2, 1)])
+def test_the_merged_model_of_an_adapter_is_an_ordinary_one(
+    small: Path, method: str, scaling: float, magnitudes: int
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(small)
     names = [name for name, _ in model.named_parameters()]
-    marked = welore.mark_trainable(model, "lora", rank=2)
+    marked = welore.mark_trainable(model, method, rank=2)
+    layers = [module for module in marked.model.modules() if hasattr(module, "lora_magnitude_vector")]
+    assert [layer.scaling["default"] for layer in layers] == pytest.approx([scaling] * len(layers))
+    assert {len(layer.lora_magnitude_vector) for layer in layers} == {magnitudes}
     torch.nn.init.ones_(marked.parameters[1])  # B is zero, so that an adapter adds nothing
     expected = marked.model(IDS).logits
     assert [name for name, _ in marked.merged().named_parameters()] == names
@@ -90,7 +96,7 @@ def test_impossible_marks_are_refused(small: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(small)
     for options, message in [
         ({"method": "lcr"}, "unknown method 'lcr'; did you mean 'lrc'"),
-        ({"rank": 4}, "rank goes with lora, updates, galore; lrc has no rank"),
+        ({"rank": 4}, "rank goes with lora, rslora, dora, updates, galore, apollo; lrc has no rank"),
         ({"method": "full", "train_norms": True}, "train_norms goes with lrc and nlrc"),
     ]:
         with pytest.raises(WeLoreError, match=message):

@@ -200,9 +200,10 @@ def test_full_changes_everything_that_the_text_reaches(stored: Path, text: str, 
     assert record.numbers["trainable_parameters"] == record.numbers["total_parameters"]
 
 
-def test_lora_is_merged_into_an_ordinary_checkpoint(stored: Path, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "rslora", "dora"])
+def test_adapters_are_merged_into_an_ordinary_checkpoint(stored: Path, text: str, tmp_path: Path, method: str) -> None:
     model = stored
-    record = finetuned(model, tmp_path / "run", "lora", dataset=text, **SHORT | {"rank": 2})
+    record = finetuned(model, tmp_path / "run", method, dataset=text, **SHORT | {"rank": 2})
     result = tmp_path / "run" / "model"
     blocks = {n for n, t in weights(model).items() if "proj" in n and t.numel() and t.is_floating_point()}
     assert changed(model, result) == blocks  # the same tensors as before: no adapter is left
@@ -210,9 +211,10 @@ def test_lora_is_merged_into_an_ordinary_checkpoint(stored: Path, text: str, tmp
     assert evaluated == pytest.approx(record.numbers["eval_loss"], rel=1e-4)
 
 
-def test_galore_trains_everything_with_a_projected_optimiser(model: Path, text: str, tmp_path: Path) -> None:
-    pytest.importorskip("galore_torch")
-    record = finetuned(model, tmp_path / "run", "galore", dataset=text, **SHORT | {"rank": 3, "save_steps": 4})
+@pytest.mark.parametrize("method", ["galore", "apollo"])
+def test_projections_train_everything_with_their_optimiser(model: Path, text: str, tmp_path: Path, method: str) -> None:
+    pytest.importorskip(f"{method}_torch")
+    record = finetuned(model, tmp_path / "run", method, dataset=text, **SHORT | {"rank": 3, "save_steps": 4})
     state = torch.load(tmp_path / "run/checkpoints/checkpoint-4/optimizer.pt", weights_only=False)["state"]
     ranks = {value["projector"].rank for value in state.values() if "projector" in value}
     assert ranks == {3}
@@ -286,14 +288,14 @@ class Kill(TrainerCallback):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("method", ["lrc", "lora", "galore"])
+@pytest.mark.parametrize("method", ["lrc", "lora", "dora", "galore", "apollo"])
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_losses_and_weights(
     model: Path, text: str, tmp_path: Path, method: str
 ) -> None:
-    if method == "galore":
-        pytest.importorskip("galore_torch")
-    settings = SHORT | {"max_steps": 7, "save_steps": 2, "rank": 2 if method in ("lora", "galore") else None}
+    if method in ("galore", "apollo"):
+        pytest.importorskip(f"{method}_torch")
+    settings = SHORT | {"max_steps": 7, "save_steps": 2, "rank": None if method == "lrc" else 2}
     settings["dataset"] = text
     killed = forked(lambda: finetuned(model, tmp_path / "killed", method, callbacks=[Kill()], **settings))
     assert killed.status == -signal.SIGKILL, killed.err
@@ -648,7 +650,7 @@ def test_another_teacher_is_another_run(model: Path, dense: Path, text: str, tmp
         ({"dataset": None, "task": "coinflip"}, "did you mean 'coin_flip'"),
         ({"loss_on_prompt": True}, "loss_on_prompt, eval_dataset and eval_split go with conversations, .* is a text"),
         ({"method": "full", "train_norms": True}, "train_norms goes with lrc and nlrc"),
-        ({"rank": 4}, "rank goes with lora, updates, galore"),
+        ({"rank": 4}, "rank goes with lora, rslora, dora, updates, galore, apollo"),
         ({"gradient_checkpointing": True, "selective_checkpointing": True}, "not both"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
@@ -716,6 +718,11 @@ def test_missing_packages_are_named(model: Path, text: str, tmp_path: Path, monk
     monkeypatch.setattr("welore.training.methods.importlib.util.find_spec", lambda name: None)
     with pytest.raises(WeLoreError, match=r"galore needs galore_torch, bitsandbytes: pip install 'welore\[galore\]'"):
         finetuned(model, tmp_path / "run", "galore", dataset=text, **SHORT)
+
+
+def test_weights_that_dora_reads_are_not_streamed(model: Path, text: str, tmp_path: Path) -> None:
+    with pytest.raises(WeLoreError, match="method dora reads the frozen weights at every step: leave stream_weights"):
+        finetuned(model, tmp_path / "run", "dora", dataset=text, **SHORT | {"stream_weights": True})
 
 
 def test_another_run_is_not_resumed_and_a_finished_one_not_overwritten(model: Path, text: str, tmp_path: Path) -> None:

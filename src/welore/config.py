@@ -19,7 +19,7 @@ ScalingName = Literal["none", "asvd", "whitening", "kfac"]
 StorageName = Literal["factored", "pivoted", "auto"]
 PresetName = Literal["best", "fast", "paper"]
 Goal = Literal["auto", "cpu", "gpu", "size", "anywhere"]
-MethodName = Literal["lrc", "nlrc", "full", "lora", "updates", "galore"]
+MethodName = Literal["lrc", "nlrc", "full", "lora", "rslora", "dora", "updates", "galore", "apollo"]
 TrainableName = Literal["auto", "factors", "updates"]
 TaskName = Literal["commonsense_qa", "svamp", "boolq", "coin_flip", "object_tracking", "strategy_qa"]
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
@@ -464,7 +464,7 @@ class FinetuneConfig:
     )
     train_norms: bool = option(False, "Train the norms, too (lrc, nlrc).", panel="Method")
     loss_on_prompt: bool = option(False, "Learn prompts and the users' turns, too.", panel="Data")
-    rank: int | None = option(None, "Rank of lora or galore.", panel="Method", shown="8; 128")
+    rank: int | None = option(None, "Rank of adapters, or of galore and apollo.", panel="Method", shown="8; 128")
     optimizer: str = option("adamw_torch_fused", "Any optimiser of transformers' Trainer.", panel="Training")
     weight_decay: float = option(0.0, "Weight decay of AdamW.", panel="Training")
     max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: not at all.", panel="Training")

@@ -60,6 +60,8 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
         )
     choose("optimizer", config.optimizer, {name.value: name for name in OptimizerNames})
     refuse_options(config.method, train_norms=config.train_norms, rank=config.rank)
+    if config.stream_weights and not METHODS[config.method].streams:
+        raise WeLoreError(f"method {config.method} reads the frozen weights at every step: leave stream_weights out")
     if METHODS[config.method].optimizer and config.optimizer != FinetuneConfig.optimizer:
         raise WeLoreError(f"method {config.method} is an optimizer itself: leave optimizer out")
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ from welore.models.targets import find_targets, in_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-GALORE_GAP, GALORE_SCALE = 200, 0.25  # steps between projections, and the update's factor: GaLore, section 5
+GAP = 200  # steps between projections: GaLore, section 5, and APOLLO
+GALORE_SCALE = 0.25  # the update's factor: GaLore, section 5
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class MarkedModel:
     """A model whose trained parameters have requires_grad; all other parameters are frozen.
 
     Attributes:
-        model: The model to train; with method lora a peft model around the one that was given.
+        model: The model to train; with adapters a peft model around the one that was given.
         description: Which parameters are trained, in words.
         training_arguments: The optimiser where the method needs its own, as fields of transformers' TrainingArguments.
     """
@@ -69,14 +71,16 @@ class Method:
     """A fine-tuning method.
 
     mark: sets requires_grad; of a model, its matrices and a rank. default_rank: None for a method without one.
-    fsdp: its parameters may be cut over processes. packages: what it needs beyond the package, from the extra `extra`.
-    optimizer: of transformers' Trainer, if the method is one itself; its state holds the classes `state_classes`.
+    fsdp: its parameters may be cut over processes. streams: frozen weights may stay on the host. packages: what it
+    needs beyond the package, from the extra `extra`. optimizer: of transformers' Trainer, if the method is one itself;
+    its state holds the classes `state_classes`.
     """
 
     mark: Callable[["PreTrainedModel", Matrices, int], MarkedModel]
     supports_norms: bool = False
     default_rank: int | None = None
     fsdp: bool = False
+    streams: bool = True
     packages: tuple[str, ...] = ()
     extra: str = ""
     optimizer: str | None = None
@@ -93,18 +97,18 @@ def mark_trainable(
 ) -> MarkedModel:
     """Set requires_grad on the parameters that a method trains, and freeze the others.
 
-    The model can then be trained by any loop, by transformers' Trainer or by trl's SFTTrainer. With lora train the
-    `model` of the result, which has the adapters.
+    The model can then be trained by any loop, by transformers' Trainer or by trl's SFTTrainer. With lora, rslora,
+    dora and updates train the `model` of the result, which has the adapters.
 
     Args:
         model: A model in memory, compressed or dense.
         method: lrc (the factors of the low-rank matrices; WeLore, section 3.3), nlrc (the targeted matrices that
-            stayed dense), full, lora (arXiv 2106.09685), updates (lora on the factors alone) or galore (arXiv
-            2403.03507).
+            stayed dense), full, lora (arXiv 2106.09685), rslora (2312.03732), dora (2402.09353), updates (lora on the
+            factors alone), galore (2403.03507) or apollo (2412.05270).
         plan: For a dense model, which of its matrices count as low-rank components: the control of the paper's
             comparison.
         train_norms: Train the norms, too (lrc, nlrc).
-        rank: The rank of lora and updates (8) or galore (128).
+        rank: The rank of lora, rslora, dora and updates (8), or of galore and apollo (128).
 
     Returns:
         The model, a description of what is trained, and the arguments of the method's optimiser if it has its own.
@@ -211,10 +215,10 @@ def _full(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedMode
     return MarkedModel(model, "every parameter")
 
 
-def _lora(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
-    """Adapters on every linear layer of the blocks, of factors on each."""
-    adapted = _adapted(model, _linear_layers(model, (*matrices.lrc, *matrices.nlrc)), rank)
-    return MarkedModel(adapted, f"LoRA adapters of rank {rank} on every linear layer of the blocks")
+def _lora(model: "PreTrainedModel", matrices: Matrices, rank: int, kind: str = "LoRA", **switches: bool) -> MarkedModel:
+    """Adapters on every linear layer of the blocks, of factors on each. kind: in words; switches: of peft."""
+    adapted = _adapted(model, _linear_layers(model, (*matrices.lrc, *matrices.nlrc)), rank, **switches)
+    return MarkedModel(adapted, f"{kind} adapters of rank {rank} on every linear layer of the blocks")
 
 
 def _updates(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
@@ -234,11 +238,12 @@ def _linear_layers(model: "PreTrainedModel", names: Sequence[str]) -> list[str]:
     return layers
 
 
-def _adapted(model: "PreTrainedModel", names: Sequence[str], rank: int) -> Any:
+def _adapted(model: "PreTrainedModel", names: Sequence[str], rank: int, **switches: bool) -> Any:
     """The model in peft's wrapper, with adapters of a rank on these layers."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=[*names], task_type="CAUSAL_LM")
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0} | switches
+    config = LoraConfig(target_modules=[*names], task_type="CAUSAL_LM", **settings)
     with known_warnings():
         return get_peft_model(model, config)
 
@@ -276,38 +281,50 @@ def lora_targets(model: nn.Module, names: Sequence[str] | None = None) -> list[s
     return list(dict.fromkeys(name for layers in inside.values() for name in layers))
 
 
-def _galore(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
-    """GaLore's AdamW: the gradients of the blocks are projected to a low rank."""
+def _projected(model: "PreTrainedModel", matrices: Matrices, rank: int, kind: str, **options: float) -> MarkedModel:
+    """The AdamW of GaLore or APOLLO, in which the gradients of the blocks are projected to a low rank."""
     model.requires_grad_(True)
     blocks, _ = decoder_blocks(model)
+    settings = {"rank": rank, "update_proj_gap": GAP} | options
     optimizer = {
-        "optim": METHODS["galore"].optimizer,
+        "optim": METHODS[kind.lower()].optimizer,
         "optim_target_modules": rf"{re.escape(blocks)}\..*",
-        "optim_args": f"rank={rank},update_proj_gap={GALORE_GAP},scale={GALORE_SCALE}",
+        "optim_args": ",".join(f"{name}={value}" for name, value in settings.items()),
     }
-    return MarkedModel(model, f"every parameter, by GaLore of rank {rank} in the blocks", optimizer)
+    return MarkedModel(model, f"every parameter, by {kind} of rank {rank} in the blocks", optimizer)
 
 
+_ADAPTERS: dict[str, Any] = {"default_rank": 8, "packages": ("peft",), "extra": "train"}
 METHODS: dict[str, Method] = {
     "lrc": Method(_lrc, supports_norms=True, fsdp=True),
     "nlrc": Method(_nlrc, supports_norms=True, fsdp=True),
     "full": Method(_full, fsdp=True),
-    "lora": Method(_lora, default_rank=8, packages=("peft",), extra="train"),
-    "updates": Method(_updates, default_rank=8, packages=("peft",), extra="train"),
+    "lora": Method(_lora, **_ADAPTERS),
+    "rslora": Method(partial(_lora, kind="rsLoRA", use_rslora=True), **_ADAPTERS),
+    "dora": Method(partial(_lora, kind="DoRA", use_dora=True), streams=False, **_ADAPTERS),  # it takes norms of weights
+    "updates": Method(_updates, **_ADAPTERS),
     "galore": Method(
-        _galore,
+        partial(_projected, kind="GaLore", scale=GALORE_SCALE),
         default_rank=128,
         packages=("galore_torch", "bitsandbytes"),
         extra="galore",
         optimizer="galore_adamw",
         state_classes=("galore_torch.galore_projector.GaLoreProjector",),
     ),
+    "apollo": Method(
+        partial(_projected, kind="APOLLO"),
+        default_rank=128,
+        packages=("apollo_torch", "bitsandbytes"),
+        extra="apollo",
+        optimizer="apollo_adamw",
+        state_classes=("apollo_torch.random_projector.GradientProjector",),
+    ),
 }
 
 
 @contextmanager
 def known_warnings() -> Iterator[None]:
-    """Silence the warnings of the libraries of lora and galore about each other's versions."""
+    """Silence the warnings of the libraries of adapters and galore about each other's versions."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This implementation of AdamW is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning)
