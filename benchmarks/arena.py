@@ -135,7 +135,7 @@ class Bench:
         quiet_libraries()
         model = given.model or embedded_model()
         self.model, self.length, self.windows = resolve_model(model), given.length, given.windows
-        self.name = re.sub(r"(\.\w+)?\.gguf$", "", Path(model).name)
+        self.name = model_name(model)
         self.work, self.out = work / self.name, given.out or HERE / "arena" / self.name
         self.work.mkdir(parents=True, exist_ok=True)
         self.texts = dict(text.split("=", 1) for text in given.texts.split(","))
@@ -226,6 +226,11 @@ class Bench:
             _, cost = welore("calibrate", model, *how, "-o", path)
             path.with_suffix(".json").write_text(json.dumps(cost))
         return path
+
+
+def model_name(model: str | Path) -> str:
+    """The last part of a hub id or a path, without the ending of a .gguf file."""
+    return re.sub(r"(\.\w+)?\.gguf$", "", Path(model).name)
 
 
 def named(texts: str) -> str:

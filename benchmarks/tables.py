@@ -11,12 +11,14 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from welore.emergence.claims import claims_table
 from welore.emergence.downstream_checks import DENSE, Downstream, downstream, verdicts
+from welore.evaluation.tasks import TASKS
 from welore.records import Record
 from welore.reporting.formatting import megabytes, percent, perplexity_text
-from welore.reporting.tables import Table, task_table
+from welore.reporting.tables import Table, order_methods, task_table
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "docs" / "benchmarks"
@@ -28,6 +30,7 @@ PAGES = (
     STUDY / "README.md",
 )
 METHODS, ITEMS_SHOWN = HERE / "tuning", 3
+BEFORE = "before"  # in place of a method: not trained
 ARENA = "arena/SmolLM2-135M-Instruct"
 ABLATED = (0.8, 0.6)
 STRATEGIES = ("uniform", "one threshold", "water-filling")
@@ -264,6 +267,107 @@ def methods() -> str:
 def tasks() -> str:
     """Accuracy of every method on the tasks, from recipes/downstream.sh."""
     return marked_down(Table("", *task_table([Record.load(path) for path in sorted(METHODS.glob("*.score.json"))])))
+
+
+def learned(directory: Path | None = None) -> str:
+    """Every method on every task, a table for each model, from benchmarks/tasks.py."""
+    rows = task_rows(directory)
+    if not rows:
+        return "Not run yet."
+    tasks = [task for task in TASKS if any(row.settings["task"] == task for row in rows)]
+    parts = []
+    for model in dict.fromkeys(row.settings["row"] for row in rows):
+        own = [row for row in rows if row.settings["row"] == model]
+        lines = [["before training", *(learned_cell(own, task, BEFORE) for task in tasks)]]
+        lines += [[method, *(learned_cell(own, task, method) for task in tasks)] for method in methods_of(rows)]
+        asked = {task: [r.numbers for r in rows if r.settings["task"] == task and "n" in r.numbers] for task in tasks}
+        rates = {task: sorted({f"{100 * n['majority_rate']:.1f}" for n in asked[task]}) for task in tasks}
+        counts = {task: sorted({n["n"] for n in asked[task]}) for task in tasks}
+        for name, values in (("most frequent answer", rates), ("questions", counts)):
+            lines.append([name, *(", ".join(map(str, values[task])) or "not run" for task in tasks)])
+        head = ["accuracy, %; held-out loss", *tasks]
+        parts.append(f"**{own[0].inputs['label']}**\n\n{marked_down(Table('', head, lines))}")
+    return "\n\n".join(parts)
+
+
+def learned_cost(directory: Path | None = None) -> str:
+    """Tokens per second and memory of every method, to full on the same model and task, from benchmarks/tasks.py."""
+    rows = [row for row in task_rows(directory) if "tokens_per_second" in row.numbers]
+    if not rows:
+        return "Not run yet."
+    models = dict.fromkeys(row.settings["row"] for row in rows)
+
+    def mean(model: str, task: str, method: str, measure: Callable[[Mapping[str, Any]], float]) -> float | None:
+        asked = [model, task, method]
+        own = [measure(r.numbers) for r in rows if [r.settings[key] for key in ("row", "task", "method")] == asked]
+        return sum(own) / len(own) if own else None
+
+    def cell(model: str, method: str) -> str:
+        ratios = []
+        for measure in (speed_of, memory_of):
+            pairs = [(mean(model, t, method, measure), mean(model, t, "full", measure)) for t in TASKS]
+            both = [own / base for own, base in pairs if own is not None and base is not None]
+            ratios.append(f"x {sum(both) / len(both):.2f}" if both else "not run")
+        return ", ".join(ratios)
+
+    head = ["tokens/s, memory above the imports, to full", *models]
+    return marked_down(Table("", head, [[name, *(cell(m, name) for m in models)] for name in methods_of(rows)]))
+
+
+def speed_of(numbers: Mapping[str, Any]) -> float:
+    """Tokens per second of processor time."""
+    return float(numbers["tokens_per_second"])
+
+
+def memory_of(numbers: Mapping[str, Any]) -> float:
+    """Peak of a training above the imports, in bytes."""
+    return float(numbers["peak_memory_bytes"] - numbers["imports_bytes"])
+
+
+def task_rows(directory: Path | None) -> list[Record]:
+    """The records of benchmarks/tasks.py, the dense model's first."""
+    rows = [Record.load(path) for path in sorted((directory or HERE / "tasks").glob("*.json"))]
+    return sorted(rows, key=lambda row: str(row.settings["row"]) != "dense")
+
+
+def methods_of(rows: Sequence[Record]) -> list[str]:
+    """The fine-tuning methods of rows, in the order of all tables."""
+    run = {row.settings["method"] for row in rows} - {BEFORE}
+    return [method for method in order_methods(run) if method in run]
+
+
+def best_rate(rows: Sequence[Record], model: str, task: str, method: str) -> float | None:
+    """The learning rate with the lowest held-out loss at the first seed; None if there is no loss."""
+    losses = {
+        row.settings["learning_rate"]: row.numbers["eval_loss"]
+        for row in rows
+        if [row.settings[key] for key in ("row", "task", "method")] == [model, task, method]
+        and row.settings["seed"] == 0
+        and row.numbers.get("eval_loss") is not None
+    }
+    return min(losses, key=lambda rate: losses[rate]) if losses else None
+
+
+def learned_cell(rows: Sequence[Record], task: str, method: str) -> str:
+    """Of one model: accuracy with its interval, and held-out loss, at the best rate: means over the seeds."""
+    own = [row for row in rows if [row.settings["task"], row.settings["method"]] == [task, method]]
+    if not own:
+        return "not run"
+
+    def mean(records: Sequence[Record], key: str) -> float:
+        return float(sum(record.numbers[key] for record in records) / len(records))
+
+    rate = None if method == BEFORE else best_rate(own, own[0].settings["row"], task, method)
+    if method != BEFORE and rate is None:
+        return "diverged"
+    best = [row for row in own if row.settings.get("learning_rate") == rate]
+    scored = [row for row in best if "accuracy" in row.numbers]
+    low, high = (100 * mean(scored, key) if scored else 0.0 for key in ("ci95_low", "ci95_high"))
+    parts = [f"{100 * mean(scored, 'accuracy'):.1f} [{low:.1f}, {high:.1f}]" if scored else "not scored"]
+    if rate is not None:
+        finite = [row for row in best if row.numbers.get("eval_loss") is not None]
+        parts.append(f"{mean(finite, 'eval_loss'):.3f} at {rate:.0e}")
+    return "; ".join(parts) + (f" ({len(scored)} seeds)" if len(scored) > 1 else "")
 
 
 def marked_down(table: Table) -> str:
@@ -578,6 +682,8 @@ TABLES = {
     "tuning": tuning,
     "methods": methods,
     "tasks": tasks,
+    "learned": learned,
+    "learned_cost": learned_cost,
     "arena": arena,
     "ablation": ablation,
     "quality": quality,

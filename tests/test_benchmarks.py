@@ -343,6 +343,98 @@ def test_arena_makes_a_record_for_every_cell_once_and_the_tables_read_them(
     assert len(benchmark("tables").arena("arena/small").splitlines()) == 2 + len(cells)
 
 
+@pytest.mark.slow
+def test_tasks_makes_a_record_for_every_row_once_and_trains_the_best_rate_again(
+    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tasks, out = benchmark("tasks"), tmp_path / "tasks"
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of this process, too
+    sizes = "--steps 3 --batch-size 2 --max-length 300 --eval-items 2 --paper-err 0.4"
+    common = ["tasks.py", "--tasks", "coin_flip", "--work", str(tmp_path / "work"), *sizes.split()]
+    rows = list[str]()
+
+    def call(*options: str) -> None:
+        monkeypatch.setattr(sys, "argv", [*common, *options])
+        tasks.main()
+
+    call("--models", "paper", "--methods", "--limit", "3")  # in processes of their own
+    paper = numbers(out / "paper-coin_flip-before.json")
+    assert paper["n"] == 3
+    assert paper["parameter_ratio"] < 1
+
+    def run(path: Path, option: str, job: str) -> tuple[dict[str, Any], dict[str, float]]:
+        rows.append(job)
+        return tasks.done(json.loads(job)), {"seconds": 1.0}
+
+    monkeypatch.setattr(tasks.arena, "run", run)
+    call("--models", "paper", "dense", "--methods", "lrc", "--rates", "1e-4", "1e-2", "--limit", "0")
+    assert len(rows) == 4
+    losses = {rate: numbers(out / f"paper-coin_flip-lrc-{rate}-0.json")["eval_loss"] for rate in ("0.0001", "0.01")}
+    assert losses["0.01"] < losses["0.0001"]
+    call("--models", "paper", "dense", "--methods", "lrc", "--best", "--limit", "3")
+    assert len(rows) == 4 + 5  # two seeds of two models, and the dense one before
+    best = numbers(out / "paper-coin_flip-lrc-0.01-2.json")
+    assert best["eval_loss"] < best["eval_loss_before"]
+    assert best["tokens_per_second"] > 0
+    assert best["peak_memory_bytes"] >= best["imports_bytes"] > 0
+    assert numbers(out / "dense-coin_flip-lrc-0.01-1.json")["trainable_parameters"] > best["trainable_parameters"]
+    call("--models", "paper", "dense", "--methods", "lrc", "--best", "--limit", "3")
+    assert len(rows) == 9  # what is there is not made again
+    with pytest.raises(SystemExit, match="has max_steps 3, now it is 4: give another --out"):
+        call("--models", "paper", "--methods", "lrc", "--best", "--steps", "4", "--limit", "0")
+    table = benchmark("tables", HERE=tmp_path).learned()
+    assert table.index("the dense model") < table.index("WeLore as published, ERR 0.4")
+    (trained, _) = [line for line in table.splitlines() if line.startswith("| lrc |")]
+    assert trained.endswith("at 1e-02 (2 seeds) |")
+
+
+def test_a_task_without_a_training_file_is_cut_by_position(
+    benchmark: Callable[..., ModuleType], tmp_path: Path
+) -> None:
+    tasks, data = benchmark("tasks"), tmp_path / "data"
+    data.mkdir()
+    lines = [json.dumps({"question": f"is {n} it?", "passage": "No.", "answer": n % 2 == 0}) for n in range(10)]
+    (data / "boolq_dev.jsonl").write_text("\n".join(lines) + "\n")
+    given = tasks.parser().parse_args(["--data", str(data)])
+    bench = tasks.Bench(given, tmp_path / "work")
+    cut = Path(bench.data("boolq"))
+    assert (cut / "boolq_train.jsonl").read_text().splitlines() == lines[:7]
+    assert (cut / "boolq_dev.jsonl").read_text().splitlines() == lines[7:]
+    assert bench.data("svamp") == str(data)
+
+
+def test_a_row_of_tasks_says_what_was_not_run(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
+    from welore.records import Record
+
+    tables = benchmark("tables", HERE=tmp_path)
+    assert tables.learned() == tables.learned_cost() == "Not run yet."
+
+    def row(method: str, rate: float, seed: int, task: str = "svamp", **numbers: Any) -> None:
+        settings = {"row": "dense", "task": task, "method": method, "learning_rate": rate, "seed": seed}
+        common = {"tokens_per_second": 300.0, "peak_memory_bytes": 3e9, "imports_bytes": 1e9}
+        name = f"dense-{task}-{method}-{rate}-{seed}.json"
+        Record("task", {"label": "the dense model"}, settings, common | numbers).save(tmp_path / "tasks" / name)
+
+    asked = {"ci95_low": 0.2, "ci95_high": 0.6, "majority_rate": 0.25, "n": 20}
+    for rate, loss in ((1e-4, 0.5), (3e-4, 0.3), (1e-3, 0.4)):
+        row("full", rate, 0, eval_loss=loss)
+    for seed in (1, 2):
+        row("full", 3e-4, seed, eval_loss=0.3 + 0.1 * seed, accuracy=0.3 + 0.1 * seed, **asked)
+    row("galore", 1e-4, 0, eval_loss=0.7, **{"tokens_per_second": 150.0, "peak_memory_bytes": 2e9})
+    row("full", 1e-2, 0, task="boolq", eval_loss=None, diverged="at step 3")
+    lines = [line.strip("| ").split(" | ") for line in tables.learned().splitlines()]
+    assert lines[2:] == [
+        ["accuracy, %; held-out loss", "svamp", "boolq"],
+        ["---", "---", "---"],
+        ["before training", "not run", "not run"],
+        ["full", "45.0 [20.0, 60.0]; 0.400 at 3e-04 (2 seeds)", "diverged"],
+        ["galore", "not scored; 0.700 at 1e-04", "not run"],
+        ["most frequent answer", "25.0", "not run"],
+        ["questions", "20", "not run"],
+    ]
+    assert "| galore | x 0.50, x 0.50 |" in tables.learned_cost()
+
+
 def test_neurons_are_chosen_by_their_weights(benchmark: Callable[..., ModuleType], tmp_path: Path) -> None:
     baselines, dense = benchmark("baselines"), build("llama", intermediate_size=128)
     large = torch.arange(1, 128, 2)
