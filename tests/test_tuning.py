@@ -648,7 +648,10 @@ def test_another_teacher_is_another_run(model: Path, dense: Path, text: str, tmp
         ({"task": "coin_flip"}, "give dataset or task, one of them"),
         ({"dataset": None}, "give dataset or task, one of them"),
         ({"dataset": None, "task": "coinflip"}, "did you mean 'coin_flip'"),
-        ({"loss_on_prompt": True}, "loss_on_prompt, eval_dataset and eval_split go with conversations, .* is a text"),
+        (
+            {"loss_on_prompt": True},
+            "loss_on_prompt, packing, eval_dataset and eval_split go with .* is a text",
+        ),
         ({"method": "full", "train_norms": True}, "train_norms goes with lrc and nlrc"),
         ({"rank": 4}, "rank goes with lora, rslora, dora, updates, galore, apollo"),
         ({"gradient_checkpointing": True, "selective_checkpointing": True}, "not both"),

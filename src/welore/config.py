@@ -444,6 +444,9 @@ class FinetuneConfig:
     prompt_column: str | None = option(None, "Column of prompts.", panel="Data", shown="prompt")
     completion_column: str | None = option(None, "Column of completions.", panel="Data", shown="completion")
     bos: BosName = option("auto", BOS, panel="Data")
+    packing: bool = option(
+        False, "Put several rows into a sequence; each sees itself alone. A text is packed in any case.", panel="Data"
+    )
     task: TaskName | None = option(None, "A task to learn in place of a text.", panel="Data")
     task_dataset: str | Path | None = option(
         None, "The task's original file, or 'generated'.", panel="Data", shown="the hub's data set"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from welore.config import FinetuneConfig
-from welore.data.packing import HELD_OUT, IGNORED, DatasetSplit, Example
+from welore.data.packing import HELD_OUT, IGNORED, DatasetSplit, Example, PackedRows
 from welore.data.rows import AT_ONCE, Rows
 from welore.data.windows import opening_tokens
 from welore.errors import WeLoreError, first_line
@@ -67,7 +67,7 @@ def examples_of_rows(rows: Rows, tokenizer: "PreTrainedTokenizerBase", config: F
 
     Loss on completions, outputs and the assistant's turns only, unless loss_on_prompt; an end token follows a text.
     In a row that is too long a prompt loses its beginning, a conversation its end; a row that has no answer left is
-    dropped. Both are counted.
+    dropped. Both are counted. With packing, several rows to train on are one example of at most max_length tokens.
     """
     most, length = config.max_eval_samples, config.max_length or 0
     encoder = Encoder(rows.name, rows.shape, tokenizer, length, config.loss_on_prompt)
@@ -93,7 +93,9 @@ def examples_of_rows(rows: Rows, tokenizer: "PreTrainedTokenizerBase", config: F
         for numbers in (ids.value_lengths(), ids.flatten(), labels.flatten()):
             sha.update(numbers.to_numpy().tobytes())
     counts = {"train_items": len(train), "held_out_items": len(held_out), "items_cut": cut, "items_dropped": dropped}
-    return DatasetSplit(train, held_out[:most], f"{split} ({rows.shape})", counts, sha.hexdigest())
+    packed = PackedRows(train, length) if config.packing else train
+    counts |= {"packed_sequences": len(packed)} if config.packing else {}
+    return DatasetSplit(packed, held_out[:most], f"{split} ({rows.shape})", counts, sha.hexdigest())
 
 
 def _encoded(table: Any, encoder: "Encoder") -> tuple[Examples, int]:

@@ -1,6 +1,7 @@
-"""Documents -> blocks of equally many tokens to train on, and others that are held out."""
+"""Documents -> blocks of equally many tokens to train on, and others that are held out; rows -> packed sequences."""
 
 import hashlib
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,8 +21,10 @@ if TYPE_CHECKING:
 HELD_OUT = 10  # one part in ten
 TOKENIZED_AT_ONCE = 64  # documents
 CHARACTERS_PER_TOKEN = 8  # at most, of nearly all texts
-Example = dict[str, Tensor]  # input_ids and labels, (length,) each; of a teacher's top k logprobs and ids, (length, k)
-Batch = dict[str, Tensor]  # the same and, where there is padding, attention_mask: (b, length) or (b, length, k) each
+# input_ids and labels, (length,) each; of packed rows position_ids; of a teacher's top k logprobs and ids, (length, k)
+Example = dict[str, Tensor]
+# The same and, where there is padding and nothing packed, attention_mask: (b, length) or (b, length, k) each
+Batch = dict[str, Tensor]
 IGNORED = -100  # label of a token that is not predicted: the prompt, padding
 
 
@@ -55,9 +58,60 @@ class Blocks(Sequence[Example]):
         return {"input_ids": ids, "labels": ids, **taught}
 
 
+class PackedRows(Sequence[Example]):
+    """Several examples one after the other as one, of at most `size` tokens.
+
+    position_ids begin at 0 in each: from them transformers knows that each sees itself alone. The first token of each
+    is not predicted.
+    """
+
+    def __init__(self, rows: Any, size: int) -> None:
+        self.rows, lengths = rows, rows.lengths
+        self.packs = best_fit(lengths.tolist(), size)
+        self.lengths = torch.tensor([int(lengths[pack].sum()) for pack in self.packs])
+        self.extremes = rows.extremes
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = [self.rows[at] for at in self.packs[index]]
+        labels = [row["labels"].index_fill(0, torch.tensor([0]), IGNORED) for row in rows]
+        ids = [row["input_ids"] for row in rows]
+        positions = [torch.arange(len(row)) for row in ids]
+        return {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "position_ids": torch.cat(positions)}
+
+
+def best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Numbers of items in bins of at most `size`: the longest first, each into the fullest bin that has room for it.
+
+    The strategy of TRL's `pack_dataset` (bfd; Ding et al., arXiv 2404.10830). No length is above `size`.
+    """
+    bins: list[list[int]] = []
+    by_space: dict[int, list[list[int]]] = {}  # of bins that are not full
+    spaces: list[int] = []  # its keys with bins, in order
+    for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
+        at = bisect_left(spaces, lengths[item])
+        if at < len(spaces):
+            space = spaces[at]
+            chosen = by_space[space].pop()
+            if not by_space[space]:
+                del spaces[at]
+        else:
+            space, chosen = size, []
+            bins.append(chosen)
+        chosen.append(item)
+        rest = space - lengths[item]
+        if rest and not by_space.setdefault(rest, []):
+            insort(spaces, rest)
+        if rest:
+            by_space[rest].append(chosen)
+    return bins
+
+
 @dataclass(frozen=True)
 class DatasetSplit:
-    """Examples to train on and examples to evaluate on, Blocks or Examples, which have nothing in common.
+    """Examples to train on, perhaps packed, and examples to evaluate on, which have nothing in common.
 
     split: how they were told apart. counts: of what was left over, cut or held out. sha256: of what was read.
     teacher_loss: of recorded predictions, on what is held out.

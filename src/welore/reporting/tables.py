@@ -119,7 +119,8 @@ def comparisons(records: Iterable[Record]) -> list[Comparison]:
         if run.kind == "finetune":
             s = run.settings
             data = (run.inputs["data_sha256"], run.inputs["split"], s["max_length"], s["seed"], s["loss_on_prompt"])
-            key = (*data, s["max_eval_samples"], s["max_steps"], _sequences(run), s["dtype"])
+            packed = s.get("packing", False)  # version 0.1 has none
+            key = (*data, s["max_eval_samples"], s["max_steps"], _sequences(run), s["dtype"], packed)
             groups.setdefault(key, []).append(run)
     return [Comparison(_caption(runs[0]), sorted(runs, key=_sort_key)) for runs in groups.values()]
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ from welore.config import FinetuneConfig
 from welore.data.examples import examples_of_rows
 from welore.data.packing import IGNORED, Batch, DatasetSplit, Example, digest_of_texts
 from welore.data.rows import Rows
-from welore.errors import WeLoreError
+from welore.errors import WeLoreError, first_line
 from welore.evaluation.tasks import TASKS, items
+from welore.models.load import evaluating, input_device
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def questions_of_task(
@@ -46,17 +47,49 @@ def questions_of_task(
 
 
 def collate(sequences: Sequence[Example], pad: int = 0) -> Batch:
-    """One batch; sequences of different length are padded on the right to the longest of them."""
+    """One batch; sequences of different length are padded on the right to the longest of them.
+
+    Behind packed rows the padding is a row of its own: a mask would hide from transformers where rows begin.
+    """
 
     def padded(tensors: list[Tensor], fill: int) -> Tensor:
         return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
     ids = [sequence["input_ids"] for sequence in sequences]
     batch = {"input_ids": padded(ids, pad), "labels": padded([s["labels"] for s in sequences], IGNORED)}
-    if len({len(row) for row in ids}) > 1:
+    length = batch["input_ids"].shape[1]
+    if "position_ids" in sequences[0]:
+        positions = [torch.cat([s["position_ids"], torch.arange(length - len(s["position_ids"]))]) for s in sequences]
+        batch["position_ids"] = torch.stack(positions)
+    elif any(len(row) < length for row in ids):
         batch["attention_mask"] = padded([torch.ones_like(row) for row in ids], 0)
     taught = [name for name in ("logprobs", "ids") if name in sequences[0]]  # of windows, which are equally long
     return batch | {name: torch.stack([sequence[name] for sequence in sequences]) for name in taught}
+
+
+@torch.no_grad()
+def require_packing(model: "PreTrainedModel") -> None:
+    """Raise WeLoreError unless a packed row gets the logits that it gets alone: state spaces carry one into the next.
+
+    Two rows of a few tokens are read, in the model's own dtype.
+    """
+    generator, attention = torch.Generator().manual_seed(0), model.config._attn_implementation
+    refusal = f"rows cannot be packed for {type(model).__name__}"
+    if attention not in ("sdpa", "eager"):  # flash kernels cut rows in batches of one sequence alone
+        raise WeLoreError(f"{refusal} with attention {attention}: choose sdpa or eager, or leave packing out")
+    device, known = input_device(model), len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    rows = [torch.randint(known, (1, length), generator=generator).to(device) for length in (9, 11)]
+    positions = torch.cat([torch.arange(row.shape[1], device=device) for row in rows])[None]
+    anything: Any = model
+    with evaluating(model):
+        alone = anything(rows[1], use_cache=False).logits
+        try:
+            packed = anything(torch.cat(rows, 1), position_ids=positions, use_cache=False).logits[:, rows[0].shape[1] :]
+        except (TypeError, ValueError) as error:
+            raise WeLoreError(f"{refusal} ({first_line(error)}): leave packing out") from error
+    far = (packed - alone).abs().max() / alone.abs().max()
+    if not far <= torch.finfo(alone.dtype).eps ** 0.5:
+        raise WeLoreError(f"{refusal}: there a row changes the one behind it; leave packing out")
 
 
 def reading_order(count: int, reads: int, seed: int) -> list[int]:

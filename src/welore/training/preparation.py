@@ -28,7 +28,7 @@ from welore.models.load import LoadedModel, load_model
 from welore.models.skeleton import context_length, require_context_length
 from welore.training.activations import keep_wide_products
 from welore.training.arguments import is_recorded, length_of, sequences_read, training_arguments
-from welore.training.data import questions_of_task
+from welore.training.data import questions_of_task, require_packing
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable
 from welore.training.originals import Originals
 from welore.training.run_dir import CHECKPOINTS, WRITTEN, begin, config_digest, fingerprint, last_checkpoint, seal
@@ -93,6 +93,9 @@ def prepare(
         teacher = load_teacher(config, loaded, context)
         require_context_length(length_of(config), context_length(teacher.config))
     configs = {"model_settings_sha256": [config_digest(net.config) for net in (model, teacher) if net is not None]}
+    for net in (model, teacher) if config.packing else ():
+        if net is not None:
+            require_packing(net)
     own_text = isinstance(config.dataset, str) and config.dataset == SELF
     data = None if own_text else _data(config, tokenizer, args.world_size, context)
     set_seed(config.seed)
@@ -130,6 +133,7 @@ def _identity(config: FinetuneConfig, marked: MarkedModel, digests: dict[str, An
     """Settings and digests that a resumed run must share with the run that it continues."""
     settings = {name: value for name, value in as_record(config).items() if name not in NOT_IDENTITY}
     settings["text_column"] = config.text_column or COLUMN  # as runs of before have it
+    settings["packing"] = config.packing or None  # which these have not
     names = "\n".join(name for name, p in marked.model.named_parameters() if p.requires_grad)  # a plan can change them
     trained = hashlib.sha256(names.encode()).hexdigest()
     return settings | digests | {"trained_sha256": trained, "processes": processes}
@@ -177,9 +181,9 @@ def _data(
     rows = open_rows(config, blocks_to_write(sequences), context.cache_dir)
     if isinstance(rows, Rows):
         return examples_of_rows(rows, tokenizer, config)
-    if config.loss_on_prompt or config.eval_dataset is not None or config.eval_split is not None:
+    if config.loss_on_prompt or config.packing or config.eval_dataset is not None or config.eval_split is not None:
         raise WeLoreError(
-            f"loss_on_prompt, eval_dataset and eval_split go with conversations, or prompts and completions; "
+            f"loss_on_prompt, packing, eval_dataset and eval_split go with conversations, or prompts and completions; "
             f"{dataset_name(config.dataset)} is a text"
         )
     return blocks_of_text(
