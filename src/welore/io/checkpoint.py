@@ -125,7 +125,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             "save that elsewhere, or move the adapter's files away to leave it out"
         )
     if not (directory / CONFIG).is_file():
-        raise WeLoreError(f"{directory} is not a Hugging Face model: it has no {CONFIG}")
+        hint = f"; {directory / 'model'} is one" if (directory / "model" / CONFIG).is_file() else ""  # of a run
+        raise WeLoreError(f"{directory} is not a Hugging Face model: it has no {CONFIG}{hint}")
     config: dict[str, Any] = typed(read_json(directory / CONFIG), Mapping, str(directory / CONFIG))
     typed(config.get("quantization_config"), Mapping | None, f"quantization_config of {directory / CONFIG}")
     return config
