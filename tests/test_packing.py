@@ -27,6 +27,7 @@ SHORT: dict[str, Any] = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "opt": FAMILIES["opt"],  # makes a mask of its own
+    "gpt_oss": MIXTURES["gpt_oss"],  # makes its mask without positions
     "mamba": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
     "bloom": {"vocab_size": 96, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "lfm2": {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2}
