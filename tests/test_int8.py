@@ -19,7 +19,7 @@ from test_checkpoint import equal, weights_of
 from welore.compression.estimate import estimate
 from welore.config import CompressionConfig
 from welore.errors import WeLoreError
-from welore.layers.int8 import Int8Embedding, Int8Linear, dequantize, quantize_rows
+from welore.layers.int8 import KERNEL_STEP, Int8Embedding, Int8Linear, dequantize, quantize_rows
 
 FORMS: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"storage": "factored"}),
@@ -118,6 +118,8 @@ def test_dtype_and_shards_do_not_change_the_integers(saved, tmp_path: Path, toke
     assert equal(weights_of(tmp_path / "one"), weights_of(tmp_path / "many"))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "many")
     assert model.dtype == torch.bfloat16
+    layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    assert {layer.weight.data_ptr() % KERNEL_STEP for layer in layers} == {0}  # wherever it lies in its file
     wide = AutoModelForCausalLM.from_pretrained(tmp_path / "many", dtype=torch.float32)
     assert wide.lm_head.weight is wide.model.embed_tokens.weight
     assert wide.lm_head.weight_scale is wide.model.embed_tokens.weight_scale

@@ -16,7 +16,7 @@ from welore.errors import WeLoreError
 INT8 = "int8"
 SCALE = "weight_scale"
 LEVELS = 127  # on either side of 0
-KERNEL_STEP, KERNEL_ROWS = 16, 16  # torch's kernel reads 16 inputs at once, and beyond the end of others
+KERNEL_STEP, KERNEL_ROWS = 16, 16  # torch's kernel reads 16 aligned bytes at once, and beyond the end of others
 
 
 def quantize_rows(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,8 +24,7 @@ def quantize_rows(W: Tensor) -> tuple[Tensor, Tensor]:
     largest = W.abs().amax(1, keepdim=True).float()
     scale = (largest / LEVELS).to(W.dtype)
     scale[scale == 0] = 1  # a row of zeros
-    weight = (W.float() / scale.float()).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
-    return weight, scale
+    return (W.float() / scale.float()).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
@@ -99,8 +98,7 @@ class Int8Embedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (...), token ids -> (..., n)."""
-        read = (functional.embedding(input, part) for part in (self.weight, self.weight_scale))
-        rows = dequantize(*read)
+        rows = dequantize(*(functional.embedding(input, part) for part in (self.weight, self.weight_scale)))
         if type(self) is Int8Embedding:
             return rows
         like: Any = copy.copy(self)

@@ -22,7 +22,7 @@ from welore.io.checkpoint import check_finite
 from welore.io.fields import LARGEST, refusing, typed
 from welore.io.safetensors_stream import FLOATS, TensorInfo, TensorReader, check_dtype, check_permutation, readers_of
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
-from welore.layers.int8 import SCALE, Int8Layer
+from welore.layers.int8 import KERNEL_STEP, SCALE, Int8Layer
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.experts import name_experts, unfuse, unmerged
@@ -184,6 +184,8 @@ class WeLoreQuantizer(HfQuantizer):
         for module in model.modules():
             if isinstance(module, Int8Layer):
                 module.weight_scale.requires_grad_(False)
+                if module.weight.data_ptr() % KERNEL_STEP:  # in a mapped file: torch's kernel would crash
+                    module.weight.data = module.weight.data.clone()
         for first, others in shared_layers(model).items():
             for other in others:
                 if isinstance(model.get_submodule(first), LowRankLayer | SplitLinear):
