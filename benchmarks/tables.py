@@ -25,6 +25,7 @@ HERE = ROOT / "docs" / "benchmarks"
 STUDY = ROOT / "docs" / "study"
 PAGES = (
     ROOT / "README.md",
+    ROOT / "docs" / "how-to" / "fine-tune-7b.md",
     ROOT / "docs" / "how-to" / "serve-and-export.md",
     *sorted((ROOT / "docs" / "results").glob("*.md")),
     STUDY / "README.md",
@@ -244,6 +245,18 @@ def tuning() -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def training_memory() -> str:
+    """Memory of a training step of large models by the formula, from benchmarks/training_memory.py."""
+    record = Record.load(HERE / "training_memory.json")
+    models = record.inputs["models"]
+    lines = []
+    for kind, rows in record.numbers.items():
+        for name, own in rows.items():
+            cells = [f"{own[model]['total'] / 1e9:.0f} GB ({own[model]['trained'] / 1e6:,.0f} M)" for model in models]
+            lines.append([kind, name, *cells])
+    return marked_down(Table("", ["model", "method", *(f"{model} (trained)" for model in models)], lines))
 
 
 def methods() -> str:
@@ -680,6 +693,7 @@ TABLES = {
     "layouts": layouts,
     "serving": serving,
     "tuning": tuning,
+    "training_memory": training_memory,
     "methods": methods,
     "tasks": tasks,
     "learned": learned,

@@ -27,6 +27,9 @@ def finetune(
     ] = None,
     resume: Resume = False,
     label: Label = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the memory of a step, and stop.", rich_help_panel="Memory")
+    ] = False,
 ) -> None:
     """Fine-tune a checkpoint on a text or a task; any other field of TrainingArguments goes by its own name."""
     quiet_libraries()
@@ -34,6 +37,12 @@ def finetune(
     from welore.training.finetune import finetune
 
     config = dataclasses.replace(config, training_arguments=_training_arguments(context.args))
+    if dry_run:
+        from welore.training.memory import estimate_step
+
+        needed = estimate_step(model, config, plan=plan, **run.options)
+        print_result(needed.to_dict(), as_json, str(needed))
+        return
     if config.gradient_checkpointing:  # most activations are freed soon, between those that stay
         return_freed_memory(large=1 << 20)
     record = finetune(model, output_dir, config, plan=plan, resume=resume, label=label, **run.options)

@@ -30,9 +30,10 @@ from welore.io.progress import silent
 from welore.layers.storage_forms import FORMS
 from welore.models.load import fastest
 from welore.models.sink import DirectorySink
-from welore.models.skeleton import context_length, decoder_blocks
+from welore.models.skeleton import context_length
 from welore.models.source import CheckpointSource, TensorSource
 from welore.records import Record
+from welore.training.memory import LOGIT_IN_PIECES, activation_bytes, itemsize
 from welore.training.objective import chunk_of
 from welore.training.run_dir import MODEL, RUN, TUNED, WRITTEN
 from welore.training.teacher import recorded_predictions
@@ -141,7 +142,7 @@ def first_that_fits(
     limit, on_cpu = math.inf if free is None else free, device.type == "cpu"
     plain = not any(a.factored for a in allocations)
     # Weights that would grow stay mapped where memory counts: to convert them for each product takes a few per cent.
-    grow = on_cpu and alone and source.dtype(source.targets[0]).itemsize < _itemsize(training)
+    grow = on_cpu and alone and source.dtype(source.targets[0]).itemsize < itemsize(training)
     if on_cpu:  # a host has other things to hold
         limit = min(limit, config.host_memory)
     for choice in CHOICES[config.trainable]:
@@ -163,28 +164,21 @@ def first_that_fits(
 def memory_needed(source: TensorSource, allocations: Sequence[Allocation], training: FinetuneConfig) -> float:
     """Bytes on the device at the peak of a recovery, an upper bound (docs/concepts/recovery.md)."""
     text = source.original.skeleton.config.get_text_config(decoder=True)
-    itemsize = _itemsize(training)
-    assert training.batch_size
-    assert training.max_length
-    tokens, layers = training.batch_size * training.max_length, len(decoder_blocks(source.original.skeleton)[1])
+    item = itemsize(training)
     dense = sum(p.numel() for p in source.original.skeleton.parameters())
     stored = dense - sum(math.prod(t.shape) for t in source.original.targets)
     stored += sum(a.stored_parameters for a in allocations)
     shapes = trained_shapes(allocations)
     if training.rank is None:
         trained = sum(map(math.prod, shapes))
-        weights = itemsize * stored + (16 if itemsize == 2 else 12) * trained
+        weights = item * stored + (16 if item == 2 else 12) * trained
     else:
         if training.stream_weights:  # two matrices, and what is no matrix of a block
             stored += 2 * max(a.stored_parameters for a in allocations) - sum(a.stored_parameters for a in allocations)
-        weights = itemsize * stored + 16 * (training.rank or 0) * sum(map(sum, shapes))
+        weights = item * stored + 16 * (training.rank or 0) * sum(map(sum, shapes))
     width = sum(sum(a.shape) + a.rank for a in allocations)  # of all that enters or leaves a matrix
-    activations = 1.5 * itemsize * tokens * width
-    if training.attention == "eager":
-        activations += 4 * itemsize * tokens * training.max_length * layers * text.num_attention_heads
-    if training.gradient_checkpointing:
-        activations = activations / layers + itemsize * tokens * layers * text.hidden_size
-    return weights + activations + 20 * chunk_of(text.vocab_size) * text.vocab_size
+    logits = LOGIT_IN_PIECES * chunk_of(text.vocab_size) * text.vocab_size
+    return weights + activation_bytes(training, text, width) + logits
 
 
 def trained_shapes(allocations: Sequence[Allocation]) -> list[tuple[int, ...]]:
@@ -193,10 +187,6 @@ def trained_shapes(allocations: Sequence[Allocation]) -> list[tuple[int, ...]]:
     if not lrcs:
         return [a.shape for a in allocations]
     return [shape for a in lrcs for shape in FORMS[a.form].shapes(*a.shape, a.rank).values() if len(shape) == 2]
-
-
-def _itemsize(training: FinetuneConfig) -> int:
-    return 4 if training.dtype == "float32" else 2
 
 
 def failed_recovery(config: RecoveryConfig, error: Exception) -> Recovery:

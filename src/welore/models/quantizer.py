@@ -171,12 +171,7 @@ class WeLoreQuantizer(HfQuantizer):
             remember_companions(config, Path(checkpoint_files[0]).parent)
             files = [path for path in checkpoint_files if str(path).endswith(".safetensors")]
             check_factors(config, readers_of(files), model.base_model_prefix + ".")
-        if config.has_experts:
-            unfuse(model)
-        shared, config = shared_layers(model), config.within(model)
-        for layer in config.layers:
-            build_layer(model, layer, config, shared.get(layer, ()))
-        quantize_layers(model, [name for name in config.int8 if has_module(model, name)])  # a bare one has no head
+        build_layers(model, config)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
@@ -207,6 +202,16 @@ class WeLoreQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """The factors are ordinary parameters."""
         return True
+
+
+def build_layers(model: "PreTrainedModel", config: WeLoreConfig) -> None:
+    """Put the (uninitialised) layers that a compression describes in the places of dense ones."""
+    if config.has_experts:
+        unfuse(model)
+    shared, config = shared_layers(model), config.within(model)
+    for layer in config.layers:
+        build_layer(model, layer, config, shared.get(layer, ()))
+    quantize_layers(model, [name for name in config.int8 if has_module(model, name)])  # a bare one has no head
 
 
 def _tokenizer(model: "PreTrainedModel", config: CompressionConfig) -> Any:
