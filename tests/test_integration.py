@@ -21,22 +21,24 @@ from welore.layers.storage_forms import FORMS
 from welore.models.load import load
 
 
-@pytest.fixture
-def small(request: pytest.FixtureRequest, saved, tmp_path: Path) -> Path:
-    """A compressed model, stored as A and B unless a test asks for something else (`EVERY_STORAGE`).
-
-    "split": long matrices in two blocks, of which one may be dense.
-    """
-    storage = getattr(request, "param", None)
+def compressed(saved, out: Path, storage: str | None) -> Path:
+    """A compressed model; "split": long matrices in two blocks, of which one may be dense."""
     split = storage == "split"
     source = saved("llama", **({"intermediate_size": 64} if split else {}))
     how = {"storage": "pivoted", "strategy": "waterfill"} if split else {"storage": storage}
     plan = allocate(welore.analyze(source, split=split), rank_reduction=0.4, **how)
-    compress(source, tmp_path / "small", plan=plan)
-    return tmp_path / "small"
+    compress(source, out, plan=plan)
+    return out
 
 
-EVERY_STORAGE = pytest.mark.parametrize("small", ["factored", "pivoted", "split"], indirect=True)
+@pytest.fixture
+def small(request: pytest.FixtureRequest, saved, tmp_path: Path) -> Path:
+    """Stored as A and B unless a test asks for something else (`EVERY_STORAGE`)."""
+    return compressed(saved, tmp_path / "small", getattr(request, "param", None))
+
+
+STORAGES = ("factored", "pivoted", "split")
+EVERY_STORAGE = pytest.mark.parametrize("small", STORAGES, indirect=True)
 
 
 def edit_weights(directory: Path, **changes: torch.Tensor | None) -> None:
@@ -49,16 +51,30 @@ def first_factored(directory: Path) -> str:
     return next(iter(welore.Plan.load(directory / "plan.json").ranks))
 
 
-@EVERY_STORAGE
+WITHOUT_THE_PACKAGE = """
+import sys, traceback
+from transformers import AutoModelForCausalLM
+for directory in sys.argv[1:]:
+    print("NEXT", file=sys.stderr)
+    try:
+        AutoModelForCausalLM.from_pretrained(directory)
+        print("LOADED", file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+"""
+
+
 @pytest.mark.slow
-def test_without_the_package_loading_fails_instead_of_making_random_weights(small: Path) -> None:
-    code = f"from transformers import AutoModelForCausalLM as M; M.from_pretrained({str(small)!r}); print('LOADED')"
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=False
-    )
-    assert run.returncode != 0
-    assert "LOADED" not in run.stdout
-    assert "mismatch" in run.stderr.lower()
+def test_without_the_package_loading_fails_instead_of_making_random_weights(saved, tmp_path: Path) -> None:
+    directories = [compressed(saved, tmp_path / storage, storage) for storage in STORAGES]
+    command = [sys.executable, "-c", WITHOUT_THE_PACKAGE, *map(str, directories)]
+    run = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ), check=True)
+    _, *said = run.stderr.split("NEXT\n")
+    assert len(said) == len(STORAGES)
+    for each in said:
+        assert "LOADED" not in each
+        assert "Traceback" in each
+        assert "mismatch" in each.lower()
 
 
 @pytest.mark.slow
