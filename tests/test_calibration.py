@@ -34,6 +34,7 @@ from welore.io.context import RunContext
 from welore.io.parallel import Processes
 from welore.io.resume import Workspace
 from welore.io.safetensors_stream import TensorReader
+from welore.layers.experts import Experts
 from welore.linalg.svd import Side
 from welore.models.experts import unfused
 from welore.models.load import read_tokenizer
@@ -87,11 +88,40 @@ def by_hand(model: PreTrainedModel, ids: Tensor, seed: int) -> dict[str, Tensor]
         found |= {
             f"{target.name}.inputs": x.T @ x / ids.numel(),
             f"{target.name}.magnitudes": x.abs().sum(0) / ids.numel(),
-            f"{target.name}.outputs": g.T @ g / ids.numel(),
+            f"{target.name}.outputs": g.T @ g / len(g),
             f"{target.name}.x": x,
             f"{target.name}.g": g,
         }
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            lend(found, name, len(list(module.children())), ids.numel())
     return found
+
+
+def lend(found: dict[str, Tensor], experts: str, count: int, tokens: int) -> None:
+    """Every expert gets some tokens more of the average of its layer, and counts as if at least one had reached it."""
+
+    def average(rows: list[Tensor], *, apart: bool) -> tuple[float, Tensor]:
+        grams = [x.T @ x for x in rows]
+        sizes = [len(x) * (1 + float(S.trace() ** 2 / S.square().sum())) for x, S in zip(rows, grams, strict=True)]
+        mean = torch.stack(grams).sum(0) / sum(map(len, rows))
+        mean = torch.eye(len(mean), dtype=mean.dtype) * mean.diagonal().mean() if apart else mean
+        return sum(sizes) / sum(map(len, rows)), mean
+
+    layers = {key.split(".")[-2] for key in found if key.startswith(f"{experts}.") and key.endswith(".x")}
+    for layer in layers:
+        names = [f"{experts}.{number}.{layer}" for number in range(count)]
+        for kind, side, apart in (("inputs", "x", layer == "down_proj"), ("outputs", "g", layer != "down_proj")):
+            rows = [found[f"{name}.{side}"] for name in names if f"{name}.x" in found]
+            more, mean = average(rows, apart=apart)
+            size = torch.cat(rows).abs().mean(0)
+            for name in names:
+                x = found.get(f"{name}.{side}", torch.zeros(0, len(mean), dtype=mean.dtype))
+                used = max(1, len(x)) / tokens if kind == "inputs" else 1
+                found[f"{name}.{kind}"] = used * (x.T @ x + more * mean) / (len(x) + more)
+                if kind == "inputs":
+                    sizes = size.mean().expand(len(mean)) if apart else size
+                    found[f"{name}.magnitudes"] = used * (x.abs().sum(0) + more * sizes) / (len(x) + more)
 
 
 def gathered(model: PreTrainedModel, directory: Path, ids: Tensor = IDS, **how: Any) -> Statistics:
@@ -118,12 +148,31 @@ def test_statistics_are_those_of_autograd_by_hand(family: str, whole: bool, tmp_
         for kind, get in (("inputs", found.inputs), ("magnitudes", found.magnitudes), ("outputs", found.outputs)):
             value = get(name)
             assert value is not None
-            wanted = expected.get(f"{name}.{kind}", torch.zeros_like(value, dtype=torch.float64))
+            wanted = expected[f"{name}.{kind}"]
             torch.testing.assert_close(value.double(), wanted, rtol=2e-3, atol=1e-5 * float(wanted.abs().max()))
             if value.ndim == 2:
                 assert torch.equal(value, value.T)
         assert found.counts[name] == len(expected.get(f"{name}.x", ()))
         assert found.counts[name] == IDS.numel() or ".experts." in name
+
+
+def test_an_expert_borrows_from_its_layer_what_the_text_has_not_shown(tmp_path: Path) -> None:
+    model = build("qwen3_moe", num_experts=24)
+    found, expected = gathered(model, tmp_path), by_hand(model, IDS, seed_of_labels())
+    never = [name for name, count in found.counts.items() if count == 0]
+    assert len(never) > 6
+    assert found.record.numbers["never_reached"] == len(never)
+    assert found.shared.keys() == found.shapes.keys()
+    for name in found.shapes:
+        assert found.counts[name] == len(expected.get(f"{name}.x", ()))
+        for kind, get in (("inputs", found.inputs), ("magnitudes", found.magnitudes), ("outputs", found.outputs)):
+            value, wanted = get(name), expected[f"{name}.{kind}"]
+            assert value is not None
+            torch.testing.assert_close(value.double(), wanted, rtol=2e-3, atol=1e-5 * float(wanted.abs().max()))
+    again = Statistics.load(tmp_path / "c.safetensors")
+    assert (again.shared, again.counts) == (found.shared, found.counts)
+    gate, up = (never[0].replace("down_proj", layer) for layer in ("gate_proj", "up_proj"))
+    assert found.shared[up] == found.shared[gate]
 
 
 # --- the two roads --------------------------------------------------------------------------------------------------

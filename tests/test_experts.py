@@ -17,7 +17,9 @@ from campaigns.architectures import build as build_architecture
 from campaigns.architectures import loaded, matrix_of
 from conftest import build, compress, logits
 from test_checkpoint import equal, weights_of
-from welore.config import CompressionConfig
+from toys import calibrate
+from welore.calibration.scaling import DAMPING_INPUTS, DAMPING_OUTPUTS
+from welore.config import CalibrationConfig, CompressionConfig
 from welore.io.context import RunContext
 from welore.io.safetensors_stream import TensorReader
 from welore.layers.experts import Experts
@@ -265,3 +267,81 @@ def test_experts_that_the_files_hold_in_another_way_stay_dense() -> None:
     assert any(p.ndim == 3 for n, p in model.named_parameters() if ".experts." in n)
     assert not fused_experts(model)
     assert unfused(model) is model
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def scaled_optimum(W: torch.Tensor, G: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
+    """The matrix of a rank that loses least in the norm of G and H, damped as the package does it; float64."""
+
+    def root(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+        moment = moment.double()
+        values, vectors = torch.linalg.eigh(moment + damping * moment.diagonal().mean() * torch.eye(len(moment)))
+        return vectors * values.sqrt() @ vectors.T, vectors / values.sqrt() @ vectors.T
+
+    (left, unleft), (right, unright) = root(G, DAMPING_OUTPUTS), root(H, DAMPING_INPUTS)
+    U, S, V = torch.linalg.svd(left @ W.double() @ right, full_matrices=False)
+    return unleft @ (U[:, :rank] * S[:rank]) @ V[:rank] @ unright
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3", "GPT-OSS"])
+def test_scaled_factors_are_those_of_an_independent_svd(name: str, dense: Callable[..., Path], tmp_path: Path) -> None:
+    directory = dense(name)
+    windows = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))
+    statistics = calibrate(loaded(directory), windows, tmp_path / "c.safetensors", dtype="float32")
+    how: dict[str, Any] = {"storage": "factored", "split": False, "mlp_pruning": 0, "statistics": statistics}
+    compress(directory, tmp_path / "small", keep=0.6, recovery=None, **how)
+    plan = welore.Plan.load(tmp_path / "small/plan.json")
+    model, small = loaded(directory), loaded(tmp_path / "small")
+    of_experts = [a for a in plan.lrcs if ".experts." in a.name]
+    assert of_experts
+    for a in of_experts:
+        G, H = statistics.outputs(a.name), statistics.inputs(a.name)
+        assert G is not None
+        assert H is not None
+        layer = small.get_submodule(a.name)
+        found = (layer.A.weight.double() @ layer.B.weight.double()).detach()
+        wanted = scaled_optimum(matrix_of(model, a.name), G, H, a.rank)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+def test_no_expert_stays_dense_for_want_of_tokens(
+    saved: Callable[..., Path], tokenizer: Any, tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    """The job without any setting but a size: text, statistics, MLP pruning, factors and recovery."""
+    source = saved("qwen3_moe", num_experts=16, moe_intermediate_size=40)
+    tokenizer.save_pretrained(source)
+    result = welore.compress(source, tmp_path / "small", keep=0.6, calibration=CalibrationConfig(num_tokens=128))
+    assert result.parameter_ratio == pytest.approx(0.6, abs=0.01)
+    assert result.record.settings["scaling"] == "kfac"
+    statistics = calibrate(source, "self", tmp_path / "c.safetensors", num_tokens=128)
+    assert statistics.measured
+    never = {name for name, count in statistics.counts.items() if count == 0}
+    assert never
+    spectra = welore.analyze(source, statistics=statistics)
+    assert not spectra.unreached
+    assert spectra.losses.keys() == spectra.values.keys()
+    plan = welore.allocate(spectra, keep=0.6)
+    shares = {a.name: a.stored_parameters / a.dense_parameters for a in plan.allocations if ".experts." in a.name}
+    used, unused = (np.mean([s for n, s in shares.items() if (n in never) == kind]) for kind in (False, True))
+    assert unused < used
+    welore.merge(tmp_path / "small", tmp_path / "merged")
+    expected = logits(loaded(tmp_path / "small"), tokens)
+    torch.testing.assert_close(logits(loaded(tmp_path / "merged"), tokens), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_experts_lose_neurons_as_mlps_do(saved: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor) -> None:
+    source = saved("mixtral")
+    windows = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))
+    statistics = calibrate(loaded(source), windows, tmp_path / "c.safetensors")
+    compress(source, tmp_path / "small", keep=0.6, mlp_pruning=0.25, statistics=statistics, recovery=None)
+    neurons = welore.Plan.load(tmp_path / "small/plan.json").neurons
+    assert any(name.endswith(".experts.2") for name in neurons)
+    small = loaded(tmp_path / "small")
+    in_memory = loaded(source)
+    compress(in_memory, keep=0.6, mlp_pruning=0.25, statistics=statistics, recovery=None)
+    torch.testing.assert_close(logits(in_memory, tokens), logits(small, tokens), rtol=1e-5, atol=1e-6)
+    welore.merge(tmp_path / "small", tmp_path / "merged")
+    merged = loaded(tmp_path / "merged")
+    torch.testing.assert_close(logits(merged, tokens), logits(small, tokens), rtol=1e-3, atol=1e-3)

@@ -80,7 +80,8 @@ def test_a_matrix_that_no_token_reached_is_kept(saved: Callable[..., Path], tmp_
     name = "model.layers.0.self_attn.o_proj"
     target = Target(name, c.shapes[name])
     assert metric("kfac", c, target) is not None
-    unreached = Statistics(c.model, c.shapes, {**c.counts, name: 0}, c.shared, c.store, c.record)
+    shared = {other: owner for other, owner in c.shared.items() if other != name}
+    unreached = Statistics(c.model, c.shapes, {**c.counts, name: 0}, shared, c.store, c.record)
     assert metric("kfac", unreached, target) is None
     compress(source, tmp_path / "small", keep=0.6, statistics=unreached)
     assert name not in welore.Plan.load(tmp_path / "small" / "plan.json").ranks

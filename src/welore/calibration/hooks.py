@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from welore.errors import WeLoreError
 from welore.io.context import finest_dtype
 from welore.io.parallel import Processes
+from welore.layers.experts import DOWN
 from welore.linalg.svd import Factors
 from welore.models.targets import Target
 
@@ -25,13 +26,16 @@ SMALL = 256  # columns up to which it is made in one piece
 class Moments:
     """Sums over the tokens that reach the modules; modules: name -> linear layer.
 
-    Run forward and backward, then `end_batch`, as often as there are batches; then `statistics`.
+    Run forward and backward, then `end_batch`, as often as there are batches; then `reduce`, then `statistics`.
+
+    experts: names of modules whose children are experts. An expert that few tokens reach borrows from all of its layer.
 
     Layers that read the same tensor share one sum of inputs: `owner` names the first of them. Whether they do is
     seen in the tensors of every batch, not in names; layers that shared by accident are told apart when they part.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], experts: Iterable[str] = ()) -> None:
+        self.experts = tuple(experts)
         self.counts = dict.fromkeys(modules, 0)
         self.owner: dict[str, str] = {}
         self._sums: dict[tuple[str, str], Tensor] = {}  # of a layer and a kind
@@ -79,8 +83,12 @@ class Moments:
 
     def reduce(self, processes: Processes) -> None:
         """Make the sums those of all processes; layers share inputs if they do in every process that has windows."""
-        if processes.size == 1:
-            return
+        if processes.size > 1:
+            self._gather(processes)
+        for name in self.experts:
+            self._lend(name + ".")
+
+    def _gather(self, processes: Processes) -> None:
         everyone = processes.gather((self.owner, self.counts, self._dtypes))
         for name in self.counts:
             owners = {owner.get(name) for owner, *_ in everyone if owner}
@@ -99,6 +107,54 @@ class Moments:
                 self._sums[key] = torch.zeros(shape, device=self._device)
             processes.add(self._sums[key])
 
+    def _lend(self, experts: str) -> None:
+        """Make the moments of single experts those of a few tokens more, of the layer's average."""
+        layers: dict[str, list[str]] = {}
+        for name in self.counts:
+            if name.startswith(experts):
+                layers.setdefault(name.rpartition(".")[2], []).append(name)
+        for layer, names in layers.items():
+            reached = [name for name in names if self.counts[name]]
+            if not reached:
+                continue
+            owner = self.owner[reached[0]].rpartition(".")[2]
+            for name in names:
+                if name not in self.owner:
+                    own = f"{name.rpartition('.')[0]}.{owner}"
+                    self.owner[name] = own if own in self.counts else name
+                    self._dtypes[name] = self._dtypes[reached[0]]
+            own_inputs = [name for name in names if self.owner[name] == name]
+            more = self._lend_moments(own_inputs, "inputs", apart=layer == DOWN)
+            self._lend_moments(own_inputs, "magnitudes", apart=layer == DOWN, more=more)
+            self._lend_moments(names, "outputs", apart=layer != DOWN)
+
+    def _lend_moments(self, names: list[str], kind: str, *, apart: bool, more: float | None = None) -> float:
+        """Add to the sums of a kind those of `more` tokens of their average; returns how many.
+
+        As many as a moment has directions, which is when it is known as well as it differs: Gaussian numbers leave an
+        error of tr(M)^2 / (count |M|^2). apart: the experts' own neurons, which have nothing in common but their size.
+        """
+        sums = {name: self._sums[name, kind] for name in names if (name, kind) in self._sums}
+        tokens = sum(self.counts[name] for name in sums)
+        if not sums:
+            return 0.0
+        if more is None:
+            more = sum(self.counts[name] * _directions(total) for name, total in sums.items()) / tokens
+        average = torch.zeros_like(next(iter(sums.values())))
+        for total in sums.values():
+            average.add_(total, alpha=1 / tokens)
+        if apart and average.ndim > 1:
+            average = torch.diag_embed(average.diagonal().mean().expand(len(average)))
+        elif apart:
+            average = average.mean().expand_as(average)
+        for name in names:
+            if name not in sums:
+                self._sums[name, kind] = average.clone(memory_format=torch.contiguous_format)
+                continue  # as if one token had reached it: no expert is without any use
+            count = self.counts[name]
+            sums[name].add_(average, alpha=more).mul_(count / (count + more))
+        return more
+
     def _sum(self, name: str, kind: str, x: Tensor) -> Tensor:
         if (name, kind) not in self._sums:
             n = x.shape[-1]
@@ -107,23 +163,26 @@ class Moments:
         return self._sums[name, kind]
 
     def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Means over `tokens` tokens, float32, on the CPU: inputs A and magnitudes E|x| of the owner, outputs G.
+        """Means, float32, on the CPU: inputs A and magnitudes E|x| of the owner over `tokens` tokens, outputs G.
+
+        Those of the outputs are over the tokens that reached the layer: A counts already how many they are.
 
         The sums are deleted. A layer that was never reached gives nothing but "about" (see collect_statistics).
         """
         words = {"inputs": "inputs", "magnitudes": "inputs", "outputs": "output gradients"}
         for kind, word in words.items() if name in self.owner else ():
             if kind == "outputs" or self.owner[name] == name:
-                mean = _mean(self._sums.pop((name, kind)), tokens, f"the {word} of {name}")
+                over = max(self.counts[name], 1) if kind == "outputs" else tokens
+                mean = _mean(self._sums.pop((name, kind)), over, f"the {word} of {name}")
                 if kind == "outputs" and self._dtypes[name] == torch.float16:
-                    self._require_no_underflow(name, mean, tokens)
+                    self._require_no_underflow(name, mean)
                 yield kind, {kind: mean}
         owner = torch.tensor(list(self.owner.get(name, "").encode()), dtype=torch.uint8)
         yield "about", {"count": torch.tensor(self.counts[name]), "kept_as": owner}
 
-    def _require_no_underflow(self, name: str, outputs: Tensor, tokens: int) -> None:
+    def _require_no_underflow(self, name: str, outputs: Tensor) -> None:
         """Raise WeLoreError where float16 rounds the gradients to few bits, or to zero; outputs: their G (m, m)."""
-        size = float(outputs.diagonal().mean() * tokens / self.counts[name]) ** 0.5
+        size = float(outputs.diagonal().mean()) ** 0.5
         if size < torch.finfo(torch.float16).tiny:
             raise WeLoreError(
                 f"the gradients of {name} are too small for float16 ({size:.1g}): try --dtype bfloat16 or float32"
@@ -211,6 +270,12 @@ def _add_gram(total: Tensor, x: Tensor) -> None:
             rows += torch.mm(left, x[:, start:], **how)
         else:
             rows.addmm_(left, x[:, start:])
+
+
+def _directions(total: Tensor) -> float:
+    """How many directions a moment has, tr^2 / |.|^2, and one more; total: its upper triangle."""
+    norm = 2 * total.triu(1).square().sum() + total.diagonal().square().sum()
+    return 1 + float(total.diagonal().sum().square() / norm.clamp(min=torch.finfo(total.dtype).tiny))
 
 
 def _mean(total: Tensor, tokens: int, name: str) -> Tensor:

@@ -27,6 +27,7 @@ from welore.io.memory import free_memory
 from welore.io.parallel import Processes
 from welore.io.progress import counted
 from welore.io.resume import Workspace
+from welore.layers.experts import Experts
 from welore.models.copies import frozen_copy
 from welore.models.load import multiplies
 from welore.models.skeleton import decoder_blocks
@@ -96,6 +97,8 @@ def collect_statistics(
     """
     assert context.workspace is not None
     dtype, products = precision(config.dtype, context.device)
+    if collector is Moments:
+        collector = partial(Moments, experts=[name for name, m in model.named_modules() if isinstance(m, Experts)])
     finish = finish or partial(_store, context)
     text = LabelledText.create(ids, config, context)
     teacher = Teacher(top_k) if top_k else None

@@ -109,7 +109,7 @@ def metric(name: str, statistics: Statistics | None, target: Target, sides: Side
         return None
     if statistics is None:
         raise WeLoreError(f"scaling {name} needs statistics: make them with `welore calibrate MODEL -o FILE`")
-    return scaling.metric(statistics, target, sides or Sides()) if statistics.counts.get(target.layer) else None
+    return scaling.metric(statistics, target, sides or Sides()) if statistics.knows(target.layer) else None
 
 
 def outliers(W: Tensor, statistics: Statistics, target: Target) -> float:

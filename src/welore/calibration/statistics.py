@@ -1,8 +1,9 @@
 """The statistics by which a truncation is judged: second moments of what enters and leaves every targeted matrix.
 
 y = W x, W (m, n). Inputs A = E[x x^T] (n, n), magnitudes E[|x_j|] (n,), output gradients G = E[g g^T] (m, m), where g
-is the gradient at y of the sum over positions of the cross-entropy, with labels sampled from the model. All means
-are over all tokens that were read, so that a matrix which few of them reach (an expert) weighs little.
+is the gradient at y of the sum over positions of the cross-entropy, with labels sampled from the model. The means of
+the inputs are over all tokens that were read, so that a matrix which few of them reach (an expert) weighs little; that
+of the gradients is over those that reached it.
 
 A file holds 4 (n^2 + n) bytes for every different input and 4 (m^2 + k) for every matrix; it is read one tensor at a
 time, or the part of one that a block of a matrix needs.
@@ -26,6 +27,7 @@ from welore.io.resume import Workspace, file_states
 from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
 from welore.layers.block_grid import Grid, read_grids
 from welore.linalg.triangles import ALL, unpack
+from welore.models.experts import name_experts
 from welore.models.targets import Target, in_blocks
 from welore.records import Identity, Record
 
@@ -110,13 +112,14 @@ class WorkspaceStore(MemoryStore):
 def reached(
     names: Iterable[str], group: Callable[[str], Mapping[str, Tensor]]
 ) -> tuple[dict[str, int], dict[str, str]]:
-    """Name -> tokens that reached the matrix; of those that any reached the name under which its inputs lie.
+    """Name -> tokens that reached the matrix; and, if anything is known of it, the name under which its inputs lie.
 
     group: gives the tensors of "NAME.about" (see collect_statistics).
     """
     groups = {name: group(f"{name}.about") for name in names}
     counts = {name: int(tensors["count"]) for name, tensors in groups.items()}
-    return counts, {name: bytes(groups[name]["kept_as"].tolist()).decode() for name in counts if counts[name]}
+    owners = {name: bytes(tensors["kept_as"].tolist()).decode() for name, tensors in groups.items()}
+    return counts, {name: owner for name, owner in owners.items() if owner}
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,8 @@ class Statistics:
     """Statistics of the targeted matrices of one model, in the model's order.
 
     shapes: name -> (m, n). counts: name -> tokens that reached the matrix. shared: name -> the matrix under whose
-    name the inputs are stored (itself, or the first that reads the same tensor); without an entry it was not reached.
+    name the inputs are stored (itself, or the first that reads the same tensor); without an entry nothing is known of
+    it. An expert that no token reached has the average of its layer.
     store: "NAME.inputs", "NAME.magnitudes", "NAME.outputs" and "NAME.losses", float32; "written", int32; "teacher.*".
     include, exclude: the patterns that chose the targets.
     measured: tokens on which the losses of all components were measured, 0 if they were not.
@@ -185,6 +189,10 @@ class Statistics:
     def outputs(self, name: str, part: slice = ALL) -> Tensor | None:
         """G (m, m), symmetric, or that of some outputs; zeros if no token reached the matrix, None if it is unknown."""
         return self._statistic(name, "outputs", part)
+
+    def knows(self, name: str) -> bool:
+        """Whether anything is known of a matrix."""
+        return name in self.shared
 
     def losses(self, name: str) -> Tensor | None:
         """The measured loss of removing each component, (k,), in the order of the values scaled by K-FAC.
@@ -246,7 +254,7 @@ class Statistics:
 
     @cached_property
     def _measured_losses(self) -> dict[str, TensorInfo]:
-        reached = [Target(name, self.shapes[name]) for name in self.shared] if self.measured else []
+        reached = [Target(name, self.shapes[name]) for name in self.shared if self.counts[name] and self.measured]
         return {f"{t.name}.losses": TensorInfo(torch.float32, (min(t.shape),)) for t in in_blocks(reached, self.grids)}
 
     # --- the file ---
@@ -291,7 +299,8 @@ def _fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     teacher_size = value("teacher_size", int, "0")
     if counts.keys() != shapes.keys() or min([measured, teacher_size, *counts.values()]) < 0:
         raise WeLoreError("its counts are not those of its matrices")
-    if {name for name, count in counts.items() if count} != shared.keys():
+    reached = {name for name, count in counts.items() if count}
+    if reached - shared.keys() or not all(name_experts([name]) for name in shared.keys() - reached):
         raise WeLoreError("a matrix that tokens reached has no inputs, or one that none reached has some")
     for name, owner in shared.items():
         if owner not in shared or shapes[owner][1] != shapes[name][1]:

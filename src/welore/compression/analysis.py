@@ -24,12 +24,17 @@ from welore.io.progress import Progress
 from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
 from welore.linalg.svd import decompose, working_bytes
+from welore.models.experts import EXPERT, name_experts
 from welore.models.mlp import long_matrices
 from welore.models.source import TensorSource, open_source
 from welore.models.targets import Target, decomposition_key, in_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Tokens that the predicted losses of an expert's matrix count for: the mean of so many squared products of two Gaussian
+# numbers is as wrong as it is large.
+PREDICTED = 8
 
 
 def analyze(
@@ -161,6 +166,7 @@ class Analyzer:
         source, statistics, targets = self.source, self.statistics, in_blocks(self.source.targets, grids)
         values = self.share(targets)
         values = {t.name: values[t.name] if t.name in values else self.compute(t) for t in targets}
+        losses = _losses(self.scaling, statistics, targets, values)
         return Spectra(
             model=source.identity,
             values={name: result["sigma"].numpy() for name, result in values.items()},
@@ -169,22 +175,44 @@ class Analyzer:
             exclude=source.exclude,
             scaling=self.scaling,
             statistics=summary(statistics),
-            losses=_losses(self.scaling, statistics, targets),
+            losses=losses,
             outliers={n: float(result["outliers"]) for n, result in values.items()} if self.outliers else {},
-            unreached=tuple(t.name for t in targets if not statistics.counts.get(t.layer)) if statistics else (),
+            unreached=tuple(t.name for t in targets if statistics and not statistics.knows(t.layer)),
             grids=grids,
             neurons=neurons or {},
             unit=scaling_of(self.scaling).unit,
         )
 
 
-def _losses(scaling: str, statistics: Statistics | None, targets: Sequence[Target]) -> dict[str, NDArray[np.float64]]:
-    """The measured losses of all matrices that were reached, or of none: predicted ones do not compare with them."""
+def _losses(
+    scaling: str, statistics: Statistics | None, targets: Sequence[Target], values: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, NDArray[np.float64]]:
+    """The measured losses of all matrices that were reached, or of none: predicted ones do not compare with them.
+
+    values: of every matrix, "sigma". An expert of which few tokens were measured has partly, one of which none were has
+    only the predicted losses, times the ratio of what was measured to what was predicted for all experts of its layer.
+    """
     if statistics is None or not scaling_of(scaling).measured:
         return {}
     reached = [t.name for t in targets if statistics.counts.get(t.layer)]
-    measured = {name: losses for name in reached if (losses := statistics.losses(name)) is not None}
-    return {n: losses.double().numpy() for n, losses in measured.items()} if len(measured) == len(reached) else {}
+    measured = {name: tensor for name in reached if (tensor := statistics.losses(name)) is not None}
+    if not measured or len(measured) < len(reached):
+        return {}
+    losses = {name: tensor.double().numpy() for name, tensor in measured.items()}
+    share = statistics.measured / statistics.record.numbers["tokens"]
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        if name_experts([target.layer]) and statistics.knows(target.layer):
+            groups.setdefault(EXPERT.sub(".experts.", target.layer), []).append(target)
+    for group in groups.values():
+        predicted = {t.name: values[t.name]["sigma"].numpy() ** 2 for t in group}
+        seen = [t.name for t in group if t.name in losses]
+        ratio = sum(losses[n].sum() for n in seen) / (sum(predicted[n].sum() for n in seen) or 1.0)
+        for t in group:
+            count = share * statistics.counts[t.layer]
+            own = count * losses.get(t.name, np.zeros_like(predicted[t.name]))
+            losses[t.name] = (own + PREDICTED * ratio * predicted[t.name]) / (count + PREDICTED)
+    return losses
 
 
 def summary(statistics: Statistics | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ moments, packed, until it is known how many go.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -87,15 +88,23 @@ class LastingMoments:
     mlps: Sequence[Mlp]
     made: Mapping[str, str]
 
+    @cached_property
+    def _around(self) -> dict[str, tuple[Mlp, list[str]]]:
+        """Layer -> the MLP around it, and the groups that are made of the moments of that."""
+        mlps = {layer.name: mlp for mlp in self.mlps for layer in mlp.layers}
+        groups: dict[str, list[str]] = {mlp.name: [] for mlp in self.mlps}
+        for group, layer in self.made.items():
+            if layer in mlps:
+                groups[mlps[layer].name].append(group)
+        return {layer: (mlp, groups[mlp.name]) for layer, mlp in mlps.items()}
+
     def release(self, target: Target) -> None:
         """Delete the moments of the MLP around a matrix if nothing needs them any more."""
-        for mlp in self.mlps:
-            layers = [layer.name for layer in mlp.layers]
-            if target.layer not in layers or not all(
-                self.workspace.holds(k) for k, n in self.made.items() if n in layers
-            ):
-                continue
-            for layer in layers:
-                self.workspace.drop(f"{layer}.outputs")
+        if target.layer not in self._around:
+            return
+        mlp, groups = self._around[target.layer]
+        if all(map(self.workspace.holds, groups)):
+            for layer in mlp.layers:
+                self.workspace.drop(f"{layer.name}.outputs")
             for kind in ("inputs", "magnitudes"):  # what the other layers read is small, and perhaps not theirs alone
                 self.workspace.drop(f"{mlp.down_layer.name}.{kind}")

@@ -95,7 +95,7 @@ def select_neurons(
     An MLP that no token of the statistics has reached keeps all.
     """
     mlps = find_mlps(source.skeleton, source.targets)
-    mlps = [mlp for mlp in mlps if all(statistics.counts.get(layer.name) for layer in mlp.layers)]
+    mlps = [mlp for mlp in mlps if all(statistics.knows(layer.name) for layer in mlp.layers)]
     require_neurons(source.name, mlps, search.share)
     if not mlps:
         return {}

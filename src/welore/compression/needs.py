@@ -4,6 +4,7 @@ docs/how-to/large-models.md states the formulas. Operations are counted; their r
 """
 
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,11 +119,12 @@ class Needs:
     def _moments(self) -> int:
         groups: dict[str, list[Target]] = {}
         blocks: dict[str, int] = {}
+        inside = re.escape(decoder_blocks(self.source.skeleton)[0] + ".")
         for target in self.source.targets:
             groups.setdefault(target.name.rpartition(".")[0], []).append(target)
         for name, group in groups.items():  # the last of a module reads an input of its own, the others share one
             moments = sum(n**2 for n in {t.shape[1] for t in group[:-1]}) + group[-1].shape[1] ** 2
-            block = name.rpartition(".")[0]
+            block = re.sub(rf"({inside}\d+\.).*", r"\1", name)
             blocks[block] = blocks.get(block, 0) + moments + sum(target.shape[0] ** 2 for target in group)
         return max(blocks.values())
 
