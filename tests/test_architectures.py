@@ -14,7 +14,7 @@ import welore
 from campaigns.architectures import SMOKE, WRAPPERS, check, loaded, truncated
 from campaigns.architectures import build as build_architecture
 from conftest import build, logits
-from welore.config import CompressionConfig
+from welore.config import CalibrationConfig, CompressionConfig, EvaluationConfig
 from welore.models.replace import submodule_names
 from welore.models.skeleton import decoder_blocks
 from welore.models.source import CheckpointSource
@@ -24,6 +24,27 @@ from welore.models.targets import find_targets
 @pytest.mark.parametrize("name", SMOKE)
 def test_architecture_equals_an_independent_svd(name: str, tmp_path: Path) -> None:
     check(name, 0, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["Falcon", "Zamba2", "Gemma3-4B", "Qwen2.5-VL", "Mistral3"])
+def test_odd_layers_and_text_parts_go_through_the_default_job(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Statistics, pruning, compress, load, merge, evaluate; the merged model is as good as the compressed one."""
+    build_architecture(name).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    draws = torch.randint(3, 90, (200,), generator=torch.Generator().manual_seed(0))
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{number}" for number in draws.tolist()))
+    calibration = CalibrationConfig(dataset=str(text), num_tokens=64, max_length=16)
+    result = welore.compress(tmp_path / "dense", tmp_path / "small", keep=0.8, calibration=calibration, recovery=None)
+    assert result.parameter_ratio == pytest.approx(0.8, abs=0.015)
+    assert result.record.settings["scaling"] == "kfac"
+    welore.merge(tmp_path / "small", tmp_path / "merged")
+    how = EvaluationConfig(dataset=str(text), max_length=16)
+    dense, small, merged = (welore.evaluate(tmp_path / name, how).numbers for name in ("dense", "small", "merged"))
+    assert small["parameter_ratio"] == pytest.approx(result.parameter_ratio)
+    assert dense["parameter_ratio"] == merged["parameter_ratio"] == 1
+    assert small["nll"] == pytest.approx(merged["nll"], abs=1e-4)
+    assert 0 < abs(small["nll"] - dense["nll"]) < 0.1
 
 
 def share_weights(model: Any) -> None:

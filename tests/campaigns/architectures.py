@@ -209,7 +209,7 @@ WRAPPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 NAMES = [*ARCHITECTURES, *WRAPPERS]
-SMOKE = ("Qwen2-MoE", "Zamba2", "Falcon", "Gemma3-4B", "Llama4-Scout", "Qwen2.5-VL")
+SMOKE = ("Qwen2-MoE", "Zamba2", "Falcon", "Gemma3-4B", "Llama4-Scout", "Qwen2.5-VL", "Mistral3")
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
