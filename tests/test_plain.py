@@ -247,3 +247,25 @@ def test_widths_suit_quantizers() -> None:
         4096: 256,
         14336: 256,
     }
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_text_of_people_and_experts_give_an_ordinary_narrower_checkpoint(
+    family: str, saved: Callable[..., Path], tokenizer: Any, tmp_path: Path, tokens: Tensor
+) -> None:
+    """Losses that are measured on a text of one's own are not needed; every expert has lost as many neurons."""
+    source = saved(family, intermediate_size=128)
+    tokenizer.save_pretrained(source)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{3 + 7 * i % 90}" for i in range(200)))
+    how, calibration = CompressionConfig(**ANYWHERE), CalibrationConfig(str(text), num_tokens=64, max_length=16)
+    welore.compress(source, tmp_path / "small", how, calibration=calibration, recovery=None)
+    config = json.loads((tmp_path / "small/config.json").read_text())
+    assert config["intermediate_size"] < 128
+    assert "quantization_config" not in config
+    assert weights(tmp_path / "small").keys() == weights(source).keys()
+    model = build(family, intermediate_size=128)
+    welore.compress(model, config=how, calibration=calibration, recovery=None, tokenizer=tokenizer)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in small.named_parameters()}
+    torch.testing.assert_close(logits(model, tokens), logits(small, tokens), rtol=1e-5, atol=1e-6)

@@ -335,7 +335,7 @@ def _statistics(job: Job) -> Statistics | None:
     with context.stage("statistics"):
         finish = BlockAnalyzer(original, context, job.scaling, job.grids, mlps, job.counts_outliers, job.width)
         statistics = collect(original, job.text, context, load, finish)
-        if not job.text.config.measure_losses or job.scaling != KFAC:
+        if not job.text.config.measure_losses or job.scaling != KFAC or job.width is not None:
             return statistics
         return measure_losses(original, load(), job.text, statistics, context)
 
