@@ -193,6 +193,8 @@ def test_a_share_is_that_of_all_matrices_of_the_blocks(name: str, dense: Callabl
 
     assert count(tmp_path / "small") == pytest.approx(0.8 * count(directory), rel=0.01)
     assert numbers["parameter_ratio"] == pytest.approx(0.8, abs=0.01)
+    kinds = welore.info(tmp_path / "small").ranks  # one row of the description for all experts
+    assert not any(part.isdecimal() for kind in kinds for part in kind.split("."))
     stored = {n: t.numel() for n, t in weights_of(tmp_path / "small").items() if "correction" not in n}
     assert numbers["parameters"] == sum(stored.values())
 

@@ -67,8 +67,8 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     layers = sorted({p.layer for p in positions.values()}, key=lambda layer: math.inf if layer is None else layer)
     ratio = np.full((len(types), len(layers)), np.nan)
     cells = {name: (row[p.module_type], layers.index(p.layer)) for name, p in positions.items()}
-    for a in plan.allocations:
-        ratio[cells[a.name]] = a.reduction_ratio
+    for cell in set(cells.values()):  # the mean of all experts
+        ratio[cell] = np.mean([a.reduction_ratio for a in plan.allocations if cells[a.name] == cell])
     names = [style.plain(t.module_type) for t in types]
     if plan.neurons:
         names.append("neurons out")

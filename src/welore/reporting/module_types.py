@@ -1,5 +1,6 @@
 """Module types of a model (q_proj, mlp.c_fc, ...): a matrix's name without its layer; and a plan summed by type."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from welore.allocation.plan import Plan
 from welore.linalg.spectrum import gaussian_null
+
+EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,11 @@ class TypeSummary:
 
 
 def module_positions(names: Iterable[str]) -> dict[str, ModulePosition]:
-    """Name -> position; a type is shortened to the fewest last components that tell it from all other types."""
-    split = {name: _split_layer(name) for name in names}
+    """Name -> position; a type is shortened to the fewest last components that tell it from all other types.
+
+    The matrices of all experts of a layer have one position.
+    """
+    split = {name: _split_layer(EXPERT.sub(".experts.", name)) for name in names}
     full_names = {module_type for module_type, _ in split.values()}
     short = {module_type: _shorten(module_type, full_names) for module_type in full_names}
     return {name: ModulePosition(short[module_type], layer) for name, (module_type, layer) in split.items()}
