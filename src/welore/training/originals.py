@@ -70,16 +70,16 @@ class Originals:
     def merged(self, marked: "MarkedModel", dtype: torch.dtype | None) -> Any:
         """The ordinary model: adapters are merged into the weights as they were, in float32, whatever was computed in.
 
-        dtype: of the result, None for that of before. One matrix at a time is in float32, on the CPU.
+        dtype: of the result, None for that of before. One matrix at a time is in float32, where it is.
         """
         for layer in marked.model.modules():
             if hasattr(layer, "merged_adapters"):
                 weight = layer.get_base_layer().weight
                 name, frozen, device = self.names[id(weight)], weight.data, weight.device
-                layer.to("cpu")
-                weight.data = self._original(name, frozen).to("cpu", torch.float32, copy=True)
+                layer.to(device)  # the adapters, of a weight that stays on the host
+                weight.data = self._original(name, frozen).to(device, torch.float32, copy=True)
                 layer.merge()
-                weight.data = weight.data.to(device, dtype or self.dtypes[name])
+                weight.data = weight.data.to(dtype or self.dtypes[name])
                 give_back([frozen])  # of its file, which nobody reads again
                 weight.requires_grad_()  # it has been trained
         return marked.model.unload() if hasattr(marked.model, "unload") else marked.model
