@@ -146,6 +146,24 @@ def writing() -> str:
     )
 
 
+def against_commit() -> str:
+    """The default job and that of an older commit at once: processor time and quality, benchmarks/against_commit.py.
+
+    The last column is of `welore evaluate` on a result for size, from statistics of the same length and seed.
+    """
+    n = Record.load(HERE / "against_commit.json").numbers
+    rows = []
+    for seed, run in n["seeds"].items():
+        before, now = (run["processor_seconds"][name] / 60 for name in ("before", "now"))
+        rows.append([f"processor time, seed {seed}", f"{before:.1f} min", f"{now:.1f} min (x {now / before:.2f})", ""])
+        for text, perplexity in run["perplexity"].items():
+            shown = [perplexity_text(perplexity[name]) for name in ("before", "now")]
+            sized = Record.load(HERE / "against_commit_size" / f"{text}.json").numbers["perplexity"]
+            rows.append([f"perplexity, {text}, seed {seed}", *shown, perplexity_text(sized)])
+    head = ["SmolLM2, `--keep 0.8`, one thread", "version 0.1, for size", "now, for a CPU", "now, for size"]
+    return marked_down(Table("", head, rows))
+
+
 def default_job() -> str:
     """The default job at a billion parameters by stage, measured and estimated; estimates for larger ones."""
     n = Record.load(HERE / "default_job.json").numbers
@@ -687,6 +705,7 @@ TABLES = {
     "speed": speed,
     "speed_scaled": speed_scaled,
     "writing": writing,
+    "against_commit": against_commit,
     "memory": memory,
     "default_job": default_job,
     "inference": inference,
