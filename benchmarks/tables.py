@@ -606,6 +606,18 @@ def tools() -> str:
     return "\n".join(lines)
 
 
+def heads() -> str:
+    """Neurons alone beside heads and neurons at equal parameters, from benchmarks/anywhere.py --heads."""
+    record = Record.load(HERE / "anywhere.json")
+    texts = [f"perplexity_{text}" for text in record.settings["texts"]]
+    rows = [
+        [name.partition(": ")[2], percent(row["parameter_ratio"]), *(perplexity_text(row[text]) for text in texts)]
+        for name, row in record.numbers["rows"].items()
+    ]
+    names = [text.replace("_", " ") for text in texts]
+    return marked_down(Table("", ["taken out", "parameters", *names], rows))
+
+
 def int8() -> str:
     """Perplexity and bytes of weights in 16 and in 8 bits, from benchmarks/int8.py."""
     record = Record.load(HERE / "int8.json")
@@ -723,6 +735,7 @@ TABLES = {
     "quality_gemma3": lambda: quality("quality-gemma3-270m"),
     "kinds": kinds,
     "tools": tools,
+    "heads": heads,
     "int8": int8,
     "equal_bytes": lambda: equal_bytes("SmolLM2-135M-Instruct"),
     "engines": engines,
