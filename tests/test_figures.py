@@ -11,7 +11,7 @@ import pytest
 
 from conftest import allocate
 from welore.allocation.neurons import Neurons
-from welore.allocation.plan import Plan
+from welore.allocation.plan import Allocation, Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
 from welore.linalg.spectrum import gaussian_null
@@ -136,6 +136,22 @@ def test_neurons_that_are_gone_have_a_row_of_their_own(plan: Plan) -> None:
     assert ax.get_yticklabels()[-1].get_text() == "neurons out"
     assert mesh[-1].tolist() == pytest.approx([3 / 13, *([0] * (mesh.shape[1] - 1))])
     assert drawn(figures.reduction_heatmap(plan)).axes[0].get_yticklabels()[-1].get_text() != "neurons out"
+
+
+def test_experts_share_a_cell_that_is_hatched_if_all_of_them_stay_dense(plan: Plan) -> None:
+    names = [f"model.layers.{layer}.mlp.experts.{expert}" for layer in range(2) for expert in range(2)]
+    ranks = dict(zip(names, (2, 8, 8, 8), strict=True))  # of 8: an expert of the first layer is factored
+    allocations = tuple(Allocation(f"{n}.up_proj", (8, 8), rank, rank < 8, 0.0) for n, rank in ranks.items())
+    gone = {name: Neurons(10, tuple(range(10 - number))) for number, name in enumerate(names)}
+    ax = drawn(
+        figures.reduction_heatmap(replace(plan, strategy="uniform", allocations=allocations, neurons=gone))
+    ).axes[0]
+    mesh = next(c.get_array() for c in ax.collections if c.get_array() is not None)
+    assert mesh is not None
+    assert mesh[0].tolist() == pytest.approx([0.75 / 2, 0.0])
+    assert mesh[1].tolist() == pytest.approx([0.1 / 2, 0.5 / 2])
+    (hatched,) = [c for c in ax.collections if c.get_gid() == N_LRC]
+    assert [int(path.get_extents().x0) for path in hatched.get_paths()] == [1]
 
 
 def test_heat_map_shows_each_reduction_ratio_and_the_nulls_share(plan: Plan) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from welore.allocation.plan import Plan
+from welore.allocation.plan import Allocation, Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
 from welore.linalg.spectrum import gaussian_null, normalise
@@ -58,6 +58,7 @@ def normalised_spectra(spectra: Spectra, plan: Plan | None = None, *, title: str
 def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     """Reduction ratio p / k of every matrix, module type x layer; N-LRCs, which stay dense, are hatched.
 
+    The experts of a layer share a cell, with their mean; it is hatched if all of them stay dense.
     A `welore` plan gets a last column: the share that its threshold takes from a Gaussian matrix of the same shape.
     Where MLP neurons were pruned, a last row shows their share of the MLP.
     """
@@ -67,14 +68,19 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     layers = sorted({p.layer for p in positions.values()}, key=lambda layer: math.inf if layer is None else layer)
     ratio = np.full((len(types), len(layers)), np.nan)
     cells = {name: (row[p.module_type], layers.index(p.layer)) for name, p in positions.items()}
-    for cell in set(cells.values()):  # the mean of all experts
-        ratio[cell] = np.mean([a.reduction_ratio for a in plan.allocations if cells[a.name] == cell])
+    inside: dict[tuple[int, int], list[Allocation]] = {}
+    for a in plan.allocations:
+        inside.setdefault(cells[a.name], []).append(a)
+    for cell, experts in inside.items():
+        ratio[cell] = np.mean([a.reduction_ratio for a in experts])
     names = [style.plain(t.module_type) for t in types]
     if plan.neurons:
         names.append("neurons out")
         mlps = module_positions(plan.neurons)
-        pruned = {mlps[mlp].layer: n.pruned / n.width for mlp, n in plan.neurons.items()}
-        ratio = np.vstack([ratio, [pruned.get(layer, 0.0) for layer in layers]])
+        pruned: dict[int | None, list[float]] = {}
+        for mlp, n in plan.neurons.items():
+            pruned.setdefault(mlps[mlp].layer, []).append(n.pruned / n.width)
+        ratio = np.vstack([ratio, [np.mean(pruned.get(layer, 0.0)) for layer in layers]])
 
     width = min(16.0, 3.2 + max(0.24 * len(layers), 3.0))
     fig = style.new_figure(width, max(2.8, 1.6 + 0.34 * len(names)), title)
@@ -85,7 +91,7 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     if any(t.null is not None for t in types):
         _draw_null(ax, len(layers), [t.null for t in types])
         ticks[len(layers) + 1.5] = "Gaussian\nnull"
-    style.hatch(ax, [cells[a.name] for a in plan.allocations if not a.factored])
+    style.hatch(ax, [cell for cell, experts in inside.items() if not any(a.factored for a in experts)])
     ax.set_xticks(list(ticks), labels=list(ticks.values()), fontsize=7)
     ax.set_yticks(np.arange(len(names)) + 0.5, labels=names, fontsize=8)
     ax.invert_yaxis()
