@@ -26,8 +26,8 @@ from welore.io.fields import LARGEST, parse_json, refusing, typed
 from welore.io.resume import Workspace, file_states
 from welore.io.safetensors_stream import TensorInfo, TensorReader, TensorWriter
 from welore.layers.block_grid import Grid, read_grids
+from welore.layers.expert_names import is_of_expert
 from welore.linalg.triangles import ALL, unpack
-from welore.models.experts import name_experts
 from welore.models.targets import Target, in_blocks
 from welore.records import Identity, Record
 
@@ -300,7 +300,7 @@ def _fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     if counts.keys() != shapes.keys() or min([measured, teacher_size, *counts.values()]) < 0:
         raise WeLoreError("its counts are not those of its matrices")
     reached = {name for name, count in counts.items() if count}
-    if reached - shared.keys() or not all(name_experts([name]) for name in shared.keys() - reached):
+    if reached - shared.keys() or not all(map(is_of_expert, shared.keys() - reached)):
         raise WeLoreError("a matrix that tokens reached has no inputs, or one that none reached has some")
     for name, owner in shared.items():
         if owner not in shared or shapes[owner][1] != shapes[name][1]:

@@ -23,8 +23,8 @@ from welore.io.context import RunContext
 from welore.io.progress import Progress
 from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
+from welore.layers.expert_names import is_of_expert, of_all_experts
 from welore.linalg.svd import decompose, working_bytes
-from welore.models.experts import EXPERT, name_experts
 from welore.models.mlp import long_matrices
 from welore.models.source import TensorSource, open_source
 from welore.models.targets import Target, decomposition_key, in_blocks
@@ -202,8 +202,8 @@ def _losses(
     share = statistics.measured / statistics.record.numbers["tokens"]
     groups: dict[str, list[Target]] = {}
     for target in targets:
-        if name_experts([target.layer]) and statistics.knows(target.layer):
-            groups.setdefault(EXPERT.sub(".experts.", target.layer), []).append(target)
+        if is_of_expert(target.layer) and statistics.knows(target.layer):
+            groups.setdefault(of_all_experts(target.layer), []).append(target)
     for group in groups.values():
         predicted = {t.name: values[t.name]["sigma"].numpy() ** 2 for t in group}
         seen = [t.name for t in group if t.name in losses]

@@ -44,12 +44,12 @@ class Expert(nn.Module):
 class Experts(nn.Module):
     """The experts of one layer, called 0, 1, ...; in the place of a family's module that holds 3-D parameters.
 
-    fused: that module, without its parameters: its class, its settings and its activation.
+    gate: of all of them; it has that module without its parameters.
     """
 
-    def __init__(self, experts: list[Expert], fused: Any) -> None:
+    def __init__(self, experts: list[Expert], gate: Gate) -> None:
         super().__init__()
-        self.gate = Gate(fused)
+        self.gate = gate
         for number, expert in enumerate(experts):
             self.add_module(str(number), expert)
 

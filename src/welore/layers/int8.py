@@ -24,7 +24,8 @@ def quantize_rows(W: Tensor) -> tuple[Tensor, Tensor]:
     largest = W.abs().amax(1, keepdim=True).float()
     scale = (largest / LEVELS).to(W.dtype)
     scale[scale == 0] = 1  # a row of zeros
-    return (W.float() / scale.float()).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale
+    weight = (W.float() / scale.float()).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
+    return weight, scale
 
 
 def dequantize(weight: Tensor, scale: Tensor) -> Tensor:
@@ -98,7 +99,8 @@ class Int8Embedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (...), token ids -> (..., n)."""
-        rows = dequantize(*(functional.embedding(input, part) for part in (self.weight, self.weight_scale)))
+        read = (functional.embedding(input, part) for part in (self.weight, self.weight_scale))
+        rows = dequantize(*read)
         if type(self) is Int8Embedding:
             return rows
         like: Any = copy.copy(self)

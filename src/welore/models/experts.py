@@ -6,7 +6,6 @@ LAYER.experts.NUMBER.gate_proj, up_proj or down_proj (gate_up_proj where a famil
 """
 
 import copy
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SETTINGS = ("has_gate", "has_bias", "is_concatenated", "is_transposed", "_apply_gate")  # of transformers' own classes
-EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -123,19 +121,9 @@ def fused_experts(model: nn.Module) -> dict[str, Any]:
     return modules if all(map(_merges, converters)) else {}
 
 
-def has_experts(model: nn.Module) -> bool:
-    """Whether the experts of a model are linear layers."""
-    return any(isinstance(module, Experts) for module in model.modules())
-
-
 def fused_names(model: nn.Module) -> dict[str, FusedTensor]:
     """Name -> parameter that the experts of a model would be, which are apart."""
     return _parameters({name: module for name, module in model.named_modules() if isinstance(module, Experts)})
-
-
-def name_experts(layers: Iterable[str]) -> bool:
-    """Whether one of these layers, or blocks of one, is that of a single expert."""
-    return any(EXPERT.search(layer) for layer in layers)
 
 
 # --- apart and together ----------------------------------------------------------------------------------------------
@@ -169,7 +157,8 @@ def fuse(model: Any) -> None:
         fused = copy.copy(module.gate.fused)
         fused._parameters = {}
         for tensor in fused_tensors(fused):
-            parts = [[expert.get_parameter(n) for n in _inside(tensor)] for expert in module.children()]
+            inside = [f"{layer}.{tensor.part}" for layer in tensor.layers]
+            parts = [[expert.get_parameter(name) for name in inside] for expert in module.children()]
             stacked = torch.stack([tensor.join(part) for part in parts])
             fused.register_parameter(tensor.name, nn.Parameter(stacked, requires_grad=parts[0][0].requires_grad))
         model.set_submodule(name, fused.train(module.training))
@@ -183,6 +172,7 @@ def fuse(model: Any) -> None:
 def _apart(module: Any, *, views: bool) -> Experts:
     empty = copy.copy(module)
     empty._parameters = {}
+    gate = Gate(empty)
     layers: list[dict[str, nn.Linear]] = [{} for _ in getattr(module, DOWN)]
     for tensor in fused_tensors(module):
         stacked = getattr(module, tensor.name)
@@ -194,11 +184,7 @@ def _apart(module: Any, *, views: bool) -> Experts:
                     m, n = part.shape
                     own[name] = nn.Linear(n, m, bias=module.has_bias, device="meta")
                 setattr(own[name], tensor.part, parameter)
-    return Experts([Expert(own, Gate(empty)) for own in layers], empty).train(module.training)
-
-
-def _inside(tensor: FusedTensor) -> list[str]:
-    return [f"{layer}.{tensor.part}" for layer in tensor.layers]
+    return Experts([Expert(own, gate) for own in layers], gate).train(module.training)
 
 
 # --- names in files --------------------------------------------------------------------------------------------------
@@ -232,20 +218,12 @@ def fused_outputs(outputs: Iterable[OutputTensors], model: "PreTrainedModel") ->
         experts = name.rpartition(".")[0]
         for number, _ in enumerate(model.get_submodule(experts).children()):
             parts |= dict.fromkeys(tensor.names(experts, number), name)
-    together: list[OutputTensors] = []
     pieces: dict[str, dict[str, OutputTensors]] = {}
     for output in outputs:
-        ((name, _), *others) = output.tensors.items()
-        if name not in parts:
-            together.append(output)
-            continue
-        assert not others, f"{name} is not alone"
-        if parts[name] not in pieces:
-            pieces[parts[name]] = {}
-            together.append(OutputTensors({parts[name]: TensorInfo(torch.float32, ())}, dict))
-        pieces[parts[name]][name] = output
-    made = {name: _joined(name, tensors[name], own) for name, own in pieces.items()}
-    return [made.get(next(iter(output.tensors)), output) for output in together]
+        name, *others = output.tensors
+        assert name not in parts or not others, f"{name} is not alone"
+        pieces.setdefault(parts.get(name, name), {})[name] = output
+    return [_joined(name, tensors[name], own) if name in tensors else own[name] for name, own in pieces.items()]
 
 
 def _joined(name: str, tensor: FusedTensor, pieces: dict[str, OutputTensors]) -> OutputTensors:

@@ -22,10 +22,11 @@ from welore.io.checkpoint import check_finite
 from welore.io.fields import LARGEST, refusing, typed
 from welore.io.safetensors_stream import FLOATS, TensorInfo, TensorReader, check_dtype, check_permutation, readers_of
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
+from welore.layers.expert_names import is_of_expert
 from welore.layers.int8 import KERNEL_STEP, SCALE, Int8Layer
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.layers.storage_forms import FACTORED, FORMS
-from welore.models.experts import name_experts, unfuse, unmerged
+from welore.models.experts import unfuse, unmerged
 from welore.models.int8 import quantize_layers
 from welore.models.replace import build_layer, has_module, share_layer, submodule_names
 from welore.models.saving import remember_companions
@@ -125,7 +126,7 @@ class WeLoreConfig(QuantizationConfigMixin):
     @property
     def has_experts(self) -> bool:
         """Whether single experts of a mixture are named, so that they are linear layers of their own."""
-        return name_experts((*self.layers, *self.int8))
+        return any(map(is_of_expert, (*self.layers, *self.int8)))
 
     def within(self, model: nn.Module) -> "WeLoreConfig":
         """The same under the names that modules have in `model`, which may be a bare AutoModel."""

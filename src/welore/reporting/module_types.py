@@ -1,15 +1,13 @@
 """Module types of a model (q_proj, mlp.c_fc, ...): a matrix's name without its layer; and a plan summed by type."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from welore.allocation.plan import Plan
+from welore.layers.expert_names import of_all_experts
 from welore.linalg.spectrum import gaussian_null
-
-EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ def module_positions(names: Iterable[str]) -> dict[str, ModulePosition]:
 
     The matrices of all experts of a layer have one position.
     """
-    split = {name: _split_layer(EXPERT.sub(".experts.", name)) for name in names}
+    split = {name: _split_layer(of_all_experts(name)) for name in names}
     full_names = {module_type for module_type, _ in split.values()}
     short = {module_type: _shorten(module_type, full_names) for module_type in full_names}
     return {name: ModulePosition(short[module_type], layer) for name, (module_type, layer) in split.items()}

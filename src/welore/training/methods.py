@@ -15,9 +15,10 @@ from torch import nn
 
 from welore.allocation.plan import Plan
 from welore.errors import WeLoreError, choose
+from welore.layers.expert_names import is_of_expert
 from welore.layers.int8 import Int8Layer
 from welore.layers.low_rank import LowRankLayer
-from welore.models.experts import name_experts, unfuse
+from welore.models.experts import unfuse
 from welore.models.replace import compression_config
 from welore.models.skeleton import decoder_blocks
 from welore.models.targets import find_targets, in_blocks
@@ -106,7 +107,7 @@ def mark_trainable(
             stayed dense), full, lora (arXiv 2106.09685), rslora (2312.03732), dora (2402.09353), updates (lora on the
             factors alone), galore (2403.03507) or apollo (2412.05270).
         plan: For a dense model, which of its matrices count as low-rank components: the control of the paper's
-            comparison.
+            comparison. If it has single experts, the fused experts of the model become linear layers, in place.
         train_norms: Train the norms, too (lrc, nlrc).
         rank: The rank of lora, rslora, dora and updates (8), or of galore and apollo (128).
 
@@ -124,6 +125,8 @@ def mark_trainable(
         )
     refuse_options(method, train_norms=train_norms, rank=rank)
     plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
+    if plan is not None and any(map(is_of_expert, plan.lrc_layers)):
+        unfuse(model)
     marked = entry.mark(model, find_matrices(model, plan), rank or entry.default_rank or 0)
     if not train_norms:
         return marked
@@ -162,16 +165,11 @@ def refuse_options(method: str, *, train_norms: bool, rank: int | None) -> None:
 
 
 def find_matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrices:
-    """The targeted matrices of a compressed model by their form; of a dense one by what `plan` would make of them.
-
-    The fused experts of a mixture are taken apart, in place, if the plan tells theirs apart.
-    """
+    """The targeted matrices of a compressed model by their form; of a dense one by what `plan` would make of them."""
     patterns = compression_config(model)
     include, exclude = patterns.get("include", ()), patterns.get("exclude", ())
     if plan is not None:
         include, exclude = plan.include, plan.exclude
-        if name_experts(plan.lrc_layers):
-            unfuse(model)
     targets = find_targets(model, include, exclude)
     names = [target.name for target in targets]
     factored = {name for name in names if isinstance(model.get_submodule(name), LowRankLayer)}

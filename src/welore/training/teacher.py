@@ -106,4 +106,5 @@ def write_text(
     tokens = config.self_tokens or blocks_to_write(sequences_read(config, processes)) * length
     size = CalibrationConfig(num_tokens=tokens, max_length=length, seed=seed_of(config.seed, SELF))
     together = Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
-    return generate_text(generation_copy(teacher, device), tokenizer, size, progress=progress, processes=together)
+    writer = generation_copy(teacher, device)
+    return generate_text(writer, tokenizer, size, progress=progress, processes=together)
