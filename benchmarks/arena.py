@@ -113,8 +113,7 @@ def main() -> None:
 
 def parser(about: str | None) -> argparse.ArgumentParser:
     """The options of a benchmark of cells."""
-    arguments = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("model", nargs="?", default=None)
+    arguments = bare_parser(about)
     arguments.add_argument("--keep", nargs="*", type=float, default=[0.9, 0.8, 0.7, 0.6, 0.5])
     arguments.add_argument("--seeds", nargs="*", type=int, default=[0])
     arguments.add_argument("--tokens", type=int, default=32768)
@@ -123,7 +122,14 @@ def parser(about: str | None) -> argparse.ArgumentParser:
     arguments.add_argument("--texts", default=TEXTS)
     arguments.add_argument("--windows", type=int, default=16)
     arguments.add_argument("--length", type=int, default=512, help="tokens of a window")
-    arguments.add_argument("--work", type=Path, help="where calibrations and unfinished work are kept between calls")
+    return arguments
+
+
+def bare_parser(about: str | None) -> argparse.ArgumentParser:
+    """The options of every benchmark of rows or cells: the model, and where work and records are."""
+    arguments = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("model", nargs="?", default=None)
+    arguments.add_argument("--work", type=Path, help="where what rows share, and unfinished work, stay between calls")
     arguments.add_argument("--out", type=Path, help="where the records are")
     return arguments
 

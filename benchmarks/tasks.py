@@ -98,8 +98,7 @@ def main() -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("model", nargs="?", default=None)
+    arguments = arena.bare_parser(__doc__)
     arguments.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     arguments.add_argument("--tasks", nargs="*", default=list(ORDER), choices=list(TASKS))
     arguments.add_argument(
@@ -116,8 +115,6 @@ def parser() -> argparse.ArgumentParser:
     arguments.add_argument("--tokens", type=int, default=16384, help="of the statistics and the recovery of ours")
     arguments.add_argument("--paper-err", type=float, default=0.1)
     arguments.add_argument("--data", default="generated")
-    arguments.add_argument("--work", type=Path, help="where compressed models are kept between calls")
-    arguments.add_argument("--out", type=Path, help="where the records are")
     return arguments
 
 
