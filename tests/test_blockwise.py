@@ -1,6 +1,6 @@
 """Statistics that are used up block by block while they are collected: what stays, and that the result is the same."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,10 @@ from toys import calibrate, checkpoint
 from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate
 from welore.calibration.statistics import Statistics
-from welore.compression.factorize import factors_key
 from welore.compression.mlp_pruning import Search
 from welore.config import CalibrationConfig, CompressionConfig
 from welore.errors import DamagedWeightsError, WeLoreError
-from welore.io.progress import silent
+from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.models.mlp import Mlp
 from welore.models.targets import Target
@@ -36,24 +35,24 @@ def model(tmp_path: Path) -> Path:
     return checkpoint(tmp_path / "model", None, "llama", intermediate_size=128)
 
 
-def ours(model: Path, out: Path, progress: Any = None, **settings: Any) -> Plan:
+def ours(model: Path, out: Path, **settings: Any) -> Plan:
     """The plan of a job that collects its own statistics."""
     config, calibration = CompressionConfig(split=True, **settings), CalibrationConfig(**TEXT)
-    result = welore.compress(
-        model, out, config, calibration=calibration, recovery=None, progress=progress, device="cpu"
-    )
+    result = welore.compress(model, out, config, calibration=calibration, recovery=None, device="cpu")
     return result.plan
 
 
-def watching(see: Callable[[str], None]) -> Any:
-    """A progress that tells the beginning of every stage, and its end as "-LABEL"."""
+def watch(patch: pytest.MonkeyPatch, see: Callable[[str], None]) -> None:
+    """Tell a function the label of every stage before its workers begin, and "-LABEL" after they have ended."""
 
-    def progress(items: Iterable[tuple[Any, float]], label: str, total: float) -> Iterator[Any]:
+    def seen(context: RunContext, function: Any, items: Any, costs: Any, label: str, *memory: Any) -> list[Any]:
         see(label)
-        yield from silent(items, label, total)
+        results = usual(context, function, items, costs, label, *memory)
         see("-" + label)
+        return results
 
-    return progress
+    usual = RunContext.map
+    patch.setattr(RunContext, "map", seen)
 
 
 def stored(work: Path, kind: str) -> set[str]:
@@ -81,23 +80,23 @@ def test_plan_is_that_from_a_statistics_file(model: Path, tmp_path: Path) -> Non
             assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def test_moments_last_only_where_neurons_may_go_and_no_longer_than_needed(model: Path, tmp_path: Path) -> None:
+def test_moments_last_only_where_neurons_may_go_and_no_longer_than_needed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work, seen = tmp_path / "out.work", dict[str, set[str]]()
 
     def see(label: str) -> None:
         seen.setdefault(label, stored(work, "outputs") | stored(work, "inputs"))
         seen.setdefault(label + " decompositions", stored(work, "decomposition"))
-        seen.setdefault(label + " files", {path.stem for path in work.glob("*.safetensors")})
 
-    plan = ours(model, tmp_path / "out", watching(see), keep=0.5, mlp_pruning=0.2)
+    watch(monkeypatch, see)
+    plan = ours(model, tmp_path / "out", keep=0.5, mlp_pruning=0.2)
     assert {mlp.rpartition(".")[0] for mlp in plan.neurons} == {"model.layers.0", "model.layers.1"}
     assert {name.rpartition(".")[2] for name in seen["neurons"]} == {"gate_proj", "up_proj", "down_proj"}
     assert len(seen["neurons decompositions"]) == 8  # of the attention
     # every MLP has lost neurons; decompositions are left of the matrices to be factored alone
     assert not stored(tmp_path, "outputs") | {name for name in seen["factors"] if "gate" not in name}
-    lrcs, files = {a.name for a in plan.lrcs}, seen["factors files"]
-    begun = {a.name for a in plan.lrcs if factors_key(a) in files}  # by workers, before the test looked
-    assert {key.rpartition(".")[0] for key in seen["factors decompositions"]} | begun == lrcs
+    assert {key.rpartition(".")[0] for key in seen["factors decompositions"]} == {a.name for a in plan.lrcs}
     assert not seen["-factors decompositions"]
 
 
@@ -106,7 +105,8 @@ def test_moments_of_an_mlp_that_keeps_its_neurons_go_with_its_factors(
 ) -> None:
     work, seen = tmp_path / "out.work", dict[str, set[str]]()
     monkeypatch.setattr("welore.compression.pipeline.select_neurons", lambda *_: {})
-    ours(model, tmp_path / "out", watching(lambda label: seen.update({label: stored(work, "outputs")})), keep=0.4)
+    watch(monkeypatch, lambda label: seen.update({label: stored(work, "outputs")}))
+    ours(model, tmp_path / "out", keep=0.4)
     assert len(seen["factors"]) == 6
     assert not seen["-factors"]
 
@@ -119,7 +119,8 @@ def test_nothing_lasts_where_no_neuron_can_go(model: Path, tmp_path: Path, monke
         seen[label] = stored(work, "outputs") | stored(work, "inputs")
         seen[label + " decompositions"] = stored(work, "decomposition")
 
-    ours(model, tmp_path / "out", watching(see), keep=0.98)  # of all numbers 2 % go, 5 % of the neurons have more
+    watch(monkeypatch, see)
+    ours(model, tmp_path / "out", keep=0.98)  # of all numbers 2 % go, 5 % of the neurons have more
     assert not seen["factors"]
     assert {name.rpartition(".")[2] for name in seen["factors decompositions"]} >= {"32x32"}
 
@@ -163,7 +164,7 @@ def test_the_cheapest_neurons_go_where_not_all_can() -> None:
 
 @pytest.mark.parametrize(("strategy", "scaling"), [("owl", "asvd"), ("uniform", "whitening")])
 def test_outliers_are_counted_for_the_strategy_that_asks(
-    model: Path, tmp_path: Path, strategy: str, scaling: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str, scaling: str
 ) -> None:
     work, parts = tmp_path / "out.work", set[str]()
 
@@ -171,20 +172,21 @@ def test_outliers_are_counted_for_the_strategy_that_asks(
         for path in work.glob("*.values.safetensors"):
             parts.update(load_file(path))
 
-    ours(model, tmp_path / "out", watching(see), keep=0.5, strategy=strategy, scaling=scaling)
+    watch(monkeypatch, see)
+    ours(model, tmp_path / "out", keep=0.5, strategy=strategy, scaling=scaling)
     assert parts == {"sigma", *(["outliers"] if strategy == "owl" else [])}
 
 
 def test_damaged_work_of_statistics_that_are_gone_is_all_made_again(model: Path, tmp_path: Path) -> None:
     factored = ours(model, tmp_path / "undisturbed", keep=0.5, mlp_pruning=0.2).lrcs
 
-    def stopping(items: Iterable[tuple[Any, float]], label: str, total: float) -> Iterator[Any]:
+    def stop(label: str) -> None:
         if label == "factors":
             raise Killed
-        yield from silent(items, label, total)
 
-    with pytest.raises(Killed):
-        ours(model, tmp_path / "out", stopping, keep=0.5, mlp_pruning=0.2)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        watch(patch, stop)
+        ours(model, tmp_path / "out", keep=0.5, mlp_pruning=0.2)
     path = next((tmp_path / "out.work").glob(f"{factored[0].name}.*.decomposition.safetensors"))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(OSError, match="was damaged: run the same command again"):
