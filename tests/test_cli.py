@@ -109,6 +109,11 @@ finally:
     assert all(verb in answer.stdout for verb in VERBS)
 
 
+def test_compressing_does_not_wait_for_the_trainer() -> None:
+    code = "import sys, welore.compression.pipeline; print({'peft', 'transformers.trainer'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 # --- the pipeline ---------------------------------------------------------------------------------------------------
 
 

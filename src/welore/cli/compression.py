@@ -75,11 +75,11 @@ def analyze(
     ] = None,
 ) -> None:
     """Compute the singular values of every targeted matrix and write a spectra file."""
+    quiet_libraries()
     from welore.compression.analysis import analyze
     from welore.compression.reference_import import import_singular_values
     from welore.io.claim import claimed
 
-    quiet_libraries()
     if reference_values is not None:
         if config.scaling not in (None, "none") or statistics or config.split:
             raise WeLoreError("--reference-values are those of the weights: leave scaling, statistics and split out")
@@ -134,10 +134,10 @@ def allocate(
 
 def calibrate(model: Model, output: OutputFile, config: CalibrationConfig, run: RunConfig, as_json: bool) -> None:
     """Collect second moments of inputs and output gradients of every targeted matrix."""
+    quiet_libraries()
     from welore.calibration.collect import calibrate
     from welore.io.parallel import join_processes
 
-    quiet_libraries()
     if join_processes().size > 1:
         raise WeLoreError("calibrate works in one process: start it without torchrun or accelerate")
     record = calibrate(model, config, output, **run.options).record
@@ -170,16 +170,17 @@ def compress(
 
     The exit status is 3 if the model was compressed and written, but its recovery failed.
     """
-    from welore.compression.estimate import estimate
+    quiet_libraries()
     from welore.compression.pipeline import compress
     from welore.compression.presets import preset_of
     from welore.compression.reference_import import import_checkpoint
     from welore.io._malloc import return_freed_memory
 
-    quiet_libraries()
     config = _with_preset(config, paper)
     wanted = _recovery(recovery, recovery_text)
     if dry_run:
+        from welore.compression.estimate import estimate
+
         prediction = estimate(
             model, config, calibration=calibration, recovery=wanted, statistics=statistics, **run.options
         )
@@ -256,9 +257,9 @@ def merge(
     model: Model, output_dir: OutputDir, run: RunConfig, as_json: bool, max_shard_size: ShardSize = SHARD_SIZE
 ) -> None:
     """Turn a compressed checkpoint into a dense one, W = A B, that needs nothing of welore."""
+    quiet_libraries()
     from welore.compression.merge import merge
 
-    quiet_libraries()
     merge(model, output_dir, max_shard_size=max_shard_size, **run.options)
     print_result({"output": str(output_dir)}, as_json, f"dense checkpoint -> {output_dir}")
 
@@ -282,9 +283,9 @@ def export(
     ] = "auto",
 ) -> None:
     """Write a checkpoint for engines that do not know welore."""
+    quiet_libraries()
     from welore.compression.export import exported
 
-    quiet_libraries()
     numbers = exported(model, output, format, outtype, **run.options).numbers
     notes = "; ".join([f"{numbers['parameters']:,} parameters, {numbers['bytes'] / 1e6:,.1f} MB", *numbers["notes"]])
     facts = {"output": str(output), "format": format} | numbers
@@ -295,8 +296,8 @@ def info(
     directory: Annotated[Path, typer.Argument(help="Checkpoint directory.", show_default=False)], as_json: bool
 ) -> None:
     """Say what a checkpoint is and how it was made."""
+    quiet_libraries()
     from welore.compression.info import info
 
-    quiet_libraries()
     facts = info(directory)
     print_result(facts.to_dict(), as_json, str(facts))

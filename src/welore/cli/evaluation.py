@@ -56,11 +56,11 @@ def evaluate(
     output: RecordFile = None,
 ) -> None:
     """Measure the perplexity of any checkpoint, or its results on tasks of lm-eval."""
+    quiet_libraries()
     from welore.evaluation.lm_eval import evaluate_tasks
     from welore.evaluation.perplexity import evaluate
     from welore.io.claim import claimed
 
-    quiet_libraries()
     if lm_eval is None and (limit, tasks_dir) != (None, None):
         raise WeLoreError("--limit and --tasks-dir go with --lm-eval; of a text, --num-windows are read")
     if lm_eval is not None and (against, save_logprobs) != (None, None):
@@ -113,10 +113,10 @@ def score(
     model: Model, config: ScoreConfig, run: RunConfig, as_json: bool, label: Label = None, output: RecordFile = None
 ) -> None:
     """Measure the accuracy on the evaluation part of a task."""
+    quiet_libraries()
     from welore.evaluation.accuracy import score
     from welore.io.claim import claimed
 
-    quiet_libraries()
     with claimed(output, model, config, leads=is_main_process()):
         record = score(model, config, label=label, **run.options)
         if output is not None and is_main_process():

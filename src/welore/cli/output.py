@@ -44,7 +44,10 @@ def achieved(target: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and warnings of the libraries: bars where nobody looks, kernels that nobody asked for."""
+    """Silence progress bars and warnings of the libraries: bars where nobody looks, kernels that nobody asked for.
+
+    Call it before they are imported, which is when some of them speak.
+    """
     for name in ("bitsandbytes", "hf-to-gguf"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if sys.stderr.isatty() and is_main_process():

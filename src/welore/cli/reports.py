@@ -39,7 +39,7 @@ def demo(
     output_dir: Annotated[Path, typer.Argument(help="Directory for everything the demo makes.")] = Path("demo"),
 ) -> None:
     """Run the whole pipeline on a real 135M model and compare the methods in one table."""
-    quiet_libraries()  # before the imports, which may speak
+    quiet_libraries()
     from welore.cli.demo import HEADINGS, demo
 
     results = demo(output_dir, **run.options)

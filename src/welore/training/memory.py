@@ -18,7 +18,6 @@ from welore.layers.low_rank import LowRankLayer
 from welore.models.quantizer import METHOD, WeLoreConfig, build_layers
 from welore.models.skeleton import decoder_blocks, skeleton_of
 from welore.models.targets import kind_of
-from welore.training.arguments import is_recorded, resolve_defaults
 from welore.training.methods import METHODS, MarkedModel, mark_trainable
 from welore.training.objective import chunk_of
 
@@ -78,6 +77,8 @@ def estimate_step(
     Raises:
         WeLoreError: If the settings cannot work, or the model cannot be read.
     """
+    from welore.training.arguments import is_recorded, resolve_defaults  # the Trainer: seconds of imports
+
     context, config = RunContext.create(**options), config or FinetuneConfig()
     if config.dataset is None and config.task is None:
         config = dataclasses.replace(config, dataset="pydoc")  # any text: none is read
