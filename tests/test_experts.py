@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModel, Qwen3VLMoeForConditionalGeneration
 
 import welore
@@ -81,6 +82,33 @@ def test_training_gradients_reach_the_experts_and_the_router(tokens: torch.Tenso
     for number in range(4):
         own = twin.get_parameter(f"model.layers.0.mlp.experts.{number}.down_proj.weight").grad
         torch.testing.assert_close(torch.zeros_like(whole[number]) if own is None else own, whole[number])
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations for whose result the host would wait for a GPU."""
+
+    KINDS = ("aten.bincount", "aten.nonzero", "aten._local_scalar_dense", "aten.masked_select", "aten.unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func).startswith(self.KINDS)
+        return func(*args, **kwargs or {})
+
+
+def test_experts_read_one_list_of_numbers_from_the_device(
+    monkeypatch: pytest.MonkeyPatch, tokens: torch.Tensor
+) -> None:
+    model, lists = unfused(build("mixtral")), list[torch.Tensor]()
+    experts = next(module for module in model.modules() if isinstance(module, Experts))
+    as_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: lists.append(self) or as_list(self))
+    with Waits() as waits, torch.no_grad():
+        experts(torch.randn(5, 32), torch.tensor([[0, 3]] * 5), torch.full((5, 2), 0.5))
+    assert [as_list(counts) for counts in lists] == [[5, 0, 0, 5]]
+    assert waits.count == 0
 
 
 @pytest.mark.parametrize("name", KINDS)
