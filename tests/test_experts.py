@@ -26,6 +26,7 @@ from welore.io.safetensors_stream import TensorReader
 from welore.layers.experts import Experts
 from welore.layers.low_rank import LowRankLayer
 from welore.models.experts import fuse, fused_experts, unfuse, unfused
+from welore.models.quantizer import WeLoreQuantizer
 from welore.models.replace import sizes
 from welore.models.source import CheckpointSource, ModelSource, open_source
 from welore.training.methods import mark_trainable
@@ -183,6 +184,18 @@ def test_round_trip(name: str, dense: Callable[..., Path], tmp_path: Path, token
     assert not any(isinstance(module, Experts | LowRankLayer) for module in small.modules())
     small.save_pretrained(tmp_path / "merged-in-memory")
     assert equal(weights_of(tmp_path / "merged-in-memory"), files)
+
+
+def test_quantizer_that_is_told_no_model_loads_the_same(
+    dense: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers 5.19, which vLLM 0.32 needs, gives it the weights' conversions alone."""
+    welore.compress(dense("Mixtral"), tmp_path / "small", CompressionConfig(keep=0.7, **PAPER), recovery=None)
+    expected, usual = logits(loaded(tmp_path / "small"), tokens), WeLoreQuantizer.update_weight_conversions
+    monkeypatch.setattr(
+        WeLoreQuantizer, "update_weight_conversions", lambda self, entries, model=None: usual(self, entries)
+    )
+    torch.testing.assert_close(logits(loaded(tmp_path / "small"), tokens), expected)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS"])

@@ -1,7 +1,7 @@
 """How transformers' from_pretrained and save_pretrained know compressed models.
 
 A quantization config and a quantizer named "welore" are registered when transformers loads its quantizers
-(welore/__init__.py sees to that). Only hooks that exist from transformers 5.18 on are used.
+(welore/__init__.py sees to that). Only hooks that exist from transformers 5.19 on are used.
 """
 
 import dataclasses
@@ -161,6 +161,7 @@ class WeLoreQuantizer(HfQuantizer):
 
     quantization_config: WeLoreConfig
     requires_calibration = False
+    _loaded: "PreTrainedModel | None" = None
 
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: Sequence[str] | None = None, **_: Any
@@ -173,6 +174,7 @@ class WeLoreQuantizer(HfQuantizer):
             files = [path for path in checkpoint_files if str(path).endswith(".safetensors")]
             check_factors(config, readers_of(files), model.base_model_prefix + ".")
         build_layers(model, config)
+        self._loaded = model
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
         config = self.quantization_config
@@ -191,9 +193,10 @@ class WeLoreQuantizer(HfQuantizer):
             welore.compress(model, config=config.compression, tokenizer=_tokenizer(model, config.compression))
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: "PreTrainedModel") -> list[Any]:
-        """Leave the matrices of experts apart that are linear layers."""
-        return unmerged(weight_conversions, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Leave the matrices of experts apart that are linear layers; transformers 5.19 names no model."""
+        model = model or self._loaded
+        return weight_conversions if model is None else unmerged(weight_conversions, model)
 
     def is_serializable(self) -> bool:
         """Compressed models save as they are."""
