@@ -52,11 +52,12 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if sys.stderr.isatty() and is_main_process():
         return
+    for variable in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):  # read by each when it is imported
+        os.environ[variable] = "1"
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     disable_progress_bars()
-    os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read by datasets when it is imported
     if "datasets" in sys.modules:
         sys.modules["datasets"].disable_progress_bars()

@@ -30,7 +30,7 @@ def _bars(items: Iterable[tuple[Item, float]], label: str, total: float) -> Iter
     from tqdm.auto import tqdm
 
     layout = "{desc:>24} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"  # costs are no counts of anything
-    with tqdm(total=total, desc=label, bar_format=layout, leave=True) as bar:
+    with tqdm(total=total, desc=label, bar_format=layout, leave=True, disable=False) as bar:
         for item, cost in items:
             yield item
             bar.update(cost)
