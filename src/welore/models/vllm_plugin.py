@@ -125,7 +125,7 @@ class StackedMethod(LinearMethodBase):
 
         def product(n: int, m: int, int8: bool) -> nn.Module:
             if int8:
-                return Int8Linear(n, m, dtype=params_dtype)
+                return Int8Product(n, m, params_dtype)
             return ReplicatedLinear(n, m, bias=False, params_dtype=params_dtype, return_bias=False)
 
         layer.stack = StackedLinear(parts, product)
@@ -177,6 +177,25 @@ class StackedMethod(LinearMethodBase):
         """x: (..., n) -> (..., rows of all matrices)."""
         y: Tensor = layer.stack(x)
         return y if bias is None else y + bias
+
+
+class Int8Product(nn.Module):
+    """An Int8Linear that is no nn.Linear: of families that it runs by transformers' code, vLLM replaces each of those.
+
+    n, m: of its weight (m, n). dtype: of the scales.
+    """
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+
+    def __init__(self, n: int, m: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, parameter in Int8Linear(n, m, dtype=dtype).named_parameters():
+            self.register_parameter(name, parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., n) -> (..., m)."""
+        return int8_product(x, self.weight, self.weight_scale)
 
 
 class EmbeddingMethod(UnquantizedEmbeddingMethod):
