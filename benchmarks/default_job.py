@@ -57,7 +57,8 @@ SHORT = 1024  # tokens of the tiny job: two windows, as few as a recovery needs
 def job(model: Path, out: Path, settings: dict[str, Any], **changes: Any) -> Record:
     """The default job; changes: to the settings."""
     settings = settings | changes
-    text = CalibrationConfig(num_tokens=settings["num_tokens"], seed=settings["seed"])
+    names = ("num_tokens", "seed", "whole_model")
+    text = CalibrationConfig(**{name: settings[name] for name in names})
     options = {name: settings[name] for name in ("device", "workers")}
     progress = settings.get("progress", False)
     config = CompressionConfig(keep=settings["keep"], optimize_for=settings["optimize_for"])
@@ -179,7 +180,7 @@ def content(file: Path) -> bytes | None:
 def estimated(model: Path, settings: dict[str, Any], machine: Machine | None = None, rates: Any = None) -> Any:
     """Stage -> what the formulas of the package say of it; machine: in place of this one."""
     context = RunContext.create(device="cpu", workers=settings["workers"])
-    text = CalibrationConfig(num_tokens=settings["num_tokens"])
+    text = CalibrationConfig(num_tokens=settings["num_tokens"], whole_model=settings["whole_model"])
     config = CompressionConfig(keep=settings["keep"], optimize_for=settings["optimize_for"])
     job = make_job(open_source(model, context), config, text, "auto", None, None, context)
     stages = Needs(job, machine).stages(rates or measured_rates(context.device))
@@ -203,12 +204,24 @@ def extrapolated(settings: dict[str, Any]) -> dict[str, Any]:
 def shape_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The shape that was asked for."""
     shape: dict[str, Any] = SHAPES[arguments.shape]
-    return shape | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+    changes = {"num_hidden_layers": arguments.layers, "num_experts": arguments.experts}
+    return shape | {name: count for name, count in changes.items() if count}
 
 
 def prepare(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The model and the settings in a directory of the work; those of an earlier call must be the same."""
-    names = ("shape", "layers", "num_tokens", "keep", "optimize_for", "seed", "device", "workers", "threads")
+    names = (
+        "shape",
+        "layers",
+        "num_tokens",
+        "keep",
+        "optimize_for",
+        "seed",
+        "device",
+        "workers",
+        "threads",
+        "whole_model",
+    )
     settings = {name: vars(arguments)[name] for name in names}
     if (directory / SETTINGS).exists():
         assert read_json(directory / SETTINGS) == settings, f"{directory} holds a job with other settings"
@@ -255,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b")
     parser.add_argument("--layers", type=int, help="decoder blocks, in place of those of the shape")
+    parser.add_argument("--experts", type=int, help="experts of a layer, in place of those of the shape")
     parser.add_argument("--tokens", type=int, default=8192, dest="num_tokens", help="that the model writes and reads")
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--for", default="auto", dest="optimize_for", help="where the result will run")
@@ -262,6 +276,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--by-block", action="store_const", const=False, dest="whole_model", help="statistics by block")
     parser.add_argument("--work", type=Path, help="keep model and work here, so that a killed measurement goes on")
     parser.add_argument("--record", type=Path, default=HERE / "default_job.json", help="the file to write")
     parser.add_argument("--kill-at-random", type=int, metavar="SEED", help="then kill a second job at random moments")

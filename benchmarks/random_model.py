@@ -1,4 +1,4 @@
-"""Checkpoints of any Llama shape without a download: random weights with a heavy-tailed spectrum, and a tokenizer.
+"""Checkpoints of any shape without a download: random weights with a heavy-tailed spectrum, and a tokenizer.
 
     python benchmarks/random_model.py llama-3.2-1b /tmp/dense --layers 2
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from welore.io.atomic import write_json
 from welore.io.checkpoint import INDEX
@@ -79,6 +79,44 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128256,
     },
+    "tiny-mixture": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "moe_intermediate_size": 48,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 64,
+    },
+    "small-mixture": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 1024,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "moe_intermediate_size": 512,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "vocab_size": 4096,
+    },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "vocab_size": 151936,
+    },
 }
 
 
@@ -101,10 +139,16 @@ def pieces(shape: tuple[int, ...], tail: float, seed: int) -> Iterator[torch.Ten
 
 
 def make_checkpoint(directory: Path, shape: dict[str, Any], *, hollow: bool = False) -> Path:
-    """A Llama of a shape, fields of LlamaConfig, sharded by decoder block, and its tokenizer; the directory again."""
+    """A model of a shape, sharded by decoder block, and its tokenizer; the directory again.
+
+    shape: fields of its configuration; a Llama if they name no model_type.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     special = {"bos_token_id": 0, "eos_token_id": 1}
-    config = LlamaConfig(**special | shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    kind = CONFIG_MAPPING[shape.get("model_type", "llama")]
+    config = kind(**special | {key: value for key, value in shape.items() if key != "model_type"}, dtype="bfloat16")
+    model: Any = dense_skeleton(config, AutoModelForCausalLM)
+    config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
     GenerationConfig(**special).save_pretrained(directory)
     words = {"<s>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, config.vocab_size)}
@@ -112,7 +156,7 @@ def make_checkpoint(directory: Path, shape: dict[str, Any], *, hollow: bool = Fa
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(directory)
     shards: dict[str, dict[str, TensorInfo]] = {}
-    for name, parameter in dense_skeleton(config, AutoModelForCausalLM).named_parameters():
+    for name, parameter in model.named_parameters():
         number = int(name.split(".")[2]) + 2 if ".layers." in name else 1
         filename = f"model-{number:05}-of-{config.num_hidden_layers + 1:05}.safetensors"
         shards.setdefault(filename, {})[name] = TensorInfo(torch.bfloat16, tuple(parameter.shape))

@@ -6,6 +6,7 @@ more than hidden states and arguments.
 """
 
 import inspect
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ from torch.nn.functional import linear
 from welore.errors import WeLoreError
 from welore.io.memory import free_memory
 from welore.io.pages import give_back
+from welore.layers.experts import Experts
+from welore.layers.frozen_linear import leave_weights
 from welore.models.copies import frozen_copy
 from welore.models.skeleton import decoder_blocks
 
@@ -84,6 +87,7 @@ class BlockRunner:
         if products is not None:
             self._backbone.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.to(dtype))
             exact_logits(self._backbone, products)
+        self._in_files: list[Tensor] = []
         self._stop: int | None = None
         self._last_hidden = torch.empty(0)
         for index, block in enumerate(self._backbone.get_submodule(self.name)):
@@ -93,12 +97,20 @@ class BlockRunner:
         return len(self._blocks)
 
     def block(self, index: int) -> nn.Module:
-        """A block, in memory as long as it is held."""
-        block = self._blocks[index]
-        copied: nn.Module = frozen_copy(block, self.device, self.dtype)
-        if self.dtype != next(block.parameters()).dtype:  # the copy shares nothing with the weights' file
-            give_back(block.parameters())
+        """A block, in memory as long as it is held; the weights of its experts are converted when they multiply."""
+        give_back(self._in_files)
+        block, experts = self._blocks[index], _expert_layers(self._blocks[index])
+        copied: nn.Module = frozen_copy(block, self.device, self.dtype, unchanged=experts)
+        leave_weights(_expert_layers(copied), self.products or self.dtype)
+        self._in_files = [parameter for layer in experts for parameter in layer.parameters()]
+        if self.dtype != next(block.parameters()).dtype:  # the copy shares nothing else with the weights' file
+            used = set(map(id, self._in_files))
+            give_back(parameter for parameter in block.parameters() if id(parameter) not in used)
         return copied
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """In which the products of blocks are computed."""
+        return torch.autocast(self.device.type, self.products, enabled=self.products is not None)
 
     def embed(self, ids: Tensor) -> Tensor:
         """The hidden states (b, length, width) that enter the first block."""
@@ -107,7 +119,7 @@ class BlockRunner:
     def run(self, index: int, block: nn.Module, ids: Tensor, hidden: Tensor) -> Tensor:
         """The hidden states that leave the block, of those that enter it for these tokens."""
         args, kwargs = self._arguments(index, ids)
-        with torch.autocast(self.device.type, self.products, enabled=self.products is not None):
+        with self.precision():
             result = block(hidden, *args[1:], **kwargs) if args else block(**(kwargs | {"hidden_states": hidden}))
         if index == 0:
             self.outputs = None if isinstance(result, Tensor) else len(result)
@@ -175,6 +187,12 @@ def block_runner(
     runner.outputs = trial.outputs
     give_back(model.parameters())
     return runner
+
+
+def _expert_layers(block: nn.Module) -> list[nn.Linear]:
+    """The layers of the experts of a block."""
+    experts = [module for module in block.modules() if isinstance(module, Experts)]
+    return [layer for module in experts for layer in module.modules() if type(layer) is nn.Linear]
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -203,7 +203,7 @@ def _load(model: Any, dataset: Dataset, context: RunContext) -> tuple[Any, Any]:
     """Model and tokenizer, the model on the CPU: weights stay in their mapped file until a block is in work."""
     if isinstance(model, nn.Module) and isinstance(dataset, Tensor):
         return model, context.tokenizer
-    loaded = load_model(model, replace(context, device=torch.device("cpu")))
+    loaded = load_model(model, replace(context, device=torch.device("cpu")), apart=True)
     return loaded.model, loaded.tokenizer
 
 

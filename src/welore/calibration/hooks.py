@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from welore.calibration.borrowing import Pool
 from welore.errors import WeLoreError
 from welore.io.context import finest_dtype
 from welore.io.parallel import Processes
-from welore.layers.experts import DOWN
+from welore.io.resume import Workspace
 from welore.linalg.svd import Factors
 from welore.models.targets import Target
 
@@ -38,9 +39,9 @@ class Moments:
         self.experts = tuple(experts)
         self.counts = dict.fromkeys(modules, 0)
         self.owner: dict[str, str] = {}
-        self._sums: dict[tuple[str, str], Tensor] = {}  # of a layer and a kind
+        self.sums: dict[tuple[str, str], Tensor] = {}  # of a layer and a kind
         self._batch: dict[str, list[Tensor]] = {}
-        self._dtypes: dict[str, torch.dtype] = {}  # in which the layers compute
+        self.dtypes: dict[str, torch.dtype] = {}  # in which the layers compute
         self._device = next((p.device for module in modules.values() for p in module.parameters()), torch.device("cpu"))
         for name, module in modules.items():
             module.register_forward_hook(partial(self._enters, name), with_kwargs=True)
@@ -51,7 +52,7 @@ class Moments:
             return
         self._batch.setdefault(name, []).append(x)
         total = self._sum(name, "outputs", y)
-        self._dtypes[name] = y.dtype
+        self.dtypes[name] = y.dtype
         if y.requires_grad:
             y.register_hook(lambda g: _add_gram(total, g.reshape(-1, g.shape[-1])))
 
@@ -69,7 +70,7 @@ class Moments:
                 rows = x.reshape(-1, x.shape[-1]).float()
                 self.counts[name] += len(rows)
                 if self.owner[name] == name:
-                    exact = MIXED and x.is_cuda and self._dtypes[name] == torch.bfloat16
+                    exact = MIXED and x.is_cuda and self.dtypes[name] == torch.bfloat16
                     _add_gram(self._sum(name, "inputs", rows), rows.bfloat16() if exact else rows)
                     self._sum(name, "magnitudes", rows).add_(rows.abs().sum(0))
         self._batch.clear()
@@ -79,17 +80,37 @@ class Moments:
         owner = self.owner[name]
         self.owner[name] = name
         for kind in ("inputs", "magnitudes") if owner != name else ():
-            self._sums[name, kind] = self._sums[owner, kind].clone()
+            self.sums[name, kind] = self.sums[owner, kind].clone()
 
     def reduce(self, processes: Processes) -> None:
         """Make the sums those of all processes; layers share inputs if they do in every process that has windows."""
         if processes.size > 1:
             self._gather(processes)
         for name in self.experts:
-            self._lend(name + ".")
+            pool = Pool()
+            pool.add(self, name + ".")
+            pool.lend(self, name + ".")
+
+    def set_aside(self, workspace: Workspace, processes: Processes) -> None:
+        """Move the sums, which are those of all processes, into the workspace."""
+        for key, total in self.sums.items():
+            if processes.is_main:
+                workspace.store(_sum_name(key), {"sum": total})
+        self.sums = dict.fromkeys(self.sums, torch.empty(0))
+
+    def take_back(self, workspace: Workspace, processes: Processes) -> None:
+        """Move them back."""
+        for key in self.sums:
+            stored = workspace.fetch(_sum_name(key))
+            if stored is None:
+                raise OSError(f"{key[0]} in {workspace.directory} was damaged: run the same command again")
+            self.sums[key] = stored["sum"].to(self._device)
+        processes.wait()
+        for key in self.sums if processes.is_main else ():
+            workspace.drop(_sum_name(key))
 
     def _gather(self, processes: Processes) -> None:
-        everyone = processes.gather((self.owner, self.counts, self._dtypes))
+        everyone = processes.gather((self.owner, self.counts, self.dtypes))
         for name in self.counts:
             owners = {owner.get(name) for owner, *_ in everyone if owner}
             if len(owners) > 1 and name in self.owner:
@@ -98,69 +119,21 @@ class Moments:
                 self.owner[name] = name if len(owners) > 1 else str(owners.pop())
             self.counts[name] = sum(counts[name] for _, counts, _ in everyone)
         for _, _, dtypes in everyone:
-            self._dtypes |= dtypes
+            self.dtypes |= dtypes
         shapes: dict[tuple[str, str], torch.Size] = {}
-        for theirs in processes.gather({key: total.shape for key, total in self._sums.items()}):
+        for theirs in processes.gather({key: total.shape for key, total in self.sums.items()}):
             shapes |= theirs
         for key, shape in sorted(shapes.items()):
-            if key not in self._sums:
-                self._sums[key] = torch.zeros(shape, device=self._device)
-            processes.add(self._sums[key])
-
-    def _lend(self, experts: str) -> None:
-        """Make the moments of single experts those of a few tokens more, of the layer's average."""
-        layers: dict[str, list[str]] = {}
-        for name in self.counts:
-            if name.startswith(experts):
-                layers.setdefault(name.rpartition(".")[2], []).append(name)
-        for layer, names in layers.items():
-            reached = [name for name in names if self.counts[name]]
-            if not reached:
-                continue
-            owner = self.owner[reached[0]].rpartition(".")[2]
-            for name in names:
-                if name not in self.owner:
-                    own = f"{name.rpartition('.')[0]}.{owner}"
-                    self.owner[name] = own if own in self.counts else name
-                    self._dtypes[name] = self._dtypes[reached[0]]
-            own_inputs = [name for name in names if self.owner[name] == name]
-            more = self._lend_moments(own_inputs, "inputs", apart=layer == DOWN)
-            self._lend_moments(own_inputs, "magnitudes", apart=layer == DOWN, more=more)
-            self._lend_moments(names, "outputs", apart=layer != DOWN)
-
-    def _lend_moments(self, names: list[str], kind: str, *, apart: bool, more: float | None = None) -> float:
-        """Add to the sums of a kind those of `more` tokens of their average; returns how many.
-
-        As many as a moment has directions, which is when it is known as well as it differs: Gaussian numbers leave an
-        error of tr(M)^2 / (count |M|^2). apart: the experts' own neurons, which have nothing in common but their size.
-        """
-        sums = {name: self._sums[name, kind] for name in names if (name, kind) in self._sums}
-        tokens = sum(self.counts[name] for name in sums)
-        if not sums:
-            return 0.0
-        if more is None:
-            more = sum(self.counts[name] * _directions(total) for name, total in sums.items()) / tokens
-        average = torch.zeros_like(next(iter(sums.values())))
-        for total in sums.values():
-            average.add_(total, alpha=1 / tokens)
-        if apart and average.ndim > 1:
-            average = torch.diag_embed(average.diagonal().mean().expand(len(average)))
-        elif apart:
-            average = average.mean().expand_as(average)
-        for name in names:
-            if name not in sums:
-                self._sums[name, kind] = average.clone(memory_format=torch.contiguous_format)
-                continue  # as if one token had reached it: no expert is without any use
-            count = self.counts[name]
-            sums[name].add_(average, alpha=more).mul_(count / (count + more))
-        return more
+            if key not in self.sums:
+                self.sums[key] = torch.zeros(shape, device=self._device)
+            processes.add(self.sums[key])
 
     def _sum(self, name: str, kind: str, x: Tensor) -> Tensor:
-        if (name, kind) not in self._sums:
+        if (name, kind) not in self.sums:
             n = x.shape[-1]
             shape = (n,) if kind == "magnitudes" else (n, n)
-            self._sums[name, kind] = torch.zeros(shape, device=x.device)
-        return self._sums[name, kind]
+            self.sums[name, kind] = torch.zeros(shape, device=x.device)
+        return self.sums[name, kind]
 
     def statistics(self, name: str, tokens: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Means, float32, on the CPU: inputs A and magnitudes E|x| of the owner over `tokens` tokens, outputs G.
@@ -173,8 +146,8 @@ class Moments:
         for kind, word in words.items() if name in self.owner else ():
             if kind == "outputs" or self.owner[name] == name:
                 over = max(self.counts[name], 1) if kind == "outputs" else tokens
-                mean = _mean(self._sums.pop((name, kind)), over, f"the {word} of {name}")
-                if kind == "outputs" and self._dtypes[name] == torch.float16:
+                mean = _mean(self.sums.pop((name, kind)), over, f"the {word} of {name}")
+                if kind == "outputs" and self.dtypes[name] == torch.float16:
                     self._require_no_underflow(name, mean)
                 yield kind, {kind: mean}
         owner = torch.tensor(list(self.owner.get(name, "").encode()), dtype=torch.uint8)
@@ -249,6 +222,11 @@ def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return x.detach()
 
 
+def _sum_name(key: tuple[str, str]) -> str:
+    """Under which a sum of a layer and a kind is set aside."""
+    return "{}.{}-sum".format(*key)
+
+
 def _identity(x: Tensor) -> tuple[Any, ...]:
     """Equal for two tensors alive at the same time only if they show the same numbers."""
     return x.data_ptr(), x.shape, x.stride(), x._version
@@ -270,12 +248,6 @@ def _add_gram(total: Tensor, x: Tensor) -> None:
             rows += torch.mm(left, x[:, start:], **how)
         else:
             rows.addmm_(left, x[:, start:])
-
-
-def _directions(total: Tensor) -> float:
-    """How many directions a moment has, tr^2 / |.|^2, and one more; total: its upper triangle."""
-    norm = 2 * total.triu(1).square().sum() + total.diagonal().square().sum()
-    return 1 + float(total.diagonal().sum().square() / norm.clamp(min=torch.finfo(total.dtype).tiny))
 
 
 def _mean(total: Tensor, tokens: int, name: str) -> Tensor:

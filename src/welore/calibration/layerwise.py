@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from welore.calibration.block_runner import BlockRunner, block_runner, exact_logits
+from welore.calibration.borrowing import Pool
 from welore.calibration.hooks import Collector, Moments
+from welore.calibration.routing import RoutedTokens, routed_tokens
 from welore.config import AUTO, CalibrationConfig, DtypeName
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
@@ -97,8 +99,6 @@ def collect_statistics(
     """
     assert context.workspace is not None
     dtype, products = precision(config.dtype, context.device)
-    if collector is Moments:
-        collector = partial(Moments, experts=[name for name, m in model.named_modules() if isinstance(m, Experts)])
     finish = finish or partial(_store, context)
     text = LabelledText.create(ids, config, context)
     teacher = Teacher(top_k) if top_k else None
@@ -108,6 +108,8 @@ def collect_statistics(
         if runner is not None:
             return _BlockwisePass(runner, layers, text, teacher, context, collector, finish).run()
         LOG.warning("the blocks of this decoder cannot be run one by one: it runs as a whole")
+    if collector is Moments:
+        collector = partial(Moments, experts=[name for name, m in model.named_modules() if isinstance(m, Experts)])
     _require_memory(model, targets, min(config.batch_size, len(ids)) * ids.shape[1], context.device)
     model = mixed(frozen_copy(model, context.device, dtype), context.device, products)
     return _whole_pass(model, layers, text, teacher, context, collector, finish)
@@ -312,16 +314,55 @@ class _BlockwisePass:
         """The statistics of a block, and the gradients below it."""
         block = self.runner.block(index)
         targets = self.targets.get(str(index), {})
-        collector = self.collector({name: block.get_submodule(layer) for name, layer in targets.items()})
+        routed = routed_tokens(block, f"{self.runner.name}.{index}.", targets, self.workspace)
+        single = {name for experts in routed for name in experts.layers}
+        together = [name for name in targets if name not in single]
+        collector = self.collector({name: block.get_submodule(targets[name]) for name in together})
         for batch in self.text.batches:
             self.block_gradient(index, batch, block)
             collector.end_batch()
+            for experts in routed:
+                experts.store(batch)
         collector.reduce(self.text.processes)
-        self.finish(list(targets), collector, self.text.ids.numel())
+        self.finish(together, collector, self.text.ids.numel())
+        del collector
+        for experts in routed:
+            self.experts(experts)
         if self.text.processes.is_main:
             self.workspace.store(f"block-{index}", {"done": torch.ones(1)})
         self.text.processes.wait()
         self.drop(boundary=index, gradient=index + 1)
+
+    def experts(self, routed: RoutedTokens) -> None:
+        """The statistics of the experts of a layer, of a few at a time."""
+        groups: dict[str, dict[str, nn.Module]] = {}  # number of an expert -> its layers
+        for name, layer in routed.layers.items():
+            groups.setdefault(name.removeprefix(routed.name + ".").partition(".")[0], {})[name] = layer
+        processes, tokens, pool = self.text.processes, self.text.ids.numel(), Pool()
+        waiting: list[tuple[list[str], Moments]] = []
+        at_once = self.context.workers * processes.size
+        for start in range(0, len(groups), at_once):
+            numbers = list(groups)[start : start + at_once]
+            layers = {name: layer for number in numbers for name, layer in groups[number].items()}
+            collector = self.collector(layers)
+            for batch in self.text.batches:
+                for number in numbers:
+                    routed.run(number, batch, self.runner.precision())
+                collector.end_batch()
+            collector.reduce(processes)
+            if isinstance(collector, Moments):  # they borrow from each other
+                pool.add(collector)
+                collector.set_aside(self.workspace, processes)
+                waiting.append((list(layers), collector))
+            else:
+                self.finish(list(layers), collector, tokens)
+        for batch in self.text.batches:
+            routed.drop(batch)
+        processes.wait()
+        for names, moments in waiting:
+            moments.take_back(self.workspace, processes)
+            pool.lend(moments)
+            self.finish(names, moments, tokens)
 
     def drop(self, **names: int) -> None:
         """Delete hidden states or gradients of all batches."""

@@ -20,6 +20,8 @@ from welore.config import AUTO, MAX_LENGTH, NONE, SELF, DtypeName, FinetuneConfi
 from welore.data.self_generated import window_bytes, windows_at_once
 from welore.errors import WeLoreError
 from welore.io.memory import free_memory
+from welore.layers.expert_names import is_of_expert
+from welore.layers.experts import Experts
 from welore.layers.int8 import INT8
 from welore.linalg.svd import working_bytes
 from welore.models.copies import writing_dtype
@@ -81,8 +83,9 @@ class Stage:
 class Needs:
     """The formulas, with everything that they rest on. Of memory and disk they are upper bounds.
 
-    parameters, targeted: numbers of the dense model. stored: of the targeted matrices afterwards. moments: of the
-    second moments of the largest decoder block.
+    parameters, targeted: numbers of the dense model. stored: of the targeted matrices afterwards. routed: share of the
+    tokens that reach an expert, 1 without any. active: parameters that a token meets. moments, expert_moments: numbers
+    of the second moments of the largest decoder block, without those of its experts, and of all of these.
     """
 
     def __init__(self, job: "Job", machine: Machine | None = None) -> None:
@@ -93,6 +96,11 @@ class Needs:
         self.parameters = sum(p.numel() for p in self.source.skeleton.parameters())
         self.targeted = sum(math.prod(target.shape) for target in self.source.targets)
         self.layers = len(decoder_blocks(self.source.skeleton)[1])
+        experts = [len(list(m.children())) for m in self.source.skeleton.modules() if isinstance(m, Experts)]
+        self.experts = max(experts, default=0)  # of a layer
+        self.routed = getattr(self.text, "num_experts_per_tok", self.experts) / self.experts if self.experts else 1.0
+        self.targeted_experts = sum(math.prod(t.shape) for t in self.source.targets if is_of_expert(t.name))
+        self.active = self.parameters - (1 - self.routed) * self.targeted_experts
         self.blocks = in_blocks(self.source.targets, job.grids)
         self.dtype = self.source.dtype(self.source.targets[0])
         self.dense_bytes = sum(self.source.info(name).bytes for name in self.source.names())
@@ -103,7 +111,7 @@ class Needs:
         self.scaled = job.scaling != NONE
         chosen = job.calibration.dtype
         self.swept: torch.dtype = getattr(torch, self.machine.dtype if chosen == AUTO else chosen)
-        self.moments = self._moments()
+        self.moments, self.expert_moments = self._moments()
 
     def result_bytes(self, removed: float) -> float:
         """Bytes of the result without this many numbers; of scales there are at most two for every row of a layer."""
@@ -116,17 +124,17 @@ class Needs:
             size -= (self.dtype.itemsize - 1) * (sum(map(math.prod, shapes)) - removed) - scales * self.dtype.itemsize
         return size
 
-    def _moments(self) -> int:
+    def _moments(self) -> tuple[int, int]:
         groups: dict[str, list[Target]] = {}
-        blocks: dict[str, int] = {}
+        blocks: dict[str, list[int]] = {}
         inside = re.escape(decoder_blocks(self.source.skeleton)[0] + ".")
         for target in self.source.targets:
             groups.setdefault(target.name.rpartition(".")[0], []).append(target)
         for name, group in groups.items():  # the last of a module reads an input of its own, the others share one
             moments = sum(n**2 for n in {t.shape[1] for t in group[:-1]}) + group[-1].shape[1] ** 2
-            block = re.sub(rf"({inside}\d+\.).*", r"\1", name)
-            blocks[block] = blocks.get(block, 0) + moments + sum(target.shape[0] ** 2 for target in group)
-        return max(blocks.values())
+            block = blocks.setdefault(re.sub(rf"({inside}\d+\.).*", r"\1", name), [0, 0])
+            block[is_of_expert(group[0].name)] += moments + sum(target.shape[0] ** 2 for target in group)
+        return max(block[0] for block in blocks.values()), max(block[1] for block in blocks.values())
 
     def stages(self, rates: Rates | None = None) -> list[Stage]:
         """All stages that the settings ask for; seconds are 0 without rates."""
@@ -161,7 +169,7 @@ class Needs:
         at_once = windows_at_once(self.config, dtype, free, self.length, count)
         window = window_bytes(self.config, self.length, dtype.itemsize) + ROWS * self.text.vocab_size
         steps = math.ceil(count / at_once) * self.length
-        seconds = 2 * self.parameters * self.tokens / (WRITING_SHARE * rates[_name(dtype)])
+        seconds = 2 * self.active * self.tokens / (WRITING_SHARE * rates[_name(dtype)])
         read = steps * dtype.itemsize * self.parameters / BANDWIDTH  # every step reads all weights
         seconds = max(seconds, read if self.on_cpu else steps * self.layers * LAUNCHES)
         fits = self.on_cpu or self.machine.free is None or copied < self.machine.free
@@ -177,20 +185,31 @@ class Needs:
             entire = is_small(self.source.skeleton, targets, text, calibration.batch_size, self.machine.free)
         batch = min(calibration.batch_size, text[0]) * self.length
         boundary = self.swept.itemsize * self.tokens * self.text.hidden_size
-        sweep = (4 if entire else 6) * self.targeted * self.tokens / rates[_name(self.swept)]
-        grams = 1.3 * self.tokens * self.moments * self.layers / rates["float32"]
+        met = self.targeted - (1 - self.routed) * self.targeted_experts
+        sweep = (4 * met if entire else 6 * met + 4 * self.routed * self.targeted_experts) * self.tokens
+        grams = 1.3 * self.tokens * (self.moments + self.routed * self.expert_moments) * self.layers / rates["float32"]
+        # Experts are in work a few at a time, and have an average.
+        sums = 4 * (self.moments + self.expert_moments * min(1, (self.job.context.workers + 1) / max(1, self.experts)))
         if entire:
             memory, disk = whole_bytes(self.source.skeleton, targets, batch) + self._in_work(self._one), self._lasting
         else:
             outside = 0 if self.on_cpu else self.dtype.itemsize * (self.parameters - self.targeted)
-            activations = 6 * batch * sum(sum(target.shape) for target in targets) / self.layers
-            sums = 4 * self.moments + 8 * max(max(target.shape) for target in targets) ** 2
-            block = 6 * self.targeted / self.layers
-            memory = outside + block + sums + max(activations, self._in_work(self._one)) + HEAD
+            sides = sum(sum(t.shape) * (self.routed if is_of_expert(t.name) else 1) for t in targets)
+            activations = 6 * batch * sides / self.layers
+            block = 6 * (self.targeted - self.targeted_experts) / self.layers
+            if not self.on_cpu:  # there the experts stay in their file, but for the matrix that multiplies
+                block += self.dtype.itemsize * self.targeted_experts / self.layers
+            elif self.experts:
+                block += self.swept.itemsize * max(math.prod(t.shape) for t in targets)
+            largest = 8 * max(max(target.shape) for target in targets) ** 2
+            memory = outside + block + sums + largest + max(activations, self._in_work(self._one)) + HEAD
             disk = max(boundary * (self.layers + 1), self._lasting) + 2 * boundary  # one dwindles as the other grows
-        packed = 0 if self.on_cpu else 4 * self.moments
+            if self.experts:  # what enters and leaves them, and the sums of a layer
+                disk += 8 * self.tokens * self.text.hidden_size + 4 * self.expert_moments
+        packed = 0 if self.on_cpu else sums
         note = "the whole model at once" if entire else "block by block"
-        return self._stage("statistics", sweep + grams, memory, disk, host=packed, note=note)
+        seconds = sweep / rates[_name(self.swept)] + grams
+        return self._stage("statistics", seconds, memory, disk, host=packed, note=note)
 
     def _in_work(self, one: float) -> float:
         """Bytes of as many matrices as are in work at once, each of `one`: those that fit into the free memory."""

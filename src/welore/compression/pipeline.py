@@ -329,7 +329,7 @@ def _statistics(job: Job) -> Statistics | None:
     model: Any = original.directory if isinstance(original, CheckpointSource) else original.skeleton
 
     def load() -> Any:
-        return load_model(model, replace(context, device=torch.device("cpu"), tokenizer=tokenizer)).model
+        return load_model(model, replace(context, device=torch.device("cpu"), tokenizer=tokenizer), apart=True).model
 
     tokenizer = job.text.tokenizer
     with context.stage("statistics"):

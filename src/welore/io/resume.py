@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from welore.errors import DamagedWeightsError, WeLoreError
@@ -115,6 +115,11 @@ class Workspace:
                 return tensors
         path.unlink()
         return None
+
+    def mapped(self, name: str) -> dict[str, Tensor]:
+        """A group that this run has stored, left in its file: what is read of it is in memory as long as it is held."""
+        with safe_open(self._file(name), "pt") as file:
+            return {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
 
     def holds(self, name: str) -> bool:
         """Whether there is such a group, perhaps a damaged one."""

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-import welore.models.quantizer  # noqa: F401 - from_pretrained must know compressed checkpoints
 from welore.config import ANYWHERE, AUTO
 from welore.errors import WeLoreError
 from welore.io.checkpoint import RECORD
 from welore.io.context import RunContext
 from welore.io.hub import require_all_loaded, resolve_model
+from welore.models.quantizer import ExpertsApart  # from_pretrained then knows compressed checkpoints, too
 from welore.models.replace import sizes
 from welore.models.skeleton import auto_class, reason
 from welore.models.source import CheckpointSource
@@ -58,11 +58,12 @@ def load_model(
     label: str | None = None,
     attention: str | None = None,
     device_map: str | None = None,
+    apart: bool = False,
 ) -> LoadedModel:
     """Load MODEL (hub id, directory, .gguf file) on the context's device, or take a model in memory as it is.
 
     A model in memory stays on its device and in its dtype, and needs the context's tokenizer. dtype: a name; "auto" is
-    that of the checkpoint. label: a name for tables. attention, device_map: as in `load`.
+    that of the checkpoint. label: a name for tables. attention, device_map, apart: as in `load`.
     """
     if isinstance(model, nn.Module):
         if context.tokenizer is None:
@@ -71,7 +72,8 @@ def load_model(
         return LoadedModel(model, context.tokenizer, {"model": name, "label": label, "compression": None})
     directory = resolve_model(model, cache_dir=context.cache_dir, revision=context.revision)
     kind = dtype if dtype == AUTO else getattr(torch, dtype)
-    how: Any = {"attention": attention, "device_map": device_map, "trust_remote_code": context.trust_remote_code}
+    how: Any = {"attention": attention, "device_map": device_map, "apart": apart}
+    how |= {"trust_remote_code": context.trust_remote_code}
     loaded, tokenizer = load(directory, kind, context.device, **how)
     record = Record.load_if_there(directory / RECORD)
     inputs = {"model": str(model), "label": label, "compression": record and record.settings}
@@ -106,18 +108,23 @@ def load(
     *,
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    apart: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Model and tokenizer of a directory; WeLoreError rather than a tensor of random numbers.
 
     attention: one of transformers' implementations (sdpa, eager, flash_attention_2); None leaves the choice to it.
-    device_map: "auto" spreads the model over all devices, the host's memory and the disk, in place of `device`.
+    device_map: "auto" spreads the model over all devices, the host's memory and the disk, in place of `device`. apart:
+    whether the experts of a dense mixture come as single layers, whose matrices stay in the mapped file; together they
+    would be copied into memory.
     """
     if device_map is not None and not find_spec("accelerate"):
         raise WeLoreError("device_map needs accelerate: pip install 'welore[eval]'")
-    auto = auto_class(CheckpointSource(directory, trust_remote_code=trust_remote_code).require_complete().config)
+    source = CheckpointSource(directory, trust_remote_code=trust_remote_code).require_complete()
+    auto, apart = auto_class(source.config), apart and source.single_experts
     tokenizer = read_tokenizer(directory, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"attn_implementation": attention, "trust_remote_code": trust_remote_code}
     options |= {} if device_map is None else {"device_map": device_map}
+    options |= {"quantization_config": ExpertsApart()} if apart else {}
     checks: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, report = auto.from_pretrained(directory, dtype=dtype, **options, **checks)
@@ -126,6 +133,8 @@ def load(
     except Exception as error:  # transformers and quantizers of other libraries read files that nobody has checked
         raise WeLoreError(f"{directory} cannot be loaded: {reason(error)}") from error
     require_all_loaded(directory, report)
+    if apart:
+        del model.config.quantization_config
     if device_map is None:
         nn.Module.to(model, device)
     return model, tokenizer

@@ -155,6 +155,18 @@ class WeLoreConfig(QuantizationConfigMixin):
         return content
 
 
+class ExpertsApart(WeLoreConfig):
+    """How a dense mixture is loaded with its experts apart: their matrices stay in the mapped file."""
+
+    def __init__(self) -> None:
+        super().__init__({})
+
+    @property
+    def has_experts(self) -> bool:
+        """Always."""
+        return True
+
+
 @register_quantizer(METHOD)
 class WeLoreQuantizer(HfQuantizer):
     """Builds low-rank layers before weights are loaded, or factors dense ones after; then steps aside."""

@@ -284,6 +284,12 @@ class CheckpointSource(TensorSource):
     def _fused_names(self) -> dict[str, FusedTensor]:
         return fused_names(self.skeleton)
 
+    @property
+    def single_experts(self) -> bool:
+        """Whether the model is a dense mixture whose files hold every matrix of an expert by itself."""
+        dense = getattr(self.config, "quantization_config", None) is None
+        return dense and bool(self._fused_names) and not self._fused
+
     @cached_property
     def _saved_name(self) -> Rename:
         return saved_name(self.skeleton)
