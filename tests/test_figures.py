@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from conftest import allocate
-from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Allocation, Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
+from welore.layers.remaining import Remaining
 from welore.linalg.spectrum import gaussian_null
 from welore.records import Identity
 from welore.reporting import figures
@@ -130,7 +130,7 @@ def test_every_dense_matrix_is_hatched_and_no_lrc_is(plan: Plan) -> None:
 
 def test_neurons_that_are_gone_have_a_row_of_their_own(plan: Plan) -> None:
     mlp = next(a.name for a in plan.allocations if a.name.endswith("down_proj")).rpartition(".")[0]
-    ax = drawn(figures.reduction_heatmap(replace(plan, neurons={mlp: Neurons(13, tuple(range(10)))}))).axes[0]
+    ax = drawn(figures.reduction_heatmap(replace(plan, neurons={mlp: Remaining(13, tuple(range(10)))}))).axes[0]
     mesh = next(c.get_array() for c in ax.collections if c.get_array() is not None)
     assert mesh is not None
     assert ax.get_yticklabels()[-1].get_text() == "neurons out"
@@ -142,7 +142,7 @@ def test_experts_share_a_cell_that_is_hatched_if_all_of_them_stay_dense(plan: Pl
     names = [f"model.layers.{layer}.mlp.experts.{expert}" for layer in range(2) for expert in range(2)]
     ranks = dict(zip(names, (2, 8, 8, 8), strict=True))  # of 8: an expert of the first layer is factored
     allocations = tuple(Allocation(f"{n}.up_proj", (8, 8), rank, rank < 8, 0.0) for n, rank in ranks.items())
-    gone = {name: Neurons(10, tuple(range(10 - number))) for number, name in enumerate(names)}
+    gone = {name: Remaining(10, tuple(range(10 - number))) for number, name in enumerate(names)}
     ax = drawn(
         figures.reduction_heatmap(replace(plan, strategy="uniform", allocations=allocations, neurons=gone))
     ).axes[0]

@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import welore
 from conftest import Command, build, compress, logits
 from toys import calibrate, characters, checkpoint, weights
-from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Plan
 from welore.compression.plain import default_multiple
 from welore.compression.recovery import MATRICES_RATE, learning_rate
 from welore.config import CalibrationConfig, CompressionConfig, FinetuneConfig, RecoveryConfig
 from welore.errors import WeLoreError
+from welore.layers.remaining import Remaining
 from welore.models.resizing import find_resizing
 from welore.models.source import ModelSource
 
@@ -218,7 +218,7 @@ def test_what_no_ordinary_checkpoint_can_be_is_refused(tmp_path: Path, saved: Ca
     compress(source, out, **ANYWHERE, **given)
     plan = Plan.load(out / "plan.json")
     first, mlp = next(iter(plan.neurons.items()))
-    odd = replace(plan, neurons=plan.neurons | {first: Neurons(mlp.width, mlp.indices[1:])})
+    odd = replace(plan, neurons=plan.neurons | {first: Remaining(mlp.width, mlp.indices[1:])})
     odd.save(tmp_path / "plan.json")
     with pytest.raises(WeLoreError, match="all MLPs have one width"):
         Plan.load(tmp_path / "plan.json")

@@ -15,12 +15,12 @@ from transformers import AutoModel, AutoModelForCausalLM
 import welore
 from conftest import build, compress, logits
 from toys import calibrate, characters, checkpoint
-from welore.allocation.neurons import Neurons, as_json, dense_numel, read_neurons
 from welore.allocation.plan import Plan
 from welore.calibration.statistics import Statistics
 from welore.compression.mlp_pruning import Search, select_neurons
 from welore.config import RecoveryConfig
 from welore.errors import WeLoreError
+from welore.layers.remaining import Remaining, as_json, dense_numel, read_neurons
 from welore.linalg.brain_surgeon import refit, removal
 from welore.models.mlp import find_mlps, resize_layers
 from welore.models.replace import sizes
@@ -283,7 +283,7 @@ def test_a_given_share_leaves_widths_that_quantizers_accept(tmp_path: Path) -> N
 def test_pruning_that_puts_the_target_out_of_reach_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, statistics = calibrated(tmp_path)
 
-    def most(*arguments: Any) -> dict[str, Neurons]:
+    def most(*arguments: Any) -> dict[str, Remaining]:
         return select_neurons(*arguments[:-1], Search(share=0.8))
 
     monkeypatch.setattr("welore.compression.pipeline.select_neurons", most)
@@ -356,7 +356,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
     ids = torch.arange(3, 19)[None]
     assert torch.equal(logits(model, ids), logits(AutoModelForCausalLM.from_pretrained(out), ids))
     one, *others = plan.neurons.items()
-    fewer = replace(plan, neurons={one[0]: Neurons(one[1].width, one[1].indices[1:]), **dict(others)})
+    fewer = replace(plan, neurons={one[0]: Remaining(one[1].width, one[1].indices[1:]), **dict(others)})
     with pytest.raises(WeLoreError, match="the plan gives .* the shape|has no 2 x 1 equal blocks"):
         compress(source, tmp_path / "x", plan=fewer, statistics=statistics)
     with pytest.raises(WeLoreError, match="takes neurons out of elsewhere"):
@@ -370,11 +370,11 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
 
 
 def test_kept_neurons_are_written_as_ranges() -> None:
-    found = {"mlp": Neurons(16, (0, 1, 2, 5, 7, 8)), "one": Neurons(3, (2,))}
+    found = {"mlp": Remaining(16, (0, 1, 2, 5, 7, 8)), "one": Remaining(3, (2,))}
     assert as_json(found)["mlp"] == {"width": 16, "kept": "0-2,5,7-8"}
     assert read_neurons(json.loads(json.dumps(as_json(found)))) == found
-    assert dense_numel(60, "mlp.down_proj", found) == 160
-    assert dense_numel(60, "attention.o_proj", found) == 60
+    assert dense_numel(60, "mlp.down_proj", found, {}) == 160
+    assert dense_numel(60, "attention.o_proj", found, {}) == 60
     for kept in ((), (1, 1), (2, 1), (-1, 2), (15, 16)):
         with pytest.raises(WeLoreError, match="some of 0 to 15, ascending"):
-            Neurons(16, kept)
+            Remaining(16, kept)

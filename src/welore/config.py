@@ -221,6 +221,9 @@ class CompressionConfig(AnalysisConfig, AllocationConfig):
         panel="Method",
         shown="auto for presets best and fast, else 0",
     )
+    expert_pruning: float = option(
+        0.0, "Share of the experts of every layer of a mixture to take out before all else.", panel="Method"
+    )
     weights: WeightsName = option(
         AUTO, "Store the weights of the result in 8 bits (int8), or in the model's dtype (auto).", panel="Method"
     )
@@ -236,6 +239,10 @@ class CompressionConfig(AnalysisConfig, AllocationConfig):
         if self.mlp_pruning not in (None, AUTO) and not 0 <= float(self.mlp_pruning or 0) < 1:
             raise WeLoreError(
                 f"mlp_pruning is {self.mlp_pruning}: it is the share that is taken out, from 0 to below 1, or {AUTO!r}"
+            )
+        if not 0 <= self.expert_pruning < 1:
+            raise WeLoreError(
+                f"expert_pruning is {self.expert_pruning}: it is the share that is taken out, from 0 to below 1"
             )
 
 

@@ -3,17 +3,18 @@
 import reprlib
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from welore.allocation.neurons import Neurons, as_json, dense_numel, read_neurons
 from welore.config import ANYWHERE, NONE, SIZE, AllocationConfig, Goal, MinRatio, ScalingName, current_name
 from welore.errors import WeLoreError, choose
 from welore.io.atomic import read_json, write_json
 from welore.io.fields import refusing, typed
 from welore.layers.block_grid import WHOLE, Grid, block_names, layer_of, read_grids, split_layers
+from welore.layers.remaining import Remaining, as_json, dense_numel, read_neurons, renumbered
 from welore.layers.storage_forms import DENSE, FACTORED, FORMS
 from welore.records import Identity
 
@@ -66,7 +67,8 @@ class Plan:
 
     target: the target that was asked for, {"keep" | "rank_reduction" | "threshold": value}.
     threshold: the level that cuts the scores (the paper's threshold if the strategy is `welore`).
-    scaling, statistics, grids, neurons: those of the spectra from which the plan was made.
+    scaling, statistics, grids, neurons, experts: those of the spectra from which the plan was made. Matrices of experts
+    have the numbers of the dense model; `in_result` is the plan with those of the result.
     optimize_for: cpu, gpu, size or anywhere.
     """
 
@@ -84,7 +86,8 @@ class Plan:
     rank_multiple: int = 1
     optimize_for: str = SIZE
     grids: Mapping[str, Grid] = field(default_factory=dict)
-    neurons: Mapping[str, Neurons] = field(default_factory=dict)
+    neurons: Mapping[str, Remaining] = field(default_factory=dict)
+    experts: Mapping[str, Remaining] = field(default_factory=dict)
 
     @cached_property
     def lrcs(self) -> tuple[Allocation, ...]:
@@ -93,7 +96,7 @@ class Plan:
 
     @property
     def plain(self) -> bool:
-        """Whether the result is an ordinary checkpoint: all MLPs have lost as many neurons, and nothing is factored."""
+        """Whether the result is an ordinary checkpoint: MLPs or mixtures are smaller alike, and nothing is factored."""
         return self.optimize_for == ANYWHERE
 
     @cached_property
@@ -141,16 +144,31 @@ class Plan:
     @cached_property
     def dense_parameters(self) -> int:
         """Parameters of the targeted matrices in the dense model."""
-        return sum(map(self.dense_numel, self.allocations))
+        return int(sum(map(self.dense_numel, self.allocations)))
 
     @cached_property
     def stored_parameters(self) -> int:
         """Stored parameters of the targeted matrices."""
         return sum(a.stored_parameters for a in self.allocations)
 
-    def dense_numel(self, a: Allocation) -> int:
-        """Parameters of a matrix in the dense model, before pruning of the MLPs."""
-        return dense_numel(a.dense_parameters, layer_of(a.name, self.grids), self.neurons)
+    def dense_numel(self, a: Allocation) -> Fraction:
+        """Parameters that a matrix stands for in the dense model, before neurons and experts were taken out."""
+        return dense_numel(a.dense_parameters, layer_of(a.name, self.grids), self.neurons, self.experts)
+
+    @cached_property
+    def in_result(self) -> "Plan":
+        """The plan under the names of the result, whose experts are numbered anew."""
+        if not self.experts:
+            return self
+
+        grids = {self.name_in_result(name): grid for name, grid in self.grids.items()}
+        neurons = {self.name_in_result(name): left for name, left in self.neurons.items()}
+        allocations = tuple(replace(a, name=self.name_in_result(a.name)) for a in self.allocations)
+        return replace(self, allocations=allocations, grids=grids, neurons=neurons, experts={})
+
+    def name_in_result(self, name: str) -> str:
+        """The name that a module or a tensor of the dense model has in the result."""
+        return renumbered(name, self.experts)
 
     def numbers(self) -> dict[str, Any]:
         """The achieved figures that every record of this plan holds."""
@@ -180,6 +198,7 @@ class Plan:
             "optimize_for": self.optimize_for,
             "grids": dict(self.grids),
             "neurons": as_json(self.neurons),
+            "experts": as_json(self.experts),
             "threshold": self.threshold,
             "include": list(self.include),
             "exclude": list(self.exclude),
@@ -217,8 +236,11 @@ class Plan:
         if len(shapes) < len(self.allocations):
             twice, _ = Counter(a.name for a in self.allocations).most_common(1)[0]
             raise WeLoreError(f"it names {twice} twice")
-        if self.plain and (self.lrcs or len({len(mlp.indices) for mlp in self.neurons.values()}) != 1):
+        sizes = [len({(t.width, len(t.indices)) for t in table.values()}) for table in (self.neurons, self.experts)]
+        if self.plain and (self.lrcs or sorted(sizes) != [0, 1]):
             raise WeLoreError(f"it is for {ANYWHERE}, where all MLPs have one width and every matrix stays dense")
+        if sizes[1] > 1:
+            raise WeLoreError("it takes different numbers of experts out of layers")
         for layer, grid in self.grids.items():
             blocks = block_names(layer, grid)
             if lost := [name for name in blocks if name not in shapes]:
@@ -263,6 +285,7 @@ def _read(content: Mapping[str, Any]) -> dict[str, Any]:
         "optimize_for": value("optimize_for", Goal, SIZE),
         "grids": read_grids(content.get("grids", {})),
         "neurons": read_neurons(content.get("neurons", {})),
+        "experts": read_neurons(content.get("experts", {}), "experts"),
     }
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from welore.allocation.neurons import dense_numel
 from welore.allocation.plan import Allocation, Plan
 from welore.allocation.rule import Rule, Shape, layout_of
 from welore.allocation.spectra import Spectra
@@ -17,6 +16,7 @@ from welore.allocation.strategies import STRATEGIES, Scores, Strategy
 from welore.config import ANYWHERE, AUTO, NONE, SIZE, AllocationConfig, StorageName, StrategyName
 from welore.errors import WeLoreError, choose
 from welore.layers.block_grid import layer_of
+from welore.layers.remaining import dense_numel
 from welore.layers.storage_forms import FACTORED, storages
 from welore.linalg.spectrum import Values
 
@@ -79,6 +79,7 @@ def allocate(
         optimize_for=SIZE if config.optimize_for == AUTO else config.optimize_for,
         grids=spectra.grids,
         neurons=spectra.neurons,
+        experts=spectra.experts,
     )
 
 
@@ -98,11 +99,18 @@ def resolve(
 
 
 def check_reachable(
-    config: AllocationConfig, scaling: str, shapes: Sequence[Shape], pruned: float = 0, gone: int = 0
+    config: AllocationConfig,
+    scaling: str,
+    shapes: Sequence[Shape],
+    *,
+    pruned: float = 0,
+    gone: int = 0,
+    dense: int | None = None,
 ) -> None:
     """Raise WeLoreError for a target that no ranks of these shapes reach.
 
-    pruned: largest share taken out of an MLP. gone: the parameters that neurons take with them.
+    pruned: largest share taken out of an MLP. gone: the parameters that neurons take with them. dense: those of all
+    targeted matrices, if there are others than these, of experts that are taken out.
     """
     (name, target), layout = config.target, layout_of(config.optimize_for, shapes)
     _, rule = resolve(config, scaling, layout.overheads)
@@ -112,7 +120,7 @@ def check_reachable(
     least = [max(1, min(multiple, min(shape))) for shape in shapes]
     every = [np.arange(r, min(shape) + 1) for r, shape in zip(least, shapes, strict=True)]
     if name == "keep":
-        dense = sum(m * n for m, n in shapes)
+        dense = dense or sum(m * n for m, n in shapes)
         numel = [rule.numel(ranks, shape) for ranks, shape in zip(every, shapes, strict=True)]
         low = (1 - pruned) * sum(int(n.min()) for n in numel) / dense
         high = (sum(int(n.max()) for n in numel) - gone) / dense
@@ -195,7 +203,7 @@ def _solve(scores: Scores, spectra: Spectra, target: tuple[str, float], rule: Ru
     full = sum(min(shape) for shape in shapes)
     dense = sum(m * n for m, n in shapes)
     layers = ((layer_of(name, spectra.grids), m * n) for name, (m, n) in zip(spectra.values, shapes, strict=True))
-    unpruned = sum(dense_numel(numel, layer, spectra.neurons) for layer, numel in layers)
+    unpruned = int(sum(dense_numel(numel, layer, spectra.neurons, spectra.experts) for layer, numel in layers))
     removed_after = np.concatenate([[0], np.cumsum(np.concatenate(removed)[order])])
     stored_after = dense + np.concatenate([[0], np.cumsum(np.concatenate(numbers)[order])])
 

@@ -14,12 +14,12 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from welore.allocation.neurons import Neurons, as_json, read_neurons
 from welore.config import NONE, PLAIN, ScalingName, current_name
 from welore.errors import WeLoreError
 from welore.io.atomic import atomic_write
 from welore.io.fields import LARGEST, parse_json, refusing, typed
 from welore.layers.block_grid import Grid, block_names, read_grids
+from welore.layers.remaining import Remaining, as_json, read_neurons
 from welore.linalg.spectrum import Values, normalise
 from welore.records import Identity
 
@@ -42,7 +42,7 @@ class Spectra:
     losses: name -> measured loss of removing each value, (k,); the squares of the values only predict it.
     unreached: names of the matrices that no token of the statistics reached: the loss of removing a value is unknown.
     grids: layer -> blocks down and across of the matrices that are split; each block is a matrix of its own here.
-    neurons: MLP -> the neurons that were left of it when the values were computed.
+    neurons, experts: MLP or mixture -> those that were left of it when the values were computed.
     """
 
     model: Identity
@@ -56,7 +56,8 @@ class Spectra:
     losses: Mapping[str, Values] = field(default_factory=dict)
     unreached: tuple[str, ...] = ()
     grids: Mapping[str, Grid] = field(default_factory=dict)
-    neurons: Mapping[str, Neurons] = field(default_factory=dict)
+    neurons: Mapping[str, Remaining] = field(default_factory=dict)
+    experts: Mapping[str, Remaining] = field(default_factory=dict)
     unit: str = ""
 
     def __post_init__(self) -> None:
@@ -99,6 +100,7 @@ class Spectra:
             "unreached": json.dumps(self.unreached),
             "grids": json.dumps(dict(self.grids)),
             "neurons": json.dumps(as_json(self.neurons)),
+            "experts": json.dumps(as_json(self.experts)),
         }
         arrays = {**self.values, **{name + LOSSES: losses for name, losses in self.losses.items()}}
         with atomic_write(path) as partial:
@@ -139,7 +141,7 @@ def _read(metadata: Mapping[str, str]) -> dict[str, Any]:
         "statistics": value("calibration", Mapping[str, Any], "{}"),
         "outliers": value("outliers", Mapping[str, float], "{}"),
         "grids": read_grids(value("grids", Any, "{}")),
-        "neurons": read_neurons(value("neurons", Any, "{}")),
+        **{name: read_neurons(value(name, Any, "{}"), name) for name in ("neurons", "experts")},
     }
 
 

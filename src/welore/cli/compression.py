@@ -235,6 +235,8 @@ def _report_compression(record: "Record", output_dir: Path, as_json: bool) -> No
             f"left dense inside the blocks: {numbers['left_dense_in_blocks'] / 1e6:.1f} M parameters "
             f"({', '.join(numbers['left_dense_names'])})"
         )
+    if record.settings.get("expert_pruning"):
+        log(f"{record.settings['expert_pruning']:.1%} of the experts were taken out")
     if record.settings.get("mlp_pruning"):
         before = " before the factorisation" * bool(numbers["lrcs"])
         log(f"{record.settings['mlp_pruning']:,} neurons of the MLPs were taken out{before}")

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from welore.allocation.neurons import Neurons
 from welore.allocation.spectra import Spectra
 from welore.calibration.scaling import Sides, metric, outliers, scaling_of
 from welore.calibration.statistics import Statistics
@@ -24,6 +23,7 @@ from welore.io.progress import Progress
 from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
 from welore.layers.expert_names import is_of_expert, of_all_experts
+from welore.layers.remaining import Remaining
 from welore.linalg.svd import decompose, working_bytes
 from welore.models.mlp import long_matrices
 from welore.models.source import TensorSource, open_source
@@ -161,8 +161,13 @@ class Analyzer:
         context.processes.wait()
         return {target.name: result for target, result in zip(mine, computed, strict=True)}
 
-    def spectra(self, grids: Mapping[str, Grid], neurons: Mapping[str, Neurons] | None = None) -> Spectra:
-        """The spectra of all targeted matrices, those with a grid in blocks; neurons: that are left of MLPs."""
+    def spectra(
+        self,
+        grids: Mapping[str, Grid],
+        neurons: Mapping[str, Remaining] | None = None,
+        experts: Mapping[str, Remaining] | None = None,
+    ) -> Spectra:
+        """The spectra of all targeted matrices, those with a grid in blocks; neurons, experts: that are left."""
         source, statistics, targets = self.source, self.statistics, in_blocks(self.source.targets, grids)
         values = self.share(targets)
         values = {t.name: values[t.name] if t.name in values else self.compute(t) for t in targets}
@@ -180,6 +185,7 @@ class Analyzer:
             unreached=tuple(t.name for t in targets if statistics and not statistics.knows(t.layer)),
             grids=grids,
             neurons=neurons or {},
+            experts=experts or {},
             unit=scaling_of(self.scaling).unit,
         )
 

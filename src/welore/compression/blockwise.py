@@ -7,7 +7,7 @@ moments, packed, until it is known how many go.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -15,12 +15,14 @@ from torch import Tensor
 from welore.calibration.hooks import Collector
 from welore.calibration.statistics import MemoryStore, Statistics, reached
 from welore.compression.analysis import Analyzer
+from welore.compression.expert_pruning import expert_losses
 from welore.compression.mlp_pruning import Search, refit_layers, select_neurons
 from welore.io.context import RunContext
 from welore.io.progress import silent
 from welore.io.resume import Workspace
 from welore.layers.block_grid import Grid
 from welore.linalg.triangles import pack
+from welore.models.expert_pruning import ExpertPruning
 from welore.models.mlp import Mlp
 from welore.models.source import TensorSource
 from welore.models.targets import Target, in_blocks
@@ -31,8 +33,9 @@ from welore.records import Record
 class BlockAnalyzer:
     """Decomposes the matrices of a block by its statistics: `finish` of `collect_statistics`.
 
-    mlps: those that may lose neurons, whose second moments last. outliers: see Analyzer. width: neurons that are left
-    of every MLP of a plain result; nothing lasts then, the neurons are taken out at once, and nothing is decomposed.
+    mlps: those that may lose neurons, whose second moments last. outliers: see Analyzer. experts: how many are left of
+    every layer; the losses of all are stored. plain: nothing lasts, and nothing is decomposed. width: neurons that are
+    left of every MLP of a plain result; the others are taken out at once.
     """
 
     source: TensorSource
@@ -41,13 +44,15 @@ class BlockAnalyzer:
     grids: Mapping[str, Grid]
     mlps: Sequence[Mlp]
     outliers: bool
+    plain: bool = False
     width: int | None = None
+    experts: ExpertPruning | None = None
 
     def __call__(self, names: Sequence[str], collector: Collector, tokens: int) -> None:
         """Use up the sums of the layers of a block."""
         workspace = self.context.workspace
         assert workspace is not None
-        lasting = {layer.name for mlp in self.mlps for layer in mlp.layers} if self.width is None else set()
+        lasting = set() if self.plain else {layer.name for mlp in self.mlps for layer in mlp.layers}
         groups: dict[str, dict[str, Tensor]] = {}
         for name in names:
             for kind, group in collector.statistics(name, tokens):
@@ -66,10 +71,14 @@ class BlockAnalyzer:
         targets = [target for target in self.source.targets if target.name in counts]
         shapes, record = {target.name: target.shape for target in targets}, Record("calibration", {}, {}, {})
         statistics = Statistics(self.source.identity, shapes, counts, shared, MemoryStore(groups), record)
+        if self.experts is not None:
+            with self.context.stage("expert pruning"):
+                expert_losses(self.source, statistics, replace(self.context, progress=silent), self.experts)
         if self.width is not None:
             with self.context.stage("mlp pruning"):
                 neurons = select_neurons(self.source, statistics, self.context, Search(width=self.width))
                 refit_layers(self.source, statistics, neurons, self.context)
+        if self.plain:
             return
         common = self.source, statistics, self.context, self.scaling, self.outliers
         with self.context.stage("decompositions"):

@@ -101,7 +101,7 @@ def estimate(
     job = make_job(source, config, calibration, recovery, None, statistics, context)
     needs, rates = Needs(job), measured_rates(context.device)
     removed = job.removed
-    name, target = config.target
+    name, target = job.target
     return Estimate(
         model=source.name,
         device=str(context.device),

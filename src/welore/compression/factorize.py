@@ -74,8 +74,13 @@ def factor_matrices(
     }
 
 
-def stored_factors(workspace: Workspace, trained: CheckpointSource | None = None) -> Factors:
-    """The factors in a workspace, read one matrix at a time; trained: a checkpoint that holds better ones."""
+def stored_factors(
+    workspace: Workspace, trained: CheckpointSource | None = None, rename: Callable[[str], str] = str
+) -> Factors:
+    """The factors in a workspace, read one matrix at a time.
+
+    trained: a checkpoint that holds better ones. rename: name of a matrix -> its name there.
+    """
 
     def factors(a: Allocation) -> dict[str, Tensor]:
         parts = workspace.fetch(factors_key(a))
@@ -84,7 +89,7 @@ def stored_factors(workspace: Workspace, trained: CheckpointSource | None = None
         form = FORMS[a.form]
         if trained is not None:
             for part in form.numbers:
-                parts[part] = trained.tensor(f"{a.name}.{part}").to(parts[part].dtype)
+                parts[part] = trained.tensor(f"{rename(a.name)}.{part}").to(parts[part].dtype)
         return {part: parts[part] for part in form.parts}
 
     return factors

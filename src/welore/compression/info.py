@@ -76,7 +76,8 @@ class CheckpointInfo:
                 f"{self.rank_reduction:.1%}" + (f" (target: {target})" if target else "")
             )
         if self.settings:
-            method = ("preset", "optimize_for", "strategy", "scaling", "storage", "mlp_pruning", "recovery")
+            method = ["preset", "optimize_for", "strategy", "scaling", "storage"]
+            method += ["expert_pruning", "mlp_pruning", "recovery"]
             told = {name: self.settings[name] for name in method if self.settings.get(name)}
             lines.append("  " + ", ".join(f"{name} {_short(value)}" for name, value in told.items()))
         lines += [

@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from welore.allocation.neurons import Neurons
 from welore.calibration.scaling import DAMPING_INPUTS, damped
 from welore.calibration.statistics import Selection, Statistics
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
+from welore.layers.remaining import Remaining
 from welore.linalg.brain_surgeon import most_removed, refit, removal, whole_groups
 from welore.models.mlp import Mlp, find_mlps
 from welore.models.source import OverlaySource, TensorSource
@@ -89,7 +89,7 @@ def is_worth_it(mlps: Sequence[Mlp], removed: int) -> bool:
 
 def select_neurons(
     source: TensorSource, statistics: Statistics, context: RunContext, search: Search
-) -> dict[str, Neurons]:
+) -> dict[str, Remaining]:
     """MLP -> the neurons that are left; {} if pruning is not worth it.
 
     An MLP that no token of the statistics has reached keeps all.
@@ -121,7 +121,7 @@ def select_neurons(
         pruned = removals[mlp.name]["order"][: counts[mlp.name]]
         stay = torch.ones(mlp.width, dtype=torch.bool).index_fill_(0, pruned, False)
         if len(pruned):
-            neurons[mlp.name] = Neurons(mlp.width, tuple(stay.nonzero()[:, 0].tolist()))
+            neurons[mlp.name] = Remaining(mlp.width, tuple(stay.nonzero()[:, 0].tolist()))
     return neurons
 
 
@@ -173,7 +173,7 @@ def _selections(statistics: Statistics, mlp: Mlp, indices: Tensor, refitted: Ref
 
 
 def prune(
-    source: TensorSource, statistics: Statistics, neurons: Mapping[str, Neurons], context: RunContext
+    source: TensorSource, statistics: Statistics, neurons: Mapping[str, Remaining], context: RunContext
 ) -> tuple[TensorSource, Statistics]:
     """The weights and the statistics with these neurons only; WeLoreError if the model has no such MLPs.
 
@@ -190,7 +190,7 @@ def prune(
 
 
 def refit_layers(
-    source: TensorSource, statistics: Statistics, neurons: Mapping[str, Neurons], context: RunContext
+    source: TensorSource, statistics: Statistics, neurons: Mapping[str, Remaining], context: RunContext
 ) -> dict[Mlp, Refitted]:
     """Refit the down layers of MLPs to these neurons, into the workspace: MLP -> its matrix and gains."""
     mlps = _mlps(source, neurons)
@@ -203,14 +203,14 @@ def refit_layers(
     return {mlp: partial(compute, mlp) for mlp in pruned}
 
 
-def pruned_shapes(source: TensorSource, neurons: Mapping[str, Neurons]) -> dict[str, tuple[int, int]]:
+def pruned_shapes(source: TensorSource, neurons: Mapping[str, Remaining]) -> dict[str, tuple[int, int]]:
     """Layer -> its shape with these neurons only; WeLoreError if the model has no such MLPs."""
     mlps = _mlps(source, neurons)
     shapes = (mlps[name].shapes(len(remaining.indices)) for name, remaining in neurons.items())
     return {layer: shape for table in shapes for layer, shape in table.items()}
 
 
-def _mlps(source: TensorSource, neurons: Mapping[str, Neurons]) -> dict[str, Mlp]:
+def _mlps(source: TensorSource, neurons: Mapping[str, Remaining]) -> dict[str, Mlp]:
     mlps = {mlp.name: mlp for mlp in find_mlps(source.skeleton, source.targets)} if neurons else {}
     for name, remaining in neurons.items():
         if name not in mlps or mlps[name].width != remaining.width:

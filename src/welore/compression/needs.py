@@ -21,7 +21,7 @@ from welore.data.self_generated import window_bytes, windows_at_once
 from welore.errors import WeLoreError
 from welore.io.memory import free_memory
 from welore.layers.expert_names import is_of_expert
-from welore.layers.experts import Experts
+from welore.layers.experts import DOWN, Experts
 from welore.layers.int8 import INT8
 from welore.linalg.svd import working_bytes
 from welore.models.copies import writing_dtype
@@ -101,7 +101,7 @@ class Needs:
         self.routed = getattr(self.text, "num_experts_per_tok", self.experts) / self.experts if self.experts else 1.0
         self.targeted_experts = sum(math.prod(t.shape) for t in self.source.targets if is_of_expert(t.name))
         self.active = self.parameters - (1 - self.routed) * self.targeted_experts
-        self.blocks = in_blocks(self.source.targets, job.grids)
+        self.blocks = in_blocks((self.source if job.collects else job.fewer).targets, job.grids)
         self.dtype = self.source.dtype(self.source.targets[0])
         self.dense_bytes = sum(self.source.info(name).bytes for name in self.source.names())
         self.share = 1.0 if job.config.keep is None else job.config.keep
@@ -142,11 +142,13 @@ class Needs:
         job, stages = self.job, []
         if job.collects:
             stages += [self._text(rates)] * (job.calibration.dataset == SELF) + [self._statistics(rates)]
-        if job.width is None:
+        if job.experts is not None:
+            stages.append(self._experts(rates))
+        if not job.plain:
             stages.append(self._decompositions(rates))
         if self.mlps:
             stages.append(self._pruning(rates))
-        if job.width is None:
+        if not job.plain:
             stages.append(self._factors(rates))
         if job.recovery is not None:
             stages.append(self._recovery(job.recovery, rates))
@@ -226,7 +228,7 @@ class Needs:
         """Bytes on the disk until the plan is known: decompositions, 4 k^2; of MLPs that may lose neurons second
         moments: half of the inputs' in float32, half of the outputs' in float16.
         """
-        if self.job.width is not None:  # the refitted matrices alone
+        if self.job.plain:  # the refitted matrices alone
             return sum(4.0 * math.prod(mlp.down_layer.shape) for mlp in self.mlps)
         later = {layer.name: 0.0 for mlp in self.mlps for layer in mlp.layers}
         total = 0.0
@@ -238,6 +240,12 @@ class Needs:
             moments = sum(t.shape[0] ** 2 for t in mlp.layers) + 2 * mlp.width**2 + 2 * mlp.up_layers[0].shape[1] ** 2
             total += max(moments, sum(later[layer.name] for layer in mlp.layers))
         return total
+
+    def _experts(self, rates: Rates) -> Stage:
+        """The loss of each expert, from two products."""
+        shapes = [t.shape for t in self.source.targets if is_of_expert(t.name) and t.name.endswith(f".{DOWN}")]
+        seconds = sum(2 * d * f * (d + f) for d, f in shapes) / rates["float32"]
+        return self._stage("expert pruning", seconds, self._in_work(max(4 * (d + f) ** 2 for d, f in shapes)), 0)
 
     def _decompositions(self, rates: Rates) -> Stage:
         """Values of all matrices; of MLPs that lose neurons once more."""
@@ -268,15 +276,16 @@ class Needs:
     def _recovery(self, config: RecoveryConfig, rates: Rates) -> Stage:
         """The first choice of what is trained that fits; all matrices have the same share of their ranks."""
         windows = (self.tokens if config.dataset == SELF else config.num_tokens or 0) // self.length
-        steps = number_of_steps(config, windows, config.batch_size, self.share, plain=self.job.width is not None)
+        steps = number_of_steps(config, windows, config.batch_size, self.share, plain=self.job.plain)
         training = FinetuneConfig(
             batch_size=config.batch_size,
             max_length=self.length,
             dtype=self.machine.dtype,
             attention="eager" if self.on_cpu else None,
         )
-        ranks = {t.name: max(1, int(self.share * math.prod(t.shape) / sum(t.shape))) for t in self.blocks}
-        even = [Allocation(t.name, t.shape, ranks[t.name], self.job.width is None, 0.0) for t in self.blocks]
+        blocks = in_blocks(self.job.fewer.targets, self.job.grids)
+        ranks = {t.name: max(1, int(self.share * math.prod(t.shape) / sum(t.shape))) for t in blocks}
+        even = [Allocation(t.name, t.shape, ranks[t.name], not self.job.plain, 0.0) for t in blocks]
         name, chosen, working = first_that_fits(
             self.source, even, config, training, self.machine.device, self.machine.free
         )

@@ -8,22 +8,29 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Plan
 from welore.allocation.solver import allocate, check_reachable
 from welore.calibration.collect import Text, collect, draw_text, measure_losses
 from welore.calibration.statistics import Statistics
 from welore.compression.analysis import Analyzer, grids_of, open_statistics, shared_workspace, summary
 from welore.compression.blockwise import BlockAnalyzer, LastingMoments
+from welore.compression.expert_pruning import (
+    any_experts,
+    require_experts,
+    require_same_experts,
+    select_experts,
+    without_experts,
+)
 from welore.compression.factorize import factor_matrices, factors_key, stored_factors
 from welore.compression.mlp_pruning import Search, is_worth_it, prune, pruned_shapes, require_neurons, select_neurons
 from welore.compression.needs import require_room
@@ -53,7 +60,9 @@ from welore.io.checkpoint import PLAN, RECORD
 from welore.io.claim import claimed, require_unread
 from welore.io.context import RunContext
 from welore.layers.block_grid import Grid, layer_of
+from welore.layers.remaining import Remaining
 from welore.models.card import read_card, write_card
+from welore.models.expert_pruning import ExpertPruning
 from welore.models.load import load_model, read_tokenizer
 from welore.models.mlp import Mlp, find_mlps
 from welore.models.saving import remember_companions
@@ -72,7 +81,8 @@ Directory = str | Path
 class Job:
     """The weights, and everything that was asked for, complete: no None stands for a default any more.
 
-    width: neurons that are left of every MLP of a plain result; None for others, and for one by a plan.
+    width: neurons that are left of every MLP of a plain result; None for others, and for one by a plan. experts: how
+    many are left of every layer of a mixture; None if all.
     """
 
     source: TensorSource
@@ -84,6 +94,7 @@ class Job:
     statistics: Statistics | None
     grids: dict[str, Grid]
     width: int | None = None
+    experts: ExpertPruning | None = None
     text: Text | None = None
     recovery_text: Tensor | None = None
 
@@ -110,10 +121,32 @@ class Job:
     @property
     def removed(self) -> int | None:
         """The numbers that the target removes from the targeted matrices; None if it does not tell."""
-        dense = sum(m * n for m, n in (target.shape for target in self.source.targets))
         if self.width is not None:
             return sum((mlp.width - self.width) * mlp.numbers for mlp in self.prunable)
-        return None if self.config.keep is None else int((1 - self.config.keep) * dense)
+        if self.plain:
+            return self.in_experts
+        return None if self.config.keep is None else int((1 - self.config.keep) * _numel(self.source.targets))
+
+    @property
+    def target(self) -> tuple[str, float]:
+        """Name and value of what was asked for."""
+        alone = self.plain and self.experts is not None
+        return ("expert_pruning", self.config.expert_pruning) if alone else self.config.target
+
+    @property
+    def in_experts(self) -> int:
+        """The numbers of the targeted matrices of experts that are taken out."""
+        return _numel(self.source.targets) - _numel(self.fewer.targets)
+
+    @cached_property
+    def fewer(self) -> TensorSource:
+        """The source without as many experts as are taken out, though perhaps not these: all have the same shapes."""
+        return without_experts(self.source, self.experts, any_experts(self.experts))
+
+    @property
+    def plain(self) -> bool:
+        """Whether the result is an ordinary checkpoint, in which every matrix stays dense."""
+        return self.config.optimize_for == ANYWHERE if self.plan is None else self.plan.plain
 
 
 @torch.inference_mode(False)  # gradients are needed whatever the caller's mode is
@@ -216,19 +249,26 @@ def make_job(
 ) -> Job:
     """The complete settings of a compression; WeLoreError for those that cannot work."""
     known, width = open_statistics(statistics, source), None
+    experts = None if config.expert_pruning == 0 else require_experts(source, config.expert_pruning)
+    fewer = without_experts(source, experts, any_experts(experts))
     if plan is None:
+        alone = experts is not None and config.optimize_for == ANYWHERE
+        if alone:
+            config = _experts_alone(config, _numel(fewer.targets) / _numel(source.targets))
         config = resolve(config, has_statistics=known is not None, device=context.device.type)
         grids = grids_of(source, bool(config.split))
-        if config.optimize_for == ANYWHERE:
+        if alone:
+            config = replace(config, mlp_pruning=0.0)
+        elif config.optimize_for == ANYWHERE:
             width = plain_width(source, config)
         else:
-            _check_target(source, config, grids, known)
+            _check_target(fewer, config, grids, known, _numel(source.targets))
     else:
-        _check_plan(plan, source, known)
+        experts = _check_plan(plan, source, known)
         grids = dict(plan.grids)
     calibration = resolve_calibration(calibration, config)
-    job = Job(source, context, config, calibration, None, plan, known, grids, width)
-    removed = job.removed if width is None else None
+    job = Job(source, context, config, calibration, None, plan, known, grids, width, experts)
+    removed = None if job.plain or job.removed is None else job.removed - job.in_experts
     if config.mlp_pruning == AUTO and removed is not None and not is_worth_it(job.prunable, removed):
         job = replace(job, config=replace(config, mlp_pruning=0.0))
     windows = known.generated[0] if known and known.generated else 0
@@ -239,6 +279,17 @@ def make_job(
     if training is not None:
         training = replace(training, num_tokens=training.num_tokens or calibration.num_tokens)
     return replace(job, recovery=training)
+
+
+def _experts_alone(config: CompressionConfig, left: float) -> CompressionConfig:
+    """The config of a plain result without experts, and with its size; left: share of the parameters."""
+    if config.keep is not None:
+        raise WeLoreError(f"for {ANYWHERE} take out neurons by keep, or experts by expert_pruning: give one of both")
+    return replace(config, keep=left)
+
+
+def _numel(targets: Sequence[Target]) -> int:
+    return sum(m * n for m, n in (target.shape for target in targets))
 
 
 def _text(job: Job) -> Text | None:
@@ -258,32 +309,39 @@ def _recovery_text(job: Job) -> Tensor | None:
     return windows
 
 
-def _check_target(source: TensorSource, config: CompressionConfig, grids: Any, known: Statistics | None) -> None:
-    """Raise WeLoreError for a target that the shapes do not allow, and for pruning without statistics."""
+def _check_target(
+    source: TensorSource, config: CompressionConfig, grids: Any, known: Statistics | None, dense: int
+) -> None:
+    """Raise WeLoreError for a target that the shapes do not allow, and for pruning without statistics.
+
+    source: without as many experts as are taken out. dense: parameters of the targeted matrices with them.
+    """
     pruning = 0.0 if config.mlp_pruning == AUTO else float(config.mlp_pruning or 0)
-    if pruning and known is None and config.scaling == NONE:
-        raise WeLoreError(
-            "mlp_pruning: neurons are chosen by statistics: give statistics, or a scaling that needs them"
-        )
+    for name, what, share in (("mlp", "neurons", pruning), ("expert", "experts", config.expert_pruning)):
+        if share and known is None and config.scaling == NONE:
+            raise WeLoreError(
+                f"{name}_pruning: {what} are chosen by statistics: give statistics, or a scaling that needs them"
+            )
     shapes = [target.shape for target in in_blocks(source.targets, grids)]
     gone = require_neurons(source.name, find_mlps(source.skeleton, source.targets), pruning)
-    check_reachable(config, str(config.scaling), shapes, pruned=5 / 6 if pruning else 0, gone=gone)
+    check_reachable(config, str(config.scaling), shapes, pruned=5 / 6 if pruning else 0, gone=gone, dense=dense)
 
 
-def _check_plan(plan: Plan, source: TensorSource, statistics: Statistics | None) -> None:
-    """Raise WeLoreError unless the plan was made for these weights, and its ranks from these statistics."""
+def _check_plan(plan: Plan, source: TensorSource, statistics: Statistics | None) -> ExpertPruning | None:
+    """How the plan takes experts out; WeLoreError unless it was made for these weights, from these statistics."""
     plan.model.check(source.identity, "plan")
-    shapes = pruned_shapes(source, plan.neurons)
-    smaller = [replace(target, shape=shapes.get(target.name, target.shape)) for target in source.targets]
+    experts = require_same_experts(source, plan.experts) if plan.experts else None
+    fewer = without_experts(source, experts, plan.experts)
+    shapes = pruned_shapes(fewer, plan.neurons)
+    smaller = [replace(target, shape=shapes.get(target.name, target.shape)) for target in fewer.targets]
     plan.check_shapes({target.name: target.shape for target in in_blocks(smaller, plan.grids)})
     if plan.neurons and statistics is None:
         raise WeLoreError("the plan takes neurons out: give the statistics that they were chosen by")
-    if plan.scaling == NONE:
-        return
-    if statistics is None:
+    if plan.scaling != NONE and statistics is None:
         raise WeLoreError(f"the plan has scaling {plan.scaling}: give the statistics that it was made with")
-    if plan.statistics != json.loads(json.dumps(summary(statistics))):
+    if plan.scaling != NONE and plan.statistics != json.loads(json.dumps(summary(statistics))):
         raise WeLoreError("the plan was made with other statistics: give those, or make the plan again")
+    return experts
 
 
 def _tokenizer(job: Job) -> Any:
@@ -333,16 +391,31 @@ def _statistics(job: Job) -> Statistics | None:
 
     tokenizer = job.text.tokenizer
     with context.stage("statistics"):
-        finish = BlockAnalyzer(original, context, job.scaling, job.grids, mlps, job.counts_outliers, job.width)
+        how: dict[str, Any] = {"plain": job.plain, "width": job.width, "experts": job.experts}
+        finish = BlockAnalyzer(original, context, job.scaling, job.grids, mlps, job.counts_outliers, **how)
         statistics = collect(original, job.text, context, load, finish)
-        if not job.text.config.measure_losses or job.scaling != KFAC or job.width is not None:
+        if not job.text.config.measure_losses or job.scaling != KFAC or job.plain:
             return statistics
-        return measure_losses(original, load(), job.text, statistics, context)
+        return measure_losses(_fewer_experts(job, statistics)[0], load(), job.text, statistics, context)
+
+
+def _fewer_experts(job: Job, statistics: Statistics | None) -> tuple[TensorSource, dict[str, Remaining]]:
+    """The weights without the experts that are taken out, and those that are left."""
+    if job.experts is None:
+        return job.source, {}
+    if job.plan is not None:
+        left = dict(job.plan.experts)
+    else:
+        assert statistics is not None
+        with job.context.stage("expert pruning"):
+            left = select_experts(job.source, statistics, job.context, job.experts)
+    return without_experts(job.source, job.experts, left), left
 
 
 def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, Statistics | None]:
     """2 and 3. The plan, from spectra; the weights and the statistics without the neurons that it prunes."""
-    source, context = job.source, job.context
+    context = job.context
+    source, experts = _fewer_experts(job, statistics)
     if job.plan is not None:
         if not job.plan.neurons:
             return job.plan, source, statistics
@@ -354,30 +427,39 @@ def _plan(job: Job, statistics: Statistics | None) -> tuple[Plan, TensorSource, 
         with context.stage("mlp pruning"):
             neurons = select_neurons(source, statistics, context, Search(width=job.width))
             smaller, fewer = prune(source, statistics, neurons, context)
-            return plain_plan(smaller, neurons, job.config, summary(statistics)), smaller, fewer
+            return plain_plan(smaller, job.target, neurons, {}, job.config, summary(statistics)), smaller, fewer
+    if job.plain:
+        return plain_plan(source, job.target, {}, experts, job.config, summary(statistics)), source, statistics
     pruning = job.config.mlp_pruning
-    plan = _allocated(job, source, statistics, {}) if pruning in (0, AUTO) else None
+    plan = _allocated(job, source, statistics, {}, experts) if pruning in (0, AUTO) else None
     if statistics is None or pruning == 0:
         assert plan is not None
         return plan, source, statistics
     if plan is None:
         search = Search(float(pruning or 0), multiple=job.config.rank_multiple or 1)
     else:
-        search = Search(price=plan.threshold, most=job.removed, multiple=plan.rank_multiple)
+        most = None if job.removed is None else job.removed - job.in_experts
+        search = Search(price=plan.threshold, most=most, multiple=plan.rank_multiple)
     with context.stage("mlp pruning"):
         neurons = select_neurons(source, statistics, context, search)
         if plan is not None and not neurons:
             return plan, source, statistics
         smaller, fewer = prune(source, statistics, neurons, context)
     try:
-        return _allocated(job, smaller, fewer, neurons), smaller, fewer
+        return _allocated(job, smaller, fewer, neurons, experts), smaller, fewer
     except WeLoreError as error:
         if plan is None or isinstance(error, DamagedWeightsError):
             raise
         return plan, source, statistics  # without these neurons the target is out of reach
 
 
-def _allocated(job: Job, source: TensorSource, statistics: Statistics | None, neurons: dict[str, Neurons]) -> Plan:
+def _allocated(
+    job: Job,
+    source: TensorSource,
+    statistics: Statistics | None,
+    neurons: dict[str, Remaining],
+    experts: dict[str, Remaining],
+) -> Plan:
     """The plan for these weights. Their decompositions are stored for the factors, if they fit beside the result."""
     workspace = job.context.workspace
     assert workspace is not None
@@ -393,7 +475,7 @@ def _allocated(job: Job, source: TensorSource, statistics: Statistics | None, ne
         source, statistics, job.context, job.scaling, job.counts_outliers, lambda _: fit, moments.release
     )
     with job.context.stage("decompositions"):
-        return allocate(analyzer.spectra(grids, neurons), job.config)
+        return allocate(analyzer.spectra(grids, neurons, experts), job.config)
 
 
 def _release(job: Job, plan: Plan) -> Callable[[Target], None]:
@@ -456,7 +538,7 @@ def _result(
             open_sink(source, output_dir, max_shard_size=size, overwrite=context.overwrite) as sink,
         ):
             trained = None if recovered.directory is None else CheckpointSource(recovered.directory)
-            factors = stored_factors(context.workspace, trained)
+            factors = stored_factors(context.workspace, trained, plan.name_in_result)
             if plan.plain and trained is not None:
                 source = with_trained(source, plan, trained)
             numbers |= recovered.numbers
@@ -501,6 +583,7 @@ def _record(plan: Plan, job: Job, recovered: Recovery, numbers: dict[str, Any]) 
         "rank_multiple": plan.rank_multiple,
         "split": len(plan.grids),
         "mlp_pruning": sum(mlp.pruned for mlp in plan.neurons.values()),
+        "expert_pruning": next((left.pruned / left.width for left in plan.experts.values()), 0.0),
         "include": list(plan.include),
         "exclude": list(plan.exclude),
         "recovery": recovered.settings,

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from welore.allocation.neurons import Neurons
 from welore.allocation.plan import Allocation, Plan
 from welore.config import ANYWHERE, CompressionConfig
 from welore.errors import WeLoreError
+from welore.layers.remaining import Remaining
 from welore.linalg.brain_surgeon import most_removed
 from welore.models.mlp import find_mlps
 from welore.models.resizing import Resizing, find_resizing
@@ -52,19 +52,24 @@ def default_multiple(width: int) -> int:
 
 
 def plain_plan(
-    source: TensorSource, neurons: Mapping[str, Neurons], config: CompressionConfig, statistics: Mapping[str, Any]
+    source: TensorSource,
+    target: tuple[str, float],
+    neurons: Mapping[str, Remaining],
+    experts: Mapping[str, Remaining],
+    config: CompressionConfig,
+    statistics: Mapping[str, Any],
 ) -> Plan:
-    """The plan of a source without all but these neurons: every matrix stays dense."""
-    original = source.original
-    lost = [mlp.name for mlp in find_mlps(original.skeleton, original.targets) if mlp.name not in neurons]
-    if lost:
+    """The plan of a source without all but these neurons, or experts: every matrix stays dense."""
+    original, multiple = source.original, config.rank_multiple or 1
+    if neurons:
+        multiple = config.rank_multiple or default_multiple(next(iter(neurons.values())).width)
+    mlps = [] if experts else find_mlps(original.skeleton, original.targets)
+    if lost := [mlp.name for mlp in mlps if mlp.name not in neurons]:
         raise WeLoreError(f"no token reached {lost[0]}: take more num_tokens, or another text")
-    multiple = config.rank_multiple or default_multiple(next(iter(neurons.values())).width)
-    name, value = config.target
     return Plan(
         model=source.identity,
         strategy="uniform",
-        target={name: value},
+        target=dict([target]),
         min_ratio=0.0,
         allow_growth=False,
         threshold=0.0,
@@ -76,11 +81,14 @@ def plain_plan(
         rank_multiple=multiple,
         optimize_for=ANYWHERE,
         neurons=neurons,
+        experts=experts,
     )
 
 
-def resizing_of(source: TensorSource, plan: Plan) -> Resizing:
-    """The change of the configuration that a plan for anywhere makes; source: the original."""
+def resizing_of(source: TensorSource, plan: Plan) -> Resizing | None:
+    """The change of MLPs in the configuration that a plan for anywhere makes, if any; source: the original."""
+    if not plan.neurons:
+        return None
     neurons = next(iter(plan.neurons.values()))
     return find_resizing(source, plan.shapes, neurons.width, len(neurons.indices))
 
@@ -88,4 +96,5 @@ def resizing_of(source: TensorSource, plan: Plan) -> Resizing:
 def with_trained(source: TensorSource, plan: Plan, trained: CheckpointSource) -> TensorSource:
     """The pruned source with the matrices of a checkpoint of its size."""
     names = [f"{target.name}.weight" for target in source.targets]
-    return OverlaySource(source, plan.shapes, {name: partial(trained.tensor, name) for name in names})
+    overrides = {name: partial(trained.tensor, plan.name_in_result(name)) for name in names}
+    return OverlaySource(source, plan.shapes, overrides)

@@ -103,7 +103,9 @@ def _require_neurons_alone(config: CompressionConfig, scaling: str) -> None:
     if scaling != KFAC:
         given.append(f"scaling {scaling}" if config.scaling else f"preset {config.preset}")
     if given:
-        raise WeLoreError(f"for {ANYWHERE} only neurons are taken out, as many as keep says: leave {given[0]} out")
+        raise WeLoreError(
+            f"for {ANYWHERE} nothing but neurons is taken out, as many as keep says, or experts: leave {given[0]} out"
+        )
 
 
 def resolve_calibration(calibration: CalibrationConfig | None, config: CompressionConfig) -> CalibrationConfig:

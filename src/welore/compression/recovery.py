@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from welore.allocation.neurons import as_json
 from welore.allocation.plan import Allocation, Plan
 from welore.compression.factorize import stored_factors
 from welore.compression.writing import write_compressed
@@ -27,6 +26,7 @@ from welore.io.atomic import atomic_directory
 from welore.io.context import RunContext
 from welore.io.memory import free_memory
 from welore.io.progress import silent
+from welore.layers.remaining import as_json
 from welore.layers.storage_forms import FORMS
 from welore.models.load import fastest
 from welore.models.sink import DirectorySink
@@ -217,7 +217,8 @@ def recover(
     assert context.workspace is not None
     training = _training(windows, plan, config, seed, context)
     trainable, training = choose_trainable(source, plan, config, training, context)
-    key = [plan.ranks, plan.forms, as_json(plan.neurons), digest(windows), config.learning_rate, config.fallbacks]
+    pruned = as_json({**plan.neurons, **plan.experts})
+    key = [plan.ranks, plan.forms, pruned, digest(windows), config.learning_rate, config.fallbacks]
     key += [config.relative_learning_rate, config.largest_share, dataclasses.asdict(training), context.processes.size]
     name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
     directory = context.workspace.directory / f"recovery-{name}"
@@ -233,8 +234,8 @@ def recover(
             write_windows(directory / WRITTEN, windows, predictions)
     context.processes.wait()
     training = replace(training, distill=str(directory / WRITTEN))
-    rate = config.learning_rate or learning_rate(compressed, plan, training, config)
-    run, record = _without_harm(compressed, plan, rate, training, config, context)
+    rate = config.learning_rate or learning_rate(compressed, plan.in_result, training, config)
+    run, record = _without_harm(compressed, plan.in_result, rate, training, config, context)
     settings, losses = record.settings, _losses(record)
     names = ["max_steps", "batch_size", "max_length", "learning_rate", "warmup_steps", "dtype", "seed"]
     names += ["distill_weight", "rank", "gradient_checkpointing", "stream_weights"]

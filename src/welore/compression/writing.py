@@ -1,5 +1,6 @@
 """The tensors of a compressed model, made from the factors one matrix at a time."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from welore.allocation.plan import Allocation, Plan
+from welore.compression.expert_pruning import require_same_experts
 from welore.compression.factorize import Factors
 from welore.compression.plain import resizing_of
 from welore.config import AUTO
@@ -38,15 +40,20 @@ def write_compressed(
         if isinstance(original, CheckpointSource)
         else sum(p.numel() * p.element_size() for p in original.skeleton.parameters())
     )
+    others = census(original.skeleton, original.targets).blocks_other
     outputs = compressed_tensors(source, plan, factors)
-    config = resizing_of(original, plan) if plan.plain else WeLoreConfig.of(plan)
+    config = resizing_of(original, plan) if plan.plain else WeLoreConfig.of(plan.in_result)
+    if plan.experts:
+        rename = plan.name_in_result
+        outputs = [replace(o.renamed(rename), layer=None if o.layer is None else rename(o.layer)) for o in outputs]
+        sink.take_out(require_same_experts(original, plan.experts), plan.experts)
     if weights == INT8:
         assert isinstance(config, WeLoreConfig)
         config = with_int8(config, original.skeleton, outputs)
     size = sink.write(outputs, config, progress)
     if sink.directory is not None:
         plan.save(sink.directory / PLAN)
-        if plan.plain and isinstance(original, CheckpointSource):
+        if (plan.plain or plan.experts) and isinstance(original, CheckpointSource):
             trust = original.trust_remote_code
             CheckpointSource(sink.directory, original.name, trust_remote_code=trust).require_complete()
     return {
@@ -54,7 +61,7 @@ def write_compressed(
         "bytes": size,
         "parameters_dense": dense,
         "parameters": counts.total - counts.targeted + plan.stored_parameters,
-        "block_parameters_dense": plan.dense_parameters + counts.blocks_other,
+        "block_parameters_dense": plan.dense_parameters + others,
         "block_parameters": plan.stored_parameters + counts.blocks_other,
         "left_dense_in_blocks": counts.blocks_other,
         "left_dense_names": list(counts.blocks_other_names),

@@ -151,6 +151,7 @@ def _making(record: Record, base: str) -> str:
         return ""
     method = ("preset", "optimize_for") if settings.get("preset") else ("strategy", "scaling", "optimize_for")
     names = [name for name in (*method, "weights") if settings.get(name, AUTO) not in (None, AUTO)]
+    names += ["expert_pruning"] * bool(settings.get("expert_pruning"))
     chosen = dict(target) | {name: settings[name] for name in names}
     flags = [f"--{'for' if key == 'optimize_for' else key.replace('_', '-')} {value}" for key, value in chosen.items()]
     recovery = settings.get("recovery")

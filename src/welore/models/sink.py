@@ -1,6 +1,7 @@
 """Where the tensors of a result go: a checkpoint directory, or the model in memory whose layers are exchanged."""
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,8 @@ from welore.errors import WeLoreError
 from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import OutputTensors, write_config, write_weights
 from welore.io.progress import Progress
+from welore.layers.remaining import Remaining
+from welore.models.expert_pruning import ExpertPruning
 from welore.models.experts import fuse, fused_outputs, unfuse
 from welore.models.int8 import quantize_layers, quantized_tensors
 from welore.models.key_names import Rename, of_layer, saved_name
@@ -50,6 +53,14 @@ class DirectorySink:
         self.source, self.directory, self.max_shard_size = source, directory, max_shard_size
         self.rename, self.skeleton = rename, skeleton
 
+        self.pruning: ExpertPruning | None = None
+
+    def take_out(self, pruning: ExpertPruning, experts: Mapping[str, Remaining]) -> None:
+        """Write a model with these experts alone, numbered anew."""
+        assert self.skeleton is not None
+        self.pruning, self.skeleton = pruning, copy.deepcopy(self.skeleton)
+        pruning.apply(self.skeleton, experts)
+
     def write(self, outputs: Sequence[OutputTensors], config: Change, progress: Progress) -> int:
         """Write the weights, config.json (config: None for a dense result) and the small files; returns their bytes."""
         content: dict[str, Any] | None = None
@@ -66,7 +77,8 @@ class DirectorySink:
             outputs = fused_outputs(outputs, self.skeleton)
         outputs = [output.renamed(self.rename) for output in outputs]
         size = write_weights(self.directory, outputs, self.max_shard_size, progress)
-        write_config(self.source, self.directory, content, change)
+        pruned: Callable[..., dict[str, Any]] = self.pruning.resizing.changed if self.pruning else dict
+        write_config(self.source, self.directory, content, lambda config: change(pruned(config)))
         return size
 
 
@@ -77,6 +89,10 @@ class ModelSink:
         self, model: "PreTrainedModel", directory: Path | None = None, max_shard_size: str = SHARD_SIZE
     ) -> None:
         self.model, self.directory, self.max_shard_size = model, directory, max_shard_size
+
+    def take_out(self, pruning: ExpertPruning, experts: Mapping[str, Remaining]) -> None:
+        """Leave these experts of the model alone, numbered anew."""
+        pruning.apply(self.model, experts)
 
     def write(self, outputs: Sequence[OutputTensors], config: Change, progress: Progress) -> int:
         """Exchange the layers that the outputs change; tensors that are copied stay where they are."""

@@ -64,7 +64,7 @@ def summarise(plan: Plan) -> list[TypeSummary]:
         ratio = float(np.mean([a.reduction_ratio for a in group]))
         shares = [(gaussian_null(*a.shape) < plan.threshold).mean() for a in group if plan.strategy == "welore"]
         null = float(np.mean(shares)) if shares else None
-        dense, stored = sum(map(plan.dense_numel, group)), sum(a.stored_parameters for a in group)
+        dense, stored = int(sum(map(plan.dense_numel, group))), sum(a.stored_parameters for a in group)
         lrcs = sum(a.factored for a in group)
         summaries.append(TypeSummary(module_type, len(group), lrcs, ratio, null, dense, stored))
     return summaries

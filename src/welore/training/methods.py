@@ -18,7 +18,7 @@ from welore.errors import WeLoreError, choose
 from welore.layers.expert_names import is_of_expert
 from welore.layers.int8 import Int8Layer
 from welore.layers.low_rank import LowRankLayer
-from welore.models.experts import unfuse
+from welore.models.experts import fused_experts, fused_tensors, unfuse, unfused
 from welore.models.replace import compression_config
 from welore.models.skeleton import decoder_blocks
 from welore.models.targets import find_targets, in_blocks
@@ -32,10 +32,14 @@ GALORE_SCALE = 0.25  # the update's factor: GaLore, section 5
 
 @dataclass(frozen=True)
 class Matrices:
-    """Names of the targeted matrices: those that are factored or would be (LRCs), and the others."""
+    """Names of the targeted matrices: those that are factored or would be (LRCs), and the others.
+
+    fused: parameters that hold matrices of all experts of a layer, which are N-LRCs.
+    """
 
     lrc: Sequence[str]
     nlrc: Sequence[str]
+    fused: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -170,9 +174,11 @@ def find_matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrice
     include, exclude = patterns.get("include", ()), patterns.get("exclude", ())
     if plan is not None:
         include, exclude = plan.include, plan.exclude
-    targets = find_targets(model, include, exclude)
+    mixtures = {} if plan is None else fused_experts(model)
+    apart = unfused(model) if mixtures else model
+    targets = find_targets(apart, include, exclude)
     names = [target.name for target in targets]
-    factored = {name for name in names if isinstance(model.get_submodule(name), LowRankLayer)}
+    factored = {name for name in names if isinstance(apart.get_submodule(name), LowRankLayer)}
     if plan is not None:
         if factored:
             raise WeLoreError("a plan tells the matrices of a dense model apart; this model is compressed already")
@@ -183,7 +189,15 @@ def find_matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrice
         if not plan.neurons:  # else its shapes are those after pruning
             shapes = {target.name: target.shape for target in in_blocks(targets, plan.grids)}
             plan.check_shapes({a.name: shapes[a.name] for a in plan.allocations if a.name in shapes})
-    return Matrices([n for n in names if n in factored], [n for n in names if n not in factored])
+    nlrc = [name for name in names if name not in factored]
+    fused = [
+        f"{mixture}.{tensor.name}"
+        for mixture, module in mixtures.items()
+        for tensor in fused_tensors(module)
+        if {f"{name}.weight" for name in nlrc}.issuperset(tensor.names(mixture, 0))
+    ]
+    inside = tuple(f"{mixture}." for mixture in mixtures)
+    return Matrices([n for n in names if n in factored], [n for n in nlrc if not n.startswith(inside)], fused)
 
 
 def _lrc(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
@@ -202,9 +216,11 @@ def _lrc(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel
 
 def _nlrc(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
     """The control of the paper's figure 5."""
-    if not matrices.nlrc:
+    if not (matrices.nlrc or matrices.fused):
         raise WeLoreError("method nlrc has nothing to train: every targeted matrix of this model is factored; use lrc")
     _train_only(model, [model.get_submodule(name) for name in matrices.nlrc])
+    for name in matrices.fused:
+        model.get_parameter(name).requires_grad_()
     return MarkedModel(model, "the dense targeted matrices (N-LRCs)")
 
 
