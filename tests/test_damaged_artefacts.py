@@ -58,6 +58,9 @@ PLANS: dict[str, Change] = {
     "grids of x.b": lambda plan: plan.update(grids={"x.b": [2]}),
     "65536 together": lambda plan: plan.update(grids={"x.b": [1 << 40, 1]}),
     "neurons of an MLP": lambda plan: plan["neurons"]["mlp"].update(kept="0-3,3"),
+    "different numbers of experts": lambda plan: plan.update(
+        experts={name: {"width": 4, "kept": left} for name, left in (("a", "0-1"), ("b", "0-2"))}
+    ),
     "0 to 8": lambda plan: plan["neurons"]["mlp"].update(kept="0-9"),
     "invalid literal": lambda plan: plan["neurons"]["mlp"].update(kept="0-3;7"),
     "no MLP has so many": lambda plan: plan["neurons"]["mlp"].update(kept=f"0-{1 << 50}", width=1 << 51),

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,17 @@ def test_refused(case: str, dense: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(WeLoreError, match=sentence):
         welore.compress(directory, tmp_path / "small", CompressionConfig(**{"expert_pruning": 0.25} | settings))
     assert not (tmp_path / "small").exists()
+
+
+def test_plan_for_other_experts_is_refused(dense: Callable[..., Path], tmp_path: Path) -> None:
+    directory = dense("Mixtral")
+    how: dict[str, Any] = {"expert_pruning": 0.25, "optimize_for": "anywhere", "recovery": None}
+    compress(directory, tmp_path / "small", statistics=(known := statistics_of(loaded(directory), tmp_path)), **how)
+    plan = Plan.load(tmp_path / "small/plan.json")
+    (first, left), *others = plan.experts.items()
+    for experts in (dict(others), {first: replace(left, width=9), **dict(others)}):
+        with pytest.raises(WeLoreError, match=f"takes experts out of {first}, which this model does not have in that"):
+            compress(directory, tmp_path / "again", plan=replace(plan, experts=experts), statistics=known)
 
 
 def test_groups_of_experts_lose_as_many() -> None:

@@ -26,7 +26,8 @@ class Remaining:
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in pairwise(self.indices))
         if not self.indices or not ascending or self.indices[0] < 0 or self.indices[-1] >= self.width:
-            raise WeLoreError(f"those that are left are some of 0 to {self.width - 1}, ascending, at least one")
+            few = f"some of 0 to {self.width - 1}, ascending, at least one"
+            raise WeLoreError(f"the neurons of an MLP, or the experts of a mixture, are {few}")
 
     @property
     def pruned(self) -> int:
