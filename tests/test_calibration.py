@@ -541,7 +541,7 @@ def test_bfloat16_products_give_nearly_the_statistics_of_float32(whole: bool, tm
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_and_head_stay_in_the_dtype_of_the_model(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_runner, "CONVERTED", 10 * 32)  # ten rows of the head
+    monkeypatch.setattr("welore.layers.head.AT_ONCE", 10 * 32)  # ten rows of the head
     model = build("llama", torch.bfloat16, tie_word_embeddings=tied)
     runner = block_runner.block_runner(model, IDS[:1], torch.device("cpu"), torch.float32, torch.bfloat16)
     assert runner is not None

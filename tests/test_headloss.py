@@ -3,9 +3,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers import PreTrainedModel, TrainingArguments
 
 from conftest import build
+from welore.layers.head import linear_in_pieces, pieces_of
 from welore.training.objective import Objective
 from welore.training.trainer import FinetuneTrainer
 
@@ -74,3 +76,19 @@ def test_a_model_that_changes_its_logits_keeps_its_loss() -> None:
     assert found == pytest.approx(expected, rel=1e-5)
     for name, gradient in gradients.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_in_pieces_are_the_product(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("welore.layers.head.AT_ONCE", 10 * 32)  # ten rows
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 5, 32).bfloat16(), torch.randn(33, 32).bfloat16()
+    added, above = torch.randn(33).bfloat16() if bias else None, torch.randn(2, 5, 33).bfloat16()
+    assert [len(piece) for piece in pieces_of(weight)] == [10, 10, 10, 3]
+    results = []
+    for product in (linear_in_pieces, linear):
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+        y = product(*leaves, added)
+        results.append([y, *torch.autograd.grad(y, leaves, above)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours.float(), expected.float(), rtol=0.02, atol=0.05)

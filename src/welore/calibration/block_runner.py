@@ -18,6 +18,7 @@ from welore.io.memory import free_memory
 from welore.io.pages import give_back
 from welore.layers.experts import Experts
 from welore.layers.frozen_linear import leave_weights
+from welore.layers.head import pieces_of
 from welore.models.copies import frozen_copy
 from welore.models.skeleton import decoder_blocks
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LOGITS = 1 << 23  # numbers of the logits in memory at once
-CONVERTED = 1 << 25  # numbers of the head's weight that are float32 at once
 TOLERANCE = 1e-5  # of the logits of single blocks, relative to the largest logit of the model
 
 
@@ -42,8 +42,7 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
         ctx.low = low
-        rows = max(1, CONVERTED // weight.shape[1])
-        logits = torch.cat([linear(hidden, part.float()) for part in weight.split(rows)], dim=-1)
+        logits = torch.cat([linear(hidden, piece.float()) for piece in pieces_of(weight)], dim=-1)
         return logits if bias is None else logits.add_(bias)
 
     @staticmethod

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from welore.data.packing import IGNORED, Batch
 from welore.data.windows import TopK
+from welore.layers.head import linear_in_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -206,4 +207,4 @@ def _logits(states: Tensor, head: Any) -> Tensor:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     weight, bias = head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
     with torch.autocast(kind, enabled=False):  # its cast of a weight would be differentiated once, in low precision
-        return functional.linear(states.to(dtype), weight, bias).float()
+        return linear_in_pieces(states.to(dtype), weight, bias).float()
