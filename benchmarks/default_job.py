@@ -12,6 +12,7 @@ becomes of it with the result of a job that nobody disturbed.
 
 import argparse
 import gc
+import math
 import random
 import shutil
 import signal
@@ -201,6 +202,13 @@ def extrapolated(settings: dict[str, Any]) -> dict[str, Any]:
     return columns
 
 
+def entire(settings: dict[str, Any]) -> dict[str, Any]:
+    """Needs of the job for all layers and experts of its shape, on this machine, with the tokens of the default."""
+    with tempfile.TemporaryDirectory() as directory:
+        model = make_checkpoint(Path(directory) / DENSE, SHAPES[settings["shape"]], hollow=True)
+        return dict(estimated(model, settings | {"num_tokens": NUM_TOKENS}))
+
+
 def shape_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The shape that was asked for."""
     shape: dict[str, Any] = SHAPES[arguments.shape]
@@ -213,6 +221,7 @@ def prepare(directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     names = (
         "shape",
         "layers",
+        "experts",
         "num_tokens",
         "keep",
         "optimize_for",
@@ -249,6 +258,11 @@ def run(directory: Path, arguments: argparse.Namespace) -> None:
     checkpoint = sum(file.stat().st_size for file in (directory / DENSE).glob("*.safetensors"))
     numbers |= {"checkpoint_bytes": checkpoint, "work_over_checkpoint": numbers["work_bytes"] / checkpoint}
     numbers |= {"estimated": estimated(directory / DENSE, settings), "extrapolated": extrapolated(settings)}
+    if arguments.layers or arguments.experts:
+        all_of_it, measured = SHAPES[arguments.shape], shape_of(arguments)
+        counts = [name for name in ("num_hidden_layers", "num_experts") if name in measured]
+        numbers["entire_over_measured"] = math.prod(all_of_it[name] / measured[name] for name in counts)
+        numbers["entire"] = entire(settings)
     if arguments.kill_at_random is not None:
         numbers["kills"] = kill_at_random(directory, arguments.kill_at_random, arguments.kills)
     inputs = {"model": f"{arguments.shape} shape, random heavy-tailed weights"}

@@ -27,11 +27,14 @@ from welore.models.source import CheckpointSource
 Item = TypeVar("Item")
 
 
-def measured(model: Path, rank_reduction: float, workers: int) -> dict[str, Any]:
-    """Peaks in bytes, overall and by stage; seconds of every step; the numbers of the compression record."""
+def measured(model: Path, rank_reduction: float, workers: int, *exclude: str) -> dict[str, Any]:
+    """Peaks in bytes, overall and by stage; seconds of every step; the numbers of the compression record.
+
+    exclude: patterns of the matrices that stay dense.
+    """
     with tempfile.TemporaryDirectory() as directory:
         out = str(Path(directory) / "small")
-        command = [sys.executable, __file__, str(model), out, str(rank_reduction), str(workers)]
+        command = [sys.executable, __file__, str(model), out, str(rank_reduction), str(workers), *exclude]
         found: dict[str, Any] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return found
 
@@ -113,7 +116,7 @@ class Watch:
         self.whenever(self.stages)
 
 
-def main(model: str, out: str, rank_reduction: float, workers: int) -> dict[str, Any]:
+def main(model: str, out: str, rank_reduction: float, workers: int, *exclude: str) -> dict[str, Any]:
     """Compress, and what `measured` returns."""
     factorise(torch.randn(64, 64), 8)
     singular_values(torch.randn(64, 64))
@@ -121,7 +124,7 @@ def main(model: str, out: str, rank_reduction: float, workers: int) -> dict[str,
     return_freed_memory()  # as the command does
     modules = set(sys.modules)
     with Watch(0.002) as watch:
-        config = CompressionConfig(rank_reduction=rank_reduction)
+        config = CompressionConfig(rank_reduction=rank_reduction, exclude=exclude)
         result = compress(model, out, config, workers=workers, progress=watch.progress)
     assert set(sys.modules) == modules, f"loaded within what is measured: {sorted(set(sys.modules) - modules)}"
     peaks = {label: stage["anonymous_peak_bytes"] for label, stage in watch.stages.items()}
@@ -137,4 +140,4 @@ def main(model: str, out: str, rank_reduction: float, workers: int) -> dict[str,
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]))))
+    print(json.dumps(main(sys.argv[1], sys.argv[2], float(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])))

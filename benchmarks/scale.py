@@ -1,7 +1,8 @@
 """Does the cost of `compress` grow as it should up to 7B shapes, and does its memory stay bounded? A record and a plot.
 
 Memory: a few layers of a checkpoint with the shapes of Llama-2-7B (bf16, sharded, random weights with a heavy-tailed
-spectrum) go through `compress` in a process of its own that measures itself, above what the imports take.
+spectrum) go through `compress` in a process of its own that measures itself, above what the imports take. With
+--mixture only this, for the shapes of Qwen3-30B-A3B, into a record of its own.
 Time: every kind of matrix of 135M, 1B and 7B models, one thread, ours against two torch.svd (which the reference needs)
 and against the flop floor, one after the other in one process; the fastest of a few runs, for the machine is shared.
 A torch.svd that would take longer than a minute is extrapolated from the next smaller model by k^2 * max(m, n), and
@@ -28,14 +29,14 @@ from floor import operations, speeds
 from footprint import measured
 from random_model import SHAPES as RANDOM
 from random_model import heavy_tailed, make_checkpoint
+from welore.layers.expert_names import is_of_expert
 from welore.linalg.svd import decompose
-from welore.models.targets import Target
+from welore.models.source import CheckpointSource
 from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
-LAYERS_7B = 32
-LARGEST_BYTES = 11008 * 4096 * 4  # the largest matrix of a 7B model in float32
-LIMITS = {"one_gigabyte": 1e9, "six_largest_matrices": 6.0 * LARGEST_BYTES}
+DENSE, MIXTURE = "llama-2-7b", "qwen3-30b-a3b"
+ATTENTION = "self_attn"  # excluded, so that only experts are in work
 RANK_REDUCTION, KEPT = 0.5, 0.2  # of the model; share of the full rank at which single matrices are factored
 PATIENCE_SECONDS = 60.0
 SHAPES = {
@@ -45,34 +46,47 @@ SHAPES = {
 }
 
 
-def compress_checkpoint(layers: int) -> dict[str, Any]:
-    """Peak memory and seconds of `compress` with one worker, by shape and for all 32 layers."""
+def compress_checkpoint(shape: str, layers: int, **changes: Any) -> dict[str, Any]:
+    """Peak memory and seconds of `compress` with one worker, by shape and for all layers of a model.
+
+    changes: to the shape.
+    """
     with tempfile.TemporaryDirectory() as temporary:
-        dense = Path(temporary) / "dense"
-        make_checkpoint(dense, RANDOM["llama-2-7b"] | {"num_hidden_layers": layers, "vocab_size": 1000})
+        dense = make_checkpoint(Path(temporary) / "dense", RANDOM[shape] | {"num_hidden_layers": layers} | changes)
         dense_bytes = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
-        found = measured(dense, RANK_REDUCTION, workers=1)
+        targets = CheckpointSource(dense).targets
+        shapes = {target.shape: target.cost for target in targets}
+        expert = 4 * max([math.prod(t.shape) for t in targets if is_of_expert(t.name)], default=0)
+        found = measured(dense, RANK_REDUCTION, 1)
+        alone = measured(dense, RANK_REDUCTION, 1, ATTENTION)["resident_peak_bytes"] if expert else 0
     numbers, steps = found["numbers"], found["steps"]
+    largest = 4 * max(map(math.prod, shapes))  # bytes in float32
     seconds: dict[str, dict[str, float]] = {}
-    for m, n in SHAPES["7B"].values():
+    for (m, n), cost in shapes.items():
         for label in ("singular values", "factors"):
-            taken = [s for cost, s in steps[label] if cost == Target("", (m, n)).cost]
+            taken = [s for spent, s in steps[label] if spent == cost]
             if taken:
                 seconds.setdefault(label, {})[f"{m}x{n}"] = statistics.mean(taken)
     in_steps = sum(s for taken in steps.values() for _, s in taken)
+    processor = sum(stage["processor_seconds"] for stage in numbers["stages"].values())
+    all_layers = RANDOM[shape]["num_hidden_layers"]
+    experts = {"resident_peak_bytes": alone, "over_their_largest_matrix": alone / expert} if expert else {}
     return {
         "layers": layers,
+        "experts_alone": experts,
+        "all_layers": all_layers,
         "anonymous_peak_bytes": found["anonymous_peak_bytes"],
         "anonymous_peak_bytes_by_stage": found["anonymous_peak_bytes_by_stage"],
         "resident_baseline_bytes": found["resident_baseline_bytes"],
         "resident_peak_bytes": found["resident_peak_bytes"],
-        "resident_peak_over_largest_matrix": found["resident_peak_bytes"] / LARGEST_BYTES,
-        "limits_bytes": LIMITS,
+        "resident_peak_over_largest_matrix": found["resident_peak_bytes"] / largest,
+        "limits_bytes": {"one_gigabyte": 1e9, "six_largest_matrices": 6.0 * largest},
         "checkpoint_bytes": dense_bytes,
         "seconds_per_matrix": seconds,
         "seconds": numbers["seconds"],
         "seconds_in_progress_steps": in_steps,
-        "hours_7b_extrapolated": numbers["seconds"] / layers * LAYERS_7B / 3600,
+        "processor_seconds": processor,
+        "processor_hours_extrapolated": processor / layers * all_layers / 3600,
         **{name: numbers[name] for name in ("matrices", "lrcs", "rank_reduction", "parameter_ratio")},
         **{name: numbers[name] for name in ("largest_excess", "repaired_in_float64")},
     }
@@ -202,29 +216,44 @@ def exponent(costs: list[Cost]) -> float:
     return math.log(last.ours / first.ours) / math.log(last.shape[0] / first.shape[0])
 
 
+def summary(shape: str, numbers: dict[str, Any]) -> str:
+    """One line of what `compress_checkpoint` found."""
+    peak, ratio = numbers["resident_peak_bytes"], numbers["resident_peak_over_largest_matrix"]
+    return (
+        f"{shape}, {numbers['layers']} layers: peak resident set {peak / 1e6:.0f} MB above the imports ({ratio:.1f} x "
+        f"the largest matrix in float32); {numbers['processor_hours_extrapolated']:.1f} h of "
+        f"one core for all {numbers['all_layers']} layers"
+    )
+
+
 def main() -> None:
     """Measure, draw docs/benchmarks/scale.png, write docs/benchmarks/scale.json, print one line; 1 if over a limit."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=2, help="layers of the 7B-shaped checkpoint")
-    layers = parser.parse_args().layers
+    parser.add_argument("--layers", type=int, default=2, help="layers of the checkpoint")
+    parser.add_argument("--mixture", action="store_true", help="the memory of a mixture of experts, and nothing else")
+    arguments = parser.parse_args()
+    shape, layers = MIXTURE if arguments.mixture else DENSE, arguments.layers
     torch.set_num_threads(1)
-    with threadpool_limits(1):
-        costs = growth()
-    draw(costs, HERE / "scale.png")
-    numbers = compress_checkpoint(layers)
-    numbers |= {"growth": [c.numbers() for c in costs], "growth_exponent_of_square_matrices": exponent(costs)}
-    inputs = {"model": "Llama-2-7B shapes, random heavy-tailed weights"}
-    settings = {"threads": 1, "workers": 1, "layers": layers, "rank_reduction": RANK_REDUCTION, "kept": KEPT}
-    Record("scale", inputs, settings, numbers).save(HERE / "scale.json")
-    peak = numbers["resident_peak_bytes"]
-    faster = f"{costs[-1].svd / costs[-1].ours:.1f}x" + " (extrapolated)" * costs[-1].svd_extrapolated
-    print(
-        f"7B shapes, {layers} layers: peak resident set {peak / 1e6:.0f} MB above the imports "
-        f"({peak / LARGEST_BYTES:.1f} x the largest matrix in float32); {numbers['hours_7b_extrapolated']:.1f} h for "
-        f"all {LAYERS_7B} layers with one thread; one 11008 x 4096: {faster} faster than two torch.svd; "
-        f"cost of square matrices grows with k^{exponent(costs):.2f}"
-    )
-    if peak > min(LIMITS.values()):
+    settings = {"threads": 1, "workers": 1, "layers": layers, "rank_reduction": RANK_REDUCTION}
+    if arguments.mixture:
+        numbers, name = compress_checkpoint(shape, layers), "scale_mixture"
+        line = summary(shape, numbers)
+    else:
+        with threadpool_limits(1):
+            costs = growth()
+        draw(costs, HERE / "scale.png")
+        numbers, name = compress_checkpoint(shape, layers, vocab_size=1000), "scale"
+        numbers |= {"growth": [c.numbers() for c in costs], "growth_exponent_of_square_matrices": exponent(costs)}
+        settings["kept"] = KEPT
+        faster = f"{costs[-1].svd / costs[-1].ours:.1f}x" + " (extrapolated)" * costs[-1].svd_extrapolated
+        line = (
+            f"{summary(shape, numbers)}; one 11008 x 4096: {faster} faster than two torch.svd; cost of square matrices "
+        )
+        line += f"grows with k^{exponent(costs):.2f}"
+    inputs = {"model": f"{shape} shapes, random heavy-tailed weights"}
+    Record("scale", inputs, settings, numbers).save(HERE / f"{name}.json")
+    print(line)
+    if numbers["resident_peak_bytes"] > min(numbers["limits_bytes"].values()):
         raise SystemExit("the peak is above the limit")
 
 

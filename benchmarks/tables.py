@@ -186,6 +186,43 @@ def default_job() -> str:
     return "\n".join(lines)
 
 
+def mixture() -> str:
+    """One layer of a mixture through the paper's method, and all layers by extrapolation, from benchmarks/scale.py."""
+    n = Record.load(HERE / "scale_mixture.json").numbers
+    alone = n["experts_alone"]
+    rows = [
+        ["peak anonymous memory", megabytes(n["anonymous_peak_bytes"])],
+        ["peak resident set, mapped pages included", megabytes(n["resident_peak_bytes"])],
+        ["the same over the largest matrix in float32", f"{n['resident_peak_over_largest_matrix']:.1f}"],
+        ["peak resident set with the experts alone", megabytes(alone["resident_peak_bytes"])],
+        ["the same over one matrix of an expert in float32", f"{alone['over_their_largest_matrix']:.1f}"],
+        ["anonymous memory before the first matrix is read", megabytes(n["anonymous_peak_bytes_by_stage"]["start"])],
+        [f"processor time of {n['matrices']} matrices", f"{n['processor_seconds']:,.0f} s"],
+        [f"processor time of {n['all_layers']} layers, extrapolated", f"{n['processor_hours_extrapolated']:.1f} h"],
+    ]
+    return marked_down(Table("", ["shape of Qwen3-30B-A3B, one layer, one worker", "above the imports"], rows))
+
+
+def mixture_job() -> str:
+    """The default job of one layer of a mixture by stage, and what the formulas say of all of its layers."""
+    record = Record.load(HERE / "default_job_mixture.json")
+    n, base = record.numbers, record.numbers["resident_baseline_bytes"]
+    head = ["stage", "processor time", "resident memory", "estimated memory", "all layers and experts: memory"]
+    head += ["pages of the mapped file", "disk"]
+    rows = []
+    for name, stage in n["estimated"].items():
+        took, whole = n["record_of_the_job"][name], n["entire"][name]
+        needed = whole["note"] if "does not fit" in whole["note"] else f"{whole['host_bytes'] / 1e9:.1f} GB"
+        row = [name, f"{took['processor_seconds']:,.0f} s", f"{(took['peak_memory_bytes'] - base) / 1e9:.1f} GB"]
+        row += [f"{(stage['host_bytes'] + stage['mapped_bytes']) / 1e9:.1f} GB", needed]
+        row += [f"{whole[key] / 1e9:.0f} GB" for key in ("mapped_bytes", "disk_bytes")]
+        rows.append(row)
+    reached, larger = ("statistics", "decompositions", "factors", "writing"), n["entire_over_measured"]
+    seconds = larger * sum(n["record_of_the_job"][name]["processor_seconds"] for name in reached)
+    rows.append(["all but text and recovery, of all layers and experts", f"{seconds / 3600:.1f} h", *[""] * 5])
+    return marked_down(Table("", head, rows))
+
+
 def memory() -> str:
     """Peak memory of compress, from benchmarks/memory.py."""
     n = Record.load(HERE / "memory.json").numbers
@@ -720,6 +757,8 @@ TABLES = {
     "against_commit": against_commit,
     "memory": memory,
     "default_job": default_job,
+    "mixture": mixture,
+    "mixture_job": mixture_job,
     "inference": inference,
     "layouts": layouts,
     "serving": serving,

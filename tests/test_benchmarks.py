@@ -145,6 +145,21 @@ def test_scale_measures_shapes_and_draws_them(benchmark: Callable[..., ModuleTyp
 
 
 @pytest.mark.slow
+def test_scale_measures_a_mixture_and_its_experts_alone(
+    benchmark: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    scale = benchmark("scale", MIXTURE="tiny-mixture")
+    monkeypatch.setattr(sys, "argv", ["scale", "--mixture"])
+    with pytest.raises(SystemExit, match="above the limit"):  # which is that of large matrices
+        scale.main()
+    measured = numbers(tmp_path / "scale_mixture.json")
+    assert measured["matrices"] == 2 * (4 + 3 * 8)
+    assert measured["experts_alone"]["resident_peak_bytes"] > 0
+    rows = benchmark("tables").mixture().splitlines()
+    assert {row.count("|") for row in rows} == {3}
+
+
+@pytest.mark.slow
 def test_inference_compares_the_forms_of_a_layer_and_of_a_model(
     benchmark: Callable[..., ModuleType], tmp_path: Path
 ) -> None:
