@@ -18,7 +18,7 @@ from campaigns.architectures import build as build_architecture
 from campaigns.architectures import loaded, matrix_of
 from conftest import build, compress, logits
 from test_checkpoint import equal, weights_of
-from toys import calibrate
+from toys import calibrate, characters, checkpoint, finetuned
 from welore.calibration.scaling import DAMPING_INPUTS, DAMPING_OUTPUTS
 from welore.config import CalibrationConfig, CompressionConfig
 from welore.io.context import RunContext
@@ -273,6 +273,29 @@ def test_plan_for_a_dense_mixture_tells_which_experts_are_trained(tmp_path: Path
     marked = mark_trainable(model, "lrc", plan=plan)
     trained = {n.removesuffix(".weight") for n, p in marked.model.named_parameters() if p.requires_grad}
     assert trained == set(plan.ranks)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("memory", [False, True])
+def test_fine_tuning_by_a_plan_saves_the_experts_that_it_trains(family: str, memory: bool, tmp_path: Path) -> None:
+    """lrc on the dense mixture, the control of the paper; files of the second family hold 3-D tensors."""
+    source, text = checkpoint(tmp_path / "dense", None, family), tmp_path / "text.txt"
+    text.write_text("Nothing of this has the model read before. " * 60)
+    plan = welore.compress(loaded(source), config=CompressionConfig(keep=0.6, **PAPER), recovery=None).plan
+    how: dict[str, Any] = {"max_steps": 2, "batch_size": 2, "max_length": 64, "learning_rate": 1e-2, "plan": plan}
+    model = loaded(source) if memory else source
+    finetuned(model, tmp_path / "run", "lrc", dataset=str(text), tokenizer=characters() if memory else None, **how)
+    before, after = weights_of(source), weights_of(tmp_path / "run/model")
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+    old, new = loaded(source), loaded(tmp_path / "run/model")
+    moved = {a.name for a in plan.allocations if not torch.equal(matrix_of(old, a.name), matrix_of(new, a.name))}
+    assert moved <= plan.lrc_layers
+    assert len(moved) > 0.7 * len(plan.lrc_layers)  # some experts no token has reached
+    assert any(".experts." in name for name in moved)
+    if memory:
+        assert any(isinstance(module, Experts) for module in model.modules())
+        for name in moved:
+            assert torch.equal(model.get_submodule(name).weight, matrix_of(new, name))
 
 
 def test_pruned_int8_and_split_experts(saved: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor) -> None:

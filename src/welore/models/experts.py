@@ -149,6 +149,20 @@ def unfused(model: Any) -> Any:
     return twin
 
 
+def fused(model: Any) -> Any:
+    """A dense model with its experts together, as its family has them: itself, or another one with the same numbers.
+
+    A compressed model whose experts are layers of their own stays as it is.
+    """
+    apart = any(isinstance(module, Experts) for module in model.modules())
+    if not apart or getattr(model.config, "quantization_config", None) is not None:
+        return model
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, tensors)
+    fuse(twin)
+    return twin
+
+
 @torch.no_grad()
 def fuse(model: Any) -> None:
     """Put the experts of a model, all dense again, back into 3-D parameters, in place."""

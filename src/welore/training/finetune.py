@@ -22,11 +22,12 @@ from welore.io.checkpoint import PLAN, RECORD
 from welore.io.context import RunContext
 from welore.io.progress import silent
 from welore.models.card import read_card, write_card
+from welore.models.experts import fused
 from welore.models.load import sizes_in, warn_if_slow
 from welore.records import Record
 from welore.training.arguments import check_launch, is_recorded, resolve_defaults, sequences_read
 from welore.training.data import collate, reading_order
-from welore.training.methods import known_warnings, state_classes
+from welore.training.methods import known_warnings, state_classes, take_apart
 from welore.training.objective import Objective
 from welore.training.originals import borrowed, same_randomness
 from welore.training.preparation import Prepared, cast, prepare
@@ -88,6 +89,8 @@ def finetune(
     config = resolve_defaults(config, context.device)
     check_launch(os.environ, config.method, context.device.type, config.distill)
     warn_if_slow(getattr(torch, config.dtype), context.device)
+    if isinstance(model, nn.Module):
+        take_apart(model, plan)  # and leave it so
     in_memory = borrowed(model) if isinstance(model, nn.Module) else nullcontext()
     directory = run_directory(output_dir, model, config, plan, resume=resume, overwrite=context.overwrite)
     with in_memory, directory as out, same_randomness(context.device):
@@ -182,7 +185,7 @@ def _save(run: Prepared, out: Path, dtype: torch.dtype | None, made: str) -> dic
     if run.leads:
         with atomic_directory(out / MODEL, overwrite=True) as unfinished:
             if not copied:
-                tuned.save_pretrained(unfinished, state_dict=state)
+                (tuned if state else fused(tuned)).save_pretrained(unfinished, state_dict=state)
                 run.tokenizer.save_pretrained(unfinished)
             else:
                 run.originals.write(unfinished, tuned, trained, dtype)

@@ -128,9 +128,7 @@ def mark_trainable(
             "then `welore export --format int8` that"
         )
     refuse_options(method, train_norms=train_norms, rank=rank)
-    plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
-    if plan is not None and any(map(is_of_expert, plan.lrc_layers)):
-        unfuse(model)
+    plan = take_apart(model, plan)
     marked = entry.mark(model, find_matrices(model, plan), rank or entry.default_rank or 0)
     if not train_norms:
         return marked
@@ -166,6 +164,14 @@ def refuse_options(method: str, *, train_norms: bool, rank: int | None) -> None:
     missing = [package for package in entry.packages if importlib.util.find_spec(package) is None]
     if missing:
         raise WeLoreError(f"method {method} needs {', '.join(missing)}: pip install 'welore[{entry.extra}]'")
+
+
+def take_apart(model: "PreTrainedModel", plan: Plan | str | Path | None) -> Plan | None:
+    """Make linear layers of the fused experts of a model, in place, if matrices of experts are LRCs of the plan."""
+    plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
+    if plan is not None and any(map(is_of_expert, plan.lrc_layers)):
+        unfuse(model)
+    return plan
 
 
 def find_matrices(model: "PreTrainedModel", plan: Plan | None = None) -> Matrices:

@@ -20,6 +20,8 @@ from welore.io.pages import give_back
 from welore.io.progress import silent
 from welore.io.resume import file_states
 from welore.io.safetensors_stream import TensorInfo
+from welore.layers.experts import Experts
+from welore.models.experts import fused_outputs
 from welore.models.remote_code import add_bootstrap
 from welore.models.source import CheckpointSource
 
@@ -105,15 +107,18 @@ class Originals:
         from transformers.core_model_loading import revert_weight_conversion
 
         assert self.directory is not None
-        new = dict(revert_weight_conversion(model, dict(tensors)))
-        source, prefix = CheckpointReader(self.directory), CheckpointSource(self.directory).prefix
-        outputs = []
-        for key, info in source.entries.items():
-            kind = dtype if dtype is not None and info.dtype.is_floating_point else info.dtype
-            name = key if key in new else prefix + key
-            outputs.append(_output(key, TensorInfo(kind, info.shape), new.get(name), source))
-        write_weights(directory, outputs, "50GB", silent)
+        files = CheckpointSource(self.directory)
         compression = read_json(self.directory / "config.json").get("quantization_config")
+        outputs = []
+        if compression is None and any(isinstance(module, Experts) for module in model.modules()):  # as of a plan
+            outputs = [_output(name, files.info(name), tensors.get(name), files, dtype) for name in files.names()]
+            outputs = [output.renamed(files.stored_name) for output in fused_outputs(outputs, files.skeleton)]
+        else:
+            new, source = dict(revert_weight_conversion(model, dict(tensors))), CheckpointReader(self.directory)
+            for key, info in source.entries.items():
+                name = key if key in new else files.prefix + key
+                outputs.append(_output(key, info, new.get(name), source, dtype))
+        write_weights(directory, outputs, "50GB", silent)
         change = partial(add_bootstrap, self.directory, directory) if compression else dict
         write_config(self.directory, directory, compression, change)
         if dtype is not None:
@@ -134,7 +139,16 @@ def _files(directory: Path) -> Sequence[Any]:
     return file_states([*weight_files(directory), directory / "config.json"])
 
 
-def _output(key: str, info: TensorInfo, new: Tensor | None, source: CheckpointReader) -> OutputTensors:
+def _output(
+    key: str,
+    stored: TensorInfo,
+    new: Tensor | None,
+    source: CheckpointReader | CheckpointSource,
+    dtype: torch.dtype | None,
+) -> OutputTensors:
+    """A tensor of a file, or the new one in its place, in `dtype` or its own."""
+    kind = dtype if dtype is not None and stored.dtype.is_floating_point else stored.dtype
+    info = TensorInfo(kind, stored.shape)
     if new is None:
         return OutputTensors({key: info}, lambda: {key: (chunk.to(info.dtype) for chunk in source.chunks(key))})
     return OutputTensors({key: info}, lambda: {key: [new.detach().to(info.dtype).flatten()]})

@@ -29,7 +29,7 @@ from welore.models.skeleton import context_length, require_context_length
 from welore.training.activations import keep_wide_products
 from welore.training.arguments import is_recorded, length_of, sequences_read, training_arguments
 from welore.training.data import questions_of_task, require_packing
-from welore.training.methods import MarkedModel, known_warnings, mark_trainable
+from welore.training.methods import MarkedModel, known_warnings, mark_trainable, take_apart
 from welore.training.originals import Originals
 from welore.training.run_dir import CHECKPOINTS, WRITTEN, begin, config_digest, fingerprint, last_checkpoint, seal
 from welore.training.teacher import load_teacher, write_text
@@ -87,6 +87,7 @@ def prepare(
     leads = args.process_index == 0
     loaded = _loaded(source, out, config, context)
     model, tokenizer = loaded.model, loaded.tokenizer
+    take_apart(model, plan)  # before anything names its parameters
     originals = Originals.of(model, loaded.directory)
     teacher = None
     if config.distill is not None and not is_recorded(config.distill):
