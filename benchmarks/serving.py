@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import welore
+from welore.layers.int8 import INT8
 from welore.records import Record
 
 HERE = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
@@ -67,9 +68,12 @@ def main() -> None:
     limits = {"max_model_len": 512, "max_num_seqs": max(arguments.requests), "enable_prefix_caching": False}
     how = limits | {"kv_cache_memory_bytes": 1 << 30, "dtype": arguments.dtype, "enforce_eager": arguments.eager}
     engines = {name: vllm.LLM(str(d), generation_config="vllm", **how) for name, d in directories.items()}
-    parameters = {name: welore.info(directory).parameters for name, directory in directories.items()}
+    models, item = (
+        {name: welore.info(directory) for name, directory in directories.items()},
+        getattr(torch, arguments.dtype).itemsize,
+    )
     numbers = {
-        "bytes": {name: count * getattr(torch, arguments.dtype).itemsize for name, count in parameters.items()},
+        "bytes": {name: m.bytes if m.weights == INT8 else m.parameters * item for name, m in models.items()},
         "first_token": interleaved(engines, 1, FIRST_PROMPT, 1),
         "requests": {str(n): interleaved(engines, n, PROMPT, NEW_TOKENS) for n in arguments.requests},
     }
