@@ -255,7 +255,7 @@ def dora(case: Case) -> None:
 def step(model: Any, case: Case) -> None:
     """Three steps of training on the prompt, after which its loss is lower."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
+    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-4), []
     for _ in range(3):
         loss = model(case.ids, labels=case.ids).loss
         loss.backward()
@@ -453,7 +453,7 @@ def bitsandbytes(case: Case) -> None:
     close(case, model)
 
 
-def close(case: Case, model: Any, tolerance: float = 0.1) -> None:
+def close(case: Case, model: Any, tolerance: float = 0.15) -> None:
     """Raise AssertionError unless prompt, one token and generation are the reference's up to the rounding of 8 bits."""
     with torch.no_grad():
         for length in (case.ids.shape[1], 1):
