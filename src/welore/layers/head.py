@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn import functional
 
 AT_ONCE = 1 << 25  # numbers of the weight
 
@@ -19,6 +19,6 @@ def linear_in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
     at width 2048, and as much again in the backward pass. x: (..., width) -> (..., V).
     """
     if weight.device.type != "cpu" or weight.itemsize > 2:
-        return linear(x, weight, bias)
-    y = torch.cat([linear(x, piece) for piece in pieces_of(weight)], -1)
+        return functional.linear(x, weight, bias)
+    y = torch.cat([functional.linear(x, piece) for piece in pieces_of(weight)], -1)
     return y if bias is None else y + bias
