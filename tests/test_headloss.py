@@ -3,11 +3,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import linear
 from transformers import PreTrainedModel, TrainingArguments
 
 from conftest import build
-from welore.layers.head import linear_in_pieces, pieces_of
+from welore.layers.head import in_pieces, linear_in_pieces, pieces_of
 from welore.training.objective import Objective
 from welore.training.trainer import FinetuneTrainer
 
@@ -92,3 +93,14 @@ def test_products_in_pieces_are_the_product(bias: bool, monkeypatch: pytest.Monk
         results.append([y, *torch.autograd.grad(y, leaves, above)])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours.float(), expected.float(), rtol=0.02, atol=0.05)
+
+
+def test_a_head_multiplies_in_pieces_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("welore.layers.head.AT_ONCE", 10 * 32)
+    head, rows, whole = nn.Linear(32, 33).bfloat16(), list[int](), functional.linear
+    monkeypatch.setattr(functional, "linear", lambda x, w, b=None: rows.append(len(w)) or whole(x, w, b))
+    with in_pieces(head):
+        head(torch.zeros(2, 1, 32).bfloat16())
+    head(torch.zeros(2, 1, 32).bfloat16())
+    assert rows == [10, 10, 10, 3, 33]
+    assert "forward" not in vars(head)

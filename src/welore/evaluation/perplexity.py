@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from welore.config import TOP_LOGPROBS, Dataset, EvaluationConfig, RunOptions, as_record, require_at_least
@@ -21,7 +21,7 @@ from welore.evaluation.logprobs import LogprobsFile, binding, logprobs_name, sav
 from welore.io.claim import claimed
 from welore.io.context import RunContext, finest_dtype
 from welore.io.progress import Progress, counted
-from welore.layers.head import linear_in_pieces
+from welore.layers.head import in_pieces
 from welore.models.load import LoadedModel, evaluating, input_device, load_model, warn_if_slow
 from welore.models.skeleton import context_length, require_context_length
 from welore.records import Record
@@ -159,12 +159,6 @@ def _summed(logits: Tensor, labels: Tensor) -> float:
     return total
 
 
-def _scores(head: Any, hidden: Tensor) -> Tensor:
-    plain = type(head) is nn.Linear and "forward" not in vars(head)  # accelerate replaces it to fetch the weight
-    scores: Tensor = linear_in_pieces(hidden, head.weight, head.bias) if plain else head.forward(hidden)
-    return scores
-
-
 class _HeadInPieces:
     """The output layer of a model with a large vocabulary, run on some positions at a time.
 
@@ -188,7 +182,7 @@ class _HeadInPieces:
                 step = max(1, LOGITS // size)
                 for start in range(0, len(target) - 1, step):
                     stop = start + step
-                    scores = _scores(head, hidden[None, start : stop + 1])  # of the last no loss is taken
+                    scores = head.forward(hidden[None, start : stop + 1])  # of the last no loss is taken
                     total += _summed(scores, target[None, start : stop + 1])
             return (arguments[0][:, -1:], *arguments[1:])
 
@@ -198,7 +192,8 @@ class _HeadInPieces:
 
         hooks = [self.head.register_forward_pre_hook(read), self.head.register_forward_hook(keep)]
         try:
-            logits = self.model(**inputs, use_cache=False).logits
+            with in_pieces(self.head):
+                logits = self.model(**inputs, use_cache=False).logits
         finally:
             for hook in hooks:
                 hook.remove()

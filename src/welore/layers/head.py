@@ -1,7 +1,12 @@
 """Products with the weight of an output layer, which for a large vocabulary is the largest matrix of a model."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 AT_ONCE = 1 << 25  # numbers of the weight
@@ -22,3 +27,20 @@ def linear_in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         return functional.linear(x, weight, bias)
     y = torch.cat([functional.linear(x, piece) for piece in pieces_of(weight)], -1)
     return y if bias is None else y + bias
+
+
+@contextmanager
+def in_pieces(head: Any) -> Iterator[None]:
+    """Let an ordinary linear layer multiply by linear_in_pieces; accelerate's own forward, which fetches it, stays."""
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        yield
+        return
+    head.forward = partial(_product, head)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _product(head: nn.Linear, x: Tensor) -> Tensor:
+    return linear_in_pieces(x, head.weight, head.bias)

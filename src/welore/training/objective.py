@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from welore.data.packing import IGNORED, Batch
 from welore.data.windows import TopK
-from welore.layers.head import linear_in_pieces
+from welore.layers.head import in_pieces, linear_in_pieces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -174,7 +174,8 @@ def _at_head(model: Any, head: nn.Module, text: Batch, compute: Callable[[Tensor
 
     hooks = [head.register_forward_pre_hook(read), head.register_forward_hook(lambda *_: results[0])]
     try:
-        outputs = model(**text, use_cache=False)
+        with in_pieces(head):
+            outputs = model(**text, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
