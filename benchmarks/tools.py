@@ -453,8 +453,9 @@ def bitsandbytes(case: Case) -> None:
     close(case, model)
 
 
-def close(case: Case, model: Any, tolerance: float = 0.15) -> None:
+def close(case: Case, model: Any) -> None:
     """Raise AssertionError unless prompt, one token and generation are the reference's up to the rounding of 8 bits."""
+    tolerance = 0.15 if case.form == REAL else 0.1  # the logits of a real model move by 0.11 to 0.12
     with torch.no_grad():
         for length in (case.ids.shape[1], 1):
             expected = case.logits[:, :length]

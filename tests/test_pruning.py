@@ -20,7 +20,7 @@ from welore.calibration.statistics import Statistics
 from welore.compression.mlp_pruning import Search, select_neurons
 from welore.config import RecoveryConfig
 from welore.errors import WeLoreError
-from welore.layers.remaining import Remaining, as_json, dense_numel, read_neurons
+from welore.layers.remaining import Remaining, as_json, dense_numel, read_remaining
 from welore.linalg.brain_surgeon import refit, removal
 from welore.models.mlp import find_mlps, resize_layers
 from welore.models.replace import sizes
@@ -372,7 +372,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, saved: Callable[..., Path]) -
 def test_kept_neurons_are_written_as_ranges() -> None:
     found = {"mlp": Remaining(16, (0, 1, 2, 5, 7, 8)), "one": Remaining(3, (2,))}
     assert as_json(found)["mlp"] == {"width": 16, "kept": "0-2,5,7-8"}
-    assert read_neurons(json.loads(json.dumps(as_json(found)))) == found
+    assert read_remaining(json.loads(json.dumps(as_json(found)))) == found
     assert dense_numel(60, "mlp.down_proj", found, {}) == 160
     assert dense_numel(60, "attention.o_proj", found, {}) == 60
     for kept in ((), (1, 1), (2, 1), (-1, 2), (15, 16)):

@@ -14,7 +14,7 @@ from welore.errors import WeLoreError, choose
 from welore.io.atomic import read_json, write_json
 from welore.io.fields import refusing, typed
 from welore.layers.block_grid import WHOLE, Grid, block_names, layer_of, read_grids, split_layers
-from welore.layers.remaining import Remaining, as_json, dense_numel, read_neurons, renumbered
+from welore.layers.remaining import Remaining, as_json, dense_numel, read_remaining, renumbered
 from welore.layers.storage_forms import DENSE, FACTORED, FORMS
 from welore.records import Identity
 
@@ -160,7 +160,6 @@ class Plan:
         """The plan under the names of the result, whose experts are numbered anew."""
         if not self.experts:
             return self
-
         grids = {self.name_in_result(name): grid for name, grid in self.grids.items()}
         neurons = {self.name_in_result(name): left for name, left in self.neurons.items()}
         allocations = tuple(replace(a, name=self.name_in_result(a.name)) for a in self.allocations)
@@ -284,8 +283,8 @@ def _read(content: Mapping[str, Any]) -> dict[str, Any]:
         "rank_multiple": rank_multiple,
         "optimize_for": value("optimize_for", Goal, SIZE),
         "grids": read_grids(content.get("grids", {})),
-        "neurons": read_neurons(content.get("neurons", {})),
-        "experts": read_neurons(content.get("experts", {}), "experts"),
+        "neurons": read_remaining(content.get("neurons", {})),
+        "experts": read_remaining(content.get("experts", {}), "experts"),
     }
 
 

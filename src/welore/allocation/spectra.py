@@ -19,7 +19,7 @@ from welore.errors import WeLoreError
 from welore.io.atomic import atomic_write
 from welore.io.fields import LARGEST, parse_json, refusing, typed
 from welore.layers.block_grid import Grid, block_names, read_grids
-from welore.layers.remaining import Remaining, as_json, read_neurons
+from welore.layers.remaining import Remaining, as_json, read_remaining
 from welore.linalg.spectrum import Values, normalise
 from welore.records import Identity
 
@@ -141,7 +141,7 @@ def _read(metadata: Mapping[str, str]) -> dict[str, Any]:
         "statistics": value("calibration", Mapping[str, Any], "{}"),
         "outliers": value("outliers", Mapping[str, float], "{}"),
         "grids": read_grids(value("grids", Any, "{}")),
-        **{name: read_neurons(value(name, Any, "{}"), name) for name in ("neurons", "experts")},
+        **{name: read_remaining(value(name, Any, "{}"), name) for name in ("neurons", "experts")},
     }
 
 

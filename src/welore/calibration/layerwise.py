@@ -29,8 +29,8 @@ from welore.io.memory import free_memory
 from welore.io.parallel import Processes
 from welore.io.progress import counted
 from welore.io.resume import Workspace
-from welore.layers.experts import Experts
 from welore.models.copies import frozen_copy
+from welore.models.experts import experts_of
 from welore.models.load import multiplies
 from welore.models.skeleton import decoder_blocks
 from welore.models.targets import Target
@@ -109,7 +109,7 @@ def collect_statistics(
             return _BlockwisePass(runner, layers, text, teacher, context, collector, finish).run()
         LOG.warning("the blocks of this decoder cannot be run one by one: it runs as a whole")
     if collector is Moments:
-        collector = partial(Moments, experts=[name for name, m in model.named_modules() if isinstance(m, Experts)])
+        collector = partial(Moments, experts=experts_of(model))
     _require_memory(model, targets, min(config.batch_size, len(ids)) * ids.shape[1], context.device)
     model = mixed(frozen_copy(model, context.device, dtype), context.device, products)
     return _whole_pass(model, layers, text, teacher, context, collector, finish)

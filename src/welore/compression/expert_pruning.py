@@ -11,7 +11,8 @@ from welore.errors import WeLoreError
 from welore.io.context import RunContext
 from welore.layers.experts import DOWN
 from welore.layers.remaining import Remaining
-from welore.models.expert_pruning import ExpertPruning, FewerExperts, experts_of, find_expert_pruning
+from welore.models.expert_pruning import ExpertPruning, FewerExperts, find_expert_pruning
+from welore.models.experts import experts_of
 from welore.models.source import TensorSource
 from welore.models.targets import Target
 

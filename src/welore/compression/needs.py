@@ -21,10 +21,11 @@ from welore.data.self_generated import window_bytes, windows_at_once
 from welore.errors import WeLoreError
 from welore.io.memory import free_memory
 from welore.layers.expert_names import is_of_expert
-from welore.layers.experts import DOWN, Experts
+from welore.layers.experts import DOWN
 from welore.layers.int8 import INT8
 from welore.linalg.svd import working_bytes
 from welore.models.copies import writing_dtype
+from welore.models.experts import experts_of
 from welore.models.int8 import with_int8
 from welore.models.load import fastest
 from welore.models.mlp import find_mlps
@@ -96,8 +97,7 @@ class Needs:
         self.parameters = sum(p.numel() for p in self.source.skeleton.parameters())
         self.targeted = sum(math.prod(target.shape) for target in self.source.targets)
         self.layers = len(decoder_blocks(self.source.skeleton)[1])
-        experts = [len(list(m.children())) for m in self.source.skeleton.modules() if isinstance(m, Experts)]
-        self.experts = max(experts, default=0)  # of a layer
+        self.experts = max(experts_of(self.source.skeleton).values(), default=0)  # of a layer
         self.routed = getattr(self.text, "num_experts_per_tok", self.experts) / self.experts if self.experts else 1.0
         self.targeted_experts = sum(math.prod(t.shape) for t in self.source.targets if is_of_expert(t.name))
         self.active = self.parameters - (1 - self.routed) * self.targeted_experts

@@ -10,7 +10,7 @@ from typing import Any
 from welore.errors import WeLoreError
 from welore.io.fields import typed
 
-MOST = 1 << 24  # neurons of an MLP, so that a damaged file does not fill the memory
+MOST = 1 << 24  # of an MLP or a mixture, so that a damaged file does not fill the memory
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,17 @@ def _expert_around(name: str, experts: Mapping[str, Remaining]) -> tuple[str, in
     return mixture, int(number) if number.isdecimal() else None
 
 
-def as_json(neurons: Mapping[str, Remaining]) -> dict[str, Any]:
+def as_json(left: Mapping[str, Remaining]) -> dict[str, Any]:
     """Name -> width, and what is left as ranges in a text, such as "0-15,32,40-47"."""
-    return {name: {"width": mlp.width, "kept": _ranges(mlp.indices)} for name, mlp in neurons.items()}
+    return {name: {"width": one.width, "kept": _ranges(one.indices)} for name, one in left.items()}
 
 
-def read_neurons(content: Any, field: str = "neurons") -> dict[str, Remaining]:
+def read_remaining(content: Any, field: str = "neurons") -> dict[str, Remaining]:
     """The mapping that `as_json` wrote; KeyError or WeLoreError for anything else. field: its name in the file."""
     entries = typed(content, Mapping[str, Mapping[str, Any]], field)
     return {
-        name: Remaining(typed(e["width"], int, f"width of {name}"), _numbers(e, name)) for name, e in entries.items()
+        name: Remaining(typed(e["width"], int, f"width of {name}"), _numbers(e, f"{field} of {name}"))
+        for name, e in entries.items()
     }
 
 
@@ -86,9 +87,9 @@ def _ranges(numbers: tuple[int, ...]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
-def _numbers(entry: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    ranges = typed(entry["kept"], str, f"neurons of {name}")
+def _numbers(entry: Mapping[str, Any], what: str) -> tuple[int, ...]:
+    ranges = typed(entry["kept"], str, what)
     runs = [[int(number) for number in run.split("-")] for run in ranges.split(",")]
     if sum(run[-1] - run[0] + 1 for run in runs) > MOST:
-        raise WeLoreError(f"{name} has more than {MOST} neurons: no MLP has so many")
+        raise WeLoreError(f"the {what} are more than {MOST}: no MLP has so many, and no mixture")
     return tuple(number for run in runs for number in range(run[0], run[-1] + 1))

@@ -12,7 +12,7 @@ from welore.errors import WeLoreError
 from welore.io.safetensors_stream import TensorInfo
 from welore.layers.experts import Experts
 from welore.layers.remaining import Remaining, is_left
-from welore.models.experts import unfuse
+from welore.models.experts import experts_of, unfuse
 from welore.models.resizing import Resizing, resized, tensor_shapes
 from welore.models.source import TensorSource
 
@@ -143,11 +143,6 @@ class FewerExperts(TensorSource):
     def stored_name(self, name: str) -> str:
         """As of the base."""
         return self.base.stored_name(name)
-
-
-def experts_of(model: nn.Module) -> dict[str, int]:
-    """Name of every mixture of a model whose experts are apart -> how many it has."""
-    return {name: len(list(m.children())) for name, m in model.named_modules() if isinstance(m, Experts)}
 
 
 def find_expert_pruning(source: TensorSource, count: int) -> ExpertPruning:

@@ -121,6 +121,11 @@ def fused_experts(model: nn.Module) -> dict[str, Any]:
     return modules if all(map(_merges, converters)) else {}
 
 
+def experts_of(model: nn.Module) -> dict[str, int]:
+    """Name of every mixture of a model whose experts are apart -> how many it has."""
+    return {name: len(list(m.children())) for name, m in model.named_modules() if isinstance(m, Experts)}
+
+
 def fused_names(model: nn.Module) -> dict[str, FusedTensor]:
     """Name -> parameter that the experts of a model would be, which are apart."""
     return _parameters({name: module for name, module in model.named_modules() if isinstance(module, Experts)})
@@ -143,8 +148,7 @@ def unfused(model: Any) -> Any:
     """The model with its experts apart: itself, or another one with the same tensors."""
     if not fused_experts(model):
         return model
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, tensors)
+    twin = _twin(model)
     unfuse(twin, views=True)
     return twin
 
@@ -154,13 +158,16 @@ def fused(model: Any) -> Any:
 
     A compressed model whose experts are layers of their own stays as it is.
     """
-    apart = any(isinstance(module, Experts) for module in model.modules())
-    if not apart or getattr(model.config, "quantization_config", None) is not None:
+    if not experts_of(model) or getattr(model.config, "quantization_config", None) is not None:
         return model
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    twin = copy.deepcopy(model, tensors)
+    twin = _twin(model)
     fuse(twin)
     return twin
+
+
+def _twin(model: Any) -> Any:
+    """Other modules that hold the same tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 @torch.no_grad()

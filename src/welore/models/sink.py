@@ -52,7 +52,6 @@ class DirectorySink:
     ) -> None:
         self.source, self.directory, self.max_shard_size = source, directory, max_shard_size
         self.rename, self.skeleton = rename, skeleton
-
         self.pruning: ExpertPruning | None = None
 
     def take_out(self, pruning: ExpertPruning, experts: Mapping[str, Remaining]) -> None:

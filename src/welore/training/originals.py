@@ -20,8 +20,7 @@ from welore.io.pages import give_back
 from welore.io.progress import silent
 from welore.io.resume import file_states
 from welore.io.safetensors_stream import TensorInfo
-from welore.layers.experts import Experts
-from welore.models.experts import fused_outputs
+from welore.models.experts import experts_of, fused_outputs
 from welore.models.remote_code import add_bootstrap
 from welore.models.source import CheckpointSource
 
@@ -109,15 +108,13 @@ class Originals:
         assert self.directory is not None
         files = CheckpointSource(self.directory)
         compression = read_json(self.directory / "config.json").get("quantization_config")
-        outputs = []
-        if compression is None and any(isinstance(module, Experts) for module in model.modules()):  # as of a plan
+        if compression is None and experts_of(model):  # as of a plan
             outputs = [_output(name, files.info(name), tensors.get(name), files, dtype) for name in files.names()]
             outputs = [output.renamed(files.stored_name) for output in fused_outputs(outputs, files.skeleton)]
         else:
             new, source = dict(revert_weight_conversion(model, dict(tensors))), CheckpointReader(self.directory)
-            for key, info in source.entries.items():
-                name = key if key in new else files.prefix + key
-                outputs.append(_output(key, info, new.get(name), source, dtype))
+            names = {key: key if key in new else files.prefix + key for key in source.entries}
+            outputs = [_output(key, info, new.get(names[key]), source, dtype) for key, info in source.entries.items()]
         write_weights(directory, outputs, "50GB", silent)
         change = partial(add_bootstrap, self.directory, directory) if compression else dict
         write_config(self.directory, directory, compression, change)
