@@ -332,10 +332,7 @@ class RecoveryConfig:
     )
     max_steps: int = option(64, "Steps at most on self-written text.", panel="Recovery", flag="recovery-max-steps")
     steps_per_share: float = option(
-        160.0,
-        "Steps at most on self-written text, over the share of parameters removed.",
-        panel="Recovery",
-        flag=None,
+        160.0, "Steps at most on self-written text, over the share of parameters removed.", panel="Recovery", flag=None
     )
     batch_size: int = option(2, "Windows of a step.", panel="Recovery", flag="recovery-batch-size")
     learning_rate: float | None = option(

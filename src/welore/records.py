@@ -57,11 +57,7 @@ RENAMED = {
 }
 # Version 0.1 had one name for two digests: of the matrices that can be compressed, and of every parameter.
 TARGETS_FINGERPRINT, MODEL_FINGERPRINT = "targets_fingerprint", "model_fingerprint"
-FINGERPRINTS = {
-    "compression": TARGETS_FINGERPRINT,
-    "finetune": MODEL_FINGERPRINT,
-    "pretrain": MODEL_FINGERPRINT,
-}
+FINGERPRINTS = {"compression": TARGETS_FINGERPRINT, "finetune": MODEL_FINGERPRINT, "pretrain": MODEL_FINGERPRINT}
 # The numbers of each kind that its short form shows; of other kinds the first three.
 HEADLINES = {
     "compression": ("parameter_ratio", "rank_reduction", "bytes"),
@@ -176,11 +172,7 @@ def _versions() -> dict[str, str]:
 
 
 def _machine() -> dict[str, Any]:
-    machine: dict[str, Any] = {
-        "system": platform.system(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-    }
+    machine: dict[str, Any] = {"system": platform.system(), "processor": _processor(), "cores": os.cpu_count()}
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         machine["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     torch = sys.modules.get("torch")  # a result that needed no torch needs no GPU either

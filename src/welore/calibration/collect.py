@@ -148,11 +148,7 @@ def draw_text(config: CalibrationConfig, net: Any, tokenizer: Any, context: RunC
 
 
 def collect(
-    weights: TensorSource,
-    text: Text,
-    context: RunContext,
-    load: Callable[[], Any],
-    finish: Finish | None = None,
+    weights: TensorSource, text: Text, context: RunContext, load: Callable[[], Any], finish: Finish | None = None
 ) -> Statistics:
     """Statistics of a model, in the context's workspace; an earlier run with the same key has perhaps left them there.
 

@@ -58,7 +58,9 @@ class Moments:
 
     def end_batch(self) -> None:
         """Add what entered the modules since the last call."""
-        tensors = {name: tuple(map(_identity, inputs)) for name, inputs in self._batch.items()}
+        tensors = {  # equal for two inputs alive at the same time only if they show the same numbers
+            name: tuple((x.data_ptr(), x.shape, x.stride(), x._version) for x in xs) for name, xs in self._batch.items()
+        }
         for name, owner in list(self.owner.items()):
             if tensors.get(name) != tensors.get(owner):
                 self._part(name)
@@ -225,11 +227,6 @@ def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _sum_name(key: tuple[str, str]) -> str:
     """Under which a sum of a layer and a kind is set aside."""
     return "{}.{}-sum".format(*key)
-
-
-def _identity(x: Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors alive at the same time only if they show the same numbers."""
-    return x.data_ptr(), x.shape, x.stride(), x._version
 
 
 def _add_gram(total: Tensor, x: Tensor) -> None:

@@ -85,11 +85,7 @@ def analyze(
             raise WeLoreError("--reference-values are those of the weights: leave scaling, statistics and split out")
         with claimed(output, model, reference_values):
             spectra = import_singular_values(
-                reference_values,
-                model,
-                include=config.include,
-                exclude=config.exclude,
-                **run.options,
+                reference_values, model, include=config.include, exclude=config.exclude, **run.options
             )
             spectra.save(output)
     else:
@@ -190,11 +186,7 @@ def compress(
         if plan is not None or any(v is not None for v in (config.keep, config.rank_reduction, config.threshold)):
             raise WeLoreError("give --reference-checkpoint or a plan or target, not both: it has its own ranks")
         record = import_checkpoint(
-            reference_checkpoint,
-            model,
-            output_dir,
-            max_shard_size=config.max_shard_size,
-            **run.options,
+            reference_checkpoint, model, output_dir, max_shard_size=config.max_shard_size, **run.options
         )
     else:
         if preset_of(config) in (None, "paper"):  # no model is run, which would want its blocks again

@@ -98,11 +98,11 @@ def _option(field: "dataclasses.Field[Any]", key: str, hint: Any) -> inspect.Par
 
 def _as_typer(hint: Any) -> tuple[Any, dict[str, Any]]:
     """The type by which typer reads a value, and what else it has to know."""
-    if hint == MinRatio | None:
-        return Any, {"parser": _ratio, "metavar": "FLOAT|break-even"}
-    if hint == Pruning | None:
-        return Any, {"parser": _pruning, "metavar": "FLOAT|auto"}
-    members = [m for m in get_args(hint) if m is not type(None)] if _is_union(hint) else [hint]
+    if hint in (MinRatio | None, Pruning | None):
+        words = ("min-ratio", 0.5, BREAK_EVEN) if hint == MinRatio | None else ("mlp-pruning", 0.3, AUTO)
+        return Any, {"parser": lambda text: _fraction(text, *words), "metavar": f"FLOAT|{words[2]}"}
+    union = get_origin(hint) in (Union, types.UnionType)
+    members = [m for m in get_args(hint) if m is not type(None)] if union else [hint]
     if len(members) == 1:
         (kind,) = members
         if get_origin(kind) is tuple:
@@ -112,10 +112,6 @@ def _as_typer(hint: Any) -> tuple[Any, dict[str, Any]]:
     return str, {}  # a dataset, a path or a name
 
 
-def _is_union(hint: Any) -> bool:
-    return get_origin(hint) in (Union, types.UnionType)
-
-
 def _given(kind: Any, values: Mapping[str, Any]) -> Any:
     """An instance of the settings class from the values of its options."""
     fields = {field.name: key for field in dataclasses.fields(kind) if (key := _key(field)) is not None}
@@ -123,20 +119,12 @@ def _given(kind: Any, values: Mapping[str, Any]) -> Any:
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()})
 
 
-def _ratio(text: str) -> Any:
-    """A --min-ratio as the library takes it."""
+def _fraction(text: str, option: str, example: float, word: str) -> Any:
+    """A fraction, or the word for one, as the library takes it."""
     try:
-        return text if text == BREAK_EVEN else float(text)
+        return text if text == word else float(text)
     except ValueError as error:
-        raise WeLoreError(f"min-ratio is {text!r}: it is a fraction such as 0.5, or {BREAK_EVEN}") from error
-
-
-def _pruning(text: str) -> Any:
-    """A --mlp-pruning as the library takes it."""
-    try:
-        return text if text == AUTO else float(text)
-    except ValueError as error:
-        raise WeLoreError(f"mlp-pruning is {text!r}: it is a fraction such as 0.3, or {AUTO}") from error
+        raise WeLoreError(f"{option} is {text!r}: it is a fraction such as {example}, or {word}") from error
 
 
 def _is_common(parameter: inspect.Parameter) -> bool:

@@ -22,8 +22,7 @@ def finetune(
     context: typer.Context,
     as_json: bool,
     plan: Annotated[
-        Path | None,
-        typer.Option(help="Which matrices of a dense model count as low-rank.", rich_help_panel="Method"),
+        Path | None, typer.Option(help="Which matrices of a dense model count as low-rank.", rich_help_panel="Method")
     ] = None,
     resume: Resume = False,
     label: Label = None,

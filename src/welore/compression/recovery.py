@@ -290,12 +290,7 @@ def number_of_steps(config: RecoveryConfig, windows: int, each: int, parameter_r
 
 
 def _without_harm(
-    compressed: Path,
-    plan: Plan,
-    rate: float,
-    training: FinetuneConfig,
-    config: RecoveryConfig,
-    context: RunContext,
+    compressed: Path, plan: Plan, rate: float, training: FinetuneConfig, config: RecoveryConfig, context: RunContext
 ) -> tuple[Path | None, Record]:
     """The run and its record. If the learning rate does harm or diverges, smaller ones are tried; None if all do."""
     from welore.training.finetune import finetune  # the Trainer: seconds of imports that factorisation does not need

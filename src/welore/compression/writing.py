@@ -25,12 +25,7 @@ from welore.models.targets import Target, census, in_blocks, shared_layers
 
 
 def write_compressed(
-    source: TensorSource,
-    plan: Plan,
-    factors: Factors,
-    sink: TensorSink,
-    progress: Progress,
-    weights: str = AUTO,
+    source: TensorSource, plan: Plan, factors: Factors, sink: TensorSink, progress: Progress, weights: str = AUTO
 ) -> dict[str, Any]:
     """Write the weights, the configuration and the plan of a compressed model; returns its sizes."""
     counts, original = census(source.skeleton, source.targets), source.original

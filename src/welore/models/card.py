@@ -61,7 +61,8 @@ def write_card(directory: Path, base: str, origin: str = "", *, relation: str = 
     record = Record.load_if_there(directory / RECORD)
     if not base and record is not None:
         base = str(record.inputs.get("model") or "")
-    first = before.get("base_model") if OURS in (before.get("tags") or ()) else _hub_id(base)
+    own = base if HUB_ID.fullmatch(base) and not os.path.lexists(base) else None
+    first = before.get("base_model") if OURS in (before.get("tags") or ()) else own
     architecture = str((config.get("architectures") or [""])[0])
     data = ModelCardData(
         base_model=first,
@@ -101,10 +102,6 @@ def _metadata(card: str) -> Mapping[str, Any]:
     except (yaml.YAMLError, WeLoreError):  # of somebody else, and only for a licence
         return {}
     return {str(key): value for key, value in content.items()}
-
-
-def _hub_id(name: str) -> str | None:
-    return name if HUB_ID.fullmatch(name) and not os.path.lexists(name) else None
 
 
 def _sizes(record: Record, directory: Path) -> str:

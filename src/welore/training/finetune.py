@@ -126,11 +126,7 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
     order = reading_order(len(run.data.train), sequences_read(config, args.world_size), config.seed)
     tokens = run.data.train.lengths[order].view(args.max_steps, -1).sum(1).tolist()
     size = args.per_device_train_batch_size
-    measure = RunCallback(
-        tokens.__getitem__,
-        args.max_steps,
-        context.progress if run.leads else silent,
-    )
+    measure = RunCallback(tokens.__getitem__, args.max_steps, context.progress if run.leads else silent)
     held_out = run.data.evaluation
     trainer = FinetuneTrainer(
         model=run.marked.model,

@@ -51,10 +51,7 @@ def _generate(random: Random) -> dict[str, Any]:
         swaps.append(f"{when}, {PEOPLE[a]} and {PEOPLE[b]} {swapping}.")
     person = random.randrange(OBJECTS)
     text = f"Ann, Bill, and Cora {doing}. At the start, {start}. {' '.join(swaps)} {asking.format(PEOPLE[person])}"
-    return {
-        "input": text,
-        "target_scores": {f"{thing}.": int(i == owner[person]) for i, thing in enumerate(things)},
-    }
+    return {"input": text, "target_scores": {f"{thing}.": int(i == owner[person]) for i, thing in enumerate(things)}}
 
 
 TASK = Task(
