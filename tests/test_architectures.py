@@ -26,7 +26,7 @@ def test_architecture_equals_an_independent_svd(name: str, tmp_path: Path) -> No
     check(name, 0, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["Falcon", "Zamba2", "Gemma3-4B", "Qwen2.5-VL", "Mistral3"])
+@pytest.mark.parametrize("name", ["Falcon", "Zamba2", "Gemma3-4B", "Qwen2.5-VL", "Mistral3", "Llama4-Scout"])
 def test_odd_layers_and_text_parts_go_through_the_default_job(name: str, tokenizer: Any, tmp_path: Path) -> None:
     """Statistics, pruning, compress, load, merge, evaluate; the merged model is as good as the compressed one."""
     build_architecture(name).save_pretrained(tmp_path / "dense")

@@ -33,6 +33,7 @@ FAMILIES = {
     "DeepSeek-V3": "n_routed_experts",
     "GPT-OSS": "num_local_experts",
     "GraniteMoeHybrid": "num_local_experts",
+    "Llama4": "num_local_experts",
 }
 WINDOWS = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CONFIG_MAPPING, AutoModel, Qwen3VLMoeForConditionalGeneration
+from transformers import CONFIG_MAPPING, AutoModel, Ernie4_5_VLMoeForConditionalGeneration
 
 import welore
+from campaigns.architectures import ROPE, loaded, matrix_of
 from campaigns.architectures import build as build_architecture
-from campaigns.architectures import loaded, matrix_of
-from conftest import build, compress, logits
+from conftest import COMMON, Command, build, compress, logits
 from test_checkpoint import equal, weights_of
 from toys import calibrate, characters, checkpoint, finetuned
 from welore.calibration.scaling import DAMPING_INPUTS, DAMPING_OUTPUTS
@@ -32,8 +33,9 @@ from welore.models.source import CheckpointSource, ModelSource, open_source
 from welore.training.methods import mark_trainable
 
 PAPER: dict[str, Any] = {"scaling": "none", "storage": "factored", "min_ratio": 0}
-# What the families differ in: names in files, shared experts, and 3-D tensors in files, of which one is transposed.
-KINDS = ("Mixtral", "Qwen3-MoE", "OLMoE", "DeepSeek-V3", "GPT-OSS", "GraniteMoeHybrid")
+# What the families differ in: names in files, shared experts, and 3-D tensors in files, of which two are transposed.
+# Llama 4 repeats all tokens for every expert.
+KINDS = ("Mixtral", "Qwen3-MoE", "OLMoE", "DeepSeek-V3", "GPT-OSS", "GraniteMoeHybrid", "Llama4", "Qwen3-VL-MoE")
 
 
 @pytest.fixture
@@ -198,7 +200,7 @@ def test_quantizer_that_is_told_no_model_loads_the_same(
     torch.testing.assert_close(logits(loaded(tmp_path / "small"), tokens), expected)
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS"])
+@pytest.mark.parametrize("name", ["Mixtral", "GPT-OSS", "Llama4"])
 def test_experts_that_are_excluded_stay_as_they_are_in_the_files(
     name: str, dense: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor
 ) -> None:
@@ -254,8 +256,9 @@ def test_weights_of_one_shard_or_many_and_of_any_dtype(
     assert equal(weights_of(tmp_path / "one"), weights_of(tmp_path / "again"))
 
 
-def test_only_factors_are_trained(dense: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor) -> None:
-    compress(dense("Mixtral"), tmp_path / "small", keep=0.6, **PAPER)
+@pytest.mark.parametrize("name", ["Mixtral", "Llama4"])
+def test_only_factors_are_trained(name: str, dense: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor) -> None:
+    compress(dense(name), tmp_path / "small", keep=0.6, **PAPER)
     model = loaded(tmp_path / "small")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     marked = mark_trainable(model, "lrc")
@@ -324,15 +327,58 @@ def test_one_expert_is_read_at_a_time(dense: Callable[..., Path], monkeypatch: p
     assert read == [(2, slice(None), slice(0, 32))]
 
 
-def test_experts_that_the_files_hold_in_another_way_stay_dense() -> None:
-    text = {"num_hidden_layers": 1, "num_experts": 2, "hidden_size": 32, "moe_intermediate_size": 16}
-    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 96}
-    config = CONFIG_MAPPING["qwen3_vl_moe"](text_config=text, vision_config={"depth": 1})
-    with torch.device("meta"):
-        model = Qwen3VLMoeForConditionalGeneration(config)
+def test_files_may_hold_the_matrices_of_experts_turned(
+    dense: Callable[..., Path], tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    """As those of Qwen3-VL-MoE on the hub, which transformers turns; it saves them as its model has them."""
+    directory = dense("Qwen3-VL-MoE")
+    expected = logits(loaded(directory), tokens)
+    turned = tmp_path / "turned"
+    shutil.copytree(directory, turned)
+    tensors = {n: t.mT.contiguous() if t.ndim == 3 else t for n, t in weights_of(directory).items()}
+    assert tensors["model.language_model.layers.0.mlp.experts.down_proj"].shape == (4, 24, 32)
+    save_file(tensors, turned / "model.safetensors", metadata={"format": "pt"})
+    torch.testing.assert_close(logits(loaded(turned), tokens), expected, rtol=1e-5, atol=1e-6)
+    source, other = (CheckpointSource(where) for where in (turned, directory))
+    assert source.identity.fingerprint == other.identity.fingerprint
+    for tensor in other.names():
+        assert torch.equal(source.tensor(tensor), other.tensor(tensor)), tensor
+        assert source.info(tensor) == other.info(tensor)
+    for where in (turned, directory):
+        compress(where, tmp_path / f"small-{where.name}", keep=0.6, **PAPER)
+    assert equal(weights_of(tmp_path / "small-turned"), weights_of(tmp_path / "small-dense"))
+    compress(turned, tmp_path / "some", keep=0.8, exclude=["experts"], **PAPER)
+    kept = weights_of(tmp_path / "some")
+    assert {n for n in tensors if ".experts." in n} <= kept.keys()
+    assert all(torch.equal(t, tensors[n]) for n, t in kept.items() if ".experts." in n)
+
+
+def test_experts_that_the_files_hold_in_another_way_stay_dense(
+    command: Command, tmp_path: Path, tokens: torch.Tensor
+) -> None:
+    """ERNIE-VL, whose files number the experts for text and those for images in one row."""
+    text = COMMON | {"moe_intermediate_size": [24, 16], "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1}
+    text |= {"rope_parameters": ROPE, "num_hidden_layers": 3}
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32}
+    model = Ernie4_5_VLMoeForConditionalGeneration(
+        CONFIG_MAPPING["ernie4_5_vl_moe"](text_config=text, vision_config=vision)
+    ).eval()
     assert any(p.ndim == 3 for n, p in model.named_parameters() if ".experts." in n)
     assert not fused_experts(model)
     assert unfused(model) is model
+    model.save_pretrained(tmp_path / "dense")
+    answer = command("compress", tmp_path / "dense", tmp_path / "small", "--paper", "--keep", 0.7)
+    assert answer.status == 0
+    together = ["text_moe.experts", "vision_moe.experts"]
+    assert f"their files hold all experts of a layer in a way of their own: {', '.join(together)}" in answer.err
+    record = json.loads((tmp_path / "small/compression.json").read_text())
+    assert set(together) < set(record["numbers"]["left_dense_names"])
+    before, after = weights_of(tmp_path / "dense"), weights_of(tmp_path / "small")
+    assert all(torch.equal(t, after[n]) for n, t in before.items() if ".experts." in n)
+    welore.merge(tmp_path / "small", tmp_path / "merged")
+    expected = logits(loaded(tmp_path / "small"), tokens)
+    assert not torch.allclose(expected, logits(model, tokens), atol=1e-3)
+    torch.testing.assert_close(logits(loaded(tmp_path / "merged"), tokens), expected, rtol=1e-3, atol=1e-4)
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -351,7 +397,7 @@ def scaled_optimum(W: torch.Tensor, G: torch.Tensor, H: torch.Tensor, rank: int)
     return unleft @ (U[:, :rank] * S[:rank]) @ V[:rank] @ unright
 
 
-@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3", "GPT-OSS"])
+@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek-V3", "GPT-OSS", "Llama4"])
 def test_scaled_factors_are_those_of_an_independent_svd(name: str, dense: Callable[..., Path], tmp_path: Path) -> None:
     directory = dense(name)
     windows = torch.randint(3, 90, (4, 16), generator=torch.Generator().manual_seed(0))

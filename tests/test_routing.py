@@ -30,7 +30,8 @@ from welore.models.experts import unfused
 from welore.models.load import load
 from welore.models.source import CheckpointSource, open_source
 
-KINDS = ["Mixtral", "Qwen3-MoE", "GPT-OSS"]  # the last one has biases, and 3-D tensors in its files
+# GPT-OSS has biases, and 3-D tensors in its files; Llama 4 repeats all tokens for every expert.
+KINDS = ["Mixtral", "Qwen3-MoE", "GPT-OSS", "Llama4"]
 WINDOWS = torch.randint(3, 90, (6, 16), generator=torch.Generator().manual_seed(0))
 
 

@@ -202,6 +202,14 @@ WRAPPERS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Qwen2_5_VLForConditionalGeneration",
         {"text_config": D | {"rope_parameters": ROPE}, "vision_config": QWEN_VISION},
     ),
+    "Qwen3-VL-MoE": (
+        "qwen3_vl_moe",
+        "Qwen3VLMoeForConditionalGeneration",
+        {
+            "text_config": D | MOE | {"head_dim": 8, "rope_parameters": ROPE},
+            "vision_config": QWEN_VISION | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        },
+    ),
     "Mistral3": (
         "mistral3",
         "Mistral3ForConditionalGeneration",
@@ -261,7 +269,7 @@ def matrix_of(model: Any, name: str) -> Tensor:
     experts, (number, own) = model.get_submodule(f"{head}.experts"), rest.split(".")
     whole = getattr(experts, own, None)
     W = (experts.gate_up_proj if whole is None else whole).data[int(number)]
-    W = W.T if experts.is_transposed else W
+    W = W.T if getattr(experts, "is_transposed", True) else W  # Llama 4 says nothing and has them so
     return W if whole is not None else W.chunk(2)[own == "up_proj"]
 
 

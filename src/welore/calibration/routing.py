@@ -7,7 +7,6 @@ is then run by itself, so that the moments of the others need no memory.
 import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,10 +31,11 @@ class RoutedTokens:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
         arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        rows, arguments = self._experts.routing(**arguments)
         call = {name: tensor.detach() for name, tensor in arguments.items()}
-        call["gradient"] = torch.zeros_like(y)
+        call["gradient"] = torch.zeros_like(y[rows])
         if y.requires_grad:
-            y.register_hook(partial(call.__setitem__, "gradient"))
+            y.register_hook(lambda gradient: call.update(gradient=gradient[rows]))
         self._calls.append(call)
 
     def store(self, batch: slice) -> None:

@@ -227,6 +227,8 @@ def _report_compression(record: "Record", output_dir: Path, as_json: bool) -> No
             f"left dense inside the blocks: {numbers['left_dense_in_blocks'] / 1e6:.1f} M parameters "
             f"({', '.join(numbers['left_dense_names'])})"
         )
+        if together := [name for name in numbers["left_dense_names"] if name.endswith(".experts")]:
+            log(f"their files hold all experts of a layer in a way of their own: {', '.join(together)}")
     if record.settings.get("expert_pruning"):
         log(f"{record.settings['expert_pruning']:.1%} of the experts were taken out")
     if record.settings.get("mlp_pruning"):

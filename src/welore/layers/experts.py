@@ -20,6 +20,8 @@ class Gate:
 
     def __call__(self, products: list[Tensor]) -> Tensor:
         """products: (tokens, f) each, or one (tokens, 2 f) -> (tokens, f)."""
+        if not hasattr(self.fused, "has_gate"):  # Llama 4 has no function for it
+            return torch.mul(self.fused.act_fn(products[0]), products[1])
         joined = products[0] if len(products) == 1 else torch.cat(products, -1)
         y: Tensor = self.fused._apply_gate(joined) if self.fused.has_gate else self.fused.act_fn(joined)
         return y
@@ -68,3 +70,27 @@ class Experts(nn.Module):
             return torch.zeros_like(hidden_states)
         weighted = torch.cat(outputs) * top_k_weights.flatten()[order, None]
         return weighted[order.argsort()].view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+    def routing(self, **arguments: Tensor) -> tuple[slice | Tensor, dict[str, Tensor]]:
+        """The rows of the output that experts make, and the arguments of `Experts.forward` that make them."""
+        return slice(None), arguments
+
+
+class RepeatingExperts(Experts):
+    """As Experts, where the family repeats all tokens for every expert and adds the outputs itself (Llama 4).
+
+    Tokens come times their weight, which is 0 for experts that they have not chosen: without biases the output is 0.
+    """
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        """hidden_states: (experts * tokens, d), those of one expert after those of another -> the same shape."""
+        rows, arguments = self.routing(hidden_states=hidden_states)
+        return torch.zeros_like(hidden_states).index_put((rows,), super().forward(**arguments))
+
+    def routing(self, **arguments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The rows that are not zeros, each of which is a token that one expert reads."""
+        x = arguments["hidden_states"]
+        rows = x.any(-1).nonzero()[:, 0]
+        index = rows // (len(x) // len(self._modules))
+        weights = x.new_ones(len(rows), 1)
+        return rows, {"hidden_states": x[rows], "top_k_index": index[:, None], "top_k_weights": weights}

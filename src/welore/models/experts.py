@@ -6,8 +6,8 @@ LAYER.experts.NUMBER.gate_proj, up_proj or down_proj (gate_up_proj where a famil
 """
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
     PrefixChange,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -25,12 +26,13 @@ from transformers.core_model_loading import (
 
 from welore.io.checkpoint import CheckpointReader, OutputTensors
 from welore.io.safetensors_stream import TensorInfo
-from welore.layers.experts import DOWN, Expert, Experts, Gate
+from welore.layers.experts import DOWN, Expert, Experts, Gate, RepeatingExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SETTINGS = ("has_gate", "has_bias", "is_concatenated", "is_transposed", "_apply_gate")  # of transformers' own classes
+REPEATING = "Llama4TextExperts"  # the class that has no settings of transformers' interface; it would have these
+SETTINGS = {"has_gate": True, "has_bias": False, "is_concatenated": True, "is_transposed": True}
 
 
 @dataclass(frozen=True)
@@ -98,19 +100,19 @@ def slices_of(key: str, name: str, fused: FusedTensor, count: int) -> dict[str, 
 
 def fused_tensors(fused: Any) -> list[FusedTensor]:
     """The parameters of a family's module of fused experts."""
-    up = "gate_up_proj" if fused.has_gate else "up_proj"
-    first = ("gate_proj", "up_proj") if fused.has_gate and fused.is_concatenated else (up,)
-    layers = {up: first, DOWN: (DOWN,)}
-    tensors = [FusedTensor(name, group, "weight", fused.is_transposed) for name, group in layers.items()]
-    biases = [FusedTensor(f"{name}_bias", group, "bias", False) for name, group in layers.items()]
-    return tensors + biases * fused.has_bias
+    gate, bias, concatenated, transposed = (getattr(fused, name, default) for name, default in SETTINGS.items())
+    up = "gate_up_proj" if gate else "up_proj"
+    layers = {up: ("gate_proj", "up_proj") if gate and concatenated else (up,), DOWN: (DOWN,)}
+    tensors = [FusedTensor(name, group, "weight", transposed) for name, group in layers.items()]
+    return tensors + [FusedTensor(f"{name}_bias", group, "bias", False) for name, group in layers.items()] * bias
 
 
 def fused_experts(model: nn.Module) -> dict[str, Any]:
     """Name -> module of the fused experts that can be taken apart: {} where the files hold other parts of them."""
     modules: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if all(hasattr(module, setting) for setting in SETTINGS) and "vision" not in name:
+        known = type(module).__name__ == REPEATING or all(hasattr(module, own) for own in (*SETTINGS, "_apply_gate"))
+        if known and "vision" not in name:
             own = {tensor.name for tensor in fused_tensors(module)}
             if not own ^ set(dict(module.named_parameters())) and not getattr(module, "has_post_expert_norm", False):
                 modules[name] = module
@@ -118,7 +120,7 @@ def fused_experts(model: nn.Module) -> dict[str, Any]:
         return {}
     tensors = _parameters(modules)
     converters = [entry for entry in get_model_conversion_mapping(model) if _converts(entry, tensors)]  # type: ignore[arg-type]
-    return modules if all(map(_merges, converters)) else {}
+    return modules if all(_merges(entry) or _turns(entry) for entry in converters) else {}
 
 
 def experts_of(model: nn.Module) -> dict[str, int]:
@@ -129,6 +131,11 @@ def experts_of(model: nn.Module) -> dict[str, int]:
 def fused_names(model: nn.Module) -> dict[str, FusedTensor]:
     """Name -> parameter that the experts of a model would be, which are apart."""
     return _parameters({name: module for name, module in model.named_modules() if isinstance(module, Experts)})
+
+
+def with_turned(tensors: dict[str, FusedTensor], turned: Collection[str]) -> dict[str, FusedTensor]:
+    """The same parameters as in files that hold the matrices of some of them the other way."""
+    return tensors | {name: replace(tensors[name], transposed=not tensors[name].transposed) for name in turned}
 
 
 # --- apart and together ----------------------------------------------------------------------------------------------
@@ -193,7 +200,7 @@ def fuse(model: Any) -> None:
 def _apart(module: Any, *, views: bool) -> Experts:
     empty = copy.copy(module)
     empty._parameters = {}
-    gate = Gate(empty)
+    gate, kind = Gate(empty), RepeatingExperts if type(module).__name__ == REPEATING else Experts
     layers: list[dict[str, nn.Linear]] = [{} for _ in getattr(module, DOWN)]
     for tensor in fused_tensors(module):
         stacked = getattr(module, tensor.name)
@@ -203,9 +210,9 @@ def _apart(module: Any, *, views: bool) -> Experts:
                 parameter = nn.Parameter(part, requires_grad=stacked.requires_grad)
                 if tensor.part == "weight":
                     m, n = part.shape
-                    own[name] = nn.Linear(n, m, bias=module.has_bias, device="meta")
+                    own[name] = nn.Linear(n, m, bias=hasattr(module, f"{tensor.name}_bias"), device="meta")
                 setattr(own[name], tensor.part, parameter)
-    return Experts([Expert(own, gate) for own in layers], gate).train(module.training)
+    return kind([Expert(own, gate) for own in layers], gate).train(module.training)
 
 
 # --- names in files --------------------------------------------------------------------------------------------------
@@ -226,14 +233,17 @@ def unmerged(mapping: Iterable[WeightTransform], model: nn.Module) -> list[Weigh
     return entries
 
 
-def fused_outputs(outputs: Iterable[OutputTensors], model: "PreTrainedModel") -> list[OutputTensors]:
+def fused_outputs(
+    outputs: Iterable[OutputTensors], model: "PreTrainedModel", turned: Collection[str] = ()
+) -> list[OutputTensors]:
     """The same output with the experts' tensors together, if the files of the family hold them so.
 
-    model: dense, its experts apart; it may live on the meta device.
+    model: dense, its experts apart; it may live on the meta device. turned: parameters that are to be written so.
     """
     tensors = fused_names(model)
-    if any(_converts(entry, tensors) for entry in get_model_conversion_mapping(model)):
+    if any(_converts(entry, tensors) and not _turns(entry) for entry in get_model_conversion_mapping(model)):
         return list(outputs)
+    tensors = with_turned(tensors, turned)
     parts: dict[str, str] = {}
     for name, tensor in tensors.items():
         experts = name.rpartition(".")[0]
@@ -295,8 +305,16 @@ def _merges(entry: WeightTransform) -> bool:
     return together and all("*." in source for source in entry._original_source_patterns)
 
 
+def _turns(entry: WeightTransform) -> bool:
+    """Whether it turns the matrices of all experts where a file holds them the other way, and changes nothing else."""
+    operations = entry.operations if isinstance(entry, WeightConverter) else []
+    return bool(operations) and all(isinstance(op, Transpose) and op.check_dims for op in operations)
+
+
 def _renamings(entry: WeightTransform, tensors: dict[str, FusedTensor]) -> list[ExpertRenaming]:
-    """The layers' other names, which are left of an entry that merges."""
+    """The layers' other names, which are left of an entry that merges; none of one that turns."""
+    if _turns(entry):
+        return []
     back = entry.reverse_transform()
     tensor = next(tensor for name, tensor in tensors.items() if back._scoped_match(name) is not None)
     target = entry._original_target_patterns[0].removesuffix(tensor.name)

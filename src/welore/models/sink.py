@@ -1,7 +1,7 @@
 """Where the tensors of a result go: a checkpoint directory, or the model in memory whose layers are exchanged."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,7 @@ class DirectorySink:
     """A checkpoint directory, written one tensor at a time.
 
     source: the directory of the original model. rename: name in the model -> name in the files. skeleton: the dense
-    model, needed for weights in 8 bits and for experts.
+    model, needed for weights in 8 bits and for experts. turned: names of experts' 3-D tensors for `fused_outputs`.
     """
 
     def __init__(
@@ -49,9 +49,10 @@ class DirectorySink:
         max_shard_size: str = SHARD_SIZE,
         rename: Rename = str,
         skeleton: "PreTrainedModel | None" = None,
+        turned: Collection[str] = (),
     ) -> None:
         self.source, self.directory, self.max_shard_size = source, directory, max_shard_size
-        self.rename, self.skeleton = rename, skeleton
+        self.rename, self.skeleton, self.turned = rename, skeleton, turned
         self.pruning: ExpertPruning | None = None
 
     def take_out(self, pruning: ExpertPruning, experts: Mapping[str, Remaining]) -> None:
@@ -73,7 +74,7 @@ class DirectorySink:
                 assert self.skeleton is not None
                 outputs = quantized_tensors(outputs, self.skeleton, config.int8)
         if self.skeleton is not None and not (isinstance(config, WeLoreConfig) and config.has_experts):
-            outputs = fused_outputs(outputs, self.skeleton)
+            outputs = fused_outputs(outputs, self.skeleton, self.turned)
         outputs = [output.renamed(self.rename) for output in outputs]
         size = write_weights(self.directory, outputs, self.max_shard_size, progress)
         pruned: Callable[..., dict[str, Any]] = self.pruning.resizing.changed if self.pruning else dict
@@ -159,4 +160,5 @@ def open_sink(
         if directory is None or not on_disk:
             yield ModelSink(origin.model, directory, max_shard_size)
         else:
-            yield DirectorySink(origin.directory, directory, max_shard_size, origin.stored_name, origin.skeleton)
+            rename, skeleton, turned = origin.stored_name, origin.skeleton, origin.turned
+            yield DirectorySink(origin.directory, directory, max_shard_size, rename, skeleton, turned)

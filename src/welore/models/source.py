@@ -17,9 +17,10 @@ from welore.io.context import RunContext
 from welore.io.hub import resolve_model
 from welore.io.resume import file_states
 from welore.io.safetensors_stream import FLOATS, TensorInfo, raw_bytes
+from welore.layers.expert_names import is_of_expert
 from welore.layers.int8 import SCALE, dequantize
 from welore.models.completeness import require_complete
-from welore.models.experts import FusedTensor, Slice, fused_names, slices_of, unfused
+from welore.models.experts import FusedTensor, Slice, fused_names, slices_of, unfused, with_turned
 from welore.models.key_names import Rename, loaded_name, saved_name
 from welore.models.mlp import resize_layers
 from welore.models.replace import has_module
@@ -277,8 +278,15 @@ class CheckpointSource(TensorSource):
     @cached_property
     def _fused(self) -> dict[str, dict[str, Slice]]:
         """Name of a 3-D tensor of experts -> the tensors of single experts that it holds."""
-        fused, keys, entries = self._fused_names, self._keys, self._files.entries
+        fused, keys, entries = with_turned(self._fused_names, self.turned), self._keys, self._files.entries
         return {n: slices_of(keys[n], n, fused[n], entries[keys[n]].shape[0]) for n in fused if n in keys}
+
+    @cached_property
+    def turned(self) -> list[str]:
+        """The 3-D tensors of experts whose matrices lie the other way in the files (Qwen3-VL-MoE)."""
+        first = {n: next(iter(slices_of("", n, tensor, 1).items())) for n, tensor in self._fused_names.items()}
+        shapes = {n: self._files.entries[self._keys[n]].shape for n in first if n in self._keys}
+        return [n for n in shapes if first[n][1].shape(shapes[n]) != self.skeleton.get_parameter(first[n][0]).shape]
 
     @cached_property
     def _fused_names(self) -> dict[str, FusedTensor]:
@@ -295,6 +303,13 @@ class CheckpointSource(TensorSource):
         return saved_name(self.skeleton)
 
     @cached_property
+    def _around_experts(self) -> str:
+        """The prefix that only the files' names of experts have: the class for the text of Llama 4 drops it."""
+        names = (name for name in self._keys if name in self._fused_names or is_of_expert(name))
+        key, saved = next(((self._keys[name], self._saved_name(name)) for name in names), ("", ""))
+        return key.removesuffix(saved) if key.endswith(saved) else ""
+
+    @cached_property
     def _slices(self) -> dict[str, Slice]:
         return {name: part for parts in self._fused.values() for name, part in parts.items()}
 
@@ -304,7 +319,7 @@ class CheckpointSource(TensorSource):
         for end in range(len(parts), 0, -1):
             own = name if end == len(parts) else ".".join([*parts[:end], "weight"])
             if own in self._slices or (own not in self._keys and own in self._fused_names):
-                return self._saved_name(name)
+                return self._around_experts + self._saved_name(name)
             key = self._keys.get(own)
             if key is not None and self.prefix + key != own:
                 return key if end == len(parts) else ".".join([key.removesuffix(".weight"), *parts[end:]])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from welore.errors import WeLoreError
 from welore.layers.block_grid import WHOLE, Grid, block_names, block_shape
+from welore.layers.expert_names import of_all_experts
 from welore.layers.int8 import Int8Linear
 from welore.layers.low_rank import LowRankLayer, SplitLinear
 from welore.models.skeleton import decoder_blocks
@@ -322,6 +323,6 @@ def census(model: "PreTrainedModel", targets: Sequence[Target]) -> Census:
     return Census(
         targeted=sum(m * n for m, n in (target.shape for target in targets)),
         blocks_other=sum(other.values()),
-        blocks_other_names=tuple(sorted({".".join(n.split(".")[-3:-1]) for n in other})),
+        blocks_other_names=tuple(sorted({".".join(of_all_experts(n).split(".")[-3:-1]) for n in other})),
         total=sum(p.numel() for p in model.parameters()),
     )
