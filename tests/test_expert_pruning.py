@@ -20,10 +20,12 @@ from test_checkpoint import equal, weights_of
 from toys import calibrate, checkpoint
 from welore.allocation.plan import Plan
 from welore.calibration.statistics import Statistics
+from welore.compression.analysis import Analyzer
 from welore.config import CalibrationConfig, CompressionConfig, RecoveryConfig
 from welore.errors import WeLoreError
 from welore.models.expert_pruning import find_expert_pruning
 from welore.models.source import ModelSource
+from welore.models.targets import Target
 
 # Where routers keep what they add to the scores of every expert; and how they are called.
 FAMILIES = {
@@ -193,6 +195,23 @@ TEXT = CalibrationConfig(num_tokens=256, max_length=64)
 def mixture(tmp_path: Path) -> Path:
     """A mixture of eight experts, two for each token, that can read; the directory."""
     return checkpoint(tmp_path / "mixture", None, "qwen3_moe", num_experts=8, moe_intermediate_size=40)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_that_go_are_not_decomposed(
+    whole: bool, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed, usual = set[str](), Analyzer.compute
+
+    def compute(self: Analyzer, target: Target) -> dict[str, Tensor]:
+        computed.add(target.layer)
+        return usual(self, target)
+
+    monkeypatch.setattr(Analyzer, "compute", compute)
+    config, text = CompressionConfig(keep=0.5, expert_pruning=0.25), replace(TEXT, whole_model=whole)
+    plan = welore.compress(mixture, tmp_path / "own", config, calibration=text, recovery=None).plan
+    assert computed == {allocation.name for allocation in plan.allocations}
+    assert len({name for name in computed if name.startswith("model.layers.0.mlp.experts.")}) == 6 * 3
 
 
 @pytest.mark.parametrize("pruning", [0.0, 0.2])

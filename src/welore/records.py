@@ -112,8 +112,9 @@ class Record:
         return cls(**values)
 
     def __repr__(self) -> str:
-        numbers = ", ".join(f"{name} {_figure(self.numbers[name])}" for name in self._headline())
-        return f"Record({self._title()}: {numbers})"
+        scalars = {name: value for name, value in self.numbers.items() if isinstance(value, int | float)}
+        names = [name for name in HEADLINES.get(self.kind, [*scalars][:3]) if name in scalars]
+        return f"Record({self._title()}: {', '.join(f'{name} {_figure(scalars[name])}' for name in names)})"
 
     def _repr_html_(self) -> str:
         """A small table for notebooks: every single number."""
@@ -124,10 +125,6 @@ class Record:
 
     def _title(self) -> str:
         return f"{self.kind} of {self.inputs.get('label') or self.inputs.get('model')}"
-
-    def _headline(self) -> list[str]:
-        numbers = [name for name, value in self.numbers.items() if isinstance(value, int | float)]
-        return [name for name in HEADLINES.get(self.kind, numbers[:3]) if name in numbers]
 
 
 def finite(value: Any) -> Any:

@@ -172,7 +172,9 @@ def compress(
     from welore.compression.reference_import import import_checkpoint
     from welore.io._malloc import return_freed_memory
 
-    config = _with_preset(config, paper)
+    if paper and config.preset not in (None, "paper"):
+        raise WeLoreError("give --paper or --preset, not both")
+    config = dataclasses.replace(config, preset="paper") if paper else config
     wanted = _recovery(recovery, recovery_text)
     if dry_run:
         from welore.compression.estimate import estimate
@@ -202,12 +204,6 @@ def compress(
             **join(run),
         ).record
     _report_compression(record, output_dir, as_json)
-
-
-def _with_preset(config: CompressionConfig, paper: bool) -> CompressionConfig:
-    if paper and config.preset not in (None, "paper"):
-        raise WeLoreError("give --paper or --preset, not both")
-    return dataclasses.replace(config, preset="paper") if paper else config
 
 
 def _recovery(config: RecoveryConfig, text: str | None) -> "RecoveryConfig | Literal['auto'] | None":

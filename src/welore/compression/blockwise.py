@@ -6,21 +6,24 @@ plan may ask for later: decompositions, from which factors of any rank are made;
 moments, packed, until it is known how many go.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
 
-from welore.calibration.hooks import Collector
+from welore.calibration.hooks import Collector, Moments
 from welore.calibration.statistics import MemoryStore, Statistics, reached
 from welore.compression.analysis import Analyzer
-from welore.compression.expert_pruning import expert_losses
+from welore.compression.expert_pruning import select_experts
 from welore.compression.mlp_pruning import Search, refit_layers, select_neurons
 from welore.io.context import RunContext
 from welore.io.progress import silent
 from welore.io.resume import Workspace
 from welore.layers.block_grid import Grid
+from welore.layers.experts import DOWN
+from welore.layers.remaining import is_left
 from welore.linalg.triangles import pack
 from welore.models.expert_pruning import ExpertPruning
 from welore.models.mlp import Mlp
@@ -34,8 +37,8 @@ class BlockAnalyzer:
     """Decomposes the matrices of a block by its statistics: `finish` of `collect_statistics`.
 
     mlps: those that may lose neurons, whose second moments last. outliers: see Analyzer. experts: how many are left of
-    every layer; the losses of all are stored. plain: nothing lasts, and nothing is decomposed. width: neurons that are
-    left of every MLP of a plain result; the others are taken out at once.
+    every layer; the losses of all are stored, and the others are not decomposed. plain: nothing lasts, and nothing is
+    decomposed. width: neurons that are left of every MLP of a plain result; the others are taken out at once.
     """
 
     source: TensorSource
@@ -50,30 +53,18 @@ class BlockAnalyzer:
 
     def __call__(self, names: Sequence[str], collector: Collector, tokens: int) -> None:
         """Use up the sums of the layers of a block."""
-        workspace = self.context.workspace
+        workspace, lasting = self.context.workspace, self._lasting
         assert workspace is not None
-        lasting = set() if self.plain else {layer.name for mlp in self.mlps for layer in mlp.layers}
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name in names:
-            for kind, group in collector.statistics(name, tokens):
-                if kind in ("inputs", "outputs"):
-                    # What is stored of gradients may be rounded: they are damped by a tenth of their mean.
-                    group = pack(group[kind], rounded=kind == "outputs" and name in lasting)
-                groups[f"{name}.{kind}"] = group
-        counts, shared = reached(names, groups.__getitem__)
+        statistics, groups = self._statistics(names, collector, tokens)
+        shared, targets = statistics.shared, [t for t in self.source.targets if t.name in statistics.shapes]
         if self.context.processes.is_main:
-            needed = {f"{name}.outputs" for name in lasting & shared.keys()}
-            needed |= {
-                f"{shared[name]}.{kind}" for name in lasting & shared.keys() for kind in ("inputs", "magnitudes")
-            }
+            reads = {f"{shared[name]}.{kind}" for name in lasting & shared.keys() for kind in ("inputs", "magnitudes")}
+            needed = reads | {f"{name}.outputs" for name in lasting & shared.keys()}
             for name in sorted(needed) + [f"{name}.about" for name in names]:
                 workspace.store(name, groups[name])
-        targets = [target for target in self.source.targets if target.name in counts]
-        shapes, record = {target.name: target.shape for target in targets}, Record("calibration", {}, {}, {})
-        statistics = Statistics(self.source.identity, shapes, counts, shared, MemoryStore(groups), record)
         if self.experts is not None:
-            with self.context.stage("expert pruning"):
-                expert_losses(self.source, statistics, replace(self.context, progress=silent), self.experts)
+            left = select_experts(self.source, statistics, replace(self.context, progress=silent), self.experts)
+            targets = [target for target in targets if is_left(target.name, left)]
         if self.width is not None:
             with self.context.stage("mlp pruning"):
                 neurons = select_neurons(self.source, statistics, self.context, Search(width=self.width))
@@ -84,6 +75,39 @@ class BlockAnalyzer:
         with self.context.stage("decompositions"):
             analyzer = Analyzer(*common, keep=lambda target: target.layer not in lasting)
             analyzer.share(in_blocks(targets, self.grids), silent)
+
+    @property
+    def compare(self) -> Callable[[Sequence[str], Moments, int], None] | None:
+        """Stores the losses of some experts of a layer, whose sums stay; None if no experts are compared."""
+        return None if self.experts is None or self.plain else self._compare
+
+    def _compare(self, names: Sequence[str], moments: Moments, tokens: int) -> None:
+        assert self.experts is not None
+        downs, copied = [name for name in names if name.endswith(f".{DOWN}")], copy.copy(moments)
+        copied.sums = {key: total.clone() for key, total in moments.sums.items() if key[0] in downs}
+        statistics, _ = self._statistics(downs, copied, tokens)
+        select_experts(self.source, statistics, replace(self.context, progress=silent), self.experts)
+
+    @cached_property
+    def _lasting(self) -> set[str]:
+        """The layers whose second moments last."""
+        return set() if self.plain else {layer.name for mlp in self.mlps for layer in mlp.layers}
+
+    def _statistics(
+        self, names: Sequence[str], collector: Collector, tokens: int
+    ) -> tuple[Statistics, dict[str, dict[str, Tensor]]]:
+        """Those of some layers, and the groups that they are made of; the sums are used up."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name in names:
+            for kind, group in collector.statistics(name, tokens):
+                if kind in ("inputs", "outputs"):
+                    # What is stored of gradients may be rounded: they are damped by a tenth of their mean.
+                    group = pack(group[kind], rounded=kind == "outputs" and name in self._lasting)
+                groups[f"{name}.{kind}"] = group
+        counts, shared = reached(names, groups.__getitem__)
+        shapes = {target.name: target.shape for target in self.source.targets if target.name in counts}
+        record = Record("calibration", {}, {}, {})
+        return Statistics(self.source.identity, shapes, counts, shared, MemoryStore(groups), record), groups
 
 
 @dataclass(frozen=True)

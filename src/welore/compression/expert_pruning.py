@@ -35,27 +35,26 @@ def require_experts(source: TensorSource, share: float) -> ExpertPruning:
 def select_experts(
     source: TensorSource, statistics: Statistics, context: RunContext, pruning: ExpertPruning
 ) -> dict[str, Remaining]:
-    """Mixture -> the experts that are left."""
-    losses = expert_losses(source, statistics, context, pruning)
-    return {mixture: pruning.select(torch.stack(values)) for mixture, values in losses.items()}
+    """Mixture -> the experts that are left, of the mixtures that the statistics speak of.
 
-
-def expert_losses(
-    source: TensorSource, statistics: Statistics, context: RunContext, pruning: ExpertPruning
-) -> dict[str, list[Tensor]]:
-    """Mixture -> the losses of its experts, of those that the statistics speak of; they are put into the workspace."""
-    numbers = range(pruning.before)
+    A mixture is left out until the losses of all its experts are known; those of earlier calls lie in the workspace.
+    """
+    numbers, workspace = range(pruning.before), context.workspace
+    assert workspace is not None
     names = {f"{mixture}.{number}.{DOWN}": mixture for mixture in pruning.mixtures for number in numbers}
     layers = [target for target in source.targets if target.name in names and target.name in statistics.shapes]
     compute = partial(_loss, source, statistics, context)
     mine = context.processes.share(layers, [layer.cost for layer in layers])
     memory = [4 * sum(layer.shape) ** 2 for layer in mine]
-    context.map(compute, mine, [layer.cost for layer in mine], "experts", memory)
+    with context.stage("expert pruning"):
+        context.map(compute, mine, [layer.cost for layer in mine], "experts", memory)
     context.processes.wait()
-    losses: dict[str, list[Tensor]] = {}
-    for layer in layers:
-        losses.setdefault(names[layer.name], []).append(compute(layer)["loss"])
-    return losses
+    experts = {}
+    for mixture in dict.fromkeys(names[layer.name] for layer in layers):
+        losses = [workspace.fetch(f"{mixture}.{number}.{DOWN}.silence") for number in numbers]
+        if None not in losses:
+            experts[mixture] = pruning.select(torch.stack([stored["loss"] for stored in losses if stored]))
+    return experts
 
 
 def _loss(source: TensorSource, statistics: Statistics, context: RunContext, down: Target) -> dict[str, Tensor]:

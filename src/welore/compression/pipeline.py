@@ -192,18 +192,18 @@ def compress(
     context = RunContext.create(**options)
     config = config or CompressionConfig()
     config = config if keep is None else replace(config, keep=keep)
-    plan_file = plan
+    reads = model, plan, statistics, calibration, recovery
     plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
     if plan is not None:
         config = _config_of_plan(plan, config)
     with ExitStack() as stack:
-        reads = model, plan_file, statistics, calibration, recovery
         leads = context.processes.is_main
         claim = claimed(output_dir, *reads, overwrite=context.overwrite, marker="config.json", leads=leads)
         stack.enter_context(claim)
         source = _source(model, output_dir, config, context)
         job = make_job(source, config, calibration, recovery, plan, statistics, context)
-        job = replace(job, text=_text(job), recovery_text=_recovery_text(job))
+        text = draw_text(job.calibration, source.skeleton, _tokenizer(job), job.context) if job.collects else None
+        job = replace(job, text=text, recovery_text=_recovery_text(job))
         job = replace(job, context=stack.enter_context(_workspace(job, output_dir)))
         plan, smaller, known = _plan(job, _statistics(job))
         numbers = factor_matrices(smaller, plan, known, job.context, _release(job, plan))
@@ -254,7 +254,9 @@ def make_job(
     if plan is None:
         alone = experts is not None and config.optimize_for == ANYWHERE
         if alone:
-            config = _experts_alone(config, _numel(fewer.targets) / _numel(source.targets))
+            if config.keep is not None:
+                raise WeLoreError(f"for {ANYWHERE} take out neurons by keep, or experts by expert_pruning: not both")
+            config = replace(config, keep=_numel(fewer.targets) / _numel(source.targets))
         config = resolve(config, has_statistics=known is not None, device=context.device.type)
         grids = grids_of(source, bool(config.split))
         if alone:
@@ -281,22 +283,8 @@ def make_job(
     return replace(job, recovery=training)
 
 
-def _experts_alone(config: CompressionConfig, left: float) -> CompressionConfig:
-    """The config of a plain result without experts, and with its size; left: share of the parameters."""
-    if config.keep is not None:
-        raise WeLoreError(f"for {ANYWHERE} take out neurons by keep, or experts by expert_pruning: give one of both")
-    return replace(config, keep=left)
-
-
 def _numel(targets: Sequence[Target]) -> int:
     return sum(m * n for m, n in (target.shape for target in targets))
-
-
-def _text(job: Job) -> Text | None:
-    """The text of the statistics; None if none are collected."""
-    if not job.collects:
-        return None
-    return draw_text(job.calibration, job.source.skeleton, _tokenizer(job), job.context)
 
 
 def _recovery_text(job: Job) -> Tensor | None:
@@ -407,8 +395,7 @@ def _fewer_experts(job: Job, statistics: Statistics | None) -> tuple[TensorSourc
         left = dict(job.plan.experts)
     else:
         assert statistics is not None
-        with job.context.stage("expert pruning"):
-            left = select_experts(job.source, statistics, job.context, job.experts)
+        left = select_experts(job.source, statistics, job.context, job.experts)
     return without_experts(job.source, job.experts, left), left
 
 

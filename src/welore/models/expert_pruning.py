@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
+from operator import eq
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,18 +174,12 @@ def _routers(
         if len(shape) != len(before[name]):
             return None
         differ = [axis for axis, sizes in enumerate(zip(before[name], shape, strict=True)) if sizes[0] != sizes[1]]
-        mixture = max(experts, key=lambda other: _shared_parts(name, other))
+        mixture = max(experts, key=lambda other: sum(map(eq, name.split("."), other.split("."))))  # that of its layer
         left = experts[mixture]
         if len(differ) != 1 or (before[name][differ[0]], shape[differ[0]]) != (left.width, len(left.indices)):
             return None
         routers[name] = (mixture, differ[0])
     return routers if {mixture for mixture, _ in routers.values()} == set(experts) else None
-
-
-def _shared_parts(name: str, other: str) -> int:
-    """How many modules lie around both."""
-    pairs = zip(name.split("."), other.split("."), strict=False)
-    return len(list(takewhile(lambda parts: parts[0] == parts[1], pairs)))
 
 
 def _groups(model: Any, change: Resizing, before: int, count: int) -> int:

@@ -14,11 +14,6 @@ def _read(row: Row) -> tuple[str, str]:
     return f"{body}{'' if body.endswith(('.', '?', '!', ',')) else '.'} {question}", answer
 
 
-def _normal(number: str) -> str:
-    """ "1,200.0" -> "1200": the same number is always the same text."""
-    return f"{float(number.replace(',', '')):.10g}"
-
-
 TASK = Task(
     name="svamp",
     lead="The answer (arabic numerals) is",
@@ -27,5 +22,5 @@ TASK = Task(
     train_share=0.7,
     files={"train": "SVAMP.json", "evaluation": "SVAMP.json"},
     hub=Hub("ChilleD/SVAMP", None, "train", "test"),
-    normal=_normal,
+    normal=lambda number: f"{float(number.replace(',', '')):.10g}",  # "1,200.0" -> "1200"
 )
