@@ -138,6 +138,23 @@ def test_neurons_that_are_gone_have_a_row_of_their_own(plan: Plan) -> None:
     assert drawn(figures.reduction_heatmap(plan)).axes[0].get_yticklabels()[-1].get_text() != "neurons out"
 
 
+def test_experts_that_are_gone_have_a_row_of_their_own(plan: Plan) -> None:
+    names = [f"model.layers.{layer}.mlp.experts.{expert}.up_proj" for layer in (0, 1) for expert in (1, 2)]
+    names += [f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)]  # the last layer has no experts
+    allocations = tuple(Allocation(name, (8, 8), 2, True, 0.0) for name in names)
+    experts = {
+        f"model.layers.{layer}.mlp.experts": Remaining(4, left) for layer, left in enumerate([(0, 1, 2), (0, 2)])
+    }
+    neurons = {"model.layers.1.mlp.experts.2": Remaining(10, tuple(range(8)))}
+    mixture = replace(plan, strategy="uniform", allocations=allocations, experts=experts, neurons=neurons)
+    ax = drawn(figures.reduction_heatmap(mixture)).axes[0]
+    mesh = next(c.get_array() for c in ax.collections if c.get_array() is not None)
+    assert mesh is not None
+    assert [label.get_text() for label in ax.get_yticklabels()][-2:] == ["neurons out", "experts out"]
+    assert mesh[-2].tolist() == pytest.approx([0, 0.2, 0])
+    assert mesh[-1].tolist() == [0.25, 0.5, None]
+
+
 def test_experts_share_a_cell_that_is_hatched_if_all_of_them_stay_dense(plan: Plan) -> None:
     names = [f"model.layers.{layer}.mlp.experts.{expert}" for layer in range(2) for expert in range(2)]
     ranks = dict(zip(names, (2, 8, 8, 8), strict=True))  # of 8: an expert of the first layer is factored

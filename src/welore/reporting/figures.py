@@ -60,7 +60,7 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
 
     The experts of a layer share a cell, with their mean; it is hatched if all of them stay dense.
     A `welore` plan gets a last column: the share that its threshold takes from a Gaussian matrix of the same shape.
-    Where MLP neurons were pruned, a last row shows their share of the MLP.
+    Where MLP neurons were pruned, a row below shows their share of the MLP; where experts were, their share of a layer.
     """
     types = summarise(plan)
     row = {t.module_type: i for i, t in enumerate(types)}
@@ -74,13 +74,13 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     for cell, experts in inside.items():
         ratio[cell] = np.mean([a.reduction_ratio for a in experts])
     names = [style.plain(t.module_type) for t in types]
-    if plan.neurons:
-        names.append("neurons out")
-        mlps = module_positions(plan.neurons)
+    for words, left, others in (("neurons out", plan.neurons, 0.0), ("experts out", plan.experts, math.nan)):
         pruned: dict[int | None, list[float]] = {}
-        for mlp, n in plan.neurons.items():
-            pruned.setdefault(mlps[mlp].layer, []).append(n.pruned / n.width)
-        ratio = np.vstack([ratio, [np.mean(pruned.get(layer, 0.0)) for layer in layers]])
+        for module, position in module_positions(left).items():
+            pruned.setdefault(position.layer, []).append(left[module].pruned / left[module].width)
+        if left:
+            names.append(words)
+            ratio = np.vstack([ratio, [np.mean(pruned.get(layer, others)) for layer in layers]])
 
     width = min(16.0, 3.2 + max(0.24 * len(layers), 3.0))
     fig = style.new_figure(width, max(2.8, 1.6 + 0.34 * len(names)), title)
