@@ -32,12 +32,13 @@ def forked(work: Callable[[], object], **variables: str) -> Ended:
     return _together([(work, variables)])[0]
 
 
-def launched(work: Callable[[], object], **variables: str) -> list[Ended]:
-    """Call a function in two children that have the variables of torchrun, and a store to meet at."""
+def launched(work: Callable[[], object], count: int = 2, **variables: str) -> list[Ended]:
+    """Call a function in so many children that have the variables of torchrun, and a store to meet at."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    common = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "CUDA_VISIBLE_DEVICES": ""} | variables
-    return _together([(work, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)])
+    return _together([(work, common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)])
 
 
 def command(*words: object) -> Callable[[], None]:

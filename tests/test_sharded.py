@@ -1,6 +1,7 @@
 """Fine-tuning with parameters cut over two processes (FSDP2), on CPUs."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import welore
 from processes import forked, launched
+from test_resuming import COMMON, Kill
 from toys import checkpoint, finetuned, weights
 from welore.config import FinetuneConfig
 from welore.data.windows import TopK, write_windows
@@ -25,7 +27,7 @@ from welore.training.trainer import share
 
 # accelerate uses FSDP on GPUs only. Told that these processes have some, it goes the same way on CPUs: its own code and
 # the Trainer's, from here on.
-def cut(model: Path, out: Path, settings: dict[str, Any]) -> None:
+def cut(model: Path, out: Path, settings: dict[str, Any], **options: Any) -> None:
     """The work of a child, whose modules are its own."""
     usual, gathered = preparation.training_arguments, finetuning.gathered
 
@@ -43,7 +45,7 @@ def cut(model: Path, out: Path, settings: dict[str, Any]) -> None:
     preparation.training_arguments = arguments
     finetuning.check_launch = lambda *given: None
     finetuning.gathered = told
-    finetuning.finetune(model, out, FinetuneConfig(**settings), device="cpu")
+    finetuning.finetune(model, out, FinetuneConfig(**settings), device="cpu", **options)
 
 
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
@@ -97,6 +99,26 @@ def test_fsdp2_gives_losses_and_weights_of_one_process(tmp_path: Path, taught: b
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
     config = "model/config.json"
     assert (tmp_path / "two" / config).read_text() == (tmp_path / "one" / config).read_text()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.slow
+def test_a_killed_run_under_fsdp2_goes_on_with_twice_the_processes(tmp_path: Path, kind: str) -> None:
+    model, settings = checkpoint(tmp_path / "model"), COMMON | {"batch_size": 2}
+    how = FSDP2 | {"FSDP_STATE_DICT_TYPE": kind}
+    for ended in launched(lambda: cut(model, tmp_path / "run", settings, callbacks=[Kill()]), **how):
+        assert ended.status == -signal.SIGKILL, ended.err
+    settings = COMMON | {"batch_size": 1}
+    for ended in launched(lambda: cut(model, tmp_path / "run", settings, resume=True), 4, **how):
+        assert ended.status == 0, ended.err
+    numbers = welore.Record.load(tmp_path / "run" / "finetune.json").numbers
+    expected = finetuned(model, tmp_path / "one", **COMMON | {"batch_size": 4}).numbers
+    assert numbers["resumed_at"] == 2
+    assert numbers["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    after, tuned = weights(tmp_path / "one" / "model"), weights(tmp_path / "run" / "model")
+    for name, tensor in after.items():
+        torch.testing.assert_close(tuned[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -71,7 +71,8 @@ def finetune(
         config: The settings; `training_arguments` in it holds any other field of transformers' TrainingArguments.
         dataset: The text, in place of config.dataset.
         plan: For a dense model, which of its matrices count as low-rank components.
-        resume: Go on after the last complete checkpoint. Losses and weights are those of a run that never stopped.
+        resume: Go on after the last complete checkpoint. Losses and weights are those of a run that never stopped;
+            to rounding with other processes and batches, whose steps must read as many sequences.
         label: A name for tables and figures.
         callbacks: Of transformers; or functions that take the Trainer and make one.
         **options: See config.RunOptions; `tokenizer` is needed for a model in memory.
@@ -148,7 +149,7 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
         known_warnings(),
         torch.serialization.safe_globals(state_classes(config.method)),
         _set_up(base),
-        read_checkpoint(run.last),
+        read_checkpoint(run.last, sharded=trainer.is_fsdp_enabled),
     ):
         trainer.train(resume_from_checkpoint=None if run.last is None else str(run.last))
     read = sum(tokens[: trainer.state.global_step])  # of the run, also of what was resumed

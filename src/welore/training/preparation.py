@@ -120,12 +120,12 @@ def prepare(
     for part in (data.train, data.evaluation):
         require_known_tokens(model, part.extremes)
     digests["data_sha256"] = data.sha256
-    if leads:
+    if leads or resume:
         begin(out, _identity(config, marked, digests | configs, args.world_size), resume=resume)
-        if written is not None:
-            write_windows(out / WRITTEN, written)
-        if last is not None and args.world_size == 1:  # the run was perhaps killed before it sealed it
-            seal(last)
+    if leads and written is not None:
+        write_windows(out / WRITTEN, written)
+    if leads and last is not None:  # the run was perhaps killed before it sealed it
+        seal(last)
     inputs, trained = loaded.inputs | digests, originals.trained(marked)
     return Prepared(args, marked, tokenizer, data, inputs, originals, trained, teacher, last)
 

@@ -11,6 +11,7 @@ A run that replaces another one is in OUT.work until it is finished: the other o
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 RUN, TUNED, CHECKPOINTS, MODEL = "run.json", "finetune.json", "checkpoints", "model"
 WRITTEN = "written.safetensors"
 CHECKSUMS = "checksums.json"
+STEP = ("batch_size", "gradient_accumulation_steps", "processes")  # whose product is what a step reads
 STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 
 
@@ -86,7 +88,10 @@ def run_directory(out: str | Path, *reads: Any, resume: bool, overwrite: bool, r
 
 
 def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
-    """Make the directory of a new run and say in it what it is; or check that a resumed run is the same."""
+    """Make the directory of a new run and say in it what it is; or check that a resumed run is the same.
+
+    Batches and the number of processes may differ: what a step reads may not.
+    """
     if not resume:
         with atomic_directory(out, overwrite=True, marker=RUN) as unfinished:
             write_json(unfinished / RUN, identity)
@@ -94,6 +99,13 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
     before = _flat(typed(read_json(out / RUN), dict, str(out / RUN)))
     now = _flat(json.loads(json.dumps(identity)))
     before.setdefault("model_settings_sha256", now.get("model_settings_sha256"))  # runs of version 0.1 have none
+    processes = now.get(STEP[-1])
+    read, reads = (math.prod(typed(run.pop(n, 1), int, f"{n} in {out / RUN}") for n in STEP) for run in (before, now))
+    if read != reads:
+        raise WeLoreError(
+            f"{out} holds a run that reads {read} sequences in a step, now it would read {reads}: choose batch_size "
+            f"and gradient_accumulation_steps whose product with the number of processes ({processes}) is {read}"
+        )
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise WeLoreError(
@@ -105,7 +117,7 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
 def last_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint that is complete; what a killed run left incomplete, or is damaged, is passed over."""
     checkpoints = [path for path in (out / CHECKPOINTS).glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    sealed = [path for path in checkpoints if (path / CHECKSUMS).is_file()]  # none of several processes
+    sealed = [path for path in checkpoints if (path / CHECKSUMS).is_file()]
     for path in sorted(sealed or checkpoints, key=lambda path: -int(path.name.split("-")[1])):
         try:
             json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -117,8 +129,14 @@ def last_checkpoint(out: Path) -> Path | None:
 
 
 @contextmanager
-def read_checkpoint(checkpoint: Path | None) -> Iterator[None]:
-    """Name the checkpoint from which a run goes on if it turns out to be damaged."""
+def read_checkpoint(checkpoint: Path | None, *, sharded: bool = False) -> Iterator[None]:
+    """Name the checkpoint from which a run goes on if it turns out to be damaged, or other than this run reads.
+
+    sharded: whether the run is under FSDP, which has files of its own.
+    """
+    if checkpoint is not None and any(checkpoint.glob("pytorch_model_fsdp*")) != sharded:
+        with_or_not = "without" if sharded else "with"
+        raise WeLoreError(f"{checkpoint} was written {with_or_not} FSDP: resume the run {with_or_not} FSDP, too")
     try:
         yield
     except Exception as error:  # torch and safetensors have many errors for that

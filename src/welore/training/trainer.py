@@ -135,9 +135,10 @@ class RunCallback(TrainerCallback):
         self.began = None
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An open interval is not measured; a checkpoint that one process wrote is sealed."""
+        """An open interval is not measured; a checkpoint to which all processes have written is sealed."""
         self.began = None
-        if args.world_size == 1:
+        args.distributed_state.wait_for_everyone()
+        if args.process_index == 0:
             seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def numbers(self) -> dict[str, Any]:
