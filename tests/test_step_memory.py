@@ -80,25 +80,47 @@ def test_projected_moments_are_those_of_galore(small: Path, tmp_path: Path) -> N
     assert predicted(small, method="galore", rank=4).optimizer == total
 
 
-def test_activations_are_at_least_those_that_a_forward_pass_keeps(tmp_path: Path) -> None:
-    """Of a model that is wide enough for its matrices to be most of it."""
-    model = checkpoint(tmp_path / "model", hidden_size=64, intermediate_size=160)
+def forward_bytes(model: Path, method: str) -> int:
+    """What the forward pass of a decoder keeps for its backward pass, without weights."""
     net: Any = AutoModelForCausalLM.from_pretrained(model)
-    welore.mark_trainable(net, "full")
-    own = {p.data_ptr() for p in net.parameters()}
-    sizes: dict[int, int] = {}
+    welore.mark_trainable(net, method)
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    sizes: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() not in own:
-            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage  # alive, so that no other one gets its address
         return tensor
 
     ids = torch.randint(2, 90, (2, 32))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden = net.model(ids).last_hidden_state  # the head's are counted as logits
     assert hidden.requires_grad
-    memory = predicted(model, method="full").activations
-    assert 0.5 * memory < sum(sizes.values()) <= memory
+    return sum(storage.nbytes() for storage in sizes.values())
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 160}  # matrices are most of such a model
+MIXTURE = {"num_experts": 8, "moe_intermediate_size": 48}
+
+
+@pytest.mark.parametrize(
+    ("family", "most", "changes"),
+    [("llama", 1, {}), ("mixtral", 1, {}), ("qwen3_moe", 1, MIXTURE), ("gpt_oss", 1.4, {})],
+)
+@pytest.mark.parametrize(("reduction", "method"), [(None, "full"), (0.4, "full"), (0.4, "lrc")])
+@pytest.mark.filterwarnings("ignore:.*RoPE")
+def test_activations_are_at_least_those_that_a_forward_pass_keeps_and_at_most_twice_as_many(
+    tmp_path: Path, family: str, most: float, changes: dict[str, Any], reduction: float | None, method: str
+) -> None:
+    """Of a mixture, whose experts are together or apart, a token meets two; GPT-OSS clamps what they compute."""
+    model = checkpoint(tmp_path / "model", reduction, family, **WIDE | changes)
+    memory = predicted(model, method=method).activations
+    assert memory / 2 < forward_bytes(model, method) <= most * memory
+
+
+def test_with_full_checkpointing_less_is_kept_than_with_selective(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", None, **WIDE)
     selective, everything = (
         predicted(model, method="full", **{name: True}).activations
         for name in ("selective_checkpointing", "gradient_checkpointing")

@@ -33,7 +33,7 @@ from welore.models.sink import DirectorySink
 from welore.models.skeleton import context_length
 from welore.models.source import CheckpointSource, TensorSource
 from welore.records import Record
-from welore.training.memory import LOGIT_IN_PIECES, activation_bytes, itemsize
+from welore.training.memory import LOGIT_IN_PIECES, activation_bytes, itemsize, met
 from welore.training.objective import chunk_of
 from welore.training.run_dir import MODEL, RUN, TUNED, WRITTEN
 from welore.training.teacher import recorded_predictions
@@ -176,7 +176,7 @@ def memory_needed(source: TensorSource, allocations: Sequence[Allocation], train
         if training.stream_weights:  # two matrices, and what is no matrix of a block
             stored += 2 * max(a.stored_parameters for a in allocations) - sum(a.stored_parameters for a in allocations)
         weights = item * stored + 16 * (training.rank or 0) * sum(map(sum, shapes))
-    width = sum(sum(a.shape) + a.rank for a in allocations)  # of all that enters or leaves a matrix
+    width = met({a.name: sum(a.shape) + a.rank for a in allocations}, text)  # of all that enters or leaves a matrix
     logits = LOGIT_IN_PIECES * chunk_of(text.vocab_size) * text.vocab_size
     return weights + activation_bytes(training, text, width) + logits
 

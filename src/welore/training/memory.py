@@ -4,6 +4,8 @@ docs/how-to/fine-tune-7b.md states the formula. It is an upper bound: measured s
 """
 
 import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -14,6 +16,7 @@ from welore.config import FinetuneConfig, RunOptions
 from welore.io.checkpoint import read_config
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
+from welore.layers.expert_names import EXPERT
 from welore.layers.low_rank import LowRankLayer
 from welore.models.quantizer import METHOD, WeLoreConfig, build_layers
 from welore.models.skeleton import decoder_blocks, skeleton_of
@@ -119,7 +122,7 @@ def step_memory(marked: MarkedModel, config: FinetuneConfig, *, teacher: int = 0
     rank = (config.rank or method.default_rank) if method.optimizer else None  # of projected gradients
     projected = {id(p) for p in blocks.parameters() if p.ndim == 2}
     states = sum(_state_bytes(p, config, rank if id(p) in projected else None) for _, p in named if p.requires_grad)
-    width, wide = _widths(blocks, text.hidden_size)
+    width, wide = _widths(blocks, text)
     assert config.batch_size
     assert config.max_length
     tokens = config.batch_size * config.max_length
@@ -163,20 +166,30 @@ def itemsize(config: FinetuneConfig) -> int:
     return 4 if config.dtype == "float32" else 2
 
 
-def _widths(blocks: nn.ModuleList, hidden: int) -> tuple[int, int]:
-    """For each token: numbers that enter or leave matrices, and results of products over `hidden` numbers or more."""
-    low_rank = [module for module in blocks.modules() if isinstance(module, LowRankLayer)]
-    factors = {id(part) for layer in low_rank for part in layer.modules()}
-    width = sum(layer.in_features + layer.rank + layer.out_features for layer in low_rank)
-    wide = 0
+def met(sizes: Mapping[str, int], text: Any) -> int:
+    """The sum over the matrices that a token meets, by name: of a mixture, the largest experts that it may choose."""
+    mixtures: dict[str, Counter[str]] = defaultdict(Counter)
+    for name, size in sizes.items():
+        expert = EXPERT.search(name)
+        mixtures[name[: expert.start()] if expert else name][expert.group() if expert else name] += size
+    each = getattr(text, "num_experts_per_tok", None)
+    return sum(size for experts in mixtures.values() for _, size in experts.most_common(each))
+
+
+def _widths(blocks: nn.ModuleList, text: Any) -> tuple[int, int]:
+    """For each token: numbers that enter or leave matrices, and results of products over the hidden size or more."""
+    low_rank = {name: module for name, module in blocks.named_modules() if isinstance(module, LowRankLayer)}
+    factors = {id(part) for layer in low_rank.values() for part in layer.modules()}
+    width = {name: layer.in_features + layer.rank + layer.out_features for name, layer in low_rank.items()}
+    wide = {}
     for name, module in blocks.named_modules():
         kind = kind_of(module)
         if kind is None or isinstance(module, LowRankLayer) or ".lora_" in name:  # which reads what its matrix reads
             continue
         m, n = kind.shape(module)
-        width += (m + n) * (id(module) not in factors)
-        wide += m * (n >= hidden)
-    return width, wide
+        width[name] = (m + n) * (id(module) not in factors)
+        wide[name] = m * (n >= text.hidden_size)
+    return met(width, text), met(wide, text)
 
 
 def _state_bytes(parameter: nn.Parameter, config: FinetuneConfig, rank: int | None) -> float:

@@ -88,10 +88,7 @@ def run_directory(out: str | Path, *reads: Any, resume: bool, overwrite: bool, r
 
 
 def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
-    """Make the directory of a new run and say in it what it is; or check that a resumed run is the same.
-
-    Batches and the number of processes may differ: what a step reads may not.
-    """
+    """Make the directory of a new run and say in it what it is; or check a resumed one, which may differ in STEP."""
     if not resume:
         with atomic_directory(out, overwrite=True, marker=RUN) as unfinished:
             write_json(unfinished / RUN, identity)
