@@ -157,7 +157,8 @@ def parallel_map(
         with room.held(needs[index]), _own_stream(device):
             return function(items[index])
 
-    _load_linear_algebra(device)
+    if device.type in STREAMS:  # torch loads its libraries for that, which several threads cannot (pytorch issue 90613)
+        torch.linalg.inv(torch.ones(1, 1, device=device))
     # OpenMP and MKL count threads per calling thread: every worker has to say it for itself.
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     with _one_thread_each(), pool:
@@ -206,12 +207,6 @@ def _own_stream(device: torch.device) -> Iterator[None]:
     with module.stream(stream):
         yield
     stream.synchronize()
-
-
-def _load_linear_algebra(device: torch.device) -> None:
-    """Let torch load the libraries of a GPU's decompositions, which several threads cannot (pytorch issue 90613)."""
-    if device.type in STREAMS:
-        torch.linalg.inv(torch.ones(1, 1, device=device))
 
 
 @contextmanager

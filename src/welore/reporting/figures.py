@@ -50,7 +50,12 @@ def normalised_spectra(spectra: Spectra, plan: Plan | None = None, *, title: str
             ax.axhline(plan.threshold, color=style.VERMILION, linewidth=1.3, label=f"threshold {plan.threshold:.3f}")
         ax.set_title(style.plain(module_type), fontsize=9)
     panels[0].set(xlim=(0, 1), ylim=(0, 1.02))
-    _label_outer(panels, len(types), columns)
+    for i, ax in enumerate(panels):
+        ax.set_visible(i < len(types))
+        lowest = i + columns >= len(types)  # of its column: the panel below may be one of the hidden
+        ax.tick_params(labelbottom=lowest, labelsize=7)
+        ax.set_xlabel("index / full rank" if lowest else "", fontsize=8)
+        ax.set_ylabel("normalised value" if i % columns == 0 else "", fontsize=8)
     style.legend(fig, panels[0])
     return fig
 
@@ -177,15 +182,6 @@ def _depth_colours(fig: "Figure", panels: Sequence["Axes"], layers: Sequence[int
         bar = style.colour_bar(fig, ScalarMappable(Normalize(low, high), shades), panels, "layer", aspect=30)
         bar.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     return lambda layer: style.BLUE if layer is None else shades((layer - low) / max(high - low, 1))
-
-
-def _label_outer(panels: Sequence["Axes"], used: int, columns: int) -> None:
-    for i, ax in enumerate(panels):
-        ax.set_visible(i < used)
-        lowest = i + columns >= used  # of its column: the panel below may be one of the hidden
-        ax.tick_params(labelbottom=lowest, labelsize=7)
-        ax.set_xlabel("index / full rank" if lowest else "", fontsize=8)
-        ax.set_ylabel("normalised value" if i % columns == 0 else "", fontsize=8)
 
 
 def _cells(ax: "Axes", edges: NDArray[np.float64], values: NDArray[np.float64]) -> Any:
