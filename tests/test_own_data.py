@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 
 import welore
 from conftest import Command
-from toys import characters, checkpoint, finetuned
+from toys import characters, checkpoint, finetuned, weights
 from welore.config import FinetuneConfig
 from welore.data.examples import examples_of_rows
 from welore.data.packing import IGNORED, DatasetSplit
@@ -337,6 +337,15 @@ def test_groups_decay_dense_matrices_alone(model: Path) -> None:
     assert {p.ndim for p in decayed["params"]} == {2}
     assert {p.ndim for p in others["params"]} == {1}
     assert len(decayed["params"]) + len(others["params"]) == len(marked.parameters)
+
+
+@pytest.mark.parametrize(("method", "decays"), [("lrc", False), ("nlrc", True)])
+def test_a_run_decays_dense_matrices_alone(model: Path, tmp_path: Path, method: str, decays: bool) -> None:
+    for name, weight_decay in (("without", 0.0), ("with", 0.5)):
+        settings = SHORT | {"dataset": PAIRS, "weight_decay": weight_decay}
+        finetuned(model, tmp_path / name, method, **settings)
+    before, after = (weights(tmp_path / name / "model") for name in ("without", "with"))
+    assert any(not torch.equal(before[name], after[name]) for name in before) == decays
 
 
 def test_accelerate_trains_what_is_marked(model: Path) -> None:

@@ -473,7 +473,7 @@ class FinetuneConfig:
     loss_on_prompt: bool = option(False, "Learn prompts and the users' turns, too.", panel="Data")
     rank: int | None = option(None, "Rank of adapters, or of galore and apollo.", panel="Method", shown="8; 128")
     optimizer: str = option("adamw_torch_fused", "Any optimiser of transformers' Trainer.", panel="Training")
-    weight_decay: float = option(0.0, "Weight decay of AdamW.", panel="Training")
+    weight_decay: float = option(0.0, "Weight decay of dense matrices; factors have none.", panel="Training")
     max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: not at all.", panel="Training")
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass to save memory.", panel="Memory"
@@ -579,7 +579,7 @@ class PretrainConfig:
     seed: int = option(0, "Random seed.", panel="Training")
     dtype: DtypeName = option("auto", "Data type of the computation.", panel="Training")
     optimizer: str = option("adamw_torch_fused", "Any optimiser of transformers' Trainer.", panel="Training")
-    weight_decay: float = option(0.0, "Weight decay of AdamW.", panel="Training")
+    weight_decay: float = option(0.0, "Weight decay of dense matrices; factors have none.", panel="Training")
     max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: not at all.", panel="Training")
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass to save memory.", panel="Training"

@@ -71,9 +71,7 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
 
 def sequences_read(config: FinetuneConfig, processes: int) -> int:
     """How many sequences a run reads, in all its processes."""
-    assert config.max_steps
-    assert config.batch_size
-    return config.max_steps * config.batch_size * config.gradient_accumulation_steps * processes
+    return (config.max_steps or 0) * (config.batch_size or 0) * config.gradient_accumulation_steps * processes
 
 
 def length_of(config: FinetuneConfig) -> int:

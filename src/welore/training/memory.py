@@ -123,9 +123,7 @@ def step_memory(marked: MarkedModel, config: FinetuneConfig, *, teacher: int = 0
     projected = {id(p) for p in blocks.parameters() if p.ndim == 2}
     states = sum(_state_bytes(p, config, rank if id(p) in projected else None) for _, p in named if p.requires_grad)
     width, wide = _widths(blocks, text)
-    assert config.batch_size
-    assert config.max_length
-    tokens = config.batch_size * config.max_length
+    tokens = (config.batch_size or 0) * (config.max_length or 0)
     logits = (tokens * LOGIT if config.whole_logits else chunk_of(text.vocab_size) * LOGIT_IN_PIECES) * text.vocab_size
     head: Any = model.get_output_embeddings()
     once = FLOAT + item * (item < FLOAT)  # bytes of a number that is trained, with its copy for the products
@@ -147,12 +145,10 @@ def activation_bytes(config: FinetuneConfig, text: Any, width: int, wide: int = 
     text: configuration of the decoder. width: numbers for each token that enter or leave a matrix of the blocks; wide:
     results of products over at least the hidden size, which selective checkpointing keeps.
     """
-    assert config.batch_size
-    assert config.max_length
-    item, tokens, layers = itemsize(config), config.batch_size * config.max_length, text.num_hidden_layers
+    tokens, item, layers = (config.batch_size or 0) * (config.max_length or 0), itemsize(config), text.num_hidden_layers
     size = 1.5 * item * tokens * width
     if config.attention == "eager":
-        size += 4 * item * tokens * config.max_length * layers * text.num_attention_heads
+        size += 4 * item * tokens * (config.max_length or 0) * layers * text.num_attention_heads
     if config.gradient_checkpointing:
         return size / layers + item * tokens * layers * text.hidden_size
     if config.selective_checkpointing:

@@ -127,10 +127,7 @@ def last_checkpoint(out: Path) -> Path | None:
 
 @contextmanager
 def read_checkpoint(checkpoint: Path | None, *, sharded: bool = False) -> Iterator[None]:
-    """Name the checkpoint from which a run goes on if it turns out to be damaged, or other than this run reads.
-
-    sharded: whether the run is under FSDP, which has files of its own.
-    """
+    """Name the checkpoint from which a run goes on if it is damaged; sharded: whether the run is under FSDP now."""
     if checkpoint is not None and any(checkpoint.glob("pytorch_model_fsdp*")) != sharded:
         with_or_not = "without" if sharded else "with"
         raise WeLoreError(f"{checkpoint} was written {with_or_not} FSDP: resume the run {with_or_not} FSDP, too")

@@ -20,6 +20,7 @@ from welore.evaluation.perplexity import negative_log_likelihood, perplexity_of
 from welore.io.context import finest_dtype
 from welore.io.memory import tensor_memory
 from welore.io.progress import Progress, counted
+from welore.training.methods import optimizer_groups
 from welore.training.objective import Objective
 from welore.training.run_dir import seal
 
@@ -51,6 +52,11 @@ class FinetuneTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # type: ignore[arg-type]
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Those that have weight decay in `optimizer_groups`: no factor has."""
+        decayed = {id(p) for group in optimizer_groups(model, 1.0) if group["weight_decay"] for p in group["params"]}
+        return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None, **kwargs: Any
