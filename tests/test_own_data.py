@@ -403,11 +403,11 @@ def test_trl_learns_the_same_tokens_and_its_trainer_gives_the_same_weights(
 
 
 @pytest.mark.filterwarnings("ignore")  # of trl
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_scripts_of_the_page_run(number: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).resolve().parents[1] / "docs" / "how-to" / "fine-tune-on-your-data.md"
     scripts = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(scripts) == 4
+    assert len(scripts) == 5
     if "import trl" in scripts[number] or "from trl" in scripts[number]:
         pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
@@ -415,9 +415,18 @@ def test_scripts_of_the_page_run(number: int, model: Path, tmp_path: Path, monke
     Path("small").symlink_to(model)
     written(CHATS[:4], Path("chats.jsonl"))
     written([{"text": "one two three"}] * 4, Path("texts.jsonl"))
+    turn = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}
+    written([{"id": n, "conversations": turn} for n in range(4)], Path("sharegpt.jsonl"))
     short = scripts[number].replace("max_steps=1000", "max_steps=2, max_length=200")
     short = short.replace('SFTConfig("out"', 'SFTConfig("out", use_cpu=True, bf16=False')  # no GPU here
     exec(compile(short, str(page), "exec"), {})
+    if "sharegpt" in short:
+        split = read("chats.jsonl", tmp_path / "chats")
+        assert tokens_of(split) == [expected(("[user]Hi[end][assistant]", False), ("Ho[end]", True))] * 4
+    elif "welore.finetune" not in short:
+        before, after = weights(model), weights(Path("tuned"))
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == {name for name in before if name.endswith((".A.weight", ".B.weight"))} != set()
 
 
 @needs_trl
