@@ -209,8 +209,7 @@ def _solve(scores: Scores, spectra: Spectra, target: tuple[str, float], rule: Ru
 
     # Level 0 of this list removes nothing; level i lies between the i-th score and the next one, if they differ.
     # No level passes the largest score of all, so that a flat spectrum (all ones) is left alone.
-    top = max(float(s[0]) for s in scores)
-    upper = np.concatenate([events, [top]])
+    upper = np.concatenate([events, [max(float(s[0]) for s in scores)]])
     lower = np.concatenate([upper[:1], events])
     reachable = np.concatenate([[0], 1 + np.flatnonzero(upper[1:] > lower[1:])])
     name, value = target

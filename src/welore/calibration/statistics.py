@@ -291,8 +291,7 @@ def _fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The fields of Statistics in the metadata of a file; KeyError or WeLoreError for one that is not as it must be."""
 
     def value(name: str, kind: Any, default: str | None = None) -> Any:
-        text = metadata[name] if default is None else metadata.get(name, default)
-        return typed(parse_json(text), kind, name)
+        return typed(parse_json(metadata[name] if default is None else metadata.get(name, default)), kind, name)
 
     shapes, counts = read_grids(value("shapes", Any), "shapes", LARGEST), value("counts", Mapping[str, int])
     shared, measured = value("shared", Mapping[str, str]), value("measured", int, "0")

@@ -83,8 +83,9 @@ def export_gguf(
         kind = OWN_TYPES.get(content.dtype, "f16") if outtype == AUTO else outtype
         with atomic_write(output) as unfinished, tempfile.TemporaryDirectory() as small:
             write_config(source.directory, Path(small), None)
-            if not context.trust_remote_code:  # which the converter would run unasked
-                _leave_code_out(Path(small))
+            for path in () if context.trust_remote_code else Path(small).glob("*config.json"):
+                fields = read_json(path)  # which may name code that the converter would run unasked
+                write_json(path, {name: value for name, value in fields.items() if name != "auto_map"})
             try:
                 how = {"progress": context.progress is not silent}
                 shapes = _convert(package, content, Path(small), FILE_TYPES[kind], unfinished, **how)
@@ -139,13 +140,6 @@ def _narrow(skeleton: "PreTrainedModel", config: WeLoreConfig) -> tuple[list[int
         resize_layers(skeleton, mlp.shapes(width))
     filled = f", filled with zeros: llama.cpp reads one width for all layers of {family}" if widths != own else ""
     return widths, [f"MLPs have {' to '.join(f'{w:,}' for w in sorted({min(own), max(widths)}))} neurons{filled}"]
-
-
-def _leave_code_out(directory: Path) -> None:
-    """Let the configurations in a directory name no Python code."""
-    for path in directory.glob("*config.json"):
-        fields = read_json(path)
-        write_json(path, {name: value for name, value in fields.items() if name != "auto_map"})
 
 
 def _convert(

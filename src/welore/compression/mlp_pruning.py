@@ -142,8 +142,7 @@ def _removal(
 
 def _cheapest(losses: Mapping[str, NDArray[np.float64]], wanted: int) -> dict[str, int]:
     """How many of every MLP, so that they are as many as wanted, or a group more, and lose least."""
-    pooled = np.sort(np.concatenate(list(losses.values())))
-    level = pooled[wanted - 1] if wanted else -math.inf
+    level = np.sort(np.concatenate(list(losses.values())))[wanted - 1] if wanted else -math.inf
     return {name: int((values <= level).sum()) for name, values in losses.items()}
 
 

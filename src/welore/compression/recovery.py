@@ -170,8 +170,7 @@ def memory_needed(source: TensorSource, allocations: Sequence[Allocation], train
     stored += sum(a.stored_parameters for a in allocations)
     shapes = trained_shapes(allocations)
     if training.rank is None:
-        trained = sum(map(math.prod, shapes))
-        weights = item * stored + (16 if item == 2 else 12) * trained
+        weights = item * stored + (16 if item == 2 else 12) * sum(map(math.prod, shapes))
     else:
         if training.stream_weights:  # two matrices, and what is no matrix of a block
             stored += 2 * max(a.stored_parameters for a in allocations) - sum(a.stored_parameters for a in allocations)

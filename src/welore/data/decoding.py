@@ -61,5 +61,4 @@ class GroupedAttention(TorchFunctionMode):
         if query.shape[-2] != 1 or query.device.type != "cpu" or kwargs.get("attn_mask") is not None:
             return func(*args, **kwargs)
         rows = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
-        out = func(rows, key, value, **kwargs | {"enable_gqa": False})
-        return out.reshape(*query.shape[:-1], -1)
+        return func(rows, key, value, **kwargs | {"enable_gqa": False}).reshape(*query.shape[:-1], -1)

@@ -128,8 +128,7 @@ class Openings:
     def without(self, ids: list[int], *, first: bool) -> list[int]:
         """The tokens of a text without the opening that it is not to have; first: whether a window begins with it."""
         removed = self.bos == "never" or (first and bool(self.of_window))
-        opened = removed and ids[: len(self.of_text)] == self.of_text
-        return ids[len(self.of_text) :] if opened else ids
+        return ids[len(self.of_text) :] if removed and ids[: len(self.of_text)] == self.of_text else ids
 
 
 def is_windows(dataset: Any) -> bool:

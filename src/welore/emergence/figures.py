@@ -65,8 +65,7 @@ def singular_values(trace: Trace, values: Callable[[Matrix], Array], label: str,
     names = _papers_panels(trace)
     tables = [values(trace.matrices[name]) for name in names]
     largest = max(float(table.max()) for table in tables)
-    smallest = min(float(table[table > 0].min()) for table in tables)
-    lowest = max(smallest, largest * SMALLEST)
+    lowest = max(min(float(table[table > 0].min()) for table in tables), largest * SMALLEST)
     norm, clipped = LogNorm(lowest, largest), [np.maximum(table, lowest) for table in tables]
     fig, panels = _heat_maps(trace, names, clipped, norm, "singular value (log scale)", title)
     panels[0].invert_yaxis()

@@ -21,8 +21,7 @@ KERNEL_STEP, KERNEL_ROWS = 16, 16  # torch's kernel reads 16 aligned bytes at on
 
 def quantize_rows(W: Tensor) -> tuple[Tensor, Tensor]:
     """The weight int8 (m, n) and its scale (m, 1), in the dtype of W (m, n), so that W ~ weight * scale."""
-    largest = W.abs().amax(1, keepdim=True).float()
-    scale = (largest / LEVELS).to(W.dtype)
+    scale = (W.abs().amax(1, keepdim=True).float() / LEVELS).to(W.dtype)
     scale[scale == 0] = 1  # a row of zeros
     weight = (W.float() / scale.float()).round_().clamp_(-LEVELS, LEVELS).to(torch.int8)
     return weight, scale
@@ -99,8 +98,7 @@ class Int8Embedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (...), token ids -> (..., n)."""
-        read = (functional.embedding(input, part) for part in (self.weight, self.weight_scale))
-        rows = dequantize(*read)
+        rows = dequantize(*(functional.embedding(input, part) for part in (self.weight, self.weight_scale)))
         if type(self) is Int8Embedding:
             return rows
         like: Any = copy.copy(self)

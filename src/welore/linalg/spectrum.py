@@ -34,8 +34,6 @@ def gaussian_null(m: int, n: int) -> Values:
     ratio = k / long
     low, high = 1 - np.sqrt(ratio), 1 + np.sqrt(ratio)
     sigma = np.linspace(low, high, 20_001)
-    squared = np.clip((high**2 - sigma**2) * (sigma**2 - low**2), 0, None)
-    density = np.sqrt(squared) / np.maximum(sigma, 1e-12)
+    density = np.sqrt(np.clip((high**2 - sigma**2) * (sigma**2 - low**2), 0, None)) / np.maximum(sigma, 1e-12)
     mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    quantiles = (np.arange(k, 0, -1) - 0.5) / k
-    return normalise(np.interp(quantiles, mass / mass[-1], sigma))
+    return normalise(np.interp((np.arange(k, 0, -1) - 0.5) / k, mass / mass[-1], sigma))

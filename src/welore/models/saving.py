@@ -64,8 +64,7 @@ def _teach_transformers() -> None:
 def _companions(model: Any) -> dict[str, str] | None:
     """The texts for a compressed model; None for another one, and where only an adapter is saved."""
     adapter = getattr(model, "_hf_peft_config_loaded", False)
-    compression = getattr(model.config, "quantization_config", None)
-    return None if adapter else getattr(compression, "companions", None)
+    return None if adapter else getattr(getattr(model.config, "quantization_config", None), "companions", None)
 
 
 def _write(companions: dict[str, str], directory: Path) -> None:

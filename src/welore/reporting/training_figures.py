@@ -104,8 +104,7 @@ def _draw_curves(loss: "Axes", perplexity: "Axes", styled: StyledRun) -> None:
     if len(evaluation):
         steps, _, values = evaluation.T
         (line,) = perplexity.plot(steps, values, color=styled.colour, linestyle=styled.line, linewidth=1.2)
-        fill = "white" if styled.nth else styled.colour
-        line.set(marker=styled.marker, markersize=4, markerfacecolor=fill)
+        line.set(marker=styled.marker, markersize=4, markerfacecolor="white" if styled.nth else styled.colour)
 
 
 def _draw_bars(ax: "Axes", styled: Sequence[StyledRun], values: Sequence[float]) -> None:

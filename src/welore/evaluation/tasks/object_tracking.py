@@ -27,8 +27,7 @@ def _read(row: Row) -> tuple[str, str]:
     else:
         question = row.text("inputs")
         choices, scores = row.value("multiple_choice_targets", list), row.value("multiple_choice_scores", list)
-        pairs = Row({"scores": dict(zip(choices, scores, strict=True))}, row.where)
-        choices, right = chosen(pairs, "scores")
+        choices, right = chosen(Row({"scores": dict(zip(choices, scores, strict=True))}, row.where), "scores")
     return f"{question} ...\n{options(choices)}", "ABCDEFG"[right]
 
 
