@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    Llama4ForConditionalGeneration,
+    Qwen3VLMoeForConditionalGeneration,
+)
 
 import welore
 from campaigns.architectures import ARCHITECTURES, loaded, matrix_of
@@ -128,6 +133,24 @@ def test_pruned_model_is_the_dense_one_that_cannot_choose_the_others(
     torch.testing.assert_close(logits(loaded(tmp_path / "saved"), WINDOWS), expected, rtol=1e-5, atol=1e-6)
     compress(directory, tmp_path / "again", plan=plan, statistics=statistics, recovery=None)
     assert equal(weights_of(tmp_path / "again"), weights_of(small))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),  # of the first one the text alone is read, too
+    [("Llama4-Scout", Llama4ForConditionalGeneration), ("Qwen3-VL-MoE", Qwen3VLMoeForConditionalGeneration)],
+)
+def test_text_part_of_a_multimodal_model_has_fewer_experts(
+    name: str, kind: Any, dense: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory, small = dense(name), tmp_path / "small"
+    statistics = statistics_of(loaded(directory), tmp_path)
+    how: dict[str, Any] = {"expert_pruning": 0.25, "optimize_for": "anywhere", "recovery": None}
+    compress(directory, small, statistics=statistics, **how)
+    before, after = (json.loads((d / "config.json").read_text()) for d in (directory, small))
+    assert after == before | {"text_config": before["text_config"] | {"num_local_experts": 3}}
+    expected = logits(without_choice(loaded(directory), Plan.load(small / "plan.json")), WINDOWS)
+    for model in (loaded(small), loaded(small, kind)):
+        torch.testing.assert_close(logits(model, WINDOWS), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "Qwen3-MoE", "DeepSeek-V3", "GPT-OSS"])

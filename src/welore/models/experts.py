@@ -307,8 +307,7 @@ def _merges(entry: WeightTransform) -> bool:
 
 def _turns(entry: WeightTransform) -> bool:
     """Whether it turns the matrices of all experts where a file holds them the other way, and changes nothing else."""
-    operations = entry.operations if isinstance(entry, WeightConverter) else []
-    return bool(operations) and all(isinstance(op, Transpose) and op.check_dims for op in operations)
+    return all(isinstance(op, Transpose) and op.check_dims for op in entry.operations)  # type: ignore[attr-defined]
 
 
 def _renamings(entry: WeightTransform, tensors: dict[str, FusedTensor]) -> list[ExpertRenaming]:

@@ -33,9 +33,10 @@ class Resizing:
     aliases: tuple[str, ...] = ()
 
     def changed(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The content of config.json with the new number."""
+        """The content of config.json with the new number, which a class for the text alone looks for further out."""
         config = copy.deepcopy(dict(content))
-        inner = reduce(lambda inner, key: inner.setdefault(key, {}), self.path[:-1], config)
+        start = config if {self.path[0], *self.aliases} & config.keys() else config.get("text_config", config)
+        inner = reduce(lambda inner, key: inner.setdefault(key, {}), self.path[:-1], start)
         names = [name for name in (self.path[-1], *self.aliases) if name in inner]
         inner |= dict.fromkeys(names or self.path[-1:], self.value)
         return config
