@@ -55,6 +55,8 @@ class FinetuneTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Those that have weight decay in `optimizer_groups`: no factor has."""
+        if not self.args.weight_decay:  # the same to the Trainer, whose older checkpoints have its own groups
+            return super().get_decay_parameter_names(model)
         decayed = {id(p) for group in optimizer_groups(model, 1.0) if group["weight_decay"] for p in group["params"]}
         return [name for name, parameter in model.named_parameters() if id(parameter) in decayed]
 
