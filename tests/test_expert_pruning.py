@@ -26,11 +26,16 @@ from toys import calibrate, checkpoint
 from welore.allocation.plan import Plan
 from welore.calibration.statistics import Statistics
 from welore.compression.analysis import Analyzer
+from welore.compression.blockwise import BlockAnalyzer
+from welore.compression.needs import Needs
+from welore.compression.pipeline import make_job
 from welore.config import CalibrationConfig, CompressionConfig, RecoveryConfig
 from welore.errors import WeLoreError
+from welore.io.context import RunContext
+from welore.io.resume import Workspace
+from welore.layers.remaining import is_left
 from welore.models.expert_pruning import find_expert_pruning
-from welore.models.source import ModelSource
-from welore.models.targets import Target
+from welore.models.source import ModelSource, open_source
 
 # Where routers keep what they add to the scores of every expert; and how they are called.
 FAMILIES = {
@@ -221,20 +226,59 @@ def mixture(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_experts_that_go_are_not_decomposed(
-    whole: bool, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("pruning", [0.0, 0.2])
+def test_experts_that_go_are_neither_decomposed_nor_stored(
+    whole: bool, pruning: float, mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed, usual = set[str](), Analyzer.compute
-
-    def compute(self: Analyzer, target: Target) -> dict[str, Tensor]:
-        computed.add(target.layer)
-        return usual(self, target)
-
-    monkeypatch.setattr(Analyzer, "compute", compute)
-    config, text = CompressionConfig(keep=0.5, expert_pruning=0.25), replace(TEXT, whole_model=whole)
+    computed, compute = set[str](), Analyzer.compute
+    stored, store = set[str](), Workspace.store
+    monkeypatch.setattr(Analyzer, "compute", lambda self, target: computed.add(target.layer) or compute(self, target))
+    monkeypatch.setattr(Workspace, "store", lambda self, name, group: stored.add(name) or store(self, name, group))
+    config = CompressionConfig(keep=0.5, expert_pruning=0.25, mlp_pruning=pruning)
+    text = replace(TEXT, whole_model=whole)
     plan = welore.compress(mixture, tmp_path / "own", config, calibration=text, recovery=None).plan
     assert computed == {allocation.name for allocation in plan.allocations}
     assert len({name for name in computed if name.startswith("model.layers.0.mlp.experts.")}) == 6 * 3
+    gone = {name.rpartition(".")[2] for name in stored if not is_left(name, plan.experts)}
+    assert gone - {"inputs-sum", "magnitudes-sum", "outputs-sum"} == {"about", "silence"}
+
+
+def test_no_room_is_asked_for_experts_that_go(mixture: Path) -> None:
+    context = RunContext.create(device="cpu")
+    source = open_source(mixture, context)
+    disk = []
+    for pruning in (0.0, 0.25):
+        config = CompressionConfig(keep=0.5, expert_pruning=pruning, mlp_pruning=0)
+        job = make_job(source, config, TEXT, None, None, None, context)
+        disk += [stage.disk_bytes for stage in Needs(job).stages() if stage.name == "decompositions"]
+    gone = [target for target in source.targets if ".experts.0." in target.name]
+    assert disk[0] - disk[1] == 2 * sum(4 * min(target.shape) ** 2 for target in gone)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_job_that_was_stopped_when_experts_were_compared_continues_to_the_same_bytes(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their sums, to which the others of the layer have lent some, are in the workspace then."""
+    config, text = CompressionConfig(keep=0.5, expert_pruning=0.25), replace(TEXT, whole_model=False)
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(self: BlockAnalyzer, names: Any, *rest: Any) -> None:
+        if any(".experts." in name for name in names):
+            raise Stopped
+        usual(self, names, *rest)
+
+    usual = BlockAnalyzer.__call__
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(BlockAnalyzer, "__call__", stop)
+        welore.compress(mixture, tmp_path / "out", config, calibration=text, recovery=None)
+    assert list((tmp_path / "out.work").glob("*.outputs-sum.safetensors"))
+    for name in ("out", "undisturbed"):
+        welore.compress(mixture, tmp_path / name, config, calibration=text, recovery=None)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
 @pytest.mark.parametrize("pruning", [0.0, 0.2])

@@ -53,18 +53,17 @@ class BlockAnalyzer:
 
     def __call__(self, names: Sequence[str], collector: Collector, tokens: int) -> None:
         """Use up the sums of the layers of a block."""
-        workspace, lasting = self.context.workspace, self._lasting
+        workspace, quiet = self.context.workspace, replace(self.context, progress=silent)
         assert workspace is not None
         statistics, groups = self._statistics(names, collector, tokens)
-        shared, targets = statistics.shared, [t for t in self.source.targets if t.name in statistics.shapes]
+        left = {} if self.experts is None else select_experts(self.source, statistics, quiet, self.experts)
+        targets = [t for t in self.source.targets if t.name in statistics.shapes and is_left(t.name, left)]
+        shared, lasting = statistics.shared, self._lasting & {t.name for t in targets} & statistics.shared.keys()
         if self.context.processes.is_main:
-            reads = {f"{shared[name]}.{kind}" for name in lasting & shared.keys() for kind in ("inputs", "magnitudes")}
-            needed = reads | {f"{name}.outputs" for name in lasting & shared.keys()}
+            reads = {f"{shared[name]}.{kind}" for name in lasting for kind in ("inputs", "magnitudes")}
+            needed = reads | {f"{name}.outputs" for name in lasting}
             for name in sorted(needed) + [f"{name}.about" for name in names]:
                 workspace.store(name, groups[name])
-        if self.experts is not None:
-            left = select_experts(self.source, statistics, replace(self.context, progress=silent), self.experts)
-            targets = [target for target in targets if is_left(target.name, left)]
         if self.width is not None:
             with self.context.stage("mlp pruning"):
                 neurons = select_neurons(self.source, statistics, self.context, Search(width=self.width))
@@ -73,7 +72,7 @@ class BlockAnalyzer:
             return
         common = self.source, statistics, self.context, self.scaling, self.outliers
         with self.context.stage("decompositions"):
-            analyzer = Analyzer(*common, keep=lambda target: target.layer not in lasting)
+            analyzer = Analyzer(*common, keep=lambda target: target.layer not in self._lasting)
             analyzer.share(in_blocks(targets, self.grids), silent)
 
     @property

@@ -101,13 +101,13 @@ class Needs:
         self.routed = getattr(self.text, "num_experts_per_tok", self.experts) / self.experts if self.experts else 1.0
         self.targeted_experts = sum(math.prod(t.shape) for t in self.source.targets if is_of_expert(t.name))
         self.active = self.parameters - (1 - self.routed) * self.targeted_experts
-        self.blocks = in_blocks((self.source if job.collects else job.fewer).targets, job.grids)
+        self.blocks = in_blocks(job.fewer.targets, job.grids)
         self.dtype = self.source.dtype(self.source.targets[0])
         self.dense_bytes = sum(self.source.info(name).bytes for name in self.source.names())
         self.share = 1.0 if job.config.keep is None else job.config.keep
         self.stored = self.share * self.targeted
         self.tokens, self.length = job.calibration.num_tokens, job.calibration.max_length or MAX_LENGTH
-        self.mlps = find_mlps(self.source.skeleton, self.source.targets) if job.config.mlp_pruning else []
+        self.mlps = find_mlps(job.fewer.skeleton, job.fewer.targets) if job.config.mlp_pruning else []
         self.scaled = job.scaling != NONE
         chosen = job.calibration.dtype
         self.swept: torch.dtype = getattr(torch, self.machine.dtype if chosen == AUTO else chosen)
