@@ -255,6 +255,20 @@ def test_no_room_is_asked_for_experts_that_go(mixture: Path) -> None:
     assert disk[0] - disk[1] == 2 * sum(4 * min(target.shape) ** 2 for target in gone)
 
 
+def test_neurons_of_experts_that_go_do_not_count_where_few_may_be_taken_out(mixture: Path) -> None:
+    context = RunContext.create(device="cpu")
+    source = open_source(mixture, context)
+    sizes = {target.name: math.prod(target.shape) for target in source.targets}
+    gone = sum(size for name, size in sizes.items() if ".experts.0." in name or ".experts.1." in name)
+    left = sum(size for name, size in sizes.items() if ".experts." in name) - gone
+    modes = []
+    for removed in (left / 25, left / 18):  # a twentieth is the least
+        config = CompressionConfig(keep=1 - (gone + removed) / sum(sizes.values()), expert_pruning=0.25)
+        job = make_job(source, replace(config, mlp_pruning="auto"), TEXT, None, None, None, context)
+        modes.append(job.config.mlp_pruning)
+    assert modes == [0.0, "auto"]
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_job_that_was_stopped_when_experts_were_compared_continues_to_the_same_bytes(
     mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -271,7 +271,8 @@ def make_job(
     calibration = resolve_calibration(calibration, config)
     job = Job(source, context, config, calibration, None, plan, known, grids, width, experts)
     removed = None if job.plain or job.removed is None else job.removed - job.in_experts
-    if config.mlp_pruning == AUTO and removed is not None and not is_worth_it(job.prunable, removed):
+    mlps = find_mlps(fewer.skeleton, fewer.targets) if config.mlp_pruning == AUTO else []
+    if config.mlp_pruning == AUTO and removed is not None and not is_worth_it(mlps, removed):
         job = replace(job, config=replace(config, mlp_pruning=0.0))
     windows = known.generated[0] if known and known.generated else 0
     if job.collects and calibration.dataset == SELF:
