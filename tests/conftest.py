@@ -118,7 +118,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
     """A small random causal LM whose matrices have decaying spectra, so that there is something to prune."""
-    config = CONFIG_MAPPING[family](**((FAMILIES | MIXTURES)[family] | changes))
+    config = CONFIG_MAPPING[family](**((FAMILIES | MIXTURES).get(family, COMMON) | changes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

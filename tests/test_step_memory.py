@@ -101,19 +101,26 @@ def forward_bytes(model: Path, method: str) -> int:
 
 
 WIDE = {"hidden_size": 64, "intermediate_size": 160}  # matrices are most of such a model
+REPEATED = {"intermediate_size_mlp": 160, "interleave_moe_layer_step": 2, "head_dim": 16}
 MIXTURE = {"num_experts": 8, "moe_intermediate_size": 48}
 
 
 @pytest.mark.parametrize(
     ("family", "most", "changes"),
-    [("llama", 1, {}), ("mixtral", 1, {}), ("qwen3_moe", 1, MIXTURE), ("gpt_oss", 1.4, {})],
+    [
+        *[("llama", 1, {}), ("mixtral", 1, {}), ("qwen3_moe", 1, MIXTURE), ("gpt_oss", 1.4, {})],
+        *[("llama4_text", 1, REPEATED | {"num_local_experts": count}) for count in (4, 32)],
+    ],
 )
 @pytest.mark.parametrize(("reduction", "method"), [(None, "full"), (0.4, "full"), (0.4, "lrc")])
 @pytest.mark.filterwarnings("ignore:.*RoPE")
 def test_activations_are_at_least_those_that_a_forward_pass_keeps_and_at_most_twice_as_many(
     tmp_path: Path, family: str, most: float, changes: dict[str, Any], reduction: float | None, method: str
 ) -> None:
-    """Of a mixture, whose experts are together or apart, a token meets two; GPT-OSS clamps what they compute."""
+    """Of a mixture, whose experts are together or apart, a token meets two; GPT-OSS clamps what they compute.
+
+    Llama 4 repeats each token for every expert, and runs all of them while they are together.
+    """
     model = checkpoint(tmp_path / "model", reduction, family, **WIDE | changes)
     memory = predicted(model, method=method).activations
     assert memory / 2 < forward_bytes(model, method) <= most * memory

@@ -16,7 +16,7 @@ from welore.config import FinetuneConfig, RunOptions
 from welore.io.checkpoint import read_config
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
-from welore.layers.expert_names import EXPERT
+from welore.layers.expert_names import EXPERT, is_of_expert
 from welore.layers.low_rank import LowRankLayer
 from welore.models.quantizer import METHOD, WeLoreConfig, build_layers
 from welore.models.skeleton import decoder_blocks, skeleton_of
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 FLOAT = 4  # bytes of a number that is trained, of its gradient, and of each of Adam's two moments
 LOGIT, LOGIT_IN_PIECES = 12, 20  # bytes of a logit, with its probability and gradient; of pieces also their input
+REPEATING = "llama4_text"  # the type of text whose layers repeat every token for each expert
 MOMENTS = {"8bit": 2, "4bit": 1}  # bytes of both for a number, by the end of the optimiser's name; else 8
 
 
@@ -101,20 +102,17 @@ def _skeleton(model: str | Path, context: RunContext) -> "PreTrainedModel":
     skeleton: Any = skeleton_of(directory, str(model), trust_remote_code=context.trust_remote_code)
     quantization = read_config(directory).get("quantization_config") or {}
     if quantization.get("quant_method") == METHOD:
-        compressed = WeLoreConfig.read(quantization)
-        build_layers(skeleton, compressed)
-        skeleton.config.quantization_config = compressed
+        skeleton.config.quantization_config = WeLoreConfig.read(quantization)
+        build_layers(skeleton, skeleton.config.quantization_config)
     return skeleton
 
 
 def step_memory(marked: MarkedModel, config: FinetuneConfig, *, teacher: int = 0) -> StepMemory:
     """That of a model with its method's marks; config: without gaps; teacher: numbers of one in memory."""
     model, item = marked.base, itemsize(config)
-    blocks = decoder_blocks(model)[1]
-    text = model.config.get_text_config(decoder=True)
+    blocks, text = decoder_blocks(model)[1], model.config.get_text_config(decoder=True)
     named = list(marked.model.named_parameters())
-    trained = sum(p.numel() for _, p in named if p.requires_grad)
-    frozen = sum(p.numel() for _, p in named if not p.requires_grad)
+    trained, frozen = (sum(p.numel() for _, p in named if p.requires_grad is on) for on in (True, False))
     if config.stream_weights:  # the device holds one at a time
         layers = [m.weight.numel() for m in blocks.modules() if type(m) is nn.Linear and not m.weight.requires_grad]
         frozen -= sum(layers) - max(layers, default=0)
@@ -147,6 +145,8 @@ def activation_bytes(config: FinetuneConfig, text: Any, width: int, wide: int = 
     """
     tokens, item, layers = (config.batch_size or 0) * (config.max_length or 0), itemsize(config), text.num_hidden_layers
     size = 1.5 * item * tokens * width
+    if text.model_type == REPEATING:
+        size += item * tokens * len(text.moe_layers) * text.num_local_experts * text.hidden_size
     if config.attention == "eager":
         size += 4 * item * tokens * (config.max_length or 0) * layers * text.num_attention_heads
     if config.gradient_checkpointing:
@@ -162,13 +162,13 @@ def itemsize(config: FinetuneConfig) -> int:
     return 4 if config.dtype == "float32" else 2
 
 
-def met(sizes: Mapping[str, int], text: Any) -> int:
-    """The sum over the matrices that a token meets, by name: of a mixture, the largest experts that it may choose."""
+def met(sizes: Mapping[str, int], text: Any, *, every: bool = False) -> int:
+    """The sum over the matrices that a token meets, by name: of the largest experts that it may choose, or of every."""
     mixtures: dict[str, Counter[str]] = defaultdict(Counter)
     for name, size in sizes.items():
         expert = EXPERT.search(name)
         mixtures[name[: expert.start()] if expert else name][expert.group() if expert else name] += size
-    each = getattr(text, "num_experts_per_tok", None)
+    each = None if every else getattr(text, "num_experts_per_tok", None)
     return sum(size for experts in mixtures.values() for _, size in experts.most_common(each))
 
 
@@ -180,12 +180,12 @@ def _widths(blocks: nn.ModuleList, text: Any) -> tuple[int, int]:
     wide = {}
     for name, module in blocks.named_modules():
         kind = kind_of(module)
-        if kind is None or isinstance(module, LowRankLayer) or ".lora_" in name:  # which reads what its matrix reads
-            continue
-        m, n = kind.shape(module)
-        width[name] = (m + n) * (id(module) not in factors)
-        wide[name] = m * (n >= text.hidden_size)
-    return met(width, text), met(wide, text)
+        if kind and not isinstance(module, LowRankLayer) and ".lora_" not in name:  # which reads what its matrix reads
+            m, n = kind.shape(module)
+            width[name] = (m + n) * (id(module) not in factors)
+            wide[name] = m * (n >= text.hidden_size)
+    every = text.model_type == REPEATING and not any(map(is_of_expert, low_rank))  # they are together in its own class
+    return met(width, text, every=every), met(wide, text, every=every)
 
 
 def _state_bytes(parameter: nn.Parameter, config: FinetuneConfig, rank: int | None) -> float:
