@@ -91,6 +91,19 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_experts_that_tokens_of_one_process_alone_choose_are_trained(tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "mixture", 0.4, "qwen3_moe", num_experts=16, moe_intermediate_size=40)
+    rows = [{"prompt": letter, "completion": letter} for letter in "abcdefghijklmnop"]
+    settings: dict[str, Any] = {"max_steps": 2, "dataset": rows, "optimizer": "sgd"}
+    for name, processes in (("two", 2), ("one", 1)):
+        for ended in train(model, tmp_path / name, processes, **settings):
+            assert ended.status == 0, ended.err
+    expected, tuned = weights(tmp_path / "one" / "model"), weights(tmp_path / "two" / "model")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tuned[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_what_would_read_other_sequences_is_refused_once_by_all_processes(model: Path, tmp_path: Path) -> None:
     run, rows = tmp_path / "run", tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

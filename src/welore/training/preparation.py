@@ -24,6 +24,7 @@ from welore.io.context import RunContext
 from welore.io.pages import give_back
 from welore.io.progress import silent
 from welore.layers.low_rank import LowRankLayer, SplitLinear
+from welore.models.experts import experts_of
 from welore.models.load import LoadedModel, load_model
 from welore.models.skeleton import context_length, require_context_length
 from welore.training.activations import keep_wide_products
@@ -83,8 +84,7 @@ def prepare(
     """Model, teacher and data in memory, what is trained marked; the directory of the run, `out`, made or checked."""
     last = last_checkpoint(out) if resume else None
     args = training_arguments(config, out / CHECKPOINTS, context.device)
-    args.eval_on_start = args.eval_on_start and last is None
-    leads = args.process_index == 0
+    leads, args.eval_on_start = args.process_index == 0, args.eval_on_start and last is None
     loaded = _loaded(source, out, config, context)
     model, tokenizer = loaded.model, loaded.tokenizer
     take_apart(model, plan)  # before anything names its parameters
@@ -106,6 +106,7 @@ def prepare(
         keep_wide_products(model)
     for name, value in marked.training_arguments.items():
         setattr(args, name, value)
+    args.ddp_find_unused_parameters = bool(experts_of(model))  # those that no token of a process chooses
     _refuse_optimizer(marked.model, args)
     if teacher is not None:
         cast(teacher, getattr(torch, config.dtype))
