@@ -91,17 +91,16 @@ def collect_statistics(
     and `kept_as`, the bytes of the name under which its inputs lie (none if it was never reached).
 
     config.seed: of the labels. collector: makes what collects the statistics, for the layers of a block. finish: gets
-    them, block by block, in place of the workspace; called again for a block if a run was killed in it. top_k: how many
-    of the model's largest log-probabilities at every position are stored, too, for a student that learns from them:
-    group "teacher" with "logprobs" (windows, length, k), float16, and "ids", int32 (see Teacher). The model runs whole
-    if that is wanted, or short and easy (`is_small`), or if its blocks cannot be run one by one or a target lies
-    outside them. Returns the numbers for the record.
+    them, block by block, in place of the workspace; called again for a block if a run was killed in it. Its `compare`,
+    if any, gets those of all experts of a layer before. top_k: how many of the model's largest log-probabilities at
+    every position are stored, too, for a student that learns from them: group "teacher" with "logprobs" (windows,
+    length, k), float16, and "ids", int32 (see Teacher). The model runs whole if that is wanted, or short and easy
+    (`is_small`), or if its blocks cannot be run one by one or a target lies outside. Returns numbers for the record.
     """
     assert context.workspace is not None
     dtype, products = precision(config.dtype, context.device)
     finish = finish or partial(_store, context)
-    text = LabelledText.create(ids, config, context)
-    teacher = Teacher(top_k) if top_k else None
+    text, teacher = LabelledText.create(ids, config, context), Teacher(top_k) if top_k else None
     layers = _by_block(decoder_blocks(model)[0] + ".", targets)
     if "" not in layers and not _runs_whole(model, targets, text, config, context):
         runner = block_runner(model, ids[:1, :TRIAL], context.device, dtype, products)

@@ -85,7 +85,7 @@ class RepeatingExperts(Experts):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """hidden_states: (experts * tokens, d), those of one expert after those of another -> the same shape."""
         rows, arguments = self.routing(hidden_states=hidden_states)
-        return torch.zeros_like(hidden_states).index_put((rows,), super().forward(**arguments))
+        return torch.zeros_like(hidden_states).index_put_((rows,), super().forward(**arguments))
 
     def routing(self, **arguments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The rows that are not zeros, each of which is a token that one expert reads."""
