@@ -43,13 +43,16 @@ def interleaved(engines: dict[str, Any], requests: int, prompt: int, new_tokens:
         {name: seconds(e, requests, prompt, new_tokens) for name, e in engines.items()} for _ in range(REPEATS + 1)
     ]
     first = next(iter(engines))
-    return {
+    medians = {
         name: {
             "seconds": statistics.median(taken[name] for taken in times[1:]),
             "to_dense": statistics.median(taken[name] / taken[first] for taken in times[1:]),
         }
         for name in engines
     }
+    told = ", ".join(f"{name} {m['seconds']:.2f} s (x {m['to_dense']:.2f})" for name, m in medians.items())
+    print(f"{requests} at once, {prompt} + {new_tokens} tokens: {told}", flush=True)
+    return medians
 
 
 def main() -> None:

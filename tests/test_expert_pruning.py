@@ -21,6 +21,7 @@ import welore
 from campaigns.architectures import ARCHITECTURES, loaded, matrix_of
 from campaigns.architectures import build as build_architecture
 from conftest import Command, compress, done, logits
+from processes import command, launched
 from test_checkpoint import equal, weights_of
 from toys import calibrate, checkpoint
 from welore.allocation.plan import Plan
@@ -308,6 +309,17 @@ def test_statistics_that_are_used_up_block_by_block_leave_the_same_experts(
     assert bool(own.plan.neurons) == bool(pruning)
     if not pruning:  # nothing is rounded
         assert equal(weights_of(tmp_path / "own"), weights_of(tmp_path / "given"))
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_processes_leave_the_experts_of_one(mixture: Path, tmp_path: Path) -> None:
+    config = CompressionConfig(keep=0.5, expert_pruning=0.25)
+    welore.compress(mixture, tmp_path / "one", config, calibration=TEXT, recovery=None)
+    size, text = ("--keep", 0.5, "--expert-pruning", 0.25), ("--num-tokens", 256, "--max-length", 64)
+    for ended in launched(command("compress", mixture, tmp_path / "two", *size, *text, "--recovery", "none")):
+        assert ended.status == 0, ended.err
+    assert Plan.load(tmp_path / "two" / "plan.json").experts == Plan.load(tmp_path / "one" / "plan.json").experts
+    assert equal(weights_of(tmp_path / "two"), weights_of(tmp_path / "one"))
 
 
 @pytest.mark.parametrize("goal", ["cpu", "anywhere"])

@@ -51,7 +51,8 @@ def served(*directories: Path, **options: Any) -> list[list[list[int]]]:
     """Greedy tokens of vLLM, for every directory and prompt; AssertionError with all that it printed if it fails."""
     how = {"dtype": "float32", "enforce_eager": True} | options
     arguments = [json.dumps(PROMPTS), json.dumps(how), str(NEW_TOKENS), *map(str, directories)]
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    cores = "|".join(map(str, range(how.get("tensor_parallel_size", 1))))
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": cores}
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=False, env=environment
     )
@@ -78,6 +79,14 @@ def compressed(out: Path, family: str = "llama", storage: str = "factored") -> P
     return out
 
 
+def narrower(directory: Path, **sizes: Any) -> Path:
+    """A small model with narrower MLPs."""
+    dense, out = checkpoint(directory / "dense", None, **SIZES, **sizes), directory / "narrower"
+    settings: dict[str, Any] = {"keep": 0.7, "mlp_pruning": 0.25, "optimize_for": "size", "num_tokens": 1024}
+    compress(dense, out, recovery=None, **settings)
+    return out
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "starcoder2"])
 def test_every_form_gives_the_tokens_of_transformers(tmp_path: Path, family: str) -> None:
     forms = ("factored", "pivoted", "split", "int8")
@@ -86,12 +95,15 @@ def test_every_form_gives_the_tokens_of_transformers(tmp_path: Path, family: str
 
 
 def test_narrower_mlps_and_compiled_layers_give_the_tokens_of_transformers(tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path / "dense", None, **SIZES), tmp_path / "narrower"
-    settings: dict[str, Any] = {"keep": 0.7, "mlp_pruning": 0.25, "optimize_for": "size", "num_tokens": 1024}
-    compress(dense, directory, recovery=None, **settings)
-    assert json.loads((directory / "config.json").read_text("utf-8"))["quantization_config"]["shapes"]
-    directories = directory, compressed(tmp_path / "int8", storage="int8")
+    directories = narrower(tmp_path), compressed(tmp_path / "int8", storage="int8")
+    assert json.loads((directories[0] / "config.json").read_text("utf-8"))["quantization_config"]["shapes"]
     assert served(*directories, enforce_eager=False) == [expected(directory) for directory in directories]
+
+
+def test_two_processes_give_the_tokens_of_transformers(tmp_path: Path) -> None:
+    forms = ("factored", "pivoted", "split", "int8")
+    for directory in (narrower(tmp_path), *(compressed(tmp_path / form, storage=form) for form in forms)):
+        assert served(directory, tensor_parallel_size=2) == [expected(directory)]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -122,8 +134,5 @@ def test_a_lost_factor_or_scale_is_refused(tmp_path: Path, form: str, end: str) 
 
 
 def test_neurons_with_biases_are_refused(tmp_path: Path) -> None:
-    dense, directory = checkpoint(tmp_path / "dense", None, mlp_bias=True, **SIZES), tmp_path / "narrower"
-    settings: dict[str, Any] = {"keep": 0.7, "mlp_pruning": 0.25, "optimize_for": "size", "num_tokens": 1024}
-    compress(dense, directory, recovery=None, **settings)
     with pytest.raises(AssertionError, match="has lost neurons and has a bias"):
-        served(directory)
+        served(narrower(tmp_path, mlp_bias=True))

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.utils.torch_utils import direct_register_custom_op
 
 from welore.errors import WeLoreError
 from welore.layers.block_grid import block_names
@@ -41,6 +42,10 @@ MERGE = "serve what `welore merge` makes of it"
 def register() -> None:
     """Make the method known to vLLM."""
     register_quantization_config(METHOD)(VllmConfig)
+    # vLLM compiles a model once, for as many tokens as fit: only an operator can choose the kernel for few.
+    if not hasattr(torch.ops.vllm, "welore_int8_product"):
+        empty = lambda x, weight, *_: x.new_empty((*x.shape[:-1], len(weight)))  # noqa: E731
+        direct_register_custom_op("welore_int8_product", int8_product, fake_impl=empty)
 
 
 class VllmConfig(QuantizationConfig):
@@ -66,10 +71,8 @@ class VllmConfig(QuantizationConfig):
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
         if isinstance(layer, VocabParallelEmbedding) and prefix not in self.config.layers:
-            embeddings = [
-                name for name in self.config.int8 if name == prefix or (not prefix and name.endswith(UNNAMED))
-            ]
-            return Int8EmbeddingMethod(embeddings[0]) if embeddings else EmbeddingMethod()
+            ours = (n for n in self.config.int8 if n == prefix or (not prefix and n.endswith(UNNAMED)))
+            return Int8EmbeddingMethod(name) if (name := next(ours, None)) else EmbeddingMethod()
         if {*self.config.layers, *self.config.int8}.isdisjoint(names):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
         if not isinstance(layer, LinearBase):
@@ -195,7 +198,8 @@ class Int8Product(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n) -> (..., m)."""
-        return int8_product(x, self.weight, self.weight_scale)
+        y: Tensor = torch.ops.vllm.welore_int8_product(x, self.weight, self.weight_scale)
+        return y
 
 
 class EmbeddingMethod(UnquantizedEmbeddingMethod):
@@ -250,7 +254,8 @@ class Int8EmbeddingMethod(QuantizeMethodBase):
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: (..., n) -> (..., tokens)."""
-        return int8_product(x, layer.weight, layer.weight_scale, bias)
+        y: Tensor = torch.ops.vllm.welore_int8_product(x, layer.weight, layer.weight_scale, bias)
+        return y
 
 
 def _share(size: int, devices: int, rank: int) -> range:

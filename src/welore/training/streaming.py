@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +9,6 @@ from torch import nn
 
 from welore.layers.frozen_linear import leave_weights
 from welore.models.skeleton import decoder_blocks
-
-
-def _stay(layer: nn.Linear, convert: Any, recurse: bool = True) -> nn.Linear:
-    return layer
 
 
 @contextmanager
@@ -27,7 +22,7 @@ def streamed(model: Any, dtype: torch.dtype) -> Iterator[list[nn.Linear]]:
     layers = [layer for layer in layers if not any(p.requires_grad for p in layer.parameters())]
     leave_weights(layers, dtype)
     for layer in layers:
-        layer._apply = partial(_stay, layer)  # type: ignore[method-assign]
+        layer._apply = lambda *_, stays=layer, **__: stays  # type: ignore[method-assign]
     try:
         yield layers
     finally:
