@@ -102,6 +102,15 @@ def test_fsdp2_gives_losses_and_weights_of_one_process(tmp_path: Path, taught: b
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_mixture_whose_experts_are_apart_is_refused(tmp_path: Path) -> None:
+    """An expert that no token of a process chooses has no gradient there: FSDP2 would add up tensors of other sizes."""
+    model = checkpoint(tmp_path / "model", 0.4, "qwen3_moe")
+    for ended in launched(lambda: cut(model, tmp_path / "run", COMMON), **FSDP2):
+        assert ended.status == 1
+        assert "a mixture whose experts are apart does not run under FSDP: use torchrun, which is DDP" in ended.err
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 @pytest.mark.slow
 def test_a_killed_run_under_fsdp2_goes_on_with_twice_the_processes(tmp_path: Path, kind: str) -> None:

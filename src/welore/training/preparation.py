@@ -118,8 +118,7 @@ def prepare(
             progress = context.progress if leads else silent
             written = write_text(teacher, tokenizer, config, args.device, args.world_size, progress)
         data = blocks_of_windows(written, "the teacher's own text", eval_items=config.max_eval_samples)
-    for part in (data.train, data.evaluation):
-        require_known_tokens(model, part.extremes)
+    require_known_tokens(model, data.train.extremes, data.evaluation.extremes)
     digests["data_sha256"] = data.sha256
     if leads or resume:
         begin(out, _identity(config, marked, digests | configs, args.world_size), resume=resume)
@@ -137,8 +136,7 @@ def _identity(config: FinetuneConfig, marked: MarkedModel, digests: dict[str, An
     settings["text_column"] = config.text_column or COLUMN  # as runs of before have it
     settings["packing"] = config.packing or None  # which these have not
     names = "\n".join(name for name, p in marked.model.named_parameters() if p.requires_grad)  # a plan can change them
-    trained = hashlib.sha256(names.encode()).hexdigest()
-    return settings | digests | {"trained_sha256": trained, "processes": processes}
+    return settings | digests | {"trained_sha256": hashlib.sha256(names.encode()).hexdigest(), "processes": processes}
 
 
 def _loaded(

@@ -15,7 +15,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 
 from welore.data.packing import IGNORED, Batch
-from welore.errors import DivergedError
+from welore.errors import DivergedError, WeLoreError
 from welore.evaluation.perplexity import negative_log_likelihood, perplexity_of
 from welore.io.context import finest_dtype
 from welore.io.memory import tensor_memory
@@ -46,6 +46,8 @@ class FinetuneTrainer(Trainer):
         self.evaluation, self.resumed_at = evaluation, resumed_at
         self.objective: Objective | None = objective
         super().__init__(compute_loss_func=objective, **kwargs)  # which says that the loss is divided here
+        if self.is_fsdp_enabled and self.args.ddp_find_unused_parameters:
+            raise WeLoreError("a mixture whose experts are apart does not run under FSDP: use torchrun, which is DDP")
         if self.is_fsdp_enabled and self.args.bf16:  # accelerate would add up gradients, and give the loss, in bfloat16
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
