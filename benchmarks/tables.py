@@ -149,7 +149,8 @@ def writing() -> str:
 def against_commit() -> str:
     """The default job and that of an older commit at once: processor time and quality, benchmarks/against_commit.py.
 
-    The last column is of `welore evaluate` on a result for size, from statistics of the same length and seed.
+    The last column is of `welore evaluate` on results for size; rows of several seeds compare it with the recorded ones
+    of version 0.1.
     """
     n = Record.load(HERE / "against_commit.json").numbers
     rows = []
@@ -158,10 +159,22 @@ def against_commit() -> str:
         rows.append([f"processor time, seed {seed}", f"{before:.1f} min", f"{now:.1f} min (x {now / before:.2f})", ""])
         for text, perplexity in run["perplexity"].items():
             shown = [perplexity_text(perplexity[name]) for name in ("before", "now")]
-            sized = Record.load(HERE / "against_commit_size" / f"{text}.json").numbers["perplexity"]
+            sized = Record.load(HERE / "against_commit_size" / f"{text}-{seed}.json").numbers["perplexity"]
             rows.append([f"perplexity, {text}, seed {seed}", *shown, perplexity_text(sized)])
+    first = quality_cells("quality")["ours-default", 0.8]
+    for text in ("wikitext2", "pydoc"):
+        found = sorted((HERE / "against_commit_size").glob(f"{text}-*.json"))
+        seeds = [int(path.stem.rpartition("-")[2]) for path in found]
+        before = [r.numbers[f"perplexity_{text}"] for r in first if r.settings["seed"] in seeds]
+        sized = [Record.load(path).numbers["perplexity"] for path in found]
+        rows.append([f"perplexity, {text}, seeds {seeds[0]} to {seeds[-1]}", _mean(before), "", _mean(sized)])
     head = ["SmolLM2, `--keep 0.8`, one thread", "version 0.1, for size", "now, for a CPU", "now, for size"]
     return marked_down(Table("", head, rows))
+
+
+def _mean(values: list[float]) -> str:
+    """Of several seeds, and half their range."""
+    return f"{sum(values) / len(values):.2f} ± {(max(values) - min(values)) / 2:.2g}"
 
 
 def default_job() -> str:
