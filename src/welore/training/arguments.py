@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -71,7 +71,7 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
 
 def sequences_read(config: FinetuneConfig, processes: int) -> int:
     """How many sequences a run reads, in all its processes."""
-    return (config.max_steps or 0) * (config.batch_size or 0) * config.gradient_accumulation_steps * processes
+    return cast(int, config.max_steps) * cast(int, config.batch_size) * config.gradient_accumulation_steps * processes
 
 
 def length_of(config: FinetuneConfig) -> int:

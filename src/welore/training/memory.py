@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from torch import nn
 
@@ -121,7 +121,7 @@ def step_memory(marked: MarkedModel, config: FinetuneConfig, *, teacher: int = 0
     projected = {id(p) for p in blocks.parameters() if p.ndim == 2}
     states = sum(_state_bytes(p, config, rank if id(p) in projected else None) for _, p in named if p.requires_grad)
     width, wide = _widths(blocks, text)
-    tokens = (config.batch_size or 0) * (config.max_length or 0)
+    tokens = cast(int, config.batch_size) * cast(int, config.max_length)
     logits = (tokens * LOGIT if config.whole_logits else chunk_of(text.vocab_size) * LOGIT_IN_PIECES) * text.vocab_size
     head: Any = model.get_output_embeddings()
     once = FLOAT + item * (item < FLOAT)  # bytes of a number that is trained, with its copy for the products
@@ -143,12 +143,12 @@ def activation_bytes(config: FinetuneConfig, text: Any, width: int, wide: int = 
     text: configuration of the decoder. width: numbers for each token that enter or leave a matrix of the blocks; wide:
     results of products over at least the hidden size, which selective checkpointing keeps.
     """
-    tokens, item, layers = (config.batch_size or 0) * (config.max_length or 0), itemsize(config), text.num_hidden_layers
-    size = 1.5 * item * tokens * width
+    tokens, layers = cast(int, config.batch_size) * cast(int, config.max_length), text.num_hidden_layers
+    size = 1.5 * (item := itemsize(config)) * tokens * width
     if text.model_type == REPEATING:
         size += item * tokens * len(text.moe_layers) * text.num_local_experts * text.hidden_size
     if config.attention == "eager":
-        size += 4 * item * tokens * (config.max_length or 0) * layers * text.num_attention_heads
+        size += 4 * item * tokens * cast(int, config.max_length) * layers * text.num_attention_heads
     if config.gradient_checkpointing:
         return size / layers + item * tokens * layers * text.hidden_size
     if config.selective_checkpointing:
