@@ -167,14 +167,9 @@ def against_commit() -> str:
         seeds = [int(path.stem.rpartition("-")[2]) for path in found]
         before = [r.numbers[f"perplexity_{text}"] for r in first if r.settings["seed"] in seeds]
         sized = [Record.load(path).numbers["perplexity"] for path in found]
-        rows.append([f"perplexity, {text}, seeds {seeds[0]} to {seeds[-1]}", _mean(before), "", _mean(sized)])
+        rows.append([f"perplexity, {text}, seeds {seeds[0]} to {seeds[-1]}", over_seeds(before), "", over_seeds(sized)])
     head = ["SmolLM2, `--keep 0.8`, one thread", "version 0.1, for size", "now, for a CPU", "now, for size"]
     return marked_down(Table("", head, rows))
-
-
-def _mean(values: list[float]) -> str:
-    """Of several seeds, and half their range."""
-    return f"{sum(values) / len(values):.2f} ± {(max(values) - min(values)) / 2:.2g}"
 
 
 def default_job() -> str:
@@ -509,10 +504,14 @@ def quality_cells(of: str) -> dict[tuple[str, float], list[Record]]:
 
 def ratio_to(base: Record, found: list[Record], text: str) -> str:
     """The perplexity of a cell on a text to that of `base`: mean over seeds, and half their range."""
-    ratios = [record.numbers[f"perplexity_{text}"] / base.numbers[f"perplexity_{text}"] for record in found]
-    half = (max(ratios) - min(ratios)) / 2
+    return f"x {over_seeds([r.numbers[f'perplexity_{text}'] / base.numbers[f'perplexity_{text}'] for r in found])}"
+
+
+def over_seeds(values: list[float]) -> str:
+    """The mean of perplexities or their ratios, and half their range if there are several."""
+    half = (max(values) - min(values)) / 2
     spread = f"{half:.2g}" if half < 100 else perplexity_text(half)
-    return f"x {perplexity_text(sum(ratios) / len(ratios))}" + (f" ± {spread}" if found[1:] else "")
+    return perplexity_text(sum(values) / len(values)) + (f" ± {spread}" if values[1:] else "")
 
 
 def ratios_to(base: Record, found: list[Record]) -> str:
