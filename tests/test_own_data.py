@@ -17,6 +17,7 @@ import welore
 from conftest import Command
 from toys import characters, checkpoint, finetuned, weights
 from welore.config import FinetuneConfig
+from welore.data import examples
 from welore.data.examples import examples_of_rows
 from welore.data.packing import IGNORED, DatasetSplit
 from welore.data.rows import Rows, open_rows
@@ -153,6 +154,52 @@ def test_a_pair_may_be_of_messages_and_an_instruction_gets_the_usual_prompt() ->
     assert without == expected((f"{begin}. {end}Go.\n\n### Response:\n", False), ("!", True), ("</s>", True))
 
 
+TOOLS = "{% if tools %}[tools]{{ tools | tojson }}{% endif %}"
+CALL = "{% for c in m.tool_calls or () %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+CALLING = TOOLS + PLAIN.replace("[end]", CALL + "[end]")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "list", "Dataset"])
+def test_a_tool_call_has_its_own_arguments_and_no_others(kind: str, tmp_path: Path) -> None:
+    def row(name: str, argument: str, value: str) -> dict[str, Any]:
+        calls = [{"type": "function", "function": {"name": name, "arguments": {argument: value}}}]
+        return {
+            "messages": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "", "tool_calls": calls}],
+            "tools": [{"type": "function", "function": {"name": name, "parameters": {argument: {"type": "string"}}}}],
+        }
+
+    rows = [row("weather", "city", "Rome"), row("count", "sum", "2+2")] * 2
+    table = Dataset.from_list(rows)
+    assert None in table[0]["messages"][1]["tool_calls"][0]["function"]["arguments"].values()  # Arrow's own
+    data = {"list": rows, "Dataset": table}.get(kind) or written(rows, tmp_path / f"calls.{kind}")
+    tokenizer = chatting(CALLING)
+    texts = [tokenizer.decode(ids) for ids, _ in tokens_of(read(data, tmp_path, tokenizer))]
+    for text, given in zip(texts, rows, strict=True):
+        function = given["messages"][1]["tool_calls"][0]["function"]
+        learned = f"[user]Go[end][assistant]{function['name']}{json.dumps(function['arguments'])}[end]"
+        assert text == f"[tools]{json.dumps(given['tools'])}{learned}"
+
+
+def test_tools_may_be_json_as_in_trl() -> None:
+    rows = [row | {"tools": '[{"name": "x"}]'} for row in CHATS]
+    tokenizer = chatting(CALLING)
+    assert tokens_of(read(rows, None, tokenizer)) == tokens_of(
+        read([row | {"tools": [{"name": "x"}]} for row in CHATS], None, tokenizer)
+    )
+
+
+LISTS = PLAIN.replace("m.content", "m.content[0].text")  # as of a model of text and images
+
+
+@pytest.mark.parametrize("template", [PLAIN, PLAIN.replace("{{ m.content }}", "{{ '' + m.content }}"), LISTS])
+def test_contents_may_be_lists_of_texts_whatever_the_template_reads(template: str) -> None:
+    def listed(message: dict[str, str]) -> dict[str, Any]:
+        return message | {"content": [{"type": "text", "text": message["content"]}]}
+
+    rows = [{"messages": [listed(message) for message in row["messages"]]} for row in CHATS]
+    assert tokens_of(read(rows, None, chatting(template))) == [chat_tokens(n) for n in range(20)]
+
+
 def test_columns_may_have_other_names_which_decide_the_shape() -> None:
     rows = [{"q": row["prompt"], "a": row["completion"], "messages": turns("a", "b"), "text": "t"} for row in PAIRS]
     found = read(rows, prompt_column="q", completion_column="a")
@@ -192,6 +239,21 @@ def test_what_is_cached_belongs_to_a_template_a_length_and_a_loss(tmp_path: Path
     again = read(file, cache, learning_rate=1.0)
     assert again.sha256 == first.sha256
     assert again.train.table.cache_files == first.train.table.cache_files  # nothing is encoded twice
+
+
+@pytest.mark.parametrize("changed", ["welore", "transformers"])
+def test_what_an_older_version_cached_is_encoded_again(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, cache = written(CHATS, tmp_path / "chats.jsonl"), tmp_path / "cache"
+    before = read(file, cache)
+    if changed == "welore":
+        later = tmp_path / "examples.py"
+        later.write_text(Path(examples.__file__).read_text() + "# mended\n")
+        monkeypatch.setattr(examples, "__file__", str(later))
+    else:
+        monkeypatch.setattr(examples.transformers, "__version__", "6.0.0")
+    assert read(file, cache).train.table.cache_files != before.train.table.cache_files
 
 
 # --- held-out parts, the hub -----------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, cast, get_args
 
 from welore.errors import WeLoreError, choose
 
@@ -111,15 +111,7 @@ class RunConfig:
     @property
     def options(self) -> RunOptions:
         """The same as keyword arguments of a verb."""
-        return RunOptions(
-            device=self.device,
-            workers=self.workers,
-            cache_dir=self.cache_dir,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-            overwrite=self.overwrite,
-            progress=self.progress,
-        )
+        return cast(RunOptions, dict(vars(self)))
 
 
 # --- compression ----------------------------------------------------------------------------------------------------

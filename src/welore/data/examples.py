@@ -3,12 +3,14 @@
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from welore.config import FinetuneConfig
@@ -16,6 +18,7 @@ from welore.data.packing import HELD_OUT, IGNORED, DatasetSplit, Example, Packed
 from welore.data.rows import AT_ONCE, Rows
 from welore.data.windows import opening_tokens
 from welore.errors import WeLoreError, first_line
+from welore.io.fields import parse_json
 from welore.io.text_file import well_formed
 
 if TYPE_CHECKING:
@@ -112,7 +115,8 @@ def _encoded(table: Any, encoder: "Encoder") -> tuple[Examples, int]:
 class Encoder:
     """Turns rows of a shape into token ids and labels; `name` of the data set is for messages.
 
-    datasets caches the result under a hash of all fields: nothing large, and nothing that does not change it.
+    datasets caches the result under a hash of all fields: nothing large, and nothing that does not change it. Of a
+    class it knows the name alone: `code` is what makes the tokens, in this file and in transformers.
     """
 
     name: str
@@ -120,13 +124,15 @@ class Encoder:
     tokenizer: Any
     length: int
     loss_on_prompt: bool
+    code: str = field(default_factory=lambda: transformers.__version__ + Path(__file__).read_text(encoding="utf-8"))
 
     def __call__(self, rows: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> dict[str, list[Any]]:
         """Columns input_ids, labels and cut of a batch of rows, for datasets.Dataset.map."""
         encode = self._conversation if self.shape == "messages" else self._pair
         columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "cut": []}
         for number, values in zip(numbers, zip(*rows.values(), strict=True), strict=True):
-            ids, learned = encode(dict(zip(rows, values, strict=True)), f"{self.name}, record {number + 1}")
+            row = _without_nulls(dict(zip(rows, values, strict=True)))
+            ids, learned = encode(row, f"{self.name}, record {number + 1}")
             short, taught = self._cut(ids, learned), self._cut(learned, learned)
             if any(taught):
                 labels = [i if t or self.loss_on_prompt else IGNORED for i, t in zip(short, taught, strict=True)]
@@ -147,9 +153,10 @@ class Encoder:
     def _pair(self, row: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
         """Tokens of prompt, completion and end, and 1 from where those with and without the completion part."""
         prompt, completion = row.get("prompt"), row.get("completion")
-        if self.shape == "instruction":
+        if self.shape == "instruction" and "instruction" in row:
             more, form = ALPACA_INPUT if row.get("input") else ("", "")
-            prompt, completion = ALPACA.format(more, row["instruction"], form.format(row.get("input"))), row["output"]
+            prompt = ALPACA.format(more, row["instruction"], form.format(row.get("input")))
+            completion = row.get("output")
         if isinstance(prompt, str) and isinstance(completion, str):
             if not completion.strip():
                 raise WeLoreError(f"{where}: the completion is empty, there is nothing to learn")
@@ -157,7 +164,7 @@ class Encoder:
             end = self.tokenizer.eos_token_id
             ids = ids if end is None or ids[-1:] == [end] else [*ids, end]
         else:
-            asked, answer = _messages(prompt, where), _messages(completion, where)
+            asked, answer = self._messages(prompt, where), self._messages(completion, where)
             begin, text = self._render(asked, row, where, **ASK), self._render([*asked, *answer], row, where)
             before, ids = (self._ids(part, **RENDERED) for part in (begin, text))
         same = _common(before, ids)
@@ -170,7 +177,7 @@ class Encoder:
 
         A template with generation marks says which. Without them a turn begins where `add_generation_prompt` ends.
         """
-        messages = _messages(row["messages"], where)
+        messages = self._messages(row.get("messages"), where)
         turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise WeLoreError(f"{where}: no message has the role assistant, there is nothing to learn")
@@ -192,6 +199,28 @@ class Encoder:
             taught[first:last] = [1] * (last - first)
         return ids, taught
 
+    def _messages(self, value: Any, where: str) -> list[dict[str, Any]]:
+        """Messages; a content that is a list of texts becomes one text if the template does not read such lists."""
+        if not isinstance(value, list) or not value or not all(isinstance(m, Mapping) and m.get("role") for m in value):
+            raise WeLoreError(f"{where}: needed are texts, or lists of messages, each with a role and a content")
+        lists = {at: m["content"] for at, m in enumerate(value) if isinstance(m.get("content"), list)}
+        lists = {at: parts for at, parts in lists.items() if all(isinstance(p, Mapping) and "type" in p for p in parts)}
+        if not all(isinstance(part.get("text"), str) for part in chain(*lists.values())):
+            raise WeLoreError(f"{where}: a message has parts that are no text, which cannot be learned here")
+        if not lists or self._reads_parts():
+            return value
+        texts = {at: "".join(part["text"] for part in parts) for at, parts in lists.items()}
+        return [m | {"content": texts[at]} if at in texts else m for at, m in enumerate(value)]
+
+    def _reads_parts(self) -> bool:
+        """Whether the chat template writes the texts of a content that is a list, and not the list itself."""
+        parts = [{"type": "text", "text": "probe"}]
+        try:
+            text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False))
+        except Exception:  # a template is a program that comes with a model
+            return False
+        return "probe" in text and str(parts) not in text
+
     def _ids(self, text: str, **how: Any) -> list[int]:
         ids: list[int] = self.tokenizer(well_formed(text), verbose=False, **how).input_ids
         return ids
@@ -203,18 +232,19 @@ class Encoder:
                 f"{self.name} holds conversations, and this tokenizer has no chat template: give prompts and "
                 "completions that are texts, or set tokenizer.chat_template"
             )
-        how = {"tokenize": False, "tools": row.get("tools") or None} | (row.get("chat_template_kwargs") or {}) | how
+        tools, more = row.get("tools") or None, row.get("chat_template_kwargs") or {}
         try:
-            return self.tokenizer.apply_chat_template(messages, **how)
+            tools = parse_json(tools) if isinstance(tools, str) else tools
+            return self.tokenizer.apply_chat_template(messages, **{"tools": tools} | more | {"tokenize": False} | how)
         except Exception as error:  # a template is a program that comes with a model
             raise WeLoreError(f"{where}: the chat template refuses the conversation: {first_line(error)}") from error
 
 
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    """Messages without their empty fields, which Arrow adds."""
-    if not isinstance(value, list) or not value or not all(isinstance(m, Mapping) and m.get("role") for m in value):
-        raise WeLoreError(f"{where}: needed are texts, or lists of messages, each with a role and a content")
-    return [{name: part for name, part in message.items() if part is not None} for message in value]
+def _without_nulls(value: Any) -> Any:
+    """A row without its empty fields at any depth: Arrow gives every tool call the arguments of all others."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [*map(_without_nulls, value)] if isinstance(value, list) else value
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -92,7 +92,9 @@ def reduction_heatmap(plan: Plan, *, title: str = "") -> "Figure":
     ax = fig.subplots()
     ax.set_facecolor(style.PALE)  # shows where a model has no such matrix
     mesh = _cells(ax, np.arange(len(layers) + 1.0), ratio)
-    ticks = _layer_ticks(layers)
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, len(layers)) if len(layers) / s <= 30)
+    shown = enumerate("none" if layer is None else str(layer) for layer in layers)
+    ticks = {i + 0.5: text for i, text in shown if text == "none" or i % step == 0}
     if any(t.null is not None for t in types):
         _draw_null(ax, len(layers), [t.null for t in types])
         ticks[len(layers) + 1.5] = "Gaussian\nnull"
@@ -207,12 +209,6 @@ def _heat_legend(fig: "Figure", *, holes: bool, columns: int) -> None:
         Patch(facecolor=style.PALE, label="no such matrix"),
     ]
     style.legend(fig, handles=handles if holes else handles[:2], columns=columns)
-
-
-def _layer_ticks(layers: Sequence[int | None]) -> dict[float, str]:
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, len(layers)) if len(layers) / s <= 30)
-    shown = {i + 0.5: str(layer) for i, layer in enumerate(layers) if layer is not None and i % step == 0}
-    return shown | {i + 0.5: "none" for i, layer in enumerate(layers) if layer is None}
 
 
 def _draw_perplexities(ax: "Axes", group: Sequence[Result], looks: Mapping[str, tuple[str, str]]) -> None:

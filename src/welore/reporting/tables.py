@@ -202,10 +202,13 @@ def task_table(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
             raise WeLoreError(reason)
     cells: dict[str, dict[str, str]] = {}
     for r in scores:
-        cells.setdefault(run_name(r), {})[r.settings["task"]] = _accuracy(r)
+        n = r.numbers
+        unreadable = f" ({n['unparsable']} unreadable)" if n["unparsable"] else ""
+        interval = f"[{100 * n['ci95_low']:.1f}, {100 * n['ci95_high']:.1f}]{unreadable}"
+        cells.setdefault(run_name(r), {})[r.settings["task"]] = f"{100 * n['accuracy']:.1f} {interval}"
     rows = [[name, *(row.get(task, "") for task in tasks)] for name, row in cells.items()]
-    questions = {r.settings["task"]: _questions(r) for r in scores}
-    sizes, rates = zip(*(questions[task] for task in tasks), strict=True)
+    questions = {r.settings["task"]: r.numbers for r in scores}
+    sizes, rates = ([questions[task][name] for task in tasks] for name in ("n", "majority_rate"))
     rows.append(["most frequent answer", *(f"{100 * rate:.1f}" for rate in rates)])
     rows.append(["n", *map(str, sizes)])
     return ["accuracy, %", *tasks], rows
@@ -222,24 +225,14 @@ def task_tables(records: Iterable[Record]) -> list[Table]:
     return [Table("", *task_table(group)) for group in groups]
 
 
-def _questions(record: Record) -> tuple[int, float]:
-    return record.numbers["n"], record.numbers["majority_rate"]
-
-
 def _conflict(one: Record, other: Record) -> str:
     """Why two accuracies cannot be in one table; empty if they can."""
-    task, sets = one.settings["task"], sorted({_questions(one), _questions(other)})
+    task, sets = one.settings["task"], sorted({(r.numbers["n"], r.numbers["majority_rate"]) for r in (one, other)})
     if task != other.settings["task"]:
         return ""
     if run_name(one) == run_name(other):
         return f"two records are of {run_name(one)!r} and {task}: keep one"
     return f"{task} was scored on different questions: n and majority rate are {sets}" if len(sets) > 1 else ""
-
-
-def _accuracy(record: Record) -> str:
-    n = record.numbers
-    unreadable = f" ({n['unparsable']} unreadable)" if n["unparsable"] else ""
-    return f"{100 * n['accuracy']:.1f} [{100 * n['ci95_low']:.1f}, {100 * n['ci95_high']:.1f}]{unreadable}"
 
 
 def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[str, list[Result]]:
@@ -258,7 +251,9 @@ def results(records: Iterable[Record], originals: Collection[str] = ()) -> dict[
         caption += "" if bos == "text" else f", BOS: {bos}"
         # One name can stand for two texts: pydoc differs between versions of Python.
         caption += f" (text {text[:8]})" if caption in texts else ""
-        base = _dense_perplexity(group, originals)
+        dense = [r for r in group if _strategy(r) == DENSE]
+        dense = [r for r in dense if r.inputs["model"] in originals] or dense
+        base = _perplexity(dense[0]) if len({r.inputs["model"] for r in dense}) == 1 else None
         rows = [_result(r, base) for r in group]
         texts[caption] = sorted(rows, key=lambda r: (r.strategy != DENSE, -r.parameter_ratio, r.strategy, r.name))
     return texts
@@ -282,9 +277,3 @@ def _strategy(record: Record) -> str:
     if not compression and record.numbers["rank_reduction"] == 0:
         return DENSE
     return str((compression or {}).get("strategy", "not recorded"))
-
-
-def _dense_perplexity(group: Sequence[Record], originals: Collection[str]) -> float | None:
-    dense = [r for r in group if _strategy(r) == DENSE]
-    dense = [r for r in dense if r.inputs["model"] in originals] or dense
-    return _perplexity(dense[0]) if len({r.inputs["model"] for r in dense}) == 1 else None

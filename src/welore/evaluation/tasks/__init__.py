@@ -63,30 +63,22 @@ def _divide(task: Task, part: Part, questions: Sequence[Item]) -> list[Item]:
 
 
 def _file_items(task: Task, part: Part, path: Path) -> list[Item]:
+    name, wanted = path.name.lower(), ("train",) if part == "train" else ("dev", "valid")
     if path.is_dir():
-        path = _file_in(task, part, path)
-    elif task.train_share is None:
-        _require_part(task, part, path)
-    questions = [task.item(record, f"{path}, record {number}") for number, record in enumerate(_records(path), start=1)]
-    return questions if task.train_share is None else _divide(task, part, questions)
-
-
-def _file_in(task: Task, part: Part, directory: Path) -> Path:
-    paths = sorted(directory.glob(task.files[part]))
-    if len(paths) != 1:
-        count = f"{len(paths)} files" if paths else "no file"
-        raise WeLoreError(f"{directory} holds {count} {task.files[part]}: name the {part} file of {task.name} itself")
-    return paths[0]
-
-
-def _require_part(task: Task, part: Part, path: Path) -> None:
-    """The parts of such a task are files of their own: the name must say which, so that they are never mixed up."""
-    wanted = ("train",) if part == "train" else ("dev", "valid")
-    if not any(word in path.name.lower() for word in wanted) or (part == "evaluation" and "train" in path.name.lower()):
+        paths = sorted(path.glob(task.files[part]))
+        if len(paths) != 1:
+            count = f"{len(paths)} files" if paths else "no file"
+            raise WeLoreError(f"{path} holds {count} {task.files[part]}: name the {part} file of {task.name} itself")
+        path = paths[0]
+    elif task.train_share is None and (
+        not any(word in name for word in wanted) or (part == "evaluation" and "train" in name)
+    ):  # parts that are files of their own are never mixed up
         raise WeLoreError(
             f"{path.name} is not known to be the {part} part of {task.name}: the file's name must hold "
             f"{' or '.join(map(repr, wanted))} (training items are never scored)"
         )
+    questions = [task.item(record, f"{path}, record {number}") for number, record in enumerate(_records(path), start=1)]
+    return questions if task.train_share is None else _divide(task, part, questions)
 
 
 def _records(path: Path) -> Iterator[Mapping[str, Any]]:
