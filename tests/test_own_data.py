@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,16 +189,38 @@ def test_tools_may_be_json_as_in_trl() -> None:
     )
 
 
-LISTS = PLAIN.replace("m.content", "m.content[0].text")  # as of a model of text and images
+# Contents of PLAIN are written as they are; others take texts alone, lists alone (as of text and images), or both.
+PART = "{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+CONTENTS = {
+    "any": PLAIN,
+    "texts": PLAIN.replace("m.content", "'' + m.content"),
+    "lists": PLAIN.replace("{{ m.content }}", PART),
+    "both": PLAIN.replace(
+        "{{ m.content }}", "{% if m.content is string %}{{ m.content }}{% else %}PART{% endif %}"
+    ).replace("PART", PART),
+}
 
 
-@pytest.mark.parametrize("template", [PLAIN, PLAIN.replace("{{ m.content }}", "{{ '' + m.content }}"), LISTS])
-def test_contents_may_be_lists_of_texts_whatever_the_template_reads(template: str) -> None:
+@pytest.mark.parametrize("template", CONTENTS.values(), ids=CONTENTS)
+def test_contents_may_be_texts_or_lists_of_texts_whatever_the_template_reads(template: str) -> None:
     def listed(message: dict[str, str]) -> dict[str, Any]:
-        return message | {"content": [{"type": "text", "text": message["content"]}]}
+        halves = message["content"][:2], message["content"][2:]
+        return message | {"content": [{"type": "text", "text": half} for half in halves]}
 
-    rows = [{"messages": [listed(message) for message in row["messages"]]} for row in CHATS]
-    assert tokens_of(read(rows, None, chatting(template))) == [chat_tokens(n) for n in range(20)]
+    in_lists = [{"messages": [listed(message) for message in row["messages"]]} for row in CHATS]
+    for rows in (CHATS, in_lists):
+        assert tokens_of(read(rows, None, chatting(template))) == [chat_tokens(n) for n in range(20)]
+
+
+def test_an_end_behind_every_conversation_is_learned_in_the_last_turn_alone() -> None:
+    closed = (
+        "{% for m in messages %}"
+        + TURN
+        + "{% endfor %}{% if add_generation_prompt %}[assistant]{% else %}</s>{% endif %}"
+    )
+    ids, labels = zip(*(chat_tokens(n) for n in range(20)), strict=True)
+    tokens = tokens_of(read(CHATS, None, chatting(closed)))
+    assert tokens == [([*row, 1], [*learned, 1]) for row, learned in zip(ids, labels, strict=True)]
 
 
 def test_columns_may_have_other_names_which_decide_the_shape() -> None:
@@ -465,24 +488,35 @@ def test_trl_learns_the_same_tokens_and_its_trainer_gives_the_same_weights(
 
 
 @pytest.mark.filterwarnings("ignore")  # of trl
-@pytest.mark.parametrize("number", range(5))
+@pytest.mark.parametrize("number", range(6))
 def test_scripts_of_the_page_run(number: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = Path(__file__).resolve().parents[1] / "docs" / "how-to" / "fine-tune-on-your-data.md"
     scripts = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(scripts) == 5
+    assert len(scripts) == 6
     if "import trl" in scripts[number] or "from trl" in scripts[number]:
         pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    Path("small").symlink_to(model)
+    shutil.copytree(model, "small")
     written(CHATS[:4], Path("chats.jsonl"))
     written([{"text": "one two three"}] * 4, Path("texts.jsonl"))
     turn = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}
     written([{"id": n, "conversations": turn} for n in range(4)], Path("sharegpt.jsonl"))
     short = scripts[number].replace("max_steps=1000", "max_steps=2, max_length=200")
     short = short.replace('SFTConfig("out"', 'SFTConfig("out", use_cpu=True, bf16=False')  # no GPU here
+    if "get_training_chat_template" in short:
+        from trl.chat_template_utils import qwen3_chat_template
+
+        chatting(qwen3_chat_template).save_pretrained("small")
     exec(compile(short, str(page), "exec"), {})
-    if "sharegpt" in short:
+    if "get_training_chat_template" in short:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained("small")
+        with pytest.raises(WeLoreError, match="with {% generation %} marks"):
+            read(CHATS, None, chatting(qwen3_chat_template))
+        ids, labels = tokens_of(read(CHATS, None, tokenizer))[0]
+        learned = tokenizer.decode([i for i, label in zip(ids, labels, strict=True) if label != IGNORED])
+        assert re.findall(r"</think>\n\n(.*?)<\|im_end\|>", learned) == ["y", "0 is 0."]
+    elif "sharegpt" in short:
         split = read("chats.jsonl", tmp_path / "chats")
         assert tokens_of(split) == [expected(("[user]Hi[end][assistant]", False), ("Ho[end]", True))] * 4
     elif "welore.finetune" not in short:

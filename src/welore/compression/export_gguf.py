@@ -94,8 +94,10 @@ def export_gguf(
                     raise
                 raise WeLoreError(f"the converter of llama.cpp cannot write {model}: {reason(error)}") from error
     sizes = {"parameters": sum(map(math.prod, shapes.values())), "bytes": output.stat().st_size}
-    notes = [*content.notes, _quantizers(shapes)]
-    return sizes | {"outtype": kind, "widths": content.widths, "notes": notes}
+    rows = [shape[-1] for name, shape in shapes.items() if len(shape) > 1 and name.startswith("blk.")]
+    fitting = " and ".join(f"{sum(row % multiple == 0 for row in rows)} for {name}" for name, multiple in ROWS.items())
+    note = f"rows fit in {fitting}, of {len(rows)} matrices; llama-quantize has larger types for others"
+    return sizes | {"outtype": kind, "widths": content.widths, "notes": [*content.notes, note]}
 
 
 def _converter_package() -> Any:
@@ -191,10 +193,3 @@ def _lazy(kind: Any, output: OutputTensors) -> tuple[str, Any]:
         return flat.reshape(info.shape)
 
     return name, lambda: kind(meta=kind.meta_with_dtype_and_shape(*info), args=(output,), func=make)
-
-
-def _quantizers(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """How many matrices of the blocks the quantizers of llama.cpp take as they are."""
-    rows = [shape[-1] for name, shape in shapes.items() if len(shape) > 1 and name.startswith("blk.")]
-    fitting = [f"{sum(row % multiple == 0 for row in rows)} for {name}" for name, multiple in ROWS.items()]
-    return f"rows fit in {' and '.join(fitting)}, of {len(rows)} matrices; llama-quantize has larger types for others"

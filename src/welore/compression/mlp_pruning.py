@@ -111,7 +111,9 @@ def select_neurons(
         level = search.level({mlp: losses[mlp.name] for mlp in mlps})
         counts = {mlp.name: int((losses[mlp.name] < level * mlp.numbers).sum()) for mlp in mlps}
     else:
-        counts = _cheapest(losses, round(search.share * total))
+        wanted = round(search.share * total)
+        least = np.sort(np.concatenate(list(losses.values())))[wanted - 1] if wanted else -math.inf
+        counts = {name: int((values <= least).sum()) for name, values in losses.items()}
     left = {mlp: -(-(mlp.width - counts[mlp.name]) // search.multiple) * search.multiple for mlp in mlps}
     counts = {mlp.name: max(0, mlp.width - width) for mlp, width in left.items()}
     if search.price is not None and sum(counts.values()) < LEAST * total:
@@ -138,12 +140,6 @@ def _removal(
         stored = {"order": order, "costs": costs}
         workspace.store(key, stored)
     return stored
-
-
-def _cheapest(losses: Mapping[str, NDArray[np.float64]], wanted: int) -> dict[str, int]:
-    """How many of every MLP, so that they are as many as wanted, or a group more, and lose least."""
-    level = np.sort(np.concatenate(list(losses.values())))[wanted - 1] if wanted else -math.inf
-    return {name: int((values <= level).sum()) for name, values in losses.items()}
 
 
 def _overrides(source: TensorSource, mlp: Mlp, indices: Tensor, refitted: Refitted) -> dict[str, Callable[[], Tensor]]:

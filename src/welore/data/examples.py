@@ -185,11 +185,13 @@ class Encoder:
         if GENERATION.search(str(self.tokenizer.chat_template)):
             marked = self._render(messages, row, where, tokenize=True, return_assistant_tokens_mask=True)
             return marked["input_ids"], marked["assistant_masks"]
-        ids = self._ids(text, **RENDERED)
+        ids, eos = self._ids(text, **RENDERED), str(self.tokenizer.eos_token)
         taught = [0] * len(ids)
         for at in turns:
             begin = self._render(messages[:at], row, where, **ASK)
             end = self._render(messages[: at + 1], row, where)
+            if not text.startswith(end) and self._render(messages[:at], row, where).endswith(eos):
+                end = end.removesuffix(eos)  # that of Phi-3 stands behind every conversation, whoever speaks last
             if not (text.startswith(end) and end.startswith(begin)):
                 raise WeLoreError(
                     f"{where}: the chat template writes the beginning of a conversation differently when it goes on, "
@@ -200,26 +202,28 @@ class Encoder:
         return ids, taught
 
     def _messages(self, value: Any, where: str) -> list[dict[str, Any]]:
-        """Messages; a content that is a list of texts becomes one text if the template does not read such lists."""
+        """Messages whose contents are texts, or lists of parts that are texts: the kind that the template reads."""
         if not isinstance(value, list) or not value or not all(isinstance(m, Mapping) and m.get("role") for m in value):
             raise WeLoreError(f"{where}: needed are texts, or lists of messages, each with a role and a content")
-        lists = {at: m["content"] for at, m in enumerate(value) if isinstance(m.get("content"), list)}
-        lists = {at: parts for at, parts in lists.items() if all(isinstance(p, Mapping) and "type" in p for p in parts)}
-        if not all(isinstance(part.get("text"), str) for part in chain(*lists.values())):
-            raise WeLoreError(f"{where}: a message has parts that are no text, which cannot be learned here")
-        if not lists or self._reads_parts():
-            return value
-        texts = {at: "".join(part["text"] for part in parts) for at, parts in lists.items()}
-        return [m | {"content": texts[at]} if at in texts else m for at, m in enumerate(value)]
+        messages, reads = [dict(message) for message in value], (self._reads("probe"), self._reads(_parts("probe")))
+        for message in messages:
+            content = message.get("content")
+            if isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content):
+                texts = [part.get("text") for part in content]
+                if not all(isinstance(text, str) for text in texts):
+                    raise WeLoreError(f"{where}: a message has parts that are no text, which cannot be learned here")
+                message["content"] = content if reads[1] else "".join(texts)
+            elif isinstance(content, str) and reads == (False, True):
+                message["content"] = _parts(content)
+        return messages
 
-    def _reads_parts(self) -> bool:
-        """Whether the chat template writes the texts of a content that is a list, and not the list itself."""
-        parts = [{"type": "text", "text": "probe"}]
+    def _reads(self, content: Any) -> bool:
+        """Whether the chat template writes the text "probe" of such a content, and not a list as it is."""
         try:
-            text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False))
+            text = str(self.tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
         except Exception:  # a template is a program that comes with a model
             return False
-        return "probe" in text and str(parts) not in text
+        return "probe" in text and str(_parts("probe")) not in text
 
     def _ids(self, text: str, **how: Any) -> list[int]:
         ids: list[int] = self.tokenizer(well_formed(text), verbose=False, **how).input_ids
@@ -238,6 +242,10 @@ class Encoder:
             return self.tokenizer.apply_chat_template(messages, **{"tools": tools} | more | {"tokenize": False} | how)
         except Exception as error:  # a template is a program that comes with a model
             raise WeLoreError(f"{where}: the chat template refuses the conversation: {first_line(error)}") from error
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _without_nulls(value: Any) -> Any:
