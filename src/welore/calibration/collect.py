@@ -154,8 +154,7 @@ def collect(
 
     load: gives the model, on the CPU. finish: see `collect_statistics`; it stores what is wanted of second moments.
     """
-    workspace = context.workspace
-    assert workspace is not None
+    workspace = context.work
     stored = workspace.fetch(COLLECTED)
     if stored is None:
         job, started = _Job(weights, unfused(load()), text.config, context, workspace), time.perf_counter()
@@ -294,8 +293,7 @@ def measure_losses(
     weights: TensorSource, net: Any, text: Text, statistics: Statistics, context: RunContext
 ) -> Statistics:
     """The statistics with the losses of all components, measured on a share of the windows."""
-    config, workspace = text.config, context.workspace
-    assert workspace is not None
+    config, workspace = text.config, context.work
     own = [statistics.generated_text()] if text.own else []
     ids = torch.cat([*(source.windows for source in text.sources), *(t for t in own if t is not None)])
     some = ids[:: max(1, round(1 / config.measure_losses))]

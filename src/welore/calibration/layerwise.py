@@ -97,7 +97,6 @@ def collect_statistics(
     length, k), float16, and "ids", int32 (see Teacher). The model runs whole if that is wanted, or short and easy
     (`is_small`), or if its blocks cannot be run one by one or a target lies outside. Returns numbers for the record.
     """
-    assert context.workspace is not None
     dtype, products = precision(config.dtype, context.device)
     finish = finish or partial(_store, context)
     text, teacher = LabelledText.create(ids, config, context), Teacher(top_k) if top_k else None
@@ -127,17 +126,16 @@ def _runs_whole(
     model: Any, targets: Sequence[Target], text: LabelledText, config: CalibrationConfig, context: RunContext
 ) -> bool:
     """Whether the model runs whole; a killed run does not change its mind."""
-    assert context.workspace is not None
     if config.whole_model is not None:
         return config.whole_model
-    stored = context.workspace.fetch("whole")
+    stored = context.work.fetch("whole")
     if stored is None:
         at_once = context.processes.size if context.device.type == "cpu" else 1
         free = (free_memory(context.device) or 0) // at_once
         small = is_small(model, targets, text.ids.shape, config.batch_size, free)
         stored = {"whole": torch.tensor(context.processes.agreed(small))}
         if context.processes.is_main:
-            context.workspace.store("whole", stored)
+            context.work.store("whole", stored)
     return bool(stored["whole"])
 
 
@@ -276,8 +274,7 @@ class _BlockwisePass:
     @property
     def workspace(self) -> Workspace:
         """Where everything is stored."""
-        assert self.context.workspace is not None
-        return self.context.workspace
+        return self.context.work
 
     def run(self) -> dict[str, Any]:
         """All statistics, from wherever an earlier run has left off."""
@@ -447,7 +444,6 @@ def _whole_pass(
     finish: Finish,
 ) -> dict[str, Any]:
     """The model at once, forward and backward, all statistics in memory; equal to the blockwise pass."""
-    assert context.workspace is not None
     collector = make({name: model.get_submodule(name) for block in layers.values() for name in block})
     model.get_input_embeddings().register_forward_hook(lambda _, __, embedded: embedded.requires_grad_())
     total, forward, backward = torch.zeros((), device=text.ids.device), 0.0, 0.0
@@ -463,7 +459,7 @@ def _whole_pass(
         torch.autograd.backward(logits, torch.stack([gradient for gradient, _ in sampled]))
         collector.end_batch()
         forward, backward = forward + computed - started, backward + time.perf_counter() - computed
-    loss = _store_head(total, teacher, text, context.workspace)
+    loss = _store_head(total, teacher, text, context.work)
     collector.reduce(text.processes)
     for block in layers.values():
         finish(list(block), collector, text.ids.numel())
@@ -497,8 +493,7 @@ def _store_head(total: Tensor, teacher: Teacher | None, text: LabelledText, work
 
 
 def _store(context: RunContext, names: Sequence[str], collector: Collector, tokens: int) -> None:
-    assert context.workspace is not None
     for name in names:
         for kind, group in collector.statistics(name, tokens):
             if context.processes.is_main:
-                context.workspace.store(f"{name}.{kind}", group)
+                context.work.store(f"{name}.{kind}", group)

@@ -16,7 +16,7 @@ from torch import Tensor
 from welore.calibration.hooks import Collector, Moments
 from welore.calibration.statistics import MemoryStore, Statistics, reached
 from welore.compression.analysis import Analyzer
-from welore.compression.expert_pruning import select_experts
+from welore.compression.expert_pruning import select_experts, store_losses
 from welore.compression.mlp_pruning import Search, refit_layers, select_neurons
 from welore.io.context import RunContext
 from welore.io.progress import silent
@@ -53,8 +53,7 @@ class BlockAnalyzer:
 
     def __call__(self, names: Sequence[str], collector: Collector, tokens: int) -> None:
         """Use up the sums of the layers of a block."""
-        workspace, quiet = self.context.workspace, replace(self.context, progress=silent)
-        assert workspace is not None
+        workspace, quiet = self.context.work, replace(self.context, progress=silent)
         statistics, groups = self._statistics(names, collector, tokens)
         left = {} if self.experts is None else select_experts(self.source, statistics, quiet, self.experts)
         targets = [t for t in self.source.targets if t.name in statistics.shapes and is_left(t.name, left)]
@@ -85,7 +84,7 @@ class BlockAnalyzer:
         downs, copied = [name for name in names if name.endswith(f".{DOWN}")], copy.copy(moments)
         copied.sums = {key: total.clone() for key, total in moments.sums.items() if key[0] in downs}
         statistics, _ = self._statistics(downs, copied, tokens)
-        select_experts(self.source, statistics, replace(self.context, progress=silent), self.experts)
+        store_losses(self.source, statistics, replace(self.context, progress=silent), self.experts)
 
     @cached_property
     def _lasting(self) -> set[str]:

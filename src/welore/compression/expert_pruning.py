@@ -39,9 +39,19 @@ def select_experts(
 
     A mixture is left out until the losses of all its experts are known; those of earlier calls lie in the workspace.
     """
-    numbers, workspace = range(pruning.before), context.workspace
-    assert workspace is not None
-    names = {f"{mixture}.{number}.{DOWN}": mixture for mixture in pruning.mixtures for number in numbers}
+    experts = {}
+    for mixture in store_losses(source, statistics, context, pruning):
+        losses = [context.work.fetch(f"{mixture}.{i}.{DOWN}.silence") for i in range(pruning.before)]
+        if None not in losses:
+            experts[mixture] = pruning.select(torch.stack([stored["loss"] for stored in losses if stored]))
+    return experts
+
+
+def store_losses(
+    source: TensorSource, statistics: Statistics, context: RunContext, pruning: ExpertPruning
+) -> list[str]:
+    """Store the losses of the experts that the statistics speak of in the workspace: their mixtures."""
+    names = {f"{mixture}.{i}.{DOWN}": mixture for mixture in pruning.mixtures for i in range(pruning.before)}
     layers = [target for target in source.targets if target.name in names and target.name in statistics.shapes]
     compute = partial(_loss, source, statistics, context)
     mine = context.processes.share(layers, [layer.cost for layer in layers])
@@ -49,27 +59,20 @@ def select_experts(
     with context.stage("expert pruning"):
         context.map(compute, mine, [layer.cost for layer in mine], "experts", memory)
     context.processes.wait()
-    experts = {}
-    for mixture in dict.fromkeys(names[layer.name] for layer in layers):
-        losses = [workspace.fetch(f"{mixture}.{number}.{DOWN}.silence") for number in numbers]
-        if None not in losses:
-            experts[mixture] = pruning.select(torch.stack([stored["loss"] for stored in losses if stored]))
-    return experts
+    return list(dict.fromkeys(names[layer.name] for layer in layers))
 
 
 def _loss(source: TensorSource, statistics: Statistics, context: RunContext, down: Target) -> dict[str, Tensor]:
     """The loss of an expert that falls silent, tr(G W H W^T); from the workspace if it is there."""
-    assert context.workspace is not None
-    workspace, key = context.workspace, f"{down.name}.silence"
-    stored = workspace.fetch(key)
-    if stored is None:
+
+    def make() -> dict[str, Tensor]:
         G, H = statistics.outputs(down.name), statistics.inputs(down.name)
         assert G is not None
         assert H is not None
         G, W, H = (tensor.to(context.device, torch.float32) for tensor in (G, source.read(down), H))
-        stored = {"loss": ((G @ W) * (W @ H)).sum().double().cpu()}
-        workspace.store(key, stored)
-    return stored
+        return {"loss": ((G @ W) * (W @ H)).sum().double().cpu()}
+
+    return context.work.remember(f"{down.name}.silence", make)
 
 
 def require_same_experts(source: TensorSource, experts: Mapping[str, Remaining]) -> ExpertPruning:

@@ -31,8 +31,7 @@ def factor_matrices(
 
     stored: is told of every matrix whose factors are stored.
     """
-    assert context.workspace is not None
-    workspace, processes = context.workspace, context.processes
+    workspace, processes = context.work, context.processes
     targets, sides = {target.name: target for target in in_blocks(source.targets, plan.grids)}, Sides()
 
     def compute(a: Allocation) -> dict[str, Tensor]:

@@ -131,15 +131,13 @@ def _removal(
     source: TensorSource, statistics: Statistics, context: RunContext, search: Search, mlp: Mlp
 ) -> dict[str, Tensor]:
     """The order in which neurons are taken out, and their losses; from the workspace if they are there."""
-    assert context.workspace is not None
-    workspace, (most, dearest) = context.workspace, search.limits(mlp)
-    key = f"{mlp.name}.removal-{most}-{dearest:.17g}"
-    stored = workspace.fetch(key)
-    if stored is None:
+    most, dearest = search.limits(mlp)
+
+    def make() -> dict[str, Tensor]:
         order, costs = removal(*_problem(source, statistics, context, mlp), most=most, dearest=dearest)
-        stored = {"order": order, "costs": costs}
-        workspace.store(key, stored)
-    return stored
+        return {"order": order, "costs": costs}
+
+    return context.work.remember(f"{mlp.name}.removal-{most}-{dearest:.17g}", make)
 
 
 def _overrides(source: TensorSource, mlp: Mlp, indices: Tensor, refitted: Refitted) -> dict[str, Callable[[], Tensor]]:
@@ -217,17 +215,15 @@ def _refitted(
     source: TensorSource, statistics: Statistics, context: RunContext, mlp: Mlp, indices: Tensor
 ) -> dict[str, Tensor]:
     """W and gains of Refitted; from the workspace if they are there."""
-    assert context.workspace is not None
-    workspace, key = context.workspace, f"{mlp.name}.refit-{hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16]}"
-    stored = workspace.fetch(key)
-    if stored is None:
+
+    def make() -> dict[str, Tensor]:
         W, G, H = _problem(source, statistics, context, mlp)
         made = refit(W, H, indices.to(W.device))
         before, after = ((columns * (G @ columns)).sum(0) for columns in (W.double()[:, indices.to(W.device)], made))
         gains = (after / before.clamp(min=float(before.max()) * 1e-12 or 1.0)).sqrt()
-        stored = {"W": made.to(W.dtype).cpu(), "stronger": gains.cpu()}
-        workspace.store(key, stored)
-    return stored
+        return {"W": made.to(W.dtype).cpu(), "stronger": gains.cpu()}
+
+    return context.work.remember(f"{mlp.name}.refit-{hashlib.sha256(indices.numpy().tobytes()).hexdigest()[:16]}", make)
 
 
 def _problem(

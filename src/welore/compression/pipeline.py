@@ -372,7 +372,6 @@ def _statistics(job: Job) -> Statistics | None:
     if job.text is None:
         return job.statistics
     context, original, mlps = job.context, job.source.original, job.prunable
-    assert context.workspace is not None
     model: Any = original.directory if isinstance(original, CheckpointSource) else original.skeleton
 
     def load() -> Any:
@@ -449,9 +448,7 @@ def _allocated(
     experts: dict[str, Remaining],
 ) -> Plan:
     """The plan for these weights. Their decompositions are stored for the factors, if they fit beside the result."""
-    workspace = job.context.workspace
-    assert workspace is not None
-    grids = grids_of(source, bool(job.config.split))
+    workspace, grids = job.context.work, grids_of(source, bool(job.config.split))
     targets = in_blocks(source.targets, grids)
     needed = sum(4 * min(shape) ** 2 + 4 * shape[0] * shape[1] for shape in (target.shape for target in targets))
     fit = shutil.disk_usage(workspace.directory).free > 1.2 * needed
@@ -468,9 +465,8 @@ def _allocated(
 
 def _release(job: Job, plan: Plan) -> Callable[[Target], None]:
     """Deletes the statistics of an MLP when the factors of its matrices are stored."""
-    assert job.context.workspace is not None
     made = {factors_key(a): layer_of(a.name, plan.grids) for a in plan.lrcs}
-    return LastingMoments(job.context.workspace, job.prunable if job.collects else [], made).release
+    return LastingMoments(job.context.work, job.prunable if job.collects else [], made).release
 
 
 def _recovery(job: Job, source: TensorSource, plan: Plan, statistics: Statistics | None) -> Recovery:
@@ -497,8 +493,7 @@ def _dense_directory(job: Job) -> Path:
     source: Any = job.source
     if isinstance(source, CheckpointSource):
         return source.directory.resolve()
-    assert job.context.workspace is not None
-    directory = job.context.workspace.directory / "dense"
+    directory = job.context.work.directory / "dense"
     if not directory.is_dir() and job.context.processes.is_main:
         with atomic_directory(directory) as unfinished:
             source.model.save_pretrained(unfinished)
@@ -517,7 +512,6 @@ def _result(
 ) -> CompressionResult:
     """6. The checkpoint, or the model with other layers, written by the process that leads."""
     context = job.context
-    assert context.workspace is not None
     record, written = None, None if output_dir is None else resolved(output_dir)  # "." is another directory afterwards
     if context.processes.is_main:
         size = job.config.max_shard_size
@@ -526,15 +520,15 @@ def _result(
             open_sink(source, output_dir, max_shard_size=size, overwrite=context.overwrite) as sink,
         ):
             trained = None if recovered.directory is None else CheckpointSource(recovered.directory)
-            factors = stored_factors(context.workspace, trained, plan.name_in_result)
+            factors = stored_factors(context.work, trained, plan.name_in_result)
             if plan.plain and trained is not None:
                 source = with_trained(source, plan, trained)
             numbers |= recovered.numbers
             numbers |= write_compressed(source, plan, factors, sink, context.progress, job.config.weights)
             numbers |= {"seconds": time.perf_counter() - started, "stages": context.stages}
             record = _record(plan, job, recovered, numbers)
-            _write_companions(source.original, plan, record, sink.directory, context.workspace.directory)
-            context.workspace.retire()
+            _write_companions(source.original, plan, record, sink.directory, context.work.directory)
+            context.work.retire()
     context.processes.wait()
     if written is not None:
         record = Record.load(written / RECORD)

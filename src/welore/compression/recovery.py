@@ -213,21 +213,20 @@ def recover(
     directory of the dense model. predictions: its own, at every position of the windows; None: they are computed first.
     Raises WeLoreError if the device has too little memory for any training.
     """
-    assert context.workspace is not None
     training = _training(windows, plan, config, seed, context)
     trainable, training = choose_trainable(source, plan, config, training, context)
     pruned = as_json({**plan.neurons, **plan.experts})
     key = [plan.ranks, plan.forms, pruned, digest(windows), config.learning_rate, config.fallbacks]
     key += [config.relative_learning_rate, config.largest_share, dataclasses.asdict(training), context.processes.size]
     name = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
-    directory = context.workspace.directory / f"recovery-{name}"
+    directory = context.work.directory / f"recovery-{name}"
     compressed = directory / "compressed"
     if context.processes.is_main:
         if not compressed.is_dir():
             with atomic_directory(compressed) as unfinished:
                 original = source.original
                 sink = DirectorySink(teacher, unfinished, rename=original.stored_name, skeleton=original.skeleton)
-                write_compressed(source, plan, stored_factors(context.workspace), sink, silent)
+                write_compressed(source, plan, stored_factors(context.work), sink, silent)
         if not (directory / WRITTEN).is_file():
             predictions = predictions or recorded_predictions(teacher, windows, context)
             write_windows(directory / WRITTEN, windows, predictions)

@@ -75,6 +75,12 @@ class RunContext:
         return dataclasses.replace(self, workspace=workspace)
 
     @property
+    def work(self) -> Workspace:
+        """The workspace, which every stage of a long job has."""
+        assert self.workspace is not None
+        return self.workspace
+
+    @property
     def float64_device(self) -> torch.device:
         """Where float64 is computed: on the device, or on the CPU if the device has none."""
         return self.device if finest_dtype(self.device) == torch.float64 else torch.device("cpu")

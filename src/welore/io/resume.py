@@ -6,7 +6,7 @@ again. Its name is known beforehand, so that nobody has to look through a direct
 
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -115,6 +115,14 @@ class Workspace:
                 return tensors
         path.unlink()
         return None
+
+    def remember(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """A group of tensors, made and kept if it is missing or damaged."""
+        stored = self.fetch(name)
+        if stored is None:
+            stored = make()
+            self.store(name, stored)
+        return stored
 
     def mapped(self, name: str) -> dict[str, Tensor]:
         """A group that this run has stored, left in its file: what is read of it is in memory as long as it is held."""
