@@ -355,10 +355,12 @@ def test_work_on_a_model_in_memory_promises_nothing(
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing")
 @pytest.mark.parametrize("wrap", ["peft", "inside", "parallel", "norm"])
-def test_wrapped_models_and_adapters_are_refused(small: Path, saved, wrap: str) -> None:
+def test_wrapped_models_and_adapters_are_refused(small: Path, saved, tmp_path: Path, wrap: str) -> None:
     import peft
 
-    for source, verb in ((saved("llama"), partial(welore.compress, keep=0.9)), (small, welore.merge)):
+    tune = partial(welore.finetune, output_dir=tmp_path / "run", dataset=["a b"])
+    verbs = (saved("llama"), partial(welore.compress, keep=0.9)), (small, welore.merge), (small, tune)
+    for source, verb in verbs:
         model = AutoModelForCausalLM.from_pretrained(source)
         if wrap == "parallel":
             model = torch.nn.DataParallel(model)

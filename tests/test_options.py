@@ -151,3 +151,34 @@ def test_public_names_are_the_same_for_the_interpreter_and_for_editors() -> None
 def test_every_verb_is_a_public_function() -> None:
     names = {command.callback.__name__ for command in app.registered_commands if command.callback}
     assert names == {verb.__name__ for verb in VERBS} <= set(welore.__all__)
+
+
+# --- keywords of Python ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "message"),
+    [
+        (welore.compress, "rank_reduction", r"pass AllocationConfig\(rank_reduction=.* or CompressionConfig\("),
+        (
+            welore.finetune,
+            "gradient_checkpointing",
+            r"pass FinetuneConfig\(gradient_checkpointing=\.\.\.\) or Pretrain",
+        ),
+        (welore.finetune, "overwritten", "overwritten is no keyword of this function; did you mean 'overwrite'"),
+        (welore.merge, "max_length", r"EvaluationConfig\(max_length=\.\.\.\)"),
+    ],
+)
+def test_a_setting_that_is_no_keyword_is_answered_with_its_class(
+    verb: Callable[..., Any], name: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(WeLoreError, match=message):
+        verb("model", tmp_path / "out", **{name: 1})
+    assert not [*tmp_path.iterdir()]
+
+
+def test_settings_in_the_place_of_the_output_are_refused() -> None:
+    with pytest.raises(WeLoreError, match="leads nowhere: expected str, .*, not CompressionConfig"):
+        welore.compress("model", welore.CompressionConfig(keep=0.8))  # type: ignore[arg-type]
+    with pytest.raises(WeLoreError, match="leads nowhere: expected str, .*, not FinetuneConfig"):
+        welore.finetune("model", welore.FinetuneConfig(dataset="pydoc"), dataset="pydoc")  # type: ignore[arg-type]

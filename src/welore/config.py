@@ -6,13 +6,13 @@ their fields. Registries (STRATEGIES, SCALINGS, METHODS, ...) have exactly the n
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
-from welore.errors import WeLoreError, choose
+from welore.errors import WeLoreError, choose, did_you_mean
 
 StrategyName = Literal["welore", "uniform", "owl", "energy", "waterfill"]
 ScalingName = Literal["none", "asvd", "whitening", "kfac"]
@@ -623,6 +623,16 @@ def require_number(kind: Literal["above 0", "at least 0"], **values: Any) -> Non
         number = isinstance(value, Real)
         if value is not None and not (number and (value > 0 or kind == "at least 0") and 0 <= value < float("inf")):
             raise WeLoreError(f"{name} is {value}: it must be a number, {kind}")
+
+
+def require_options(names: Iterable[str]) -> None:
+    """Raise WeLoreError for a keyword that no verb has; it names the settings classes that have such a field."""
+    for name in names:
+        if name not in RunOptions.__annotations__:
+            kinds = [kind for kind in globals().values() if name in getattr(kind, "__dataclass_fields__", ())]
+            classes = " or ".join(f"{kind.__name__}({name}=...)" for kind in kinds)
+            hint = f": pass {classes}" if kinds else did_you_mean(name, RunOptions.__annotations__)
+            raise WeLoreError(f"{name} is no keyword of this function{hint}")
 
 
 def require_choice(kind: str, name: str, literal: Any) -> None:

@@ -149,7 +149,9 @@ class Needs:
         if self.mlps:
             stages.append(self._pruning(rates))
         if not job.plain:
-            stages.append(self._factors(rates))
+            seconds = sum(self._seconds(t, VECTORS, rates) for t in self.blocks)
+            disk = max(self._lasting, 4 * self.stored)
+            stages.append(self._stage("factors", seconds, self._in_work(self._one), disk))
         if job.recovery is not None:
             stages.append(self._recovery(job.recovery, rates))
         size = self.result_bytes(self.targeted - self.stored)
@@ -253,10 +255,6 @@ class Needs:
         operations = SCALED_VALUES if self.scaled else VALUES
         seconds = sum((1 + (t.layer in again)) * self._seconds(t, operations, rates) for t in self.blocks)
         return self._stage("decompositions", seconds, self._in_work(self._one), self._lasting)
-
-    def _factors(self, rates: Rates) -> Stage:
-        seconds = sum(self._seconds(t, VECTORS, rates) for t in self.blocks)
-        return self._stage("factors", seconds, self._in_work(self._one), max(self._lasting, 4 * self.stored))
 
     def _seconds(self, target: Target, operations: tuple[float, float, float], rates: Rates) -> float:
         k, long = min(target.shape), max(target.shape)

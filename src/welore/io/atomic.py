@@ -28,8 +28,8 @@ def resolved(path: str | Path) -> Path:
     """The path without links: of a link its target is written and replaced, in every verb."""
     try:
         return Path(path).resolve()
-    except (OSError, RuntimeError) as error:  # a circle of links
-        raise WeLoreError(f"{path} leads nowhere: {first_line(error)}") from error
+    except (OSError, RuntimeError, TypeError) as error:  # a circle of links, or settings in the place of a path
+        raise WeLoreError(f"{str(path)[:80]} leads nowhere: {first_line(error)}") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from welore.config import RunConfig
+from welore.config import RunConfig, RunOptions, require_options
 from welore.errors import WeLoreError
 from welore.io.meter import Meter
 from welore.io.pages import give_back_freed
@@ -56,18 +56,18 @@ class RunContext:
 
         progress: True or False, None for bars where a person is looking, or a function of the caller's own.
         """
+        require_options(options)
         config = RunConfig(**options)
         device = resolve_device(config.device)
+        given = {name: getattr(config, name) for name in ("revision", "trust_remote_code", "overwrite")}
         return cls(
             device=device,
             workers=config.workers or default_workers(device),
             progress=progress if callable(progress) else progress_bars(progress),
             processes=processes,
             cache_dir=None if config.cache_dir is None else Path(config.cache_dir),
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            overwrite=config.overwrite,
             tokenizer=tokenizer,
+            **given,
         )
 
     def within(self, workspace: Workspace | None) -> "RunContext":
@@ -129,17 +129,7 @@ class RunContext:
     @property
     def options(self) -> dict[str, Any]:
         """The keyword options with which another verb runs as this one does (config.RunOptions)."""
-        return {
-            "device": str(self.device),
-            "workers": self.workers,
-            "cache_dir": self.cache_dir,
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
-            "overwrite": self.overwrite,
-            "progress": self.progress,
-            "tokenizer": self.tokenizer,
-            "processes": self.processes,
-        }
+        return {name: getattr(self, name) for name in RunOptions.__annotations__} | {"device": str(self.device)}
 
 
 @functools.cache

@@ -94,18 +94,23 @@ class TensorSource(ABC):
         return self.info(target.layer + ".weight").dtype
 
 
+def require_unwrapped(model: nn.Module) -> None:
+    """Raise WeLoreError for anything but a model of transformers whose weights are its own."""
+    from transformers import PreTrainedModel
+
+    parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if not isinstance(model, PreTrainedModel) or parts & {"base_layer", "parametrizations"}:
+        raise WeLoreError(
+            f"{type(model).__name__} is wrapped, or has adapters or parametrizations: give the model of "
+            "transformers inside it, with adapters merged (merge_and_unload of peft)"
+        )
+
+
 class ModelSource(TensorSource):
     """A model in memory, whose tensors are read as they are at that time."""
 
     def __init__(self, model: "PreTrainedModel", include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
-        from transformers import PreTrainedModel
-
-        parts = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        if not isinstance(model, PreTrainedModel) or parts & {"base_layer", "parametrizations"}:
-            raise WeLoreError(
-                f"{type(model).__name__} is wrapped, or has adapters or parametrizations: give the model of "
-                "transformers inside it, with adapters merged (merge_and_unload of peft)"
-            )
+        require_unwrapped(model)
         self.model = model
         self.name = model.config.name_or_path or type(model).__name__
         self.include, self.exclude = tuple(include), tuple(exclude)

@@ -24,6 +24,7 @@ from welore.io.progress import silent
 from welore.models.card import read_card, write_card
 from welore.models.experts import fused
 from welore.models.load import sizes_in, warn_if_slow
+from welore.models.source import require_unwrapped
 from welore.records import Record
 from welore.training.arguments import check_launch, is_recorded, resolve_defaults, sequences_read
 from welore.training.data import collate, reading_order
@@ -91,6 +92,7 @@ def finetune(
     check_launch(os.environ, config.method, context.device.type, config.distill)
     warn_if_slow(getattr(torch, config.dtype), context.device)
     if isinstance(model, nn.Module):
+        require_unwrapped(model)
         take_apart(model, plan)  # and leave it so
     in_memory = borrowed(model) if isinstance(model, nn.Module) else nullcontext()
     directory = run_directory(output_dir, model, config, plan, resume=resume, overwrite=context.overwrite)
