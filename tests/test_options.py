@@ -123,7 +123,7 @@ def test_a_yaml_file_that_cannot_be_used_is_one_sentence(
         ("allocate S -o P --kepp 0.8", "no such option: --kepp"),
         ("alocate S", "no such command 'alocate'. Did you mean 'allocate'"),
         ("allocate -o P --keep 0.8", "[Mm]issing"),
-        ("finetune M OUT --adam-beta3 1", "has no field 'adam_beta3': did you mean adam_beta"),
+        ("finetune M OUT --adam-beta3 1", "has an option 'adam_beta3'; did you mean 'adam_beta"),
         ("finetune M OUT --adam-beta2 x", "--adam-beta2 cannot be 'x'"),
         ("finetune M OUT more", "'more' belongs to no option"),
     ],
@@ -138,6 +138,25 @@ def test_any_training_argument_goes_by_its_own_name(command: Command, tmp_path: 
     given = ("--lr-scheduler-type", "linear", "--adam-beta2=0.9", "--save-steps", 0, "--json")
     facts = json.loads(command("finetune", model, tmp_path / "run", *run, *given).out)
     assert facts["settings"]["training_arguments"] == {"lr_scheduler_type": "linear", "adam_beta2": 0.9}
+
+
+def test_a_yaml_file_gives_training_arguments_which_the_command_line_overrides(
+    command: Command, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    model, file = checkpoint(tmp_path / "small"), tmp_path / "c.yaml"
+    run = ("finetune", model, tmp_path / "run", "--dataset", "pydoc", "--max-length", 16, "--config", file)
+    file.write_text("max_stepz: 2\n")
+    assert "did you mean 'max_steps'" in refused(*run)
+    file.write_text("adam-beta2: much\n")
+    assert "--adam-beta2 cannot be 'much'" in refused(*run)
+    file.write_text(
+        "{max_steps: 2, batch-size: 1, eval_steps: 0, adam-epsilon: 1e-9, adam_beta2: 0.8, lr_scheduler_type: linear,"
+        " logging_first_step: true, optim_args: null}"
+    )
+    facts = json.loads(command(*run, "--adam-beta2", 0.9, "--json").out)
+    others = {"lr_scheduler_type": "linear", "logging_first_step": True}
+    assert facts["settings"]["training_arguments"] == {"adam_epsilon": 1e-9, "adam_beta2": 0.9} | others
+    assert (facts["settings"]["max_steps"], facts["settings"]["batch_size"]) == (2, 1)
 
 
 def test_public_names_are_the_same_for_the_interpreter_and_for_editors() -> None:

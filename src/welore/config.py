@@ -519,10 +519,7 @@ class FinetuneConfig:
             )
         if self.selective_checkpointing and self.gradient_checkpointing:
             raise WeLoreError("give gradient_checkpointing or selective_checkpointing, not both")
-        self._check_data()
         self._check_distillation()
-
-    def _check_data(self) -> None:
         if self.task is not None:
             require_choice("task", self.task, TaskName)
             if self.dataset is not None:

@@ -136,6 +136,7 @@ def _is_common(parameter: inspect.Parameter) -> bool:
 # --- --config and --json --------------------------------------------------------------------------------------------
 
 COMMON = "Everywhere"
+OTHERS = "welore.others"  # what a file gives to a verb that takes options of other programs, too
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -153,9 +154,10 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     flags = {flag: p.name for p in context.command.params for flag in p.opts if p.name and p.name != "config_file"}
     names = {flag.strip("-").replace("-", "_"): destination for flag, destination in flags.items()}
     values = {str(name).replace("-", "_"): value for name, value in content.items()}
-    for name in values:
-        if name not in names:
-            raise WeLoreError(f"{path}: {context.info_name} has no option {name!r}{did_you_mean(name, names)}")
+    others = {name: values.pop(name) for name in [*values] if name not in names}
+    for name in () if context.allow_extra_args else others:
+        raise WeLoreError(f"{path}: {context.info_name} has no option {name!r}{did_you_mean(name, names)}")
+    context.meta[OTHERS] = others
     context.default_map = dict(context.default_map or {}) | {names[name]: value for name, value in values.items()}
     return path
 

@@ -1,14 +1,15 @@
 """The verbs that train a model: finetune, pretrain."""
 
 import dataclasses
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from welore.cli.from_config import Label, Model, OutputDir, Resume
+from welore.cli.from_config import OTHERS, Label, Model, OutputDir, Resume
 from welore.cli.output import log, print_result, quiet_libraries
 from welore.config import FinetuneConfig, PretrainConfig, RunConfig
 from welore.errors import WeLoreError
@@ -35,7 +36,7 @@ def finetune(
     from welore.io._malloc import return_freed_memory
     from welore.training.finetune import finetune
 
-    config = dataclasses.replace(config, training_arguments=_training_arguments(context.args))
+    config = dataclasses.replace(config, training_arguments=_training_arguments(context.args, context.meta.get(OTHERS)))
     if dry_run:
         from welore.training.memory import estimate_step
 
@@ -60,11 +61,13 @@ def finetune(
     print_result(record, as_json, line)
 
 
-def _training_arguments(words: Sequence[str]) -> dict[str, Any]:
-    """Values of TrainingArguments from `--name value`, `--name=value`, or `--name` alone, which is true."""
+def _training_arguments(words: Sequence[str], file: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Values of TrainingArguments from a file, and from `--name value`, `--name=value`, or `--name`, which is true."""
     from welore.training.arguments import training_argument
 
-    values: dict[str, Any] = {}
+    given = {name: value for name, value in (file or {}).items() if value is not None}
+    texts = {name: value if isinstance(value, str) else json.dumps(value, default=str) for name, value in given.items()}
+    values = {name: training_argument(name, text) for name, text in texts.items()}
     rest = list(words)
     while rest:
         option, _, text = rest.pop(0).partition("=")

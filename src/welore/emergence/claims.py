@@ -143,7 +143,9 @@ def _row(allocation: Allocation, position: ModulePosition, trace: Trace) -> dict
     matrix = trace.matrices[allocation.name]
     warm = after_warm_up(trace)
     late = np.ix_(*2 * [trace.steps >= min(trace.steps[-1] / 2, trace.steps[-2])])  # two checkpoints make a pair
-    stable_rank = float(np.median(matrix.stable_rank[warm]))
+    stable_rank, square = float(np.median(matrix.stable_rank[warm])), matrix.other[COSINE][late]
+    ceiling = np.sqrt(np.clip(np.diag(square), 0, None))
+    most = _off_diagonal(np.outer(ceiling, ceiling))
     return {
         "name": allocation.name,
         "kind": position.module_type,
@@ -156,8 +158,8 @@ def _row(allocation: Allocation, position: ModulePosition, trace: Trace) -> dict
         "stable_rank_to_noise": stable_rank / noise_stable_rank(*matrix.shape),
         "top1_energy": float(np.median(matrix.top1_energy[warm])),
         "late_cosine": _off_diagonal(matrix.same[COSINE][late]),
-        "late_cosine_less_noise": _less_noise(matrix.other[COSINE][late]),
-        "late_ceiling": float(np.mean(np.diag(matrix.other[COSINE][late]))),
+        "late_cosine_less_noise": _off_diagonal(square) / most if most > 0 else 0.0,
+        "late_ceiling": float(np.mean(np.diag(square))),
         "settles_at": settling(matrix, trace.steps),
         "settles_at_same_batch": _last_below(corrected(matrix, matrix.same, SUBSPACE)[:, -1], trace.steps),
         "effective_rank": effective_rank(matrix.weight[-1]),
@@ -217,12 +219,6 @@ def _last_below(values: Array, steps: Array) -> float:
 
 def _off_diagonal(square: Array) -> float:
     return float(square[np.triu_indices(len(square), 1)].mean())
-
-
-def _less_noise(square: Array) -> float:
-    ceiling = np.sqrt(np.clip(np.diag(square), 0, None))
-    most = _off_diagonal(np.outer(ceiling, ceiling))
-    return _off_diagonal(square) / most if most > 0 else 0.0
 
 
 def rank_correlation(x: Array, y: Array) -> Interval:

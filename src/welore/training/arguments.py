@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from welore.config import FinetuneConfig
 from welore.data.windows import is_windows
-from welore.errors import WeLoreError, choose, first_line
+from welore.errors import WeLoreError, choose, did_you_mean, first_line
 from welore.models.load import fastest
 from welore.training.methods import METHODS, refuse_options
 
@@ -138,7 +137,9 @@ def training_arguments(config: FinetuneConfig, output_dir: Path, device: torch.d
 
 
 def _our_arguments(config: FinetuneConfig, output_dir: Path, device: torch.device) -> dict[str, Any]:
-    checkpointing = "activation_checkpointing" if "activation_checkpointing" in _fields() else "gradient_checkpointing"
+    checkpointing = "activation_checkpointing"  # its newer name
+    if checkpointing not in TrainingArguments.__dataclass_fields__:
+        checkpointing = "gradient_checkpointing"
     on = config.gradient_checkpointing
     return {
         "output_dir": str(output_dir),
@@ -187,12 +188,7 @@ def training_argument(name: str, text: str) -> Any:
         raise WeLoreError(f"--{name.replace('_', '-')} cannot be {text!r}: {first_line(error)}") from error
 
 
-def _fields() -> list[str]:
-    return [field.name for field in dataclasses.fields(TrainingArguments)]
-
-
 def _require_field(name: str) -> None:
-    if name not in _fields():
-        close = difflib.get_close_matches(name, _fields(), n=1)
-        hint = f": did you mean {close[0]}?" if close else ""
-        raise WeLoreError(f"transformers' TrainingArguments has no field {name!r}{hint}")
+    if name not in TrainingArguments.__dataclass_fields__:
+        hint = did_you_mean(name, [*FinetuneConfig.__dataclass_fields__, *TrainingArguments.__dataclass_fields__])
+        raise WeLoreError(f"neither finetune nor transformers' TrainingArguments has an option {name!r}{hint}")
