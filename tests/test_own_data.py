@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import welore
@@ -295,6 +295,34 @@ def test_held_out_is_the_own_validation_part_or_another_data_set(tmp_path: Path)
         assert len(read(dataset, tmp_path / "cache", max_eval_samples=2, **settings).evaluation) == 2
 
 
+@pytest.mark.parametrize("kind", ["streamed", "numpy"])
+def test_splits_may_be_streamed_and_tables_have_a_format(kind: str) -> None:
+    parts = {"train": Dataset.from_list(CHATS[:12]), "validation": Dataset.from_list(CHATS[12:])}
+    formatted = {name: table.with_format("numpy") for name, table in parts.items()}
+    streamed = IterableDatasetDict({name: table.to_iterable_dataset() for name, table in parts.items()})
+    split = read(streamed if kind == "streamed" else DatasetDict(formatted))
+    assert (len(split.train), len(split.evaluation)) == (12, 8)
+    assert tokens_of(split) == [chat_tokens(n) for n in range(20)]
+
+
+def test_a_dict_of_texts_is_read_as_its_split() -> None:
+    texts = Dataset.from_list([{"text": "one two three"}] * 4)
+    for table in (texts, texts.to_iterable_dataset()):
+        kind = DatasetDict if table is texts else IterableDatasetDict
+        rows = open_rows(FinetuneConfig(dataset=kind(test=table), dataset_split="test"), 100)
+        assert [row["text"] for row in rows] == ["one two three"] * 4
+
+
+def test_splits_that_are_not_there_and_other_columns_to_hold_out_are_refused() -> None:
+    chats = DatasetDict(train=Dataset.from_list(CHATS))
+    with pytest.raises(WeLoreError, match=r"unknown split 'test' \(train\)"):
+        read(chats, eval_split="test")
+    with pytest.raises(WeLoreError, match=r"unknown split 'train' \(test\)"):
+        read(DatasetDict(test=chats["train"]))
+    with pytest.raises(WeLoreError, match="held-out rows have the columns prompt, completion: needed are messages"):
+        read(chats, eval_dataset=PAIRS)
+
+
 def test_a_data_set_of_the_hub_is_looked_at_first_and_a_text_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
@@ -360,7 +388,9 @@ def test_damaged_files_and_missing_parts_are_refused(tmp_path: Path) -> None:
         read(str(tmp_path / "broken.json"), tmp_path / "cache")
     with pytest.raises(WeLoreError, match="nowhere.json does not exist"):
         read("nowhere.json")
-    with pytest.raises(WeLoreError, match="the held-out rows, record 1: needed are texts, or lists of messages"):
+    with pytest.raises(
+        WeLoreError, match="the held-out rows have the columns prompt: needed are prompt and completion"
+    ):
         read(PAIRS, eval_dataset=[{"prompt": "a"}])
     with pytest.raises(WeLoreError, match="the data set owner/chats cannot be read .*: connect once, or give a local"):
         read("owner/chats", tmp_path / "cache")

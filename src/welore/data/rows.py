@@ -10,7 +10,7 @@ from typing import Any
 
 from welore.config import FinetuneConfig
 from welore.data.text import HUB_ID, dataset_name
-from welore.errors import WeLoreError, first_line
+from welore.errors import WeLoreError, choose, first_line
 from welore.io.text_file import json_lines, local_path, require_file
 
 # Shape -> the columns that tell it, in the order in which they are looked for. Texts are packed: see packing.
@@ -53,13 +53,18 @@ def open_rows(config: FinetuneConfig, limit: int, cache_dir: str | Path | None =
     names = {name: given for name in columns if (given := getattr(config, f"{name}_column")) is not None}
     shape = _shape(dataset_name(dataset), list(first), names)
     if shape == "text":  # of which the other door reads all but these kinds of files
-        others = Path(str(dataset)).suffix in (".json", ".csv")
+        others = isinstance(dataset, Mapping) or Path(str(dataset)).suffix in (".json", ".csv")
         return _table(dataset, split, limit, cache_dir) if others else dataset
     tables = [_table(dataset, split, limit, cache_dir)]
     if config.eval_dataset is not None:
         tables.append(_table(config.eval_dataset, own or "train", limit, cache_dir))
     elif own or (config.dataset_split is None and "validation" in _splits(dataset)):
         tables.append(_table(dataset, own or "validation", limit, cache_dir))
+    needed = [names.get(column, column) for column in SHAPES[shape]]
+    for table in tables:
+        if not {*needed}.issubset(table.column_names):
+            columns, wanted = ", ".join(table.column_names), " and ".join(needed)
+            raise WeLoreError(f"the held-out rows have the columns {columns}: needed are {wanted}")
     return Rows(dataset_name(dataset), shape, *(_select(table, shape, names) for table in tables))
 
 
@@ -77,7 +82,7 @@ def _shape(name: str, columns: Sequence[str], names: Mapping[str, str]) -> str:
 def _select(table: Any, shape: str, names: Mapping[str, str]) -> Any:
     """The columns of the shape alone, under its own names."""
     columns = {names.get(column, column): column for column in (*SHAPES[shape], *OPTIONAL)}
-    table = table.select_columns([column for column in table.column_names if column in columns])
+    table = table.with_format(None).select_columns([name for name in table.column_names if name in columns])
     return table.rename_columns({column: columns[column] for column in table.column_names})
 
 
@@ -119,7 +124,7 @@ def _first_row(dataset: Any, split: str) -> tuple[Mapping[str, Any] | None, Any]
         elif isinstance(dataset, str | Path) or not isinstance(dataset, Iterable):
             return None, dataset
         else:
-            rows = iter(dataset[split] if isinstance(dataset, Mapping) else dataset)
+            rows = iter(choose("split", split, dataset) if isinstance(dataset, Mapping) else dataset)
         row = next(rows, None)
     return row if isinstance(row, Mapping) else None, chain([row], rows) if rows is dataset else dataset
 
@@ -132,8 +137,7 @@ def _table(dataset: Any, split: str, limit: int, cache_dir: str | Path | None) -
         source = _source(dataset)
         if source:
             return load_dataset(**source, split=split, cache_dir=None if cache_dir is None else str(cache_dir))
-        if isinstance(dataset, Mapping):
-            return dataset[split]
+        dataset = choose("split", split, dataset) if isinstance(dataset, Mapping) else dataset
         if isinstance(dataset, Dataset):
             return dataset
         rows = islice(dataset, None if hasattr(dataset, "__len__") else limit)
