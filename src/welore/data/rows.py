@@ -63,8 +63,8 @@ def open_rows(config: FinetuneConfig, limit: int, cache_dir: str | Path | None =
     needed = [names.get(column, column) for column in SHAPES[shape]]
     for table in tables:
         if not {*needed}.issubset(table.column_names):
-            columns, wanted = ", ".join(table.column_names), " and ".join(needed)
-            raise WeLoreError(f"the held-out rows have the columns {columns}: needed are {wanted}")
+            given, wanted = ", ".join(table.column_names), " and ".join(needed)
+            raise WeLoreError(f"the held-out rows have the columns {given}: needed are {wanted}")
     return Rows(dataset_name(dataset), shape, *(_select(table, shape, names) for table in tables))
 
 
