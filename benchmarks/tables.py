@@ -340,6 +340,27 @@ def methods() -> str:
     return "\n".join(lines)
 
 
+def learning_rates() -> str:
+    """Held-out loss at rates in proportion to the size of the weights, from benchmarks/learning_rates.py."""
+    found: dict[tuple[str, str, str], dict[float, Record]] = {}
+    for record in map(Record.load, sorted(HERE.glob("learning_rates/*/*.json"))):
+        key = record.inputs["model"], record.inputs["row"], record.settings["method"]
+        found.setdefault(key, {})[record.numbers["relative"]] = record
+    relatives = sorted({relative for rows in found.values() for relative in rows})
+    lines = []
+    for key, rows in found.items():
+        numbers = next(iter(rows.values())).numbers
+        cells = [
+            f"{rows[r].numbers['eval_loss']:.3f} ({rows[r].settings['learning_rate']:.1e})" if r in rows else ""
+            for r in relatives
+        ]
+        lines.append(
+            [f"{key[0]}, {key[1]}", key[2], f"{numbers['scale']:.3g}", f"{numbers['evaluation'][0][1]:.3f}", *cells]
+        )
+    head = ["model", "method", "size", "before", *(f"{relative:g} x size" for relative in relatives)]
+    return marked_down(Table("", head, lines))
+
+
 def tasks() -> str:
     """Accuracy of every method on the tasks, from recipes/downstream.sh."""
     return marked_down(Table("", *task_table([Record.load(path) for path in sorted(METHODS.glob("*.score.json"))])))
@@ -777,6 +798,7 @@ TABLES = {
     "tuning": tuning,
     "training_memory": training_memory,
     "methods": methods,
+    "learning_rates": learning_rates,
     "tasks": tasks,
     "learned": learned,
     "learned_cost": learned_cost,

@@ -25,6 +25,7 @@ from welore.models.load import fastest, read_tokenizer
 from welore.models.skeleton import config_of
 from welore.models.source import CheckpointSource
 from welore.records import Record
+from welore.training.methods import MarkedModel
 from welore.training.teacher import recorded_predictions
 from welore.training.trainer import FinetuneTrainer
 
@@ -319,8 +320,8 @@ def test_a_kill_while_healing_costs_the_steps_since_the_last_checkpoint(
         assert names == factors if trainable == "factors" else len(names) == 2 * len(factors)
     assert len(stored) == 2
     assert not (tmp_path / "killed").exists()
-    rate = healing.learning_rate  # another number of threads sums in another order
-    monkeypatch.setattr(healing, "learning_rate", lambda *args: rate(*args) * (1 + 1e-15))
+    scale: Any = MarkedModel.scale  # another number of threads sums in another order
+    monkeypatch.setattr(MarkedModel, "scale", property(lambda marked: scale.fget(marked) * (1 + 1e-15)))
     compress(source, tmp_path / "killed", keep=0.5, statistics=own, recovery=recovery)
     assert taken == [0, 1, 2, 3, 4, 4, 5, 6, 7, 8]
     for name in ("model.safetensors", "plan.json"):

@@ -14,7 +14,7 @@ from toys import characters, checkpoint, finetuned, weights
 from welore.config import FinetuneConfig, MethodName, choices
 from welore.errors import WeLoreError
 from welore.training.arguments import _use_device, training_argument, training_arguments
-from welore.training.methods import METHODS
+from welore.training.methods import ADAPTER_RATE, METHODS, RATE
 from welore.training.preparation import cast
 
 IDS = torch.randint(2, 90, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -92,6 +92,41 @@ def test_the_stock_trainer_trains_what_is_marked(small: Path, tmp_path: Path) ->
     assert changed(model, before) == factors(model) | {name for name in before if "norm" in name}
 
 
+def test_the_learning_rate_is_in_proportion_to_the_matrices_that_learn(small: Path) -> None:
+    def rms(ends: tuple[str, ...], *, inputs: bool = False) -> float:
+        """Of the matrices of the blocks with such names; inputs: times the root of how many they read."""
+        model = AutoModelForCausalLM.from_pretrained(small)
+        matrices = [
+            p for name, p in model.named_parameters() if ".layers." in name and name.endswith(ends) and p.ndim == 2
+        ]
+        squares = sum(float(p.detach().double().square().sum()) * (p.shape[1] if inputs else 1) for p in matrices)
+        return (squares / sum(p.numel() for p in matrices)) ** 0.5
+
+    def marked(method: str) -> Any:
+        return welore.mark_trainable(AutoModelForCausalLM.from_pretrained(small), method)
+
+    lrc, full, lora = marked("lrc"), marked("full"), marked("lora")
+    assert lrc.learning_rate() == pytest.approx(RATE * rms((".A.weight", ".B.weight")))
+    assert full.learning_rate() == pytest.approx(RATE * rms(("",)))
+    assert lora.learning_rate() == pytest.approx(ADAPTER_RATE * rms(("",), inputs=True))
+    assert lora.learning_rate(0.25) == pytest.approx(0.25 * lora.scale)
+
+
+def test_a_run_takes_the_rate_of_its_model_unless_one_is_given(small: Path, text: str, tmp_path: Path) -> None:
+    own = {key: value for key, value in SHORT.items() if key != "learning_rate"}
+    rate = welore.mark_trainable(AutoModelForCausalLM.from_pretrained(small), "lrc").learning_rate
+    for name, given, expected in (
+        ("own", {}, rate()),
+        ("relative", {"relative_learning_rate": 0.01}, rate(0.01)),
+        ("given", {"learning_rate": 1e-3}, 1e-3),
+    ):
+        record = finetuned(small, tmp_path / name, dataset=text, **own, **given)
+        assert record.settings["learning_rate"] == expected
+        assert record.numbers["eval_loss"] != record.numbers["evaluation"][0][1]
+    with pytest.raises(WeLoreError, match="give learning_rate or relative_learning_rate, not both"):
+        FinetuneConfig(learning_rate=1e-3, relative_learning_rate=1e-3)
+
+
 def test_impossible_marks_are_refused(small: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(small)
     for options, message in [
@@ -164,7 +199,7 @@ def test_other_arguments_of_transformers_go_by_their_own_names(small: Path, text
     rates = [entry["learning_rate"] / 5e-3 for entry in state["log_history"] if "learning_rate" in entry]
     assert rates == pytest.approx([0, 1, 2 / 3, 1 / 3])
     for arguments, message in [
-        ({"adam_beta": 0.8}, "no field 'adam_beta': did you mean adam_beta"),
+        ({"adam_beta": 0.8}, "has an option 'adam_beta'; did you mean 'adam_beta"),
         ({"bf16": True}, "bf16 is no training argument to give"),
         ({"max_steps": 3}, "max_steps is no training argument to give"),
         ({"lr_scheduler_type": "quadratic"}, "a training argument cannot be used: .*quadratic"),
@@ -193,7 +228,7 @@ def test_arguments_of_transformers_are_read_from_text_by_their_type(name: str, t
 def test_text_of_another_type_is_refused() -> None:
     with pytest.raises(WeLoreError, match="--adam-beta1 cannot be 'fast'"):
         training_argument("adam_beta1", "fast")
-    with pytest.raises(WeLoreError, match="no field 'learning_rat': did you mean learning_rate"):
+    with pytest.raises(WeLoreError, match="has an option 'learning_rat'; did you mean 'learning_rate'"):
         training_argument("learning_rat", "1")
 
 

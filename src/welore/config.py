@@ -157,11 +157,8 @@ class AllocationConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("keep", self.keep),
-            ("rank_reduction", self.rank_reduction),
-            ("threshold", self.threshold),
-        ):
+        for name in ("keep", "rank_reduction", "threshold"):
+            value = getattr(self, name)
             # With allow_growth factors may outgrow the matrix, at most twice.
             if value is not None and not 0 <= value <= (2 if name == "keep" else 1):
                 raise WeLoreError(f"{name} is {value:g}: it is a fraction between 0 and 1 (0.3 means 30 per cent)")
@@ -448,7 +445,12 @@ class FinetuneConfig:
         None, "The task's original file, or 'generated'.", panel="Data", shown="the hub's data set"
     )
     max_steps: int | None = option(None, "Optimiser steps.", panel="Training", shown="10000; 1000 for a task")
-    learning_rate: float = option(5e-5, "Peak learning rate; a cosine brings it down to a tenth.", panel="Training")
+    learning_rate: float | None = option(
+        None, "Peak learning rate; a cosine brings it down to a tenth.", panel="Training", shown="by size of weights"
+    )
+    relative_learning_rate: float | None = option(
+        None, "Peak learning rate over the rms of the weights.", panel="Training", shown="5e-4; adapters 3e-4"
+    )
     warmup_steps: int | None = option(None, "Steps up to the peak.", panel="Training", shown="one in twenty")
     batch_size: int | None = option(None, "Sequences of a process.", panel="Training", shown="4; 8 for a task")
     gradient_accumulation_steps: int = option(1, "Batches added up to one step.", panel="Training")
@@ -510,7 +512,9 @@ class FinetuneConfig:
         require_at_least(2, max_length=self.max_length)
         require_at_least(0, warmup_steps=self.warmup_steps, eval_steps=self.eval_steps, save_steps=self.save_steps)
         require_number("at least 0", weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm)
-        require_number("above 0", learning_rate=self.learning_rate)
+        require_number("above 0", learning_rate=self.learning_rate, relative_learning_rate=self.relative_learning_rate)
+        if self.learning_rate and self.relative_learning_rate:
+            raise WeLoreError("give learning_rate or relative_learning_rate, not both")
         if not (isinstance(self.seed, Integral) and 0 <= self.seed < 1 << 32):
             raise WeLoreError(f"seed is {self.seed}: it must be a whole number from 0 to {(1 << 32) - 1}")
         if self.max_steps and self.warmup_steps and self.warmup_steps >= self.max_steps:

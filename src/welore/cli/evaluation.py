@@ -1,7 +1,7 @@
 """The verbs that measure a model: evaluate, score."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -70,26 +70,12 @@ def evaluate(
     with claimed(output, model, config, against, tasks_dir, leads=is_main_process()):
         if lm_eval is not None:
             names = [name.strip() for name in lm_eval.split(",") if name.strip()]
-            record = evaluate_tasks(
-                model,
-                names,
-                tasks_dir=tasks_dir,
-                limit=limit,
-                batch_size=config.batch_size,
-                dtype=config.dtype,
-                label=label,
-                **run.options,
-            )
+            size: dict[str, Any] = {"limit": limit, "batch_size": config.batch_size, "dtype": config.dtype}
+            record = evaluate_tasks(model, names, tasks_dir=tasks_dir, label=label, **size, **run.options)
         else:
-            record = evaluate(
-                model,
-                config,
-                against=against,
-                save_logprobs=save_logprobs if is_main_process() else None,
-                top_logprobs=top_logprobs,
-                label=label,
-                **run.options,
-            )
+            saved = save_logprobs if is_main_process() else None
+            how: dict[str, Any] = {"against": against, "save_logprobs": saved, "top_logprobs": top_logprobs}
+            record = evaluate(model, config, label=label, **how, **run.options)
         if output is not None and is_main_process():
             record.save(output)
     line = _summary(record)

@@ -552,17 +552,12 @@ def _write_companions(origin: Any, plan: Plan, record: Record, directory: Path |
 
 
 def _record(plan: Plan, job: Job, recovered: Recovery, numbers: dict[str, Any]) -> Record:
-    settings = {
+    names = "strategy", "scaling", "min_ratio", "allow_growth", "optimize_for", "rank_multiple"
+    settings = {name: getattr(plan, name) for name in names} | {
         "preset": job.config.preset,
         "target": dict(plan.target),
-        "strategy": plan.strategy,
-        "scaling": plan.scaling,
         "storage": sorted(set(plan.forms.values())),
         "statistics": dict(plan.statistics),
-        "min_ratio": plan.min_ratio,
-        "allow_growth": plan.allow_growth,
-        "optimize_for": plan.optimize_for,
-        "rank_multiple": plan.rank_multiple,
         "split": len(plan.grids),
         "mlp_pruning": sum(mlp.pruned for mlp in plan.neurons.values()),
         "expert_pruning": next((left.pruned / left.width for left in plan.experts.values()), 0.0),

@@ -31,7 +31,7 @@ from welore.layers.storage_forms import FORMS
 from welore.models.load import fastest
 from welore.models.sink import DirectorySink
 from welore.models.skeleton import context_length
-from welore.models.source import CheckpointSource, TensorSource
+from welore.models.source import TensorSource
 from welore.records import Record
 from welore.training.memory import LOGIT_IN_PIECES, activation_bytes, itemsize, met
 from welore.training.objective import chunk_of
@@ -232,8 +232,7 @@ def recover(
             write_windows(directory / WRITTEN, windows, predictions)
     context.processes.wait()
     training = replace(training, distill=str(directory / WRITTEN))
-    rate = config.learning_rate or learning_rate(compressed, plan.in_result, training, config)
-    run, record = _without_harm(compressed, plan.in_result, rate, training, config, context)
+    run, record = _without_harm(compressed, plan.in_result, training, config, context)
     settings, losses = record.settings, _losses(record)
     names = ["max_steps", "batch_size", "max_length", "learning_rate", "warmup_steps", "dtype", "seed"]
     names += ["distill_weight", "rank", "gradient_checkpointing", "stream_weights"]
@@ -288,19 +287,20 @@ def number_of_steps(config: RecoveryConfig, windows: int, each: int, parameter_r
 
 
 def _without_harm(
-    compressed: Path, plan: Plan, rate: float, training: FinetuneConfig, config: RecoveryConfig, context: RunContext
+    compressed: Path, plan: Plan, training: FinetuneConfig, config: RecoveryConfig, context: RunContext
 ) -> tuple[Path | None, Record]:
     """The run and its record. If the learning rate does harm or diverges, smaller ones are tried; None if all do."""
     from welore.training.finetune import finetune  # the Trainer: seconds of imports that factorisation does not need
 
     for share in config.fallbacks:
-        learning_rate = float(f"{share * rate:.9g}")  # the last digits depend on the number of threads that summed
-        run = compressed.with_name(f"run-{learning_rate}")
+        run = compressed.with_name(f"run-{share:g}")
         try:
             if (run / TUNED).is_file():
                 record = Record.load(run / TUNED)
             else:
-                settings = replace(training, learning_rate=learning_rate)
+                given = config.learning_rate and config.learning_rate * share
+                rate = None if given else relative_rate(plan, training, config) * share
+                settings = replace(training, learning_rate=given, relative_learning_rate=rate)
                 resume, device = (run / RUN).is_file(), str(context.device)
                 context.processes.wait()  # until all have looked
                 options: dict[str, Any] = {"plan": plan if plan.plain else None, "progress": context.progress}
@@ -318,24 +318,11 @@ def _without_harm(
     return None, record
 
 
-def learning_rate(compressed: Path, plan: Plan, training: FinetuneConfig, config: RecoveryConfig) -> float:
-    """The peak learning rate, by the parameters removed, the steps and the size of the factors (docs/method.md).
-
-    Updates of a factor (m, n) have the size of its numbers if their rate is in proportion to its root mean square times
-    the square root of n: their own first factor is drawn with numbers of size n^(-1/2).
-    """
-    squares, count = 0.0, 0.0
-    source, updates = CheckpointSource(compressed), training.rank is not None
-    for a in plan.allocations if plan.plain else plan.lrcs:
-        for part in ("weight",) if plan.plain else FORMS[a.form].numbers:
-            factor = source.tensor(f"{a.name}.{part}").float()
-            scale = (a.shape if plan.plain else factor.shape)[1] if updates else 1
-            squares += scale * float(factor.square().sum(dtype=torch.float64))
-            count += factor.numel()
-    removed = _removed(plan.parameter_ratio)
+def relative_rate(plan: Plan, training: FinetuneConfig, config: RecoveryConfig) -> float:
+    """The peak learning rate over the size of what is trained, by the parameters removed and the steps."""
+    rate, removed = config.relative_learning_rate, _removed(plan.parameter_ratio)
     longer = min(config.largest_share, removed * math.sqrt((training.max_steps or 1) / config.max_steps))
-    relative = config.relative_learning_rate * (MATRICES_RATE if plan.plain and not updates else 1)
-    return relative * max(removed, longer) * math.sqrt(squares / count)
+    return rate * (MATRICES_RATE if plan.plain and training.rank is None else 1) * max(removed, longer)
 
 
 def _removed(parameter_ratio: float) -> float:

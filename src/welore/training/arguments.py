@@ -144,7 +144,7 @@ def _our_arguments(config: FinetuneConfig, output_dir: Path, device: torch.devic
     return {
         "output_dir": str(output_dir),
         "max_steps": config.max_steps,
-        "learning_rate": config.learning_rate,
+        "learning_rate": config.learning_rate or 0.0,  # known as soon as the model is
         "warmup_steps": config.warmup_steps,
         "per_device_train_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,

@@ -63,8 +63,7 @@ def finetune(
     of 8 x 512; AdamW; a cosine to a tenth of the learning rate after a warm-up of one step in twenty. A step reads
     batch_size x gradient_accumulation_steps x processes sequences. On a GPU the computation is in bfloat16 and what is
     trained stays in float32; on a CPU all is float32. In the result every tensor has its dtype of before, and frozen
-    ones have every bit. With `distill` the loss is KL(teacher || model) over the
-    vocabulary at every predicted token; evaluation is the text's cross-entropy in any case.
+    ones have every bit. With `distill` the loss is KL(teacher || model) at every token; evaluation is cross-entropy.
 
     Args:
         model: Hub id, directory, .gguf file, or a model in memory, which is trained in place.
@@ -98,7 +97,7 @@ def finetune(
     directory = run_directory(output_dir, model, config, plan, resume=resume, overwrite=context.overwrite)
     with in_memory, directory as out, same_randomness(context.device):
         run = prepare(model, config, plan, out, context, resume=resume)
-        return _finetuned(run, config, out, label, callbacks, context)
+        return _finetuned(run, run.config, out, label, callbacks, context)
 
 
 def _finetuned(

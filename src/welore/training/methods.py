@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -11,10 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from welore.allocation.plan import Plan
 from welore.errors import WeLoreError, choose
+from welore.io.context import finest_dtype
 from welore.layers.expert_names import is_of_expert
 from welore.layers.int8 import Int8Layer
 from welore.layers.low_rank import LowRankLayer
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 GAP = 200  # steps between projections: GaLore, section 5, and APOLLO
 GALORE_SCALE = 0.25  # the update's factor: GaLore, section 5
+RATE, ADAPTER_RATE = 5e-4, 3e-4  # learning rates over the scale of what is trained: benchmarks/learning_rates.py
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,17 @@ class MarkedModel:
         model: The model to train; with adapters a peft model around the one that was given.
         description: Which parameters are trained, in words.
         training_arguments: The optimiser where the method needs its own, as fields of transformers' TrainingArguments.
+        relative_rate: A good learning rate, over the scale.
     """
 
     model: Any
     description: str
     training_arguments: dict[str, Any] = field(default_factory=dict)
+    relative_rate: float = RATE
+
+    def learning_rate(self, relative: float | None = None) -> float:
+        """A peak rate for AdamW, without the digits that depend on threads; relative: in place of `relative_rate`."""
+        return float(f"{(relative or self.relative_rate) * self.scale:.9g}") or RATE
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -65,6 +75,24 @@ class MarkedModel:
     def base(self) -> Any:
         """The model without the adapters' wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "merge_and_unload") else self.model
+
+    @property
+    def scale(self) -> float:
+        """The root mean square of the blocks' matrices that are trained: a good learning rate is in proportion to it.
+
+        Of adapters: that of those below them, times sqrt(n), as their first factor (r, n) has numbers of size n^(-1/2).
+        """
+        base, adapted = self.base, self.base is not self.model
+        ends = {id(end.weight) for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end}
+        squares = count = 0.0
+        for name, matrix in base.named_parameters():
+            counts = name.endswith(".base_layer.weight") if adapted else matrix.requires_grad
+            if counts and matrix.ndim > 1 and id(matrix) not in ends:
+                for part in matrix.detach() if matrix.ndim > 2 else [matrix.detach()]:  # no copy of all experts
+                    norm = float(torch.linalg.vector_norm(part, dtype=finest_dtype(part.device)))
+                    squares += norm**2 * (part.shape[-1] if adapted else 1)
+                    count += part.numel()
+        return math.sqrt(squares / count) if count else 0.0
 
     def merged(self) -> Any:
         """The ordinary model: adapters, if there are any, are added to the weights they adapt."""
@@ -78,10 +106,11 @@ class Method:
     mark: sets requires_grad; of a model, its matrices and a rank. default_rank: None for a method without one.
     fsdp: its parameters may be cut over processes. streams: frozen weights may stay on the host. packages: what it
     needs beyond the package, from the extra `extra`. optimizer: of transformers' Trainer, if the method is one itself;
-    its state holds the classes `state_classes`.
+    its state holds the classes `state_classes`. relative_rate: see MarkedModel.
     """
 
     mark: Callable[["PreTrainedModel", Matrices, int], MarkedModel]
+    relative_rate: float = RATE
     supports_norms: bool = False
     default_rank: int | None = None
     fsdp: bool = False
@@ -130,12 +159,11 @@ def mark_trainable(
     refuse_options(method, train_norms=train_norms, rank=rank)
     plan = take_apart(model, plan)
     marked = entry.mark(model, find_matrices(model, plan), rank or entry.default_rank or 0)
-    if not train_norms:
-        return marked
-    for module in model.modules():
+    for module in model.modules() if train_norms else ():
         if "norm" in type(module).__name__.lower():
             module.requires_grad_(True)
-    return replace(marked, description=f"{marked.description} and the norms")
+    norms = " and the norms" * train_norms
+    return replace(marked, description=marked.description + norms, relative_rate=entry.relative_rate)
 
 
 def optimizer_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -214,10 +242,8 @@ def _lrc(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel
         )
     layers = [model.get_submodule(name) for name in matrices.lrc]
     _train_only(model, [part for layer in layers for part in (_parts(layer) or [layer])])
-    compressed = isinstance(layers[0], LowRankLayer)
-    return MarkedModel(
-        model, "the factors of the LRCs" if compressed else "the dense matrices that the plan calls LRCs"
-    )
+    dense = not isinstance(layers[0], LowRankLayer)
+    return MarkedModel(model, "the dense matrices that the plan calls LRCs" if dense else "the factors of the LRCs")
 
 
 def _nlrc(model: "PreTrainedModel", matrices: Matrices, rank: int) -> MarkedModel:
@@ -314,7 +340,7 @@ def _projected(model: "PreTrainedModel", matrices: Matrices, rank: int, kind: st
     return MarkedModel(model, f"every parameter, by {kind} of rank {rank} in the blocks", optimizer)
 
 
-_ADAPTERS: dict[str, Any] = {"default_rank": 8, "packages": ("peft",), "extra": "train"}
+_ADAPTERS: dict[str, Any] = {"default_rank": 8, "packages": ("peft",), "extra": "train", "relative_rate": ADAPTER_RATE}
 METHODS: dict[str, Method] = {
     "lrc": Method(_lrc, supports_norms=True, fsdp=True),
     "nlrc": Method(_nlrc, supports_norms=True, fsdp=True),
@@ -329,6 +355,7 @@ METHODS: dict[str, Method] = {
         packages=("galore_torch", "bitsandbytes"),
         extra="galore",
         optimizer="galore_adamw",
+        relative_rate=RATE / GALORE_SCALE,
         state_classes=("galore_torch.galore_projector.GaLoreProjector",),
     ),
     "apollo": Method(

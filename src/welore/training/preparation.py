@@ -48,7 +48,7 @@ class Prepared:
     """A run that can begin, or go on after the checkpoint `last`.
 
     inputs: of the record: the model's name, the settings of its compression, the digests of model, teacher and data.
-    originals: the model before its training; trained: names of the parameters that this changes.
+    originals: the model before its training; trained: names of the parameters that it changes. config: with its rate.
     """
 
     arguments: TrainingArguments
@@ -60,6 +60,7 @@ class Prepared:
     trained: set[str]
     teacher: "PreTrainedModel | None"
     last: Path | None
+    config: FinetuneConfig
 
     @property
     def leads(self) -> bool:
@@ -102,6 +103,8 @@ def prepare(
     set_seed(config.seed)
     digests = {"model_fingerprint": fingerprint(model), "teacher_fingerprint": teacher and fingerprint(teacher)}
     marked = mark_trainable(model, config.method, plan=plan, train_norms=config.train_norms, rank=config.rank)
+    args.learning_rate = config.learning_rate or marked.learning_rate(config.relative_learning_rate)
+    config = replace(config, learning_rate=args.learning_rate, relative_learning_rate=None)
     if config.selective_checkpointing:
         keep_wide_products(model)
     for name, value in marked.training_arguments.items():
@@ -127,7 +130,7 @@ def prepare(
     if leads and last is not None:  # the run was perhaps killed before it sealed it
         seal(last)
     inputs, trained = loaded.inputs | digests, originals.trained(marked)
-    return Prepared(args, marked, tokenizer, data, inputs, originals, trained, teacher, last)
+    return Prepared(args, marked, tokenizer, data, inputs, originals, trained, teacher, last, config)
 
 
 def _identity(config: FinetuneConfig, marked: MarkedModel, digests: dict[str, Any], processes: int) -> dict[str, Any]:
@@ -136,6 +139,7 @@ def _identity(config: FinetuneConfig, marked: MarkedModel, digests: dict[str, An
     settings["text_column"] = config.text_column or COLUMN  # as runs of before have it
     settings["packing"] = config.packing or None  # which these have not
     names = "\n".join(name for name, p in marked.model.named_parameters() if p.requires_grad)  # a plan can change them
+    settings = {"model_fingerprint": digests["model_fingerprint"]} | settings  # another model has another rate, too
     return settings | digests | {"trained_sha256": hashlib.sha256(names.encode()).hexdigest(), "processes": processes}
 
 

@@ -103,7 +103,7 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
             f"{out} holds a run that reads {read} sequences in a step, now it would read {reads}: choose batch_size "
             f"and gradient_accumulation_steps whose product with the number of processes ({processes}) is {read}"
         )
-    for name in sorted(before.keys() | now.keys()):
+    for name in dict.fromkeys([*now, *before]):
         if before.get(name) != now.get(name):
             raise WeLoreError(
                 f"{out} holds another run: its {name} is {before.get(name)!r}, now it is {now.get(name)!r}; resume it "
