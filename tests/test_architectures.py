@@ -36,7 +36,7 @@ def test_odd_layers_and_text_parts_go_through_the_default_job(name: str, tokeniz
     text.write_text(" ".join(f"w{number}" for number in draws.tolist()))
     calibration = CalibrationConfig(dataset=str(text), num_tokens=64, max_length=16)
     result = welore.compress(tmp_path / "dense", tmp_path / "small", keep=0.8, calibration=calibration, recovery=None)
-    assert result.parameter_ratio == pytest.approx(0.8, abs=0.015)
+    assert result.parameter_ratio == pytest.approx(0.8, abs=0.02)  # ranks in sixteens, of small matrices
     assert result.record.settings["scaling"] == "kfac"
     welore.merge(tmp_path / "small", tmp_path / "merged")
     how = EvaluationConfig(dataset=str(text), max_length=16)
