@@ -803,6 +803,7 @@ TABLES = {
     "learned": learned,
     "learned_cost": learned_cost,
     "arena": arena,
+    "arena_gemma": lambda: arena("arena/gemma-3-270m-Q4_K_M"),
     "ablation": ablation,
     "quality": quality,
     "quality_gemma3": lambda: quality("quality-gemma3-270m"),
