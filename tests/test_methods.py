@@ -112,6 +112,18 @@ def test_the_learning_rate_is_in_proportion_to_the_matrices_that_learn(small: Pa
     assert lora.learning_rate(0.25) == pytest.approx(0.25 * lora.scale)
 
 
+def test_adapters_of_transposed_matrices_count_their_inputs() -> None:
+    model = build("gpt2")  # whose weights are (inputs, outputs)
+    ends = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    matrices = [p.detach().double() for name, p in model.named_parameters() if name.endswith(ends)]
+    assert any(len(matrix) != matrix.shape[1] for matrix in matrices)
+    squares = sum(float(matrix.square().sum()) * len(matrix) for matrix in matrices)
+    expected = (squares / sum(matrix.numel() for matrix in matrices)) ** 0.5
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):  # peft says so of such layers
+        marked = welore.mark_trainable(model, "lora")
+    assert marked.scale == pytest.approx(expected)
+
+
 def test_a_run_takes_the_rate_of_its_model_unless_one_is_given(small: Path, text: str, tmp_path: Path) -> None:
     own = {key: value for key, value in SHORT.items() if key != "learning_rate"}
     rate = welore.mark_trainable(AutoModelForCausalLM.from_pretrained(small), "lrc").learning_rate

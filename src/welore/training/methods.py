@@ -82,16 +82,16 @@ class MarkedModel:
 
         Of adapters: that of those below them, times sqrt(n), as their first factor (r, n) has numbers of size n^(-1/2).
         """
-        base, adapted = self.base, self.base is not self.model
+        base, squares, count = self.base, 0.0, 0.0
         ends = {id(end.weight) for end in (base.get_input_embeddings(), base.get_output_embeddings()) if end}
-        squares = count = 0.0
-        for name, matrix in base.named_parameters():
-            counts = name.endswith(".base_layer.weight") if adapted else matrix.requires_grad
-            if counts and matrix.ndim > 1 and id(matrix) not in ends:
-                for part in matrix.detach() if matrix.ndim > 2 else [matrix.detach()]:  # no copy of all experts
-                    norm = float(torch.linalg.vector_norm(part, dtype=finest_dtype(part.device)))
-                    squares += norm**2 * (part.shape[-1] if adapted else 1)
-                    count += part.numel()
+        matrices = [(p, 1) for p in self.parameters if p.ndim > 1 and id(p) not in ends]
+        if base is not self.model:
+            matrices = [(m.base_layer.weight, m.in_features) for m in base.modules() if hasattr(m, "base_layer")]
+        for matrix, inputs in matrices:
+            for part in matrix.detach() if matrix.ndim > 2 else [matrix.detach()]:  # no copy of all experts
+                norm = float(torch.linalg.vector_norm(part, dtype=finest_dtype(part.device)))
+                squares += inputs * norm**2
+                count += part.numel()
         return math.sqrt(squares / count) if count else 0.0
 
     def merged(self) -> Any:
