@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from downstream import DENSE, Downstream, downstream, verdicts
 from welore.emergence.claims import claims_table
-from welore.emergence.downstream_checks import DENSE, Downstream, downstream, verdicts
 from welore.evaluation.tasks import TASKS
 from welore.records import Record
 from welore.reporting.formatting import megabytes, percent, perplexity_text

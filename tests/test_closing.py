@@ -1,13 +1,11 @@
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from welore.emergence.downstream_checks import downstream, verdicts
+from downstream import downstream, verdicts
+from tables import compression_table, tunings_table
 from welore.records import Record
-
-PAGES = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "tables.py"))
 
 
 def perplexity(label: str, value: float | None) -> Record:
@@ -63,7 +61,7 @@ def test_losses_that_hardly_differ_match(full: float, verdict: str) -> None:
 
 def test_tables_show_every_run_and_not_the_pre_training_itself() -> None:
     runs = downstream(records({0: BOTH, 1: BOTH | {"welore-0.3": None}}))
-    cuts, tunings = PAGES["compression_table"](runs), PAGES["tunings_table"](runs)
+    cuts, tunings = compression_table(runs), tunings_table(runs)
     assert [row[0] for row in cuts.rows] == ["dense", "uniform-0.3", "welore-0.3"]
     assert cuts.rows[0][1] == "30.0 %, 90.0 %, 8.0 MB: 90"
     assert cuts.rows[2][2].endswith("not finite")

@@ -23,6 +23,7 @@ from welore.data.examples import examples_of_rows
 from welore.data.packing import IGNORED, DatasetSplit
 from welore.data.rows import Rows, open_rows
 from welore.errors import WeLoreError
+from welore.training.arguments import resolve_steps
 from welore.training.data import reading_order
 
 needs_trl = pytest.mark.skipif(not importlib.util.find_spec("trl"), reason="trl is absent: pip install trl")
@@ -440,6 +441,37 @@ def test_a_run_on_conversations_that_stops_goes_on_to_the_same_losses_and_weight
     assert twice["tokens"] == once["tokens"] == sum(len(chat_tokens(n)[0]) for n in order)
 
 
+@pytest.mark.parametrize(("passes", "steps"), [(0.5, 5), (2, 18), (None, 27)])
+def test_passes_over_rows_set_the_steps_and_the_last_of_them_is_evaluated(
+    passes: float | None, steps: int, model: Path, tmp_path: Path
+) -> None:
+    settings = SHORT | {"max_steps": None, "warmup_steps": None, "num_train_epochs": passes, "eval_steps": 500}
+    record = finetuned(model, tmp_path / "run", dataset=iter(CHATS), **settings)
+    assert (record.settings["max_steps"], record.settings["warmup_steps"]) == (steps, steps // 20)
+    assert record.numbers["epochs"] == steps * 2 / 18
+    assert [step for step, _ in record.numbers["train_loss"]] == list(range(1, steps + 1))
+    assert [step for step, *_ in record.numbers["evaluation"]] == [0, steps]
+    assert record.numbers["eval_loss"] == record.numbers["evaluation"][-1][1] != record.numbers["evaluation"][0][1]
+    assert record.numbers["tokens"] == sum(len(chat_tokens(n)[0]) for n in reading_order(18, steps * 2, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "steps"),
+    [
+        ({}, None, 10_000),
+        ({}, 18, 4),  # 54 sequences by 16
+        ({}, 1_000_000, 10_000),
+        ({"num_train_epochs": 1}, 1_000_000, 62_500),
+        ({"max_steps": 7}, 18, 7),
+        ({"task": "svamp"}, None, 1_000),
+        ({"task": "svamp", "num_train_epochs": 3}, 700, 132),  # 2,100 by 16
+    ],
+)
+def test_steps_follow_from_the_rows(settings: dict[str, Any], rows: int | None, steps: int) -> None:
+    config = FinetuneConfig(batch_size=2, gradient_accumulation_steps=4, **settings)
+    assert resolve_steps(config, rows, processes=2).max_steps == steps
+
+
 def test_groups_decay_dense_matrices_alone(model: Path) -> None:
     net = AutoModelForCausalLM.from_pretrained(model)
     marked = welore.mark_trainable(net, "lrc", train_norms=True)
@@ -532,7 +564,7 @@ def test_scripts_of_the_page_run(number: int, model: Path, tmp_path: Path, monke
     written([{"text": "one two three"}] * 4, Path("texts.jsonl"))
     turn = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}
     written([{"id": n, "conversations": turn} for n in range(4)], Path("sharegpt.jsonl"))
-    short = scripts[number].replace("max_steps=1000", "max_steps=2, max_length=200")
+    short = scripts[number].replace("num_train_epochs=3", "max_steps=2, max_length=200")
     short = short.replace('SFTConfig("out"', 'SFTConfig("out", use_cpu=True, bf16=False')  # no GPU here
     if "get_training_chat_template" in short:
         from trl.chat_template_utils import qwen3_chat_template

@@ -650,8 +650,12 @@ def test_another_teacher_is_another_run(model: Path, dense: Path, text: str, tmp
         ({"dataset": None, "task": "coinflip"}, "did you mean 'coin_flip'"),
         (
             {"loss_on_prompt": True},
-            "loss_on_prompt, packing, eval_dataset and eval_split go with .* is a text",
+            "loss_on_prompt, packing, eval_dataset, eval_split, num_train_epochs go with .* is a text",
         ),
+        ({"max_steps": None, "num_train_epochs": 2}, "num_train_epochs go with .* is a text"),
+        ({"max_steps": None, "num_train_epochs": 0}, "num_train_epochs is 0: it must be a number, above 0"),
+        ({"num_train_epochs": 2}, "give max_steps or num_train_epochs, not both"),
+        ({"max_steps": None, "dataset": "self", "distill": "x", "num_train_epochs": 1}, "give self_tokens"),
         ({"method": "full", "train_norms": True}, "train_norms goes with lrc and nlrc"),
         ({"rank": 4}, "rank goes with lora, rslora, dora, updates, galore, apollo"),
         ({"gradient_checkpointing": True, "selective_checkpointing": True}, "not both"),

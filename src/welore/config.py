@@ -444,7 +444,10 @@ class FinetuneConfig:
     task_dataset: str | Path | None = option(
         None, "The task's original file, or 'generated'.", panel="Data", shown="the hub's data set"
     )
-    max_steps: int | None = option(None, "Optimiser steps.", panel="Training", shown="10000; 1000 for a task")
+    max_steps: int | None = option(
+        None, "Optimiser steps.", panel="Training", shown="10000, 3 passes over rows at most; 1000 for a task"
+    )
+    num_train_epochs: float | None = option(None, "Passes over rows, in place of max_steps.", panel="Training")
     learning_rate: float | None = option(
         None, "Peak learning rate; a cosine brings it down to a tenth.", panel="Training", shown="by size of weights"
     )
@@ -512,9 +515,10 @@ class FinetuneConfig:
         require_at_least(2, max_length=self.max_length)
         require_at_least(0, warmup_steps=self.warmup_steps, eval_steps=self.eval_steps, save_steps=self.save_steps)
         require_number("at least 0", weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm)
-        require_number("above 0", learning_rate=self.learning_rate, relative_learning_rate=self.relative_learning_rate)
-        if self.learning_rate and self.relative_learning_rate:
-            raise WeLoreError("give learning_rate or relative_learning_rate, not both")
+        for one, other in (("learning_rate", "relative_learning_rate"), ("max_steps", "num_train_epochs")):
+            require_number("above 0", **{name: getattr(self, name) for name in (one, other)})
+            if getattr(self, one) and getattr(self, other):
+                raise WeLoreError(f"give {one} or {other}, not both")
         if not (isinstance(self.seed, Integral) and 0 <= self.seed < 1 << 32):
             raise WeLoreError(f"seed is {self.seed}: it must be a whole number from 0 to {(1 << 32) - 1}")
         if self.max_steps and self.warmup_steps and self.warmup_steps >= self.max_steps:
@@ -546,6 +550,8 @@ class FinetuneConfig:
             raise WeLoreError(
                 f"distill_temperature is {self.distill_temperature}: it must be above 0 (1 is the teacher's own)"
             )
+        if own_text and self.num_train_epochs and self.self_tokens is None:
+            raise WeLoreError("num_train_epochs passes over the teacher's text so often: give self_tokens, its length")
         if self.self_tokens is not None and not own_text:
             raise WeLoreError(f"self_tokens goes with dataset {SELF}, text that the teacher writes")
 

@@ -38,12 +38,12 @@ class Rows:
     held_out: Any = None
 
 
-def open_rows(config: FinetuneConfig, limit: int, cache_dir: str | Path | None = None) -> Any:
+def open_rows(config: FinetuneConfig, limit: int | None, cache_dir: str | Path | None = None) -> Any:
     """The Rows of config.dataset; for a text, the data set as `text.open_text` takes it.
 
     A hub id, a .json, .jsonl, .parquet or .csv file, a datasets.Dataset, IterableDataset or DatasetDict, or any
     iterable of records. Files and the hub's data are memory-mapped by datasets in `cache_dir`. limit: so many rows are
-    read of an iterable without length. Raises WeLoreError for what cannot be read, and for columns of no known shape.
+    read of an iterable without length; None: all. Raises WeLoreError for what cannot be read, and for other columns.
     """
     split, own = config.dataset_split or "train", config.eval_split
     first, dataset = _first_row(config.dataset, split)
@@ -129,7 +129,7 @@ def _first_row(dataset: Any, split: str) -> tuple[Mapping[str, Any] | None, Any]
     return row if isinstance(row, Mapping) else None, chain([row], rows) if rows is dataset else dataset
 
 
-def _table(dataset: Any, split: str, limit: int, cache_dir: str | Path | None) -> Any:
+def _table(dataset: Any, split: str, limit: int | None, cache_dir: str | Path | None) -> Any:
     """A split as a datasets.Dataset: memory-mapped from a file or the hub, in memory from an iterable."""
     from datasets import Dataset, concatenate_datasets, load_dataset
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from welore.emergence.claims import claims_table, load_pretraining
-from welore.emergence.downstream_checks import downstream, verdicts
 from welore.emergence.figures import FIGURES, settling
 from welore.emergence.trace import LINES, Trace
 from welore.records import Record
@@ -17,11 +16,9 @@ from welore.reporting.style import Picture, picture
 def build(artefacts: Mapping[Path, Any]) -> Content | None:
     """Tables of claims, and the figures of every trace; None without a pre-training."""
     traces = [artefact for artefact in artefacts.values() if isinstance(artefact, Trace)]
-    records = {path: artefact for path, artefact in artefacts.items() if isinstance(artefact, Record)}
-    runs = [record for record in records.values() if record.kind == "pretrain"]
+    runs = [record for record in artefacts.values() if isinstance(record, Record) and record.kind == "pretrain"]
     if not traces and not runs:
         return None
-    checked = downstream(records)
     drawn: dict[str, list[tuple[Picture, str]]] = {}
     for number, trace in enumerate(traces, 1):
         name = str(trace.header["name"])
@@ -31,7 +28,6 @@ def build(artefacts: Mapping[Path, Any]) -> Content | None:
         ]
     content: dict[str, Any] = {
         "claims": claims_table(runs) if runs else None,
-        "downstream": verdicts(checked) if checked else None,
         "settling": picture(settling(runs), "study-settling") if runs else None,
         "traces": drawn,
     }

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +19,9 @@ from welore.models.load import fastest
 from welore.training.methods import METHODS, refuse_options
 
 # The paper's settings, section 4: of continual fine-tuning and of a task.
-CONTINUAL = {"max_steps": 10_000, "batch_size": 4, "max_length": 1024}
-DOWNSTREAM = {"max_steps": 1_000, "batch_size": 8, "max_length": 512}
+CONTINUAL = {"batch_size": 4, "max_length": 1024}
+DOWNSTREAM = {"batch_size": 8, "max_length": 512}
+STEPS, TASK_STEPS, EPOCHS = 10_000, 1_000, 3  # passes over rows at most, as many as the Trainer makes
 WARM_UP_SHARE = 20  # one step in twenty: 500 of 10,000
 DISTILLED = {"distill_weight": 1.0, "distill_temperature": 1.0}  # the teacher alone, at its own temperature
 FSDP = "ACCELERATE_USE_FSDP"  # set by accelerate's launcher
@@ -43,9 +45,8 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
         config = dataclasses.replace(config, dataset=config.distill)
     if config.dataset is None and config.task is None:
         raise WeLoreError("give dataset or task, one of them; task_dataset names the file of a task")
-    usual: dict[str, Any] = dict(CONTINUAL if config.task is None else DOWNSTREAM)
-    usual["warmup_steps"] = (config.max_steps or usual["max_steps"]) // WARM_UP_SHARE
-    usual |= DISTILLED if config.distill is not None else {}
+    usual: dict[str, Any] = CONTINUAL if config.task is None else DOWNSTREAM
+    usual = usual | (DISTILLED if config.distill is not None else {})
     values = {name: value for name, value in usual.items() if getattr(config, name) is None}
     if config.dtype == "auto":  # on a CPU float32, also where another one were faster
         values["dtype"] = fastest(device)["dtype"] if device.type == "cuda" else "float32"
@@ -69,8 +70,20 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
 
 
 def sequences_read(config: FinetuneConfig, processes: int) -> int:
-    """How many sequences a run reads, in all its processes."""
-    return cast(int, config.max_steps) * cast(int, config.batch_size) * config.gradient_accumulation_steps * processes
+    """How many sequences a run reads, in all its processes; at most, before its steps are resolved."""
+    steps = config.max_steps or (STEPS if config.task is None else TASK_STEPS)
+    return steps * cast(int, config.batch_size) * config.gradient_accumulation_steps * processes
+
+
+def resolve_steps(config: FinetuneConfig, rows: int | None, processes: int) -> FinetuneConfig:
+    """The settings with max_steps and warmup_steps; rows: sequences of one pass, None for a text."""
+    step = cast(int, config.batch_size) * config.gradient_accumulation_steps * processes
+    steps = sequences_read(config, processes) // step
+    if rows is not None and config.max_steps is None:
+        passes = math.ceil((config.num_train_epochs or EPOCHS) * rows / step)
+        steps = passes if config.num_train_epochs else min(steps, passes)
+    warmup = steps // WARM_UP_SHARE if config.warmup_steps is None else config.warmup_steps
+    return dataclasses.replace(config, max_steps=steps, num_train_epochs=None, warmup_steps=warmup)
 
 
 def length_of(config: FinetuneConfig) -> int:
@@ -125,8 +138,8 @@ def training_arguments(config: FinetuneConfig, output_dir: Path, device: torch.d
         _require_field(name)
         if name in ours or name in IGNORED:
             raise WeLoreError(
-                f"{name} is no training argument to give: fine-tuning sets it from max_steps, batch_size, dtype, "
-                "optimizer, eval_steps, save_steps, device and its other settings"
+                f"{name} is no training argument to give: fine-tuning sets it from max_steps, num_train_epochs, "
+                "batch_size, dtype, optimizer, eval_steps, save_steps, device and its other settings"
             )
     try:
         arguments = TrainingArguments(**ours, **(usual | dict(config.training_arguments)))
@@ -143,9 +156,9 @@ def _our_arguments(config: FinetuneConfig, output_dir: Path, device: torch.devic
     on = config.gradient_checkpointing
     return {
         "output_dir": str(output_dir),
-        "max_steps": config.max_steps,
+        "max_steps": config.max_steps or 1,  # known, with warmup_steps, as soon as the data is
         "learning_rate": config.learning_rate or 0.0,  # known as soon as the model is
-        "warmup_steps": config.warmup_steps,
+        "warmup_steps": config.warmup_steps or 0,
         "per_device_train_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "seed": config.seed,

@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 from welore.allocation.plan import Plan
 from welore.config import SELF, FinetuneConfig, as_record
 from welore.data.examples import examples_of_rows
-from welore.data.packing import DatasetSplit, blocks_of_text, blocks_of_windows, blocks_to_write
+from welore.data.packing import Blocks, DatasetSplit, blocks_of_text, blocks_of_windows, blocks_to_write
 from welore.data.rows import Rows, open_rows
 from welore.data.text import COLUMN, TextOptions, dataset_name
 from welore.data.windows import given_predictions, given_windows, is_windows, require_known_tokens, write_windows
@@ -28,7 +28,7 @@ from welore.models.experts import experts_of
 from welore.models.load import LoadedModel, load_model
 from welore.models.skeleton import context_length, require_context_length
 from welore.training.activations import keep_wide_products
-from welore.training.arguments import is_recorded, length_of, sequences_read, training_arguments
+from welore.training.arguments import is_recorded, length_of, resolve_steps, sequences_read, training_arguments
 from welore.training.data import questions_of_task, require_packing
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable, take_apart
 from welore.training.originals import Originals
@@ -121,6 +121,7 @@ def prepare(
             progress = context.progress if leads else silent
             written = write_text(teacher, tokenizer, config, args.device, args.world_size, progress)
         data = blocks_of_windows(written, "the teacher's own text", eval_items=config.max_eval_samples)
+    config = _with_steps(config, args, data)
     require_known_tokens(model, data.train.extremes, data.evaluation.extremes)
     digests["data_sha256"] = data.sha256
     if leads or resume:
@@ -131,6 +132,15 @@ def prepare(
         seal(last)
     inputs, trained = loaded.inputs | digests, originals.trained(marked)
     return Prepared(args, marked, tokenizer, data, inputs, originals, trained, teacher, last, config)
+
+
+def _with_steps(config: FinetuneConfig, args: TrainingArguments, data: DatasetSplit) -> FinetuneConfig:
+    """The settings with the steps that follow from the data, which the arguments get, too."""
+    has_passes = bool(config.num_train_epochs) or (config.task is None and not isinstance(data.train, Blocks))
+    config = resolve_steps(config, len(data.train) if has_passes else None, args.world_size)
+    for name in ("max_steps", "warmup_steps"):
+        setattr(args, name, getattr(config, name))
+    return config
 
 
 def _identity(config: FinetuneConfig, marked: MarkedModel, digests: dict[str, Any], processes: int) -> dict[str, Any]:
@@ -182,12 +192,13 @@ def _data(
         predictions = given_predictions(config.dataset) if is_recorded(config.distill) else None  # type: ignore[arg-type]
         name, count = "windows of token ids", config.max_eval_samples
         return blocks_of_windows(windows, name, eval_items=count, predictions=predictions)
-    rows = open_rows(config, blocks_to_write(sequences), context.cache_dir)
+    rows = open_rows(config, None if config.num_train_epochs else blocks_to_write(sequences), context.cache_dir)
     if isinstance(rows, Rows):
         return examples_of_rows(rows, tokenizer, config)
-    if config.loss_on_prompt or config.packing or config.eval_dataset is not None or config.eval_split is not None:
+    of_rows = "loss_on_prompt", "packing", "eval_dataset", "eval_split", "num_train_epochs"
+    if any(getattr(config, name) not in (None, False) for name in of_rows):
         raise WeLoreError(
-            f"loss_on_prompt, packing, eval_dataset and eval_split go with conversations, or prompts and completions; "
+            f"{', '.join(of_rows)} go with conversations, or prompts and completions; "
             f"{dataset_name(config.dataset)} is a text"
         )
     return blocks_of_text(

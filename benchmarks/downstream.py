@@ -1,4 +1,4 @@
-"""The claims about compressed and fine-tuned models: tables and verdicts after a pre-training.
+"""The claims about models that were pre-trained, compressed and fine-tuned: the verdicts, for `tables.py`.
 
 Reads the output of recipes/emergence_cpu.sh, by directory and label. Beside the directory of a pre-training are the
 perplexities of `dense`, `welore-ERR` and `uniform-ERR` (at equal parameters), and the fine-tuning runs `METHOD-ERR` and
