@@ -55,7 +55,9 @@ def test_every_setting_has_help_and_a_panel(kind: Any) -> None:
 @pytest.mark.parametrize("kind", CLASSES)
 def test_no_number_is_taken_that_cannot_work(kind: Any) -> None:
     """A number that a setting does not take is one sentence where it is given, never a traceback hours later."""
-    counts = re.compile("batch_size|num_|max_(length|steps|eval)|limit|workers|probe|vocab_size|_steps|rank_multiple")
+    counts = re.compile(
+        "batch_size|num_(?!train_epochs)|max_(length|steps|eval)|limit|workers|probe|vocab_size|_steps|rank_multiple"
+    )
     for field in dataclasses.fields(kind):
         hint = typing.get_type_hints(kind)[field.name]
         numeric = typing.get_origin(hint) is not tuple and {int, float} & {hint, *typing.get_args(hint)}
@@ -201,3 +203,24 @@ def test_settings_in_the_place_of_the_output_are_refused() -> None:
         welore.compress("model", welore.CompressionConfig(keep=0.8))  # type: ignore[arg-type]
     with pytest.raises(WeLoreError, match="leads nowhere: expected str, .*, not FinetuneConfig"):
         welore.finetune("model", welore.FinetuneConfig(dataset="pydoc"), dataset="pydoc")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "kind"),
+    [
+        (welore.compress, "config", "CompressionConfig"),
+        (welore.compress, "calibration", "CalibrationConfig"),
+        (welore.compress, "recovery", "RecoveryConfig"),
+        (welore.finetune, "config", "FinetuneConfig"),
+        (welore.evaluate, "config", "EvaluationConfig"),
+    ],
+)
+def test_a_dict_of_settings_is_answered_with_its_class(
+    verb: Callable[..., Any], name: str, kind: str, tmp_path: Path
+) -> None:
+    dense = checkpoint(tmp_path / "dense", None)
+    needed = [] if verb is welore.evaluate else [tmp_path / "out"]
+    config = {"config": welore.CompressionConfig(keep=0.8)} if verb is welore.compress else {}
+    with pytest.raises(WeLoreError, match=rf"dict is no settings: give welore.{kind}\(\.\.\.\)"):
+        verb(dense, *needed, **config | {name: {"keep": 0.8}})
+    assert [*tmp_path.iterdir()] == [dense]

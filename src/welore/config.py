@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast, get_args
+from typing import Any, Literal, TypedDict, TypeVar, cast, get_args
 
 from welore.errors import WeLoreError, choose, did_you_mean
 
@@ -31,6 +31,7 @@ TrackerName = Literal["none", "tensorboard", "trackio", "wandb"]
 WeightsName = Literal["auto", "int8"]
 ExportFormat = Literal["dense", "int8", "gguf", "onnx"]
 OutType = Literal["auto", "f32", "f16", "bf16", "q8_0"]
+Settings = TypeVar("Settings")
 MinRatio = float | Literal["break-even"]
 Pruning = float | Literal["auto"]
 
@@ -612,6 +613,13 @@ class PretrainConfig:
 
 
 # --- checks and records ---------------------------------------------------------------------------------------------
+
+
+def settings_of(kind: type[Settings], given: Settings | None) -> Settings:
+    """The settings that are given, or the defaults; WeLoreError for anything else, such as a dict."""
+    if given is not None and not isinstance(given, kind):
+        raise WeLoreError(f"{type(given).__name__} is no settings: give welore.{kind.__name__}(...)")
+    return given if given is not None else kind()
 
 
 def require_at_least(minimum: int, **values: Any) -> None:

@@ -13,7 +13,7 @@ from welore.allocation.plan import Allocation, Plan
 from welore.allocation.rule import Rule, Shape, layout_of
 from welore.allocation.spectra import Spectra
 from welore.allocation.strategies import STRATEGIES, Scores, Strategy
-from welore.config import ANYWHERE, AUTO, NONE, SIZE, AllocationConfig, StorageName, StrategyName
+from welore.config import ANYWHERE, AUTO, NONE, SIZE, AllocationConfig, StorageName, StrategyName, settings_of
 from welore.errors import WeLoreError, choose
 from welore.layers.block_grid import layer_of
 from welore.layers.remaining import dense_numel
@@ -48,7 +48,7 @@ def allocate(
     Source: WeLore (arXiv 2407.11239), section 4.1.
     """
     targets: dict[str, Any] = {"keep": keep, "rank_reduction": rank_reduction, "threshold": threshold}
-    config = replace(config or AllocationConfig(), **{n: v for n, v in targets.items() if v is not None})
+    config = replace(settings_of(AllocationConfig, config), **{n: v for n, v in targets.items() if v is not None})
     if config.optimize_for == ANYWHERE:
         raise WeLoreError("for anywhere neurons are taken out, which spectra do not describe: call compress")
     (name, value), layout = config.target, layout_of(config.optimize_for, list(spectra.shapes.values()))

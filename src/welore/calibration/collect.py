@@ -21,7 +21,7 @@ from welore.calibration.hooks import Losses
 from welore.calibration.layerwise import TEACHER, Finish, collect_statistics, fast_dtype
 from welore.calibration.scaling import metric
 from welore.calibration.statistics import GENERATED, Statistics, WorkspaceStore, reached
-from welore.config import KFAC, MAX_LENGTH, SELF, CalibrationConfig, Dataset, RunOptions, as_record
+from welore.config import KFAC, MAX_LENGTH, SELF, CalibrationConfig, Dataset, RunOptions, as_record, settings_of
 from welore.data.mixture import Source, draw, parse_mixture, seed_of
 from welore.data.self_generated import Texts, generate_text
 from welore.data.text import TextOptions
@@ -84,7 +84,7 @@ def calibrate(
         WeLoreError: the model or the text cannot be read, or the model computes NaN or Inf. Nothing is written.
     """
     context = RunContext.create(**options)
-    config = config or CalibrationConfig()
+    config = settings_of(CalibrationConfig, config)
     config = config if dataset is None else replace(config, dataset=dataset)
     if output is not None:
         path = resolved(output)

@@ -15,7 +15,7 @@ import torch
 from welore.calibration.statistics import Statistics
 from welore.compression.needs import Needs, Stage, size_text
 from welore.compression.pipeline import make_job
-from welore.config import CalibrationConfig, CompressionConfig, RecoveryConfig, RunOptions
+from welore.config import CalibrationConfig, CompressionConfig, RecoveryConfig, RunOptions, settings_of
 from welore.io.context import RunContext
 from welore.models.source import open_source
 
@@ -95,7 +95,7 @@ def estimate(
         WeLoreError: If the settings cannot work, as `compress` does.
     """
     context = RunContext.create(**options)
-    config = config or CompressionConfig()
+    config = settings_of(CompressionConfig, config)
     config = config if keep is None else dataclasses.replace(config, keep=keep)
     source = open_source(model, context, include=config.include, exclude=config.exclude)
     job = make_job(source, config, calibration, recovery, None, statistics, context)

@@ -51,6 +51,7 @@ from welore.config import (
     RecoveryConfig,
     RunOptions,
     as_record,
+    settings_of,
 )
 from welore.data.text import TextOptions
 from welore.data.windows import TopK, require_known_tokens
@@ -190,7 +191,7 @@ def compress(
     """
     started = time.perf_counter()
     context = RunContext.create(**options)
-    config = config or CompressionConfig()
+    config = settings_of(CompressionConfig, config)
     config = config if keep is None else replace(config, keep=keep)
     reads = model, plan, statistics, calibration, recovery
     plan = Plan.load(plan) if isinstance(plan, str | Path) else plan

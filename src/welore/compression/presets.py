@@ -22,6 +22,7 @@ from welore.config import (
     ScalingName,
     StorageName,
     StrategyName,
+    settings_of,
 )
 from welore.errors import WeLoreError, choose
 
@@ -110,7 +111,7 @@ def _require_neurons_alone(config: CompressionConfig, scaling: str) -> None:
 
 def resolve_calibration(calibration: CalibrationConfig | None, config: CompressionConfig) -> CalibrationConfig:
     """How statistics are collected; fields of `calibration` that have their defaults follow the preset."""
-    given, default = calibration or CalibrationConfig(), CalibrationConfig()
+    given, default = settings_of(CalibrationConfig, calibration), CalibrationConfig()
     tokens = PRESETS.get(config.preset or "", PLAIN).num_tokens
     return replace(
         given,

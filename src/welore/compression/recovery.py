@@ -17,7 +17,7 @@ from torch import Tensor
 from welore.allocation.plan import Allocation, Plan
 from welore.compression.factorize import stored_factors
 from welore.compression.writing import write_compressed
-from welore.config import MAX_LENGTH, SELF, FinetuneConfig, MethodName, RecoveryConfig
+from welore.config import MAX_LENGTH, SELF, FinetuneConfig, MethodName, RecoveryConfig, settings_of
 from welore.data.mixture import draw, mixed
 from welore.data.text import TextOptions
 from welore.data.windows import TopK, digest, write_windows
@@ -58,7 +58,7 @@ def resolve_recovery(recovery: RecoveryConfig | str | None, own_windows: int, *,
         recovery = RecoveryConfig() if preset and own_windows > 1 else None
     if recovery is None:
         return None
-    if recovery.dataset == SELF and own_windows < 2:
+    if settings_of(RecoveryConfig, recovery).dataset == SELF and own_windows < 2:
         raise WeLoreError(
             "recovery on self needs statistics of at least two windows that the model wrote: name another text"
         )

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from welore.config import Dataset, PretrainConfig, RunOptions, as_record
+from welore.config import Dataset, PretrainConfig, RunOptions, as_record, settings_of
 from welore.data.packing import HELD_OUT, blocks_of_text, training_texts
 from welore.data.text import TextOptions
 from welore.emergence.claims import measured
@@ -67,7 +67,7 @@ def pretrain(
         WeLoreError: The settings cannot work.
     """
     context = RunContext.create(**options)
-    config = config or PretrainConfig()
+    config = settings_of(PretrainConfig, config)
     if dataset is not None:
         config = dataclasses.replace(config, dataset=dataset)
     if config.dataset is None:

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from welore.config import RunOptions, ScoreConfig, TaskName, as_record
+from welore.config import RunOptions, ScoreConfig, TaskName, as_record, settings_of
 from welore.data.self_generated import configured_ends
 from welore.data.windows import opening_tokens, require_known_tokens
 from welore.errors import WeLoreError
@@ -56,7 +56,7 @@ def score(
         WeLoreError: the model or the data of the task cannot be read.
     """
     context = RunContext.create(**options)
-    config = config or ScoreConfig()
+    config = settings_of(ScoreConfig, config)
     config = config if task is None else replace(config, task=task)
     if config.task is None:
         raise WeLoreError(f"name the task: --task {', '.join(TASKS)}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from welore.config import TOP_LOGPROBS, Dataset, EvaluationConfig, RunOptions, as_record, require_at_least
+from welore.config import TOP_LOGPROBS, Dataset, EvaluationConfig, RunOptions, as_record, require_at_least, settings_of
 from welore.data.packing import IGNORED, Batch
 from welore.data.text import TextOptions
 from welore.data.windows import Openings, evaluation_text, require_known_tokens, stack, windows
@@ -65,7 +65,7 @@ def evaluate(
         WeLoreError: the model or the text cannot be read, or the model computes NaN or Inf.
     """
     context = RunContext.create(**options)
-    config = config or EvaluationConfig()
+    config = settings_of(EvaluationConfig, config)
     config = config if dataset is None else replace(config, dataset=dataset)
     require_at_least(1, top_logprobs=top_logprobs)
     saved = saved_logprobs(against)

@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from welore.allocation.plan import Plan
-from welore.config import Dataset, FinetuneConfig, RunOptions, as_record
+from welore.config import Dataset, FinetuneConfig, RunOptions, as_record, settings_of
 from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import PLAN, RECORD
 from welore.io.context import RunContext
@@ -86,7 +86,7 @@ def finetune(
         DivergedError: The loss is NaN or infinite.
     """
     context = RunContext.create(**options)
-    config = config or FinetuneConfig()
+    config = settings_of(FinetuneConfig, config)
     config = config if dataset is None else dataclasses.replace(config, dataset=dataset)
     config = resolve_defaults(config, context.device)
     check_launch(os.environ, config.method, context.device.type, config.distill)

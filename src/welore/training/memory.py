@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Unpack, cast
 
 from torch import nn
 
-from welore.config import FinetuneConfig, RunOptions
+from welore.config import FinetuneConfig, RunOptions, settings_of
 from welore.io.checkpoint import read_config
 from welore.io.context import RunContext
 from welore.io.hub import resolve_model
@@ -83,7 +83,7 @@ def estimate_step(
     """
     from welore.training.arguments import is_recorded, resolve_defaults  # the Trainer: seconds of imports
 
-    context, config = RunContext.create(**options), config or FinetuneConfig()
+    context, config = RunContext.create(**options), settings_of(FinetuneConfig, config)
     if config.dataset is None and config.task is None:
         config = dataclasses.replace(config, dataset="pydoc")  # any text: none is read
     config = resolve_defaults(config, context.device)
