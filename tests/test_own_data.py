@@ -224,6 +224,15 @@ def test_an_end_behind_every_conversation_is_learned_in_the_last_turn_alone() ->
     assert tokens == [([*row, 1], [*learned, 1]) for row, learned in zip(ids, labels, strict=True)]
 
 
+def test_a_template_that_ends_no_answer_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    read(CHATS, tokenizer=chatting(PLAIN.replace("[end]", "</s>")))
+    read(PAIRS)
+    assert not caplog.records
+    read(CHATS, tokenizer=chatting(PLAIN))
+    (record,) = caplog.records
+    assert "no answer has a special token that ends it" in record.getMessage()
+
+
 def test_columns_may_have_other_names_which_decide_the_shape() -> None:
     rows = [{"q": row["prompt"], "a": row["completion"], "messages": turns("a", "b"), "text": "t"} for row in PAIRS]
     found = read(rows, prompt_column="q", completion_column="a")

@@ -1,6 +1,7 @@
 """Rows of prompts and answers -> examples with the loss on the answers. Formats and names are those of TRL."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from welore.io.text_file import well_formed
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LOG = logging.getLogger(__name__)
 GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")  # marks the assistant's words in a chat template
 
 # The prompt of Stanford Alpaca (Taori et al., 2023), without and with an input.
@@ -90,6 +92,10 @@ def examples_of_rows(rows: Rows, tokenizer: "PreTrainedTokenizerBase", config: F
         raise WeLoreError(
             f"{rows.name} has {count} training item{'s' * (count != 1)}: two are needed, one of them to evaluate on; "
             f"{dropped} have answers longer than max_length, {length} tokens"
+        )
+    if not np.isin(tokenizer.all_special_ids, next(train.lists())[1].flatten().to_numpy()).any():
+        LOG.warning(
+            "%s: no answer has a special token that ends it, so the model learns no end of its turns", rows.name
         )
     sha = hashlib.sha256()
     for ids, labels in chain(train.lists(), held_out.lists()):
