@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import welore
 from arena import MULTIPLE
-from welore.calibration.scaling import DAMPING_INPUTS, damped
+from welore.calibration.scaling import regularized
 from welore.calibration.statistics import Statistics
 from welore.config import CalibrationConfig, CompressionConfig, EvaluationConfig, FinetuneConfig
 from welore.data.windows import given_windows, write_windows
@@ -144,7 +144,7 @@ def fewer_heads(model: Any, statistics: Statistics, groups: int) -> Any:
         H, G = statistics.inputs(name), statistics.outputs(name)
         assert H is not None
         assert G is not None
-        H, G, W = damped(H, DAMPING_INPUTS).double(), G.double(), tensors[f"{name}.weight"].double()
+        H, G, W = regularized(H, statistics.shrinkage).double(), G.double(), tensors[f"{name}.weight"].double()
         if groups:
             choices = [list(range(g * each, (g + 1) * each)) for g in range(keys)]
         else:

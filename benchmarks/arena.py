@@ -156,8 +156,7 @@ class Bench:
     def cell(self, name: str, method: Method, keep: float, seed: int) -> None:
         """Measure one cell, unless its record is there, and the dense model before the first."""
         path, small = self.out / f"{name}-{keep:g}-{seed}.json", self.work / f"{name}-{keep:g}-{seed}-small"
-        if not (self.out / "dense-1-0.json").is_file():
-            self.measure(self.out / "dense-1-0.json", Method("dense"), {"keep": 1.0, "seed": 0}, {}, self.model)
+        self.measure_dense()
         if not path.is_file():
             settings, numbers = self.make(method, small, keep, seed)
             self.measure(path, method, {"keep": keep, "seed": seed} | settings, numbers, small)
@@ -198,6 +197,11 @@ class Bench:
             kinds = ("healed", "healing_tokens", "healing_seconds", "held_out_loss")
             numbers |= {key: made["numbers"][key] for key in kinds}
         return settings, numbers
+
+    def measure_dense(self) -> None:
+        """The record of the dense model, unless it is there."""
+        if not (self.out / "dense-1-0.json").is_file():
+            self.measure(self.out / "dense-1-0.json", Method("dense"), {"keep": 1.0, "seed": 0}, {}, self.model)
 
     def measure(
         self, path: Path, method: Method, settings: dict[str, Any], numbers: dict[str, Any], small: Path

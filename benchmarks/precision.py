@@ -9,13 +9,10 @@ say how long the pass took on the processor, and whether it ran whole.
 import argparse
 import time
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import welore
 from welore.calibration.collect import calibrate
-from welore.calibration.scaling import DAMPING_INPUTS, DAMPING_OUTPUTS, KFAC, metric
+from welore.calibration.scaling import DAMPING_OUTPUTS, KFAC, damped, metric, regularized
 from welore.calibration.statistics import Statistics
 from welore.config import CalibrationConfig
 from welore.data.mixture import draw
@@ -38,13 +35,6 @@ RUNS = {
 }
 
 
-def damped(moments: Any, share: float) -> torch.Tensor:
-    """Second moments (n, n) in float64, with a share of their mean diagonal added."""
-    square: torch.Tensor = moments.double()
-    square.diagonal().add_(share * float(square.diagonal().mean()))
-    return square
-
-
 def loss(source: TensorSource, reference: Statistics, chosen_by: Statistics, ranks: dict[str, int]) -> float:
     """K-FAC's loss by one statistic of the factors, at these ranks, that another one chooses."""
     total = 0.0
@@ -53,8 +43,10 @@ def loss(source: TensorSource, reference: Statistics, chosen_by: Statistics, ran
             W = source.read(target)
             factors = factorise(W, ranks[target.name], metric=metric(KFAC, chosen_by, target))
             error = W.double() - factors.A.double() @ factors.B.double()
-            G = damped(reference.outputs(target.name), DAMPING_OUTPUTS)
-            H = damped(reference.inputs(target.name), DAMPING_INPUTS)
+            G, H = reference.outputs(target.name), reference.inputs(target.name)
+            assert G is not None
+            assert H is not None
+            G, H = damped(G.double(), DAMPING_OUTPUTS), regularized(H.double(), reference.shrinkage)
             total += float((G @ error * (error @ H)).sum())
     return total
 

@@ -21,6 +21,7 @@ from conftest import COMMON, Command, build, compress, logits
 from test_checkpoint import equal, weights_of
 from toys import calibrate, characters, checkpoint, finetuned
 from welore.calibration.scaling import DAMPING_INPUTS, DAMPING_OUTPUTS
+from welore.calibration.statistics import SHRINKAGE
 from welore.config import CalibrationConfig, CompressionConfig
 from welore.io.context import RunContext
 from welore.io.safetensors_stream import TensorReader
@@ -385,13 +386,14 @@ def test_experts_that_the_files_hold_in_another_way_stay_dense(
 
 
 def scaled_optimum(W: torch.Tensor, G: torch.Tensor, H: torch.Tensor, rank: int) -> torch.Tensor:
-    """The matrix of a rank that loses least in the norm of G and H, damped as the package does it; float64."""
+    """The matrix of a rank that loses least in the norm of G and H, shrunk and damped as usual; float64."""
 
     def root(moment: torch.Tensor, damping: float) -> tuple[torch.Tensor, torch.Tensor]:
         moment = moment.double()
         values, vectors = torch.linalg.eigh(moment + damping * moment.diagonal().mean() * torch.eye(len(moment)))
         return vectors * values.sqrt() @ vectors.T, vectors / values.sqrt() @ vectors.T
 
+    H = (1 - SHRINKAGE) * H + SHRINKAGE * H.diagonal().diag()
     (left, unleft), (right, unright) = root(G, DAMPING_OUTPUTS), root(H, DAMPING_INPUTS)
     U, S, V = torch.linalg.svd(left @ W.double() @ right, full_matrices=False)
     return unleft @ (U[:, :rank] * S[:rank]) @ V[:rank] @ unright

@@ -50,6 +50,7 @@ def test_statistics_are_read_and_serve_the_plan_that_was_made_from_them(tmp_path
     plan = welore.Plan.load(FIXTURES / "plan.json")
     statistics = welore.Statistics.load(FIXTURES / "statistics.safetensors")
     assert statistics.generated_text() is not None
+    assert statistics.shrinkage == 0
     record = compress(FIXTURES / "dense", tmp_path / "small", plan=plan, statistics=statistics, recovery=None)
     assert record.numbers["parameter_ratio"] == pytest.approx(plan.parameter_ratio)
 

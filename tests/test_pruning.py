@@ -163,7 +163,7 @@ def test_from_a_model_to_a_smaller_one_and_back(tmp_path: Path, family: str, tok
     record = compress(source, small, keep=0.6, mlp_pruning=0.3, statistics=statistics, recovery=None)
     plan = Plan.load(small / "plan.json")
     gone = sum(n.pruned for n in plan.neurons.values())
-    assert record.settings["mlp_pruning"] == gone == pytest.approx(0.3 * 2 * 128, abs=4)
+    assert record.settings["mlp_pruning"] == gone == pytest.approx(0.3 * 2 * 128, abs=6)
     assert record.numbers["parameter_ratio"] == pytest.approx(0.6, abs=0.01)
     about = json.loads((small / "config.json").read_text())["quantization_config"]
     assert about["version"] == 4

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import welore
 from conftest import build, compress, logits
 from toys import calibrate
 from welore.calibration.scaling import SCALINGS, metric
-from welore.calibration.statistics import Statistics
+from welore.calibration.statistics import SHRINKAGE, Statistics
 from welore.config import AllocationConfig, CompressionConfig, Goal
 from welore.errors import WeLoreError
+from welore.linalg.svd import Side
+from welore.models.source import CheckpointSource
 from welore.models.targets import Target
 from welore.records import Identity, Record
 
@@ -72,6 +75,28 @@ def test_the_loss_of_outputs_is_smaller_than_with_plain_truncation(tmp_path: Pat
     plain = error(scaling="none", strategy="uniform")
     scaled = {name: error(scaling=name, strategy="uniform", statistics=c) for name in ("whitening", "kfac")}
     assert max(scaled.values()) < plain
+
+
+@pytest.mark.parametrize("shrinkage", [None, 0.0, 0.6])
+def test_moments_of_two_different_inputs_count_less_where_k_fac_uses_them(
+    saved: Callable[..., Path], tmp_path: Path, shrinkage: float | None
+) -> None:
+    made = calibrated("llama", tmp_path)
+    share = SHRINKAGE if shrinkage is None else shrinkage
+    (made if shrinkage is None else replace(made, shrinkage=share)).save(tmp_path / "again.safetensors")
+    statistics = Statistics.load(tmp_path / "again.safetensors")
+    assert statistics.shrinkage == share
+    for target in CheckpointSource(saved("llama")).targets[:7]:
+        H = statistics.inputs(target.name)
+        assert H is not None
+        H = H.double()
+        damping = 1e-3 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
+        for scaling, shrunk in (("kfac", (1 - share) * H + share * H.diagonal().diag()), ("whitening", H)):
+            norm = metric(scaling, statistics, target)
+            assert norm is not None
+            assert isinstance(norm.inputs, Side)
+            L, e = norm.inputs.root(torch.device("cpu"), torch.float64)
+            torch.testing.assert_close(4.0**e * L @ L.T, shrunk + damping)
 
 
 def test_a_matrix_that_no_token_reached_is_kept(saved: Callable[..., Path], tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def kfac(statistics: Statistics, target: Target, sides: Sides) -> Metric:
 
     shared = target.grid[1] > 1  # by the blocks beside each other
     side = sides.get(f"{target.layer}.outputs", target.rows, outputs) if shared else Side(outputs)
-    return Metric(side, _input_side(statistics, target, sides))
+    return Metric(side, _input_side(statistics, target, sides, statistics.shrinkage))
 
 
 SCALINGS: dict[str, Scaling] = {
@@ -125,9 +125,16 @@ def damped(moments: Tensor, damping: float) -> Tensor:
     return moments
 
 
-def _input_side(statistics: Statistics, target: Target, sides: Sides) -> Side:
+def regularized(inputs: Tensor, shrinkage: float) -> Tensor:
+    """E[x x^T] of a sample, changed in place: shrunk by a share towards its own diagonal, and damped."""
+    diagonal = inputs.diagonal().clone()
+    inputs.mul_(1 - shrinkage).diagonal().copy_(diagonal)
+    return damped(inputs, DAMPING_INPUTS)
+
+
+def _input_side(statistics: Statistics, target: Target, sides: Sides, shrinkage: float = 0.0) -> Side:
     def inputs() -> Tensor:
-        return damped(_inputs(statistics, target), DAMPING_INPUTS)
+        return regularized(_inputs(statistics, target), shrinkage)
 
     owner = statistics.shared.get(target.layer, target.layer)
     shared = target.grid[0] > 1 or sum(other == owner for other in statistics.shared.values()) > 1

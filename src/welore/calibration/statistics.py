@@ -43,8 +43,10 @@ JSON_FIELDS = (  # as the file names them
     "measured",
     "teacher_size",
     "grids",
+    "shrinkage",
 )
-FORMAT = "welore.calibration/2"  # 1 had losses along other directions (scaling.DAMPING_OUTPUTS was 0.01)
+FORMAT, OLDER = "welore.calibration/3", "welore.calibration/2"  # whose moments are not shrunk
+SHRINKAGE = 0.2
 
 
 class StatisticsStore(Protocol):
@@ -163,6 +165,8 @@ class Statistics:
     generated: windows and length of the text that the model generated for it, None where it read other texts only.
     teacher_size: how many log-probabilities of the model are stored after each token of that text.
     grids: layer -> blocks down and across of the matrices whose losses were measured block by block.
+    shrinkage: how much less the moments of two different inputs count, where K-FAC and the pruning of neurons use them:
+    how inputs go together is the text's, and the sample's chance. Ledoit and Wolf, 2004, with the diagonal as target.
     """
 
     model: Identity
@@ -177,6 +181,7 @@ class Statistics:
     generated: tuple[int, int] | None = None
     teacher_size: int = 0
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    shrinkage: float = SHRINKAGE
 
     def inputs(self, name: str, part: slice = ALL) -> Tensor | None:
         """A (n, n), symmetric, or that of some inputs; zeros if no token reached the matrix, None if it is unknown."""
@@ -278,7 +283,7 @@ class Statistics:
         if not path.is_file():
             raise WeLoreError(f"{path} does not exist: make it with `welore calibrate MODEL -o {path}`")
         store = FileStore(path)
-        if store.metadata.get("format") != FORMAT:
+        if store.metadata.get("format") not in (FORMAT, OLDER):
             raise WeLoreError(f"{path} holds no statistics: make them with `welore calibrate MODEL -o FILE`")
         with refusing(f"{path} holds no statistics that can be", "make it again"):
             statistics = cls(store=store, **_fields(store.metadata))
@@ -309,6 +314,7 @@ def _fields(metadata: Mapping[str, str]) -> dict[str, Any]:
         "record": Record.of(value("record", Any)),
         "generated": value(GENERATED, tuple[int, int] | None, "null"),
         "grids": read_grids(value("grids", Any, "{}")),
+        "shrinkage": value("shrinkage", float, "0.0" if metadata["format"] == OLDER else None),
         **{"shapes": shapes, "counts": counts, "shared": shared, "measured": measured, "teacher_size": teacher_size},
         **{name: value(name, tuple[str, ...]) for name in ("include", "exclude")},
     }

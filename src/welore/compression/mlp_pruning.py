@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from welore.calibration.scaling import DAMPING_INPUTS, damped
+from welore.calibration.scaling import regularized
 from welore.calibration.statistics import Selection, Statistics
 from welore.errors import WeLoreError
 from welore.io.context import RunContext
@@ -231,7 +231,7 @@ def _problem(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W (d, width) of the down layer, G (d, d) of its outputs and H (width, width) of its inputs.
 
-    G in float64; H in float32, damped as in the scaling.
+    G in float64; H in float32, regularized as in the scaling.
     """
     G, H = statistics.outputs(mlp.down_layer.name), statistics.inputs(mlp.down_layer.name)
     assert G is not None
@@ -239,7 +239,7 @@ def _problem(
     device = context.float64_device
     if not H.any():  # an MLP whose neurons say nothing
         H = torch.eye(len(H)) * NOTHING
-    H = damped(H.to(device), DAMPING_INPUTS)
+    H = regularized(H.to(device), statistics.shrinkage)
     return source.read(mlp.down_layer).to(device), G.to(device, torch.float64), H
 
 
