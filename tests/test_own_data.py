@@ -12,6 +12,7 @@ import datasets
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 import welore
@@ -231,6 +232,25 @@ def test_a_template_that_ends_no_answer_is_told(caplog: pytest.LogCaptureFixture
     read(CHATS, tokenizer=chatting(PLAIN))
     (record,) = caplog.records
     assert "no answer has a special token that ends it" in record.getMessage()
+
+
+@pytest.mark.parametrize(("special", "warnings"), [(True, 0), (False, 1)])
+def test_an_end_of_turn_without_a_name_is_an_end(
+    special: bool, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The base models of Llama-3 have <|eot_id|>, which their eos_token is not."""
+    tokenizer = chatting(PLAIN.replace("[end]", "<|eot_id|>"))
+    tokenizer.add_tokens([AddedToken("<|eot_id|>", special=special)])
+    read(CHATS, tokenizer=tokenizer)
+    assert len(caplog.records) == warnings
+
+
+@pytest.mark.parametrize("name", ["bos_token", "unk_token"])
+def test_a_beginning_or_an_unknown_word_is_no_end(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = chatting("<pad>" + PLAIN)
+    setattr(tokenizer, name, "<pad>")
+    read(CHATS, tokenizer=tokenizer, loss_on_prompt=True)
+    assert len(caplog.records) == 1
 
 
 def test_columns_may_have_other_names_which_decide_the_shape() -> None:

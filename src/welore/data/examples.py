@@ -93,7 +93,7 @@ def examples_of_rows(rows: Rows, tokenizer: "PreTrainedTokenizerBase", config: F
             f"{rows.name} has {count} training item{'s' * (count != 1)}: two are needed, one of them to evaluate on; "
             f"{dropped} have answers longer than max_length, {length} tokens"
         )
-    if not np.isin(tokenizer.all_special_ids, next(train.lists())[1].flatten().to_numpy()).any():
+    if not _may_end({*next(train.lists())[1].flatten().to_numpy().tolist()} - {IGNORED}, tokenizer):
         LOG.warning(
             "%s: no answer has a special token that ends it, so the model learns no end of its turns", rows.name
         )
@@ -105,6 +105,12 @@ def examples_of_rows(rows: Rows, tokenizer: "PreTrainedTokenizerBase", config: F
     packed = PackedRows(train, length) if config.packing else train
     counts |= {"packed_sequences": len(packed)} if config.packing else {}
     return DatasetSplit(packed, held_out[:most], f"{split} ({rows.shape})", counts, sha.hexdigest())
+
+
+def _may_end(learned: set[int], tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether a token is special: also without a name, as <|eot_id|> in base models; not BOS, and no unknown word."""
+    others = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+    return any(tokenizer.decode([i]) != tokenizer.decode([i], skip_special_tokens=True) for i in learned - others)
 
 
 def _encoded(table: Any, encoder: "Encoder") -> tuple[Examples, int]:
