@@ -149,7 +149,7 @@ def test_packing_is_refused_for_flash_attention_and_for_a_text(tmp_path: Path) -
         require_packing(model)
     small, text = checkpoint(tmp_path / "small"), tmp_path / "text.txt"
     text.write_text("all work and no play " * 100)
-    with pytest.raises(WeLoreError, match=r"packing, eval_dataset and eval_split go with .*text.txt is a text"):
+    with pytest.raises(WeLoreError, match=r"packing goes with .*text.txt is a text"):
         finetuned(small, tmp_path / "run", **SHORT | {"dataset": str(text), "packing": True})
 
 

@@ -67,6 +67,7 @@ def open_text(dataset: Any, options: TextOptions = TextOptions()) -> TextSource:
     name = str(dataset)
     path = local_path(name)
     if path.suffix in FILES:
+        require_file(path)
         return _one_document(name, lambda: _file_text(path, options.column))
     if path.exists():
         raise WeLoreError(f"{name} is not one of the file kinds {', '.join(FILES)}")

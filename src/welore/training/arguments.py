@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +12,8 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from welore.config import FinetuneConfig
+from welore.config import SELF, FinetuneConfig
+from welore.data.text import dataset_name
 from welore.data.windows import is_windows
 from welore.errors import WeLoreError, choose, did_you_mean, first_line
 from welore.models.load import fastest
@@ -23,6 +24,7 @@ CONTINUAL = {"batch_size": 4, "max_length": 1024}
 DOWNSTREAM = {"batch_size": 8, "max_length": 512}
 STEPS, TASK_STEPS, EPOCHS = 10_000, 1_000, 3  # passes over rows at most, as many as the Trainer makes
 WARM_UP_SHARE = 20  # one step in twenty: 500 of 10,000
+OF_ROWS = "loss_on_prompt", "packing", "eval_dataset", "eval_split"  # settings that a text does not have
 DISTILLED = {"distill_weight": 1.0, "distill_temperature": 1.0}  # the teacher alone, at its own temperature
 FSDP = "ACCELERATE_USE_FSDP"  # set by accelerate's launcher
 
@@ -45,6 +47,10 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
         config = dataclasses.replace(config, dataset=config.distill)
     if config.dataset is None and config.task is None:
         raise WeLoreError("give dataset or task, one of them; task_dataset names the file of a task")
+    if config.task is not None:
+        refuse_of_rows(config, OF_ROWS[2:], f"{config.task} holds out its own questions")
+    elif is_windows(config.dataset) or (isinstance(config.dataset, str) and config.dataset == SELF):
+        refuse_of_rows(config, OF_ROWS, f"{dataset_name(config.dataset)} is a text in windows of tokens")
     usual: dict[str, Any] = CONTINUAL if config.task is None else DOWNSTREAM
     usual = usual | (DISTILLED if config.distill is not None else {})
     values = {name: value for name, value in usual.items() if getattr(config, name) is None}
@@ -67,6 +73,14 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise WeLoreError(f"report_to {config.report_to} needs the package: pip install {config.report_to}")
     return config
+
+
+def refuse_of_rows(config: FinetuneConfig, names: Sequence[str], why: str) -> None:
+    """Raise WeLoreError for options of rows that are given where there are none."""
+    given = [name for name in names if getattr(config, name) is not None and getattr(config, name) is not False]
+    if given:
+        go = "go" if len(given) > 1 else "goes"
+        raise WeLoreError(f"{' and '.join(given)} {go} with conversations, or prompts and completions; {why}")
 
 
 def sequences_read(config: FinetuneConfig, processes: int) -> int:

@@ -15,7 +15,7 @@ from welore.config import SELF, FinetuneConfig, as_record
 from welore.data.examples import examples_of_rows
 from welore.data.packing import Blocks, DatasetSplit, blocks_of_text, blocks_of_windows, blocks_to_write
 from welore.data.rows import Rows, open_rows
-from welore.data.text import COLUMN, TextOptions, dataset_name
+from welore.data.text import COLUMN, TextOptions, open_text
 from welore.data.windows import given_predictions, given_windows, is_windows, require_known_tokens, write_windows
 from welore.errors import WeLoreError, first_line
 from welore.io.checkpoint import check_finite
@@ -28,7 +28,15 @@ from welore.models.experts import experts_of
 from welore.models.load import LoadedModel, load_model
 from welore.models.skeleton import context_length, require_context_length
 from welore.training.activations import keep_wide_products
-from welore.training.arguments import is_recorded, length_of, resolve_steps, sequences_read, training_arguments
+from welore.training.arguments import (
+    OF_ROWS,
+    is_recorded,
+    length_of,
+    refuse_of_rows,
+    resolve_steps,
+    sequences_read,
+    training_arguments,
+)
 from welore.training.data import questions_of_task, require_packing
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable, take_apart
 from welore.training.originals import Originals
@@ -195,20 +203,11 @@ def _data(
     rows = open_rows(config, None if config.num_train_epochs else blocks_to_write(sequences), context.cache_dir)
     if isinstance(rows, Rows):
         return examples_of_rows(rows, tokenizer, config)
-    of_rows = "loss_on_prompt", "packing", "eval_dataset", "eval_split", "num_train_epochs"
-    if any(getattr(config, name) not in (None, False) for name in of_rows):
-        raise WeLoreError(
-            f"{', '.join(of_rows)} go with conversations, or prompts and completions; "
-            f"{dataset_name(config.dataset)} is a text"
-        )
-    return blocks_of_text(
-        rows,
-        tokenizer,
-        length,
-        tokens=sequences * length,
-        eval_items=config.max_eval_samples,
-        options=TextOptions.of(config, context),
-    )
+    options, count = TextOptions.of(config, context), config.max_eval_samples
+    name = open_text(rows, options).name  # an error for what is no text either
+    refuse_of_rows(config, OF_ROWS, f"{name} is a text")
+    refuse_of_rows(config, ("num_train_epochs",), f"{name} is a text: give max_steps")
+    return blocks_of_text(rows, tokenizer, length, tokens=sequences * length, eval_items=count, options=options)
 
 
 def cast(model: Any, dtype: torch.dtype, *, mapped: bool = True, streamed: Collection[nn.Module] = ()) -> None:
