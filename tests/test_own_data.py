@@ -484,6 +484,27 @@ def test_passes_over_rows_set_the_steps_and_the_last_of_them_is_evaluated(
     assert record.numbers["tokens"] == sum(len(chat_tokens(n)[0]) for n in reading_order(18, steps * 2, seed=0))
 
 
+def test_the_perplexity_of_the_record_is_that_of_the_result(model: Path, tmp_path: Path) -> None:
+    """Where a callback stops the run, and where the best model is not the last one."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop |= state.global_step == 3
+
+    stopped = finetuned(model, tmp_path / "stopped", dataset=CHATS, callbacks=[Stop()], **SHORT | {"eval_steps": 500})
+    assert [step for step, *_ in stopped.numbers["evaluation"]] == [0, 3]
+    assert stopped.numbers["epochs"] == 3 * 2 / 18
+    held_out = {"eval_dataset": [{"messages": turns("~~~~~", "@@@@@")}] * 4}
+    often = SHORT | held_out | {"max_steps": 12, "eval_steps": 1, "save_steps": 1, "learning_rate": 0.05}
+    best = finetuned(
+        model, tmp_path / "best", dataset=CHATS, training_arguments={"load_best_model_at_end": True}, **often
+    )
+    losses = [loss for _, loss, _ in best.numbers["evaluation"]]
+    assert best.numbers["eval_loss"] == losses[-1] == pytest.approx(min(losses[1:-1])) != losses[-2]
+    again = finetuned(tmp_path / "best/model", tmp_path / "again", dataset=CHATS, **SHORT | held_out)
+    assert again.numbers["evaluation"][0][1] == pytest.approx(losses[-1], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "rows", "steps"),
     [

@@ -17,6 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from welore.allocation.plan import Plan
 from welore.config import Dataset, FinetuneConfig, RunOptions, as_record, settings_of
+from welore.evaluation.perplexity import perplexity_of
 from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import PLAN, RECORD
 from welore.io.context import RunContext
@@ -154,8 +155,9 @@ def _train(run: Prepared, config: FinetuneConfig, callbacks: Callbacks, context:
         read_checkpoint(run.last, sharded=trainer.is_fsdp_enabled),
     ):
         trainer.train(resume_from_checkpoint=None if run.last is None else str(run.last))
-    read = sum(tokens[: trainer.state.global_step])  # of the run, also of what was resumed
-    numbers = _numbers(run, trainer) | measure.numbers() | {"tokens": read, "epochs": len(order) / len(run.data.train)}
+    steps = trainer.state.global_step  # of the run, also of what was resumed
+    epochs = steps * len(order) / args.max_steps / len(run.data.train)
+    numbers = _numbers(run, trainer) | measure.numbers() | {"tokens": sum(tokens[:steps]), "epochs": epochs}
     numbers["logits_in_pieces"] = objective is not None and objective.chunked
     if run.teacher is not None:
         numbers |= _numbers_of_teacher(run.teacher, base, trainer if config.eval_steps else None)
@@ -232,6 +234,10 @@ def _set_up(model: "PreTrainedModel") -> Iterator[None]:
 def _numbers(run: Prepared, trainer: FinetuneTrainer) -> dict[str, Any]:
     history = trainer.state.log_history
     evaluation = [[h["step"], h["eval_loss"], h["eval_perplexity"]] for h in history if "eval_loss" in h]
+    step, best = trainer.state.global_step, trainer.args.load_best_model_at_end
+    if evaluation and (best or evaluation[-1][0] != step):  # the best model is loaded, or a callback has stopped
+        loss = trainer.held_out_loss(trainer.model)
+        evaluation.append([step, loss, perplexity_of(loss)])
     final = {"eval_loss": evaluation[-1][1], "eval_perplexity": evaluation[-1][2]} if evaluation else {}
     parameters = list(run.marked.model.parameters())
     return {
