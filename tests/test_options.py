@@ -128,6 +128,15 @@ def test_a_yaml_file_that_cannot_be_used_is_one_sentence(
         ("finetune M OUT --adam-beta3 1", "has an option 'adam_beta3'; did you mean 'adam_beta"),
         ("finetune M OUT --adam-beta2 x", "--adam-beta2 cannot be 'x'"),
         ("finetune M OUT more", "'more' belongs to no option"),
+        (
+            "finetune M OUT --per_device_train_batch_size 2",
+            "per_device_train_batch_size is .* to give: give batch_size",
+        ),
+        ("finetune M OUT --bf16", "bf16 is no training argument to give: give dtype"),
+        ("finetune M OUT --assistant-only-loss", "give nothing, or loss_on_prompt for the opposite"),
+        ("finetune M OUT --max_steps 0", "max_steps is 0"),
+        ("finetune --model M --output_dir OUT", "--model is in the place of MODEL or OUTPUT_DIR"),
+        ("finetune M --logging-steps 5 OUT", "--logging-steps is in the place of MODEL or OUTPUT_DIR"),
     ],
 )
 def test_wrong_usage_is_one_sentence(refused: Callable[..., str], words: str, sentence: str) -> None:
@@ -137,7 +146,7 @@ def test_wrong_usage_is_one_sentence(refused: Callable[..., str], words: str, se
 def test_any_training_argument_goes_by_its_own_name(command: Command, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "small")
     run = ("--dataset", "pydoc", "--max-steps", 2, "--max-length", 16, "--batch-size", 1, "--eval-steps", 0)
-    given = ("--lr-scheduler-type", "linear", "--adam-beta2=0.9", "--save-steps", 0, "--json")
+    given = ("--lr-scheduler-type", "linear", "--adam-beta2=0.9", "--save_steps", 0, "--json")
     facts = json.loads(command("finetune", model, tmp_path / "run", *run, *given).out)
     assert facts["settings"]["training_arguments"] == {"lr_scheduler_type": "linear", "adam_beta2": 0.9}
 

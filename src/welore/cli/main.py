@@ -30,14 +30,12 @@ VERBS: dict[Verb, str] = {  # in the order of the help, with an example each
     report: "welore report runs/ -o report",
     demo: "welore demo",
 }
-OPEN = {finetune}  # verbs that take options of another library, too
+OPEN = {finetune: {"allow_extra_args": True, "ignore_unknown_options": True}}  # they take another library's options
+SPELLING = {"token_normalize_func": lambda name: name.replace("_", "-")}  # --max_steps is --max-steps, as in TRL
 
 app = typer.Typer(name="welore", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 for _verb, _example in VERBS.items():
-    app.command(
-        epilog=f"Example: `{_example}`",
-        context_settings={"allow_extra_args": True, "ignore_unknown_options": True} if _verb in OPEN else None,
-    )(expand(_verb))
+    app.command(epilog=f"Example: `{_example}`", context_settings=SPELLING | OPEN.get(_verb, {}))(expand(_verb))
 
 
 def _version(wanted: bool) -> None:

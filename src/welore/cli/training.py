@@ -36,6 +36,8 @@ def finetune(
     from welore.io._malloc import return_freed_memory
     from welore.training.finetune import finetune
 
+    if (word := next((word for word in (model, str(output_dir)) if word.startswith("--")), None)) is not None:
+        raise WeLoreError(f"{word} is in the place of MODEL or OUTPUT_DIR: give these first, without names")
     config = dataclasses.replace(config, training_arguments=_training_arguments(context.args, context.meta.get(OTHERS)))
     if dry_run:
         from welore.training.memory import estimate_step

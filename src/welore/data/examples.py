@@ -94,9 +94,7 @@ def examples_of_rows(rows: Rows, tokenizer: "PreTrainedTokenizerBase", config: F
             f"{dropped} have answers longer than max_length, {length} tokens"
         )
     if not _may_end({*next(train.lists())[1].flatten().to_numpy().tolist()} - {IGNORED}, tokenizer):
-        LOG.warning(
-            "%s: no answer has a special token that ends it, so the model learns no end of its turns", rows.name
-        )
+        LOG.warning("%s: no answer has a special token that ends it: the model learns no end of its turns", rows.name)
     sha = hashlib.sha256()
     for ids, labels in chain(train.lists(), held_out.lists()):
         for numbers in (ids.value_lengths(), ids.flatten(), labels.flatten()):

@@ -23,6 +23,7 @@ SHAPES = {
 OPTIONAL = ("input", "tools", "chat_template_kwargs")  # columns that are read where there are any
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}  # kind of file -> of datasets
 AT_ONCE = 1000  # rows
+OF_ROWS = "loss_on_prompt", "packing", "eval_dataset", "eval_split"  # settings
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,14 @@ def open_rows(config: FinetuneConfig, limit: int | None, cache_dir: str | Path |
             given, wanted = ", ".join(table.column_names), " and ".join(needed)
             raise WeLoreError(f"the held-out rows have the columns {given}: needed are {wanted}")
     return Rows(dataset_name(dataset), shape, *(_select(table, shape, names) for table in tables))
+
+
+def refuse_of_rows(config: FinetuneConfig, why: str, names: Sequence[str] = OF_ROWS) -> None:
+    """Raise WeLoreError for settings of rows that are given where there are none."""
+    given = [name for name in names if getattr(config, name) is not None and getattr(config, name) is not False]
+    if given:
+        go = "go" if len(given) > 1 else "goes"
+        raise WeLoreError(f"{' and '.join(given)} {go} with conversations, or prompts and completions; {why}")
 
 
 def _shape(name: str, columns: Sequence[str], names: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from welore.config import SELF, FinetuneConfig
+from welore.data.rows import refuse_of_rows
 from welore.data.text import dataset_name
 from welore.data.windows import is_windows
 from welore.errors import WeLoreError, choose, did_you_mean, first_line
@@ -24,10 +25,14 @@ CONTINUAL = {"batch_size": 4, "max_length": 1024}
 DOWNSTREAM = {"batch_size": 8, "max_length": 512}
 STEPS, TASK_STEPS, EPOCHS = 10_000, 1_000, 3  # passes over rows at most, as many as the Trainer makes
 WARM_UP_SHARE = 20  # one step in twenty: 500 of 10,000
-OF_ROWS = "loss_on_prompt", "packing", "eval_dataset", "eval_split"  # settings that a text does not have
 DISTILLED = {"distill_weight": 1.0, "distill_temperature": 1.0}  # the teacher alone, at its own temperature
 FSDP = "ACCELERATE_USE_FSDP"  # set by accelerate's launcher
-
+RENAMED = {  # words of TrainingArguments and TRL -> settings
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), "batch_size"),
+    **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "nothing, or loss_on_prompt for the opposite"),
+    **{"eval_strategy": "eval_steps", "save_strategy": "save_steps", "optim": "optimizer", "lr": "learning_rate"},
+    **{"bf16": "dtype", "fp16": "dtype", "dataset_text_field": "text_column", "use_peft": "method lora"},
+}
 # Fields of TrainingArguments that a run would not obey: their work is done by settings of our own, or not at all.
 IGNORED = ("num_train_epochs", "per_device_eval_batch_size", "train_sampling_strategy", "do_train", "do_eval")
 
@@ -48,9 +53,9 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
     if config.dataset is None and config.task is None:
         raise WeLoreError("give dataset or task, one of them; task_dataset names the file of a task")
     if config.task is not None:
-        refuse_of_rows(config, OF_ROWS[2:], f"{config.task} holds out its own questions")
+        refuse_of_rows(config, f"{config.task} holds out its own questions", ("eval_dataset", "eval_split"))
     elif is_windows(config.dataset) or (isinstance(config.dataset, str) and config.dataset == SELF):
-        refuse_of_rows(config, OF_ROWS, f"{dataset_name(config.dataset)} is a text in windows of tokens")
+        refuse_of_rows(config, f"{dataset_name(config.dataset)} is a text in windows of tokens")
     usual: dict[str, Any] = CONTINUAL if config.task is None else DOWNSTREAM
     usual = usual | (DISTILLED if config.distill is not None else {})
     values = {name: value for name, value in usual.items() if getattr(config, name) is None}
@@ -59,11 +64,8 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
     config = dataclasses.replace(config, **values)
     if config.dtype == "float16" and device.type == "cpu":
         raise WeLoreError("float16 is trained on a GPU only: use dtype float32 or bfloat16 on a CPU")
-    if config.self_tokens is not None and config.self_tokens <= length_of(config):
-        raise WeLoreError(
-            f"self_tokens is {config.self_tokens}: two blocks of {config.max_length} tokens are needed, one of them to "
-            "evaluate on"
-        )
+    if config.self_tokens is not None and config.self_tokens <= cast(int, config.max_length):
+        raise WeLoreError(f"self_tokens is {config.self_tokens}: two blocks of {config.max_length} tokens are needed")
     choose("optimizer", config.optimizer, {name.value: name for name in OptimizerNames})
     refuse_options(config.method, train_norms=config.train_norms, rank=config.rank)
     if config.stream_weights and not METHODS[config.method].streams:
@@ -73,14 +75,6 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise WeLoreError(f"report_to {config.report_to} needs the package: pip install {config.report_to}")
     return config
-
-
-def refuse_of_rows(config: FinetuneConfig, names: Sequence[str], why: str) -> None:
-    """Raise WeLoreError for options of rows that are given where there are none."""
-    given = [name for name in names if getattr(config, name) is not None and getattr(config, name) is not False]
-    if given:
-        go = "go" if len(given) > 1 else "goes"
-        raise WeLoreError(f"{' and '.join(given)} {go} with conversations, or prompts and completions; {why}")
 
 
 def sequences_read(config: FinetuneConfig, processes: int) -> int:
@@ -100,12 +94,6 @@ def resolve_steps(config: FinetuneConfig, rows: int | None, processes: int) -> F
     return dataclasses.replace(config, max_steps=steps, num_train_epochs=None, warmup_steps=warmup)
 
 
-def length_of(config: FinetuneConfig) -> int:
-    """Tokens of a sequence."""
-    assert config.max_length
-    return config.max_length
-
-
 def check_launch(environment: Mapping[str, str], method: str, device: str, distill: Any = None) -> None:
     """Raise WeLoreError for a launch by accelerate (known by its variables) that this package does not support."""
     if is_on(environment, "ACCELERATE_USE_DEEPSPEED"):
@@ -115,20 +103,14 @@ def check_launch(environment: Mapping[str, str], method: str, device: str, disti
     if environment.get("FSDP_VERSION", "1") != "2":
         raise WeLoreError("finetune runs under FSDP 2 only: pass --fsdp_version 2 to accelerate launch")
     if is_on(environment, "FSDP_CPU_RAM_EFFICIENT_LOADING"):
-        raise WeLoreError(
-            "every process reads the checkpoint itself: pass --fsdp_cpu_ram_efficient_loading false as well"
-        )
+        raise WeLoreError("every process reads the checkpoint: pass --fsdp_cpu_ram_efficient_loading false as well")
     if distill is not None and not is_recorded(distill):
-        raise WeLoreError(
-            "a teacher in memory does not run under FSDP: use torchrun, which is DDP, or a file of its predictions"
-        )
+        raise WeLoreError("a teacher in memory does not run under FSDP: use torchrun, or a file of its predictions")
     if not METHODS[method].fsdp:
         names = ", ".join(name for name, entry in METHODS.items() if entry.fsdp)
         raise WeLoreError(f"method {method} does not run under FSDP, only {names} do: use torchrun, which is DDP")
     if device == "cpu":
-        raise WeLoreError(
-            "accelerate has no FSDP on a CPU and would use DDP without a word: use torchrun, which is DDP"
-        )
+        raise WeLoreError("accelerate has no FSDP on a CPU and would use DDP in silence: use torchrun, which is DDP")
 
 
 def is_on(environment: Mapping[str, str], name: str) -> bool:
@@ -151,10 +133,7 @@ def training_arguments(config: FinetuneConfig, output_dir: Path, device: torch.d
     for name in config.training_arguments:
         _require_field(name)
         if name in ours or name in IGNORED:
-            raise WeLoreError(
-                f"{name} is no training argument to give: fine-tuning sets it from max_steps, num_train_epochs, "
-                "batch_size, dtype, optimizer, eval_steps, save_steps, device and its other settings"
-            )
+            raise WeLoreError(f"{name} is no training argument to give: fine-tuning sets it from its own settings")
     try:
         arguments = TrainingArguments(**ours, **(usual | dict(config.training_arguments)))
     except (ValueError, TypeError) as error:
@@ -164,9 +143,8 @@ def training_arguments(config: FinetuneConfig, output_dir: Path, device: torch.d
 
 
 def _our_arguments(config: FinetuneConfig, output_dir: Path, device: torch.device) -> dict[str, Any]:
-    checkpointing = "activation_checkpointing"  # its newer name
-    if checkpointing not in TrainingArguments.__dataclass_fields__:
-        checkpointing = "gradient_checkpointing"
+    fields, names = TrainingArguments.__dataclass_fields__, ("activation_checkpointing", "gradient_checkpointing")
+    checkpointing = next(name for name in names if name in fields)  # its newer name, or its older one
     on = config.gradient_checkpointing
     return {
         "output_dir": str(output_dir),
@@ -216,6 +194,8 @@ def training_argument(name: str, text: str) -> Any:
 
 
 def _require_field(name: str) -> None:
+    if name in RENAMED:
+        raise WeLoreError(f"{name} is no training argument to give: give {RENAMED[name]}")
     if name not in TrainingArguments.__dataclass_fields__:
         hint = did_you_mean(name, [*FinetuneConfig.__dataclass_fields__, *TrainingArguments.__dataclass_fields__])
         raise WeLoreError(f"neither finetune nor transformers' TrainingArguments has an option {name!r}{hint}")

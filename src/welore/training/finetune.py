@@ -234,10 +234,9 @@ def _set_up(model: "PreTrainedModel") -> Iterator[None]:
 def _numbers(run: Prepared, trainer: FinetuneTrainer) -> dict[str, Any]:
     history = trainer.state.log_history
     evaluation = [[h["step"], h["eval_loss"], h["eval_perplexity"]] for h in history if "eval_loss" in h]
-    step, best = trainer.state.global_step, trainer.args.load_best_model_at_end
-    if evaluation and (best or evaluation[-1][0] != step):  # the best model is loaded, or a callback has stopped
-        loss = trainer.held_out_loss(trainer.model)
-        evaluation.append([step, loss, perplexity_of(loss)])
+    if evaluation and (trainer.args.load_best_model_at_end or evaluation[-1][0] != trainer.state.global_step):
+        loss = trainer.held_out_loss(trainer.model)  # of the best model, or where a callback has stopped
+        evaluation.append([trainer.state.global_step, loss, perplexity_of(loss)])
     final = {"eval_loss": evaluation[-1][1], "eval_perplexity": evaluation[-1][2]} if evaluation else {}
     parameters = list(run.marked.model.parameters())
     return {

@@ -14,7 +14,7 @@ from welore.allocation.plan import Plan
 from welore.config import SELF, FinetuneConfig, as_record
 from welore.data.examples import examples_of_rows
 from welore.data.packing import Blocks, DatasetSplit, blocks_of_text, blocks_of_windows, blocks_to_write
-from welore.data.rows import Rows, open_rows
+from welore.data.rows import Rows, open_rows, refuse_of_rows
 from welore.data.text import COLUMN, TextOptions, open_text
 from welore.data.windows import given_predictions, given_windows, is_windows, require_known_tokens, write_windows
 from welore.errors import WeLoreError, first_line
@@ -28,15 +28,7 @@ from welore.models.experts import experts_of
 from welore.models.load import LoadedModel, load_model
 from welore.models.skeleton import context_length, require_context_length
 from welore.training.activations import keep_wide_products
-from welore.training.arguments import (
-    OF_ROWS,
-    is_recorded,
-    length_of,
-    refuse_of_rows,
-    resolve_steps,
-    sequences_read,
-    training_arguments,
-)
+from welore.training.arguments import is_recorded, resolve_steps, sequences_read, training_arguments
 from welore.training.data import questions_of_task, require_packing
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable, take_apart
 from welore.training.originals import Originals
@@ -101,7 +93,7 @@ def prepare(
     teacher = None
     if config.distill is not None and not is_recorded(config.distill):
         teacher = load_teacher(config, loaded, context)
-        require_context_length(length_of(config), context_length(teacher.config))
+        require_context_length(config.max_length or 0, context_length(teacher.config))
     configs = {"model_settings_sha256": [config_digest(net.config) for net in (model, teacher) if net is not None]}
     for net in (model, teacher) if config.packing else ():
         if net is not None:
@@ -172,7 +164,7 @@ def _loaded(
         require_unread(out, loaded.directory)
     for name, parameter in loaded.model.named_parameters():
         check_finite(name, parameter.detach())
-    require_context_length(length_of(config), context_length(loaded.model.config))
+    require_context_length(config.max_length or 0, context_length(loaded.model.config))
     return loaded
 
 
@@ -192,21 +184,20 @@ def _data(
     """Answers to learn, windows of tokens, or a text in blocks: a part to train on, a part to evaluate on."""
     if config.task is not None:
         return questions_of_task(config, tokenizer, context.cache_dir)
-    length, sequences = length_of(config), sequences_read(config, processes)
+    length, sequences, count = config.max_length or 0, sequences_read(config, processes), config.max_eval_samples
     if is_windows(config.dataset):
         windows = given_windows(config.dataset, length)  # type: ignore[arg-type]
         if windows.shape[1] != length:
             raise WeLoreError(f"the dataset has windows of {windows.shape[1]} tokens: give that as max_length")
         predictions = given_predictions(config.dataset) if is_recorded(config.distill) else None  # type: ignore[arg-type]
-        name, count = "windows of token ids", config.max_eval_samples
-        return blocks_of_windows(windows, name, eval_items=count, predictions=predictions)
+        return blocks_of_windows(windows, "windows of token ids", eval_items=count, predictions=predictions)
     rows = open_rows(config, None if config.num_train_epochs else blocks_to_write(sequences), context.cache_dir)
     if isinstance(rows, Rows):
         return examples_of_rows(rows, tokenizer, config)
-    options, count = TextOptions.of(config, context), config.max_eval_samples
+    options = TextOptions.of(config, context)
     name = open_text(rows, options).name  # an error for what is no text either
-    refuse_of_rows(config, OF_ROWS, f"{name} is a text")
-    refuse_of_rows(config, ("num_train_epochs",), f"{name} is a text: give max_steps")
+    refuse_of_rows(config, f"{name} is a text")
+    refuse_of_rows(config, f"{name} is a text: give max_steps", ("num_train_epochs",))
     return blocks_of_text(rows, tokenizer, length, tokens=sequences * length, eval_items=count, options=options)
 
 
