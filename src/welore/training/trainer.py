@@ -101,8 +101,8 @@ class FinetuneTrainer(Trainer):
 class RunCallback(TrainerCallback):
     """Moves the progress bar, stops a run whose loss is not a number, and measures the speed between two losses.
 
-    The last step is evaluated. tokens: how many a step reads, in all processes. A loss is read when everything asked
-    of a GPU before is done, so nothing has to wait for the measurement. Evaluating and saving are outside.
+    tokens: how many a step reads, in all processes. A loss is read when everything asked of a GPU before is done, so
+    nothing has to wait for the measurement. Evaluating and saving are outside.
     """
 
     def __init__(self, tokens: Callable[[int], int], steps: int, progress: Progress) -> None:
@@ -121,9 +121,8 @@ class RunCallback(TrainerCallback):
         self.began = self.began or (state.global_step, time.perf_counter())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The bar moves on. The result of the last step is evaluated, whatever eval_steps is."""
+        """The bar moves on."""
         next(self.bar, None)
-        control.should_evaluate |= args.eval_strategy != "no" and state.global_step >= state.max_steps
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """An interval ends; without a loss there is no sense in going on."""
