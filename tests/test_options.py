@@ -214,6 +214,13 @@ def test_settings_in_the_place_of_the_output_are_refused() -> None:
         welore.finetune("model", welore.FinetuneConfig(dataset="pydoc"), dataset="pydoc")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("recovery", ["none", "my.txt"])
+def test_a_recovery_that_is_a_text_is_not_taken_for_auto(recovery: Any, tmp_path: Path) -> None:
+    dense = checkpoint(tmp_path / "dense", None)
+    with pytest.raises(WeLoreError, match=r"str is no settings: give welore.RecoveryConfig\(\.\.\.\)"):
+        welore.compress(dense, tmp_path / "out", keep=0.8, recovery=recovery)
+
+
 @pytest.mark.parametrize(
     ("verb", "name", "kind"),
     [

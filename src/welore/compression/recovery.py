@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from welore.allocation.plan import Allocation, Plan
 from welore.compression.factorize import stored_factors
 from welore.compression.writing import write_compressed
-from welore.config import MAX_LENGTH, SELF, FinetuneConfig, MethodName, RecoveryConfig, settings_of
+from welore.config import AUTO, MAX_LENGTH, SELF, FinetuneConfig, MethodName, RecoveryConfig, settings_of
 from welore.data.mixture import draw, mixed
 from welore.data.text import TextOptions
 from welore.data.windows import TopK, digest, write_windows
@@ -54,15 +54,16 @@ def resolve_recovery(recovery: RecoveryConfig | str | None, own_windows: int, *,
     "auto": on the model's own text, if the preset has a recovery and there is such a text. own_windows: windows that
     the model wrote or will write; two are the least to train on and to hold out.
     """
-    if isinstance(recovery, str):
+    if recovery == AUTO:
         recovery = RecoveryConfig() if preset and own_windows > 1 else None
     if recovery is None:
         return None
-    if settings_of(RecoveryConfig, recovery).dataset == SELF and own_windows < 2:
+    config = settings_of(RecoveryConfig, cast(Any, recovery))
+    if config.dataset == SELF and own_windows < 2:
         raise WeLoreError(
             "recovery on self needs statistics of at least two windows that the model wrote: name another text"
         )
-    return recovery
+    return config
 
 
 def recovery_text(config: RecoveryConfig, model_config: Any, tokenizer: Any, seed: int, options: TextOptions) -> Tensor:
