@@ -214,7 +214,6 @@ def _file_text(path: Path, column: str) -> str:
 def _parquet(path: Path, column: str) -> Iterator[dict[str, Any]]:
     from pyarrow.parquet import ParquetFile
 
-    require_file(path)
     try:
         with ParquetFile(path) as file:
             for batch in file.iter_batches(columns=[column]):
