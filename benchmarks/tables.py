@@ -6,6 +6,7 @@ and figures of recipes/emergence_cpu.sh.
 """
 
 import argparse
+import math
 import re
 import shutil
 import sys
@@ -575,6 +576,25 @@ def arena(of: str = ARENA) -> str:
     return marked_down(Table("", head, [row(records) for _, records in sorted(cells.items(), key=worst)]))
 
 
+def shrinkage() -> str:
+    """Quality by how far moments are shrunk, a line for each amount of text and size, from benchmarks/shrinkage.py."""
+    lines: dict[tuple[str, int, float], dict[float, list[float]]] = {}
+    for directory in sorted((HERE / "shrinkage").iterdir()):
+        dense = Record.load(directory / "dense-1-0.json")
+        keys = [f"perplexity_{text}" for text in dense.settings["texts"]]
+        for record in map(Record.load, sorted(directory.glob("*-*-*-*.json"))):
+            at = record.settings
+            ratio = math.prod(record.numbers[key] / dense.numbers[key] for key in keys) ** (1 / len(keys))
+            cells = lines.setdefault((record.inputs["model"], at["num_tokens"], at["keep"]), {})
+            cells.setdefault(at["shrinkage"], []).append(ratio)
+    shares = sorted({share for cells in lines.values() for share in cells})
+    rows = [
+        [model, f"{tokens:,}", percent(keep), *(f"x {over_seeds(cells[s])}" if s in cells else "" for s in shares)]
+        for (model, tokens, keep), cells in sorted(lines.items())
+    ]
+    return marked_down(Table("", ["model", "tokens", "parameters", *(f"shrunk by {s:g}" for s in shares)], rows))
+
+
 def ablation(of: str = "quality") -> str:
     """Allocation of ranks (columns) apart from factorisation, storage and neurons (rows), from benchmarks/arena.py."""
     cells = quality_cells(of)
@@ -805,6 +825,7 @@ TABLES = {
     "arena": arena,
     "arena_gemma": lambda: arena("arena/gemma-3-270m-Q4_K_M"),
     "ablation": ablation,
+    "shrinkage": shrinkage,
     "quality": quality,
     "quality_gemma3": lambda: quality("quality-gemma3-270m"),
     "kinds": kinds,

@@ -10,7 +10,7 @@ import welore
 from conftest import build, compress, logits
 from toys import calibrate
 from welore.calibration.scaling import SCALINGS, metric
-from welore.calibration.statistics import SHRINKAGE, Statistics
+from welore.calibration.statistics import SHRINKAGE, Statistics, usual_shrinkage
 from welore.config import AllocationConfig, CompressionConfig, Goal
 from welore.errors import WeLoreError
 from welore.linalg.svd import Side
@@ -86,6 +86,7 @@ def test_moments_of_two_different_inputs_count_less_where_k_fac_uses_them(
     (made if shrinkage is None else replace(made, shrinkage=share)).save(tmp_path / "again.safetensors")
     statistics = Statistics.load(tmp_path / "again.safetensors")
     assert statistics.shrinkage == share
+    assert [usual_shrinkage(tokens) for tokens in (1, 16_384, 65_536)] == [SHRINKAGE, SHRINKAGE, SHRINKAGE / 2]
     for target in CheckpointSource(saved("llama")).targets[:7]:
         H = statistics.inputs(target.name)
         assert H is not None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from welore.calibration.hooks import Losses
 from welore.calibration.layerwise import TEACHER, Finish, collect_statistics, fast_dtype
 from welore.calibration.scaling import metric
-from welore.calibration.statistics import GENERATED, Statistics, WorkspaceStore, reached
+from welore.calibration.statistics import GENERATED, Statistics, WorkspaceStore, reached, usual_shrinkage
 from welore.config import KFAC, MAX_LENGTH, SELF, CalibrationConfig, Dataset, RunOptions, as_record, settings_of
 from welore.data.mixture import Source, draw, parse_mixture, seed_of
 from welore.data.self_generated import Texts, generate_text
@@ -169,13 +169,15 @@ def collect(
         gc.collect()  # the model's parts refer to each other
     store = WorkspaceStore(workspace)
     counts, shared = reached([target.name for target in weights.targets], store.group)
+    record = Record.of(json.loads(bytes(stored["record"].tolist())))
     return Statistics(
         model=weights.identity,
         shapes={target.name: target.shape for target in weights.targets},
         counts=counts,
         shared=shared,
         store=store,
-        record=Record.of(json.loads(bytes(stored["record"].tolist()))),
+        record=record,
+        shrinkage=usual_shrinkage(record.numbers["tokens"]),
         include=tuple(text.config.include),
         exclude=tuple(text.config.exclude),
         generated=(text.own, text.length) if text.own else None,

@@ -34,19 +34,15 @@ from welore.records import Identity, Record
 GENERATED = "written"  # the tensor of the token ids that the model generated
 TEACHER = "teacher.logprobs", "teacher.ids"  # what the model thinks of the text that it generated
 TEACHER_DTYPES = torch.float16, torch.int32
-JSON_FIELDS = (  # as the file names them
-    "shapes",
-    "counts",
-    "shared",
-    "include",
-    "exclude",
-    "measured",
-    "teacher_size",
-    "grids",
-    "shrinkage",
-)
+# As the file names them.
+JSON_FIELDS = "shapes", "counts", "shared", "include", "exclude", "measured", "teacher_size", "grids", "shrinkage"
 FORMAT, OLDER = "welore.calibration/3", "welore.calibration/2"  # whose moments are not shrunk
-SHRINKAGE = 0.2
+SHRINKAGE, FEW_TOKENS = 0.2, 16_384
+
+
+def usual_shrinkage(tokens: int) -> float:
+    """The shrinkage of moments over so many tokens: a fifth for few, less by the root of their number for more."""
+    return SHRINKAGE * min(1.0, (FEW_TOKENS / max(tokens, 1)) ** 0.5)
 
 
 class StatisticsStore(Protocol):
@@ -181,7 +177,7 @@ class Statistics:
     generated: tuple[int, int] | None = None
     teacher_size: int = 0
     grids: Mapping[str, Grid] = field(default_factory=dict)
-    shrinkage: float = SHRINKAGE
+    shrinkage: float = 0.0
 
     def inputs(self, name: str, part: slice = ALL) -> Tensor | None:
         """A (n, n), symmetric, or that of some inputs; zeros if no token reached the matrix, None if it is unknown."""

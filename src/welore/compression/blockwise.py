@@ -14,7 +14,7 @@ from functools import cached_property
 from torch import Tensor
 
 from welore.calibration.hooks import Collector, Moments
-from welore.calibration.statistics import MemoryStore, Statistics, reached
+from welore.calibration.statistics import MemoryStore, Statistics, reached, usual_shrinkage
 from welore.compression.analysis import Analyzer
 from welore.compression.expert_pruning import select_experts, store_losses
 from welore.compression.mlp_pruning import Search, refit_layers, select_neurons
@@ -105,7 +105,9 @@ class BlockAnalyzer:
         counts, shared = reached(names, groups.__getitem__)
         shapes = {target.name: target.shape for target in self.source.targets if target.name in counts}
         record = Record("calibration", {}, {}, {})
-        return Statistics(self.source.identity, shapes, counts, shared, MemoryStore(groups), record), groups
+        known, shrinkage = MemoryStore(groups), usual_shrinkage(tokens)
+        statistics = Statistics(self.source.identity, shapes, counts, shared, known, record, shrinkage=shrinkage)
+        return statistics, groups
 
 
 @dataclass(frozen=True)
