@@ -1,12 +1,14 @@
 """The command line: one entry per verb, and how a mistake ends."""
 
 import os
+import re
 import sys
 from importlib import metadata
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import typer.main
+from typer.core import TyperCommand
 
 from welore.cli.compression import allocate, analyze, calibrate, compress, export, info, merge
 from welore.cli.ending import Stopped, flush_output, say_end, stoppable
@@ -31,11 +33,19 @@ VERBS: dict[Verb, str] = {  # in the order of the help, with an example each
     demo: "welore demo",
 }
 OPEN = {finetune: {"allow_extra_args": True, "ignore_unknown_options": True}}  # they take another library's options
-SPELLING = {"token_normalize_func": lambda name: name.replace("_", "-")}  # --max_steps is --max-steps, as in TRL
+
+
+class Spelled(TyperCommand):
+    """A command whose options may be spelled as in TRL: --max_steps is --max-steps."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As click does, options with hyphens."""
+        return super().parse_args(ctx, [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), a) for a in args])
+
 
 app = typer.Typer(name="welore", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 for _verb, _example in VERBS.items():
-    app.command(epilog=f"Example: `{_example}`", context_settings=SPELLING | OPEN.get(_verb, {}))(expand(_verb))
+    app.command(cls=Spelled, epilog=f"Example: `{_example}`", context_settings=OPEN.get(_verb))(expand(_verb))
 
 
 def _version(wanted: bool) -> None:
