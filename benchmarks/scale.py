@@ -58,7 +58,7 @@ def compress_checkpoint(shape: str, layers: int, **changes: Any) -> dict[str, An
         shapes = {target.shape: target.cost for target in targets}
         expert = 4 * max([math.prod(t.shape) for t in targets if is_of_expert(t.name)], default=0)
         found = measured(dense, RANK_REDUCTION, 1)
-        alone = measured(dense, RANK_REDUCTION, 1, ATTENTION)["resident_peak_bytes"] if expert else 0
+        alone = measured(dense, RANK_REDUCTION, 1, ATTENTION) if expert else {}
     numbers, steps = found["numbers"], found["steps"]
     largest = 4 * max(map(math.prod, shapes))  # bytes in float32
     seconds: dict[str, dict[str, float]] = {}
@@ -70,7 +70,8 @@ def compress_checkpoint(shape: str, layers: int, **changes: Any) -> dict[str, An
     in_steps = sum(s for taken in steps.values() for _, s in taken)
     processor = sum(stage["processor_seconds"] for stage in numbers["stages"].values())
     all_layers = RANDOM[shape]["num_hidden_layers"]
-    experts = {"resident_peak_bytes": alone, "over_their_largest_matrix": alone / expert} if expert else {}
+    experts = {key: alone[key] for key in ("anonymous_peak_bytes", "resident_peak_bytes") if expert}
+    experts |= {f"{key}_over_their_largest_matrix": size / expert for key, size in experts.items()}
     return {
         "layers": layers,
         "experts_alone": experts,

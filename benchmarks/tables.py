@@ -198,13 +198,15 @@ def default_job() -> str:
 def mixture() -> str:
     """One layer of a mixture through the paper's method, and all layers by extrapolation, from benchmarks/scale.py."""
     n = Record.load(HERE / "scale_mixture.json").numbers
-    alone = n["experts_alone"]
+    alone, relative = n["experts_alone"], "the same over one matrix of an expert in float32"
     rows = [
         ["peak anonymous memory", megabytes(n["anonymous_peak_bytes"])],
         ["peak resident set, mapped pages included", megabytes(n["resident_peak_bytes"])],
         ["the same over the largest matrix in float32", f"{n['resident_peak_over_largest_matrix']:.1f}"],
+        ["peak anonymous memory with the experts alone", megabytes(alone["anonymous_peak_bytes"])],
+        [relative, f"{alone['anonymous_peak_bytes_over_their_largest_matrix']:.1f}"],
         ["peak resident set with the experts alone", megabytes(alone["resident_peak_bytes"])],
-        ["the same over one matrix of an expert in float32", f"{alone['over_their_largest_matrix']:.1f}"],
+        [relative, f"{alone['resident_peak_bytes_over_their_largest_matrix']:.1f}"],
         ["anonymous memory before the first matrix is read", megabytes(n["anonymous_peak_bytes_by_stage"]["start"])],
         [f"processor time of {n['matrices']} matrices", f"{n['processor_seconds']:,.0f} s"],
         [f"processor time of {n['all_layers']} layers, extrapolated", f"{n['processor_hours_extrapolated']:.1f} h"],

@@ -155,6 +155,7 @@ def test_scale_measures_a_mixture_and_its_experts_alone(
     measured = numbers(tmp_path / "scale_mixture.json")
     assert measured["matrices"] == 2 * (4 + 3 * 8)
     assert measured["experts_alone"]["resident_peak_bytes"] > 0
+    assert measured["experts_alone"]["anonymous_peak_bytes"] > 0
     rows = benchmark("tables").mixture().splitlines()
     assert {row.count("|") for row in rows} == {3}
 
