@@ -156,14 +156,19 @@ def calibrated(directory: Path, family: str = "llama", **changes: Any) -> tuple[
     return model, statistics
 
 
+def unshrunk(statistics: Path) -> Statistics:
+    """Moments as they were summed: what neurons cost follows from the sample alone."""
+    return replace(Statistics.load(statistics), shrinkage=0.0)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma3_text"])
 def test_from_a_model_to_a_smaller_one_and_back(tmp_path: Path, family: str, tokens: Tensor) -> None:
-    source, statistics = calibrated(tmp_path, family)
-    small = tmp_path / "small"
+    source, file = calibrated(tmp_path, family)
+    small, statistics = tmp_path / "small", unshrunk(file)
     record = compress(source, small, keep=0.6, mlp_pruning=0.3, statistics=statistics, recovery=None)
     plan = Plan.load(small / "plan.json")
     gone = sum(n.pruned for n in plan.neurons.values())
-    assert record.settings["mlp_pruning"] == gone == pytest.approx(0.3 * 2 * 128, abs=6)
+    assert record.settings["mlp_pruning"] == gone == pytest.approx(0.3 * 2 * 128, abs=4)
     assert record.numbers["parameter_ratio"] == pytest.approx(0.6, abs=0.01)
     about = json.loads((small / "config.json").read_text())["quantization_config"]
     assert about["version"] == 4
@@ -257,7 +262,7 @@ def test_params_alone_takes_out_what_is_worth_it(tmp_path: Path) -> None:
 def test_a_result_for_a_gpu_has_plain_factors_and_round_ranks_and_widths(tmp_path: Path, tokens: Tensor) -> None:
     source, statistics = calibrated(tmp_path, hidden_size=64, num_hidden_layers=1)
     small = tmp_path / "small"
-    record = compress(source, small, keep=0.3, statistics=statistics, recovery=None, optimize_for="gpu")
+    record = compress(source, small, keep=0.4, statistics=unshrunk(statistics), recovery=None, optimize_for="gpu")
     plan = Plan.load(small / "plan.json")
     assert record.settings["optimize_for"] == plan.optimize_for == "gpu"
     assert "optimize_for gpu" in str(welore.info(small))
@@ -267,7 +272,7 @@ def test_a_result_for_a_gpu_has_plain_factors_and_round_ranks_and_widths(tmp_pat
     widths = [len(mlp.indices) for mlp in plan.neurons.values()]
     assert all(size % plan.rank_multiple == 0 for size in (*widths, *plan.ranks.values()))
     assert set(plan.forms.values()) == {"factored"}
-    assert record.numbers["parameter_ratio"] == pytest.approx(0.3, abs=0.02)
+    assert record.numbers["parameter_ratio"] == pytest.approx(0.4, abs=0.02)
     assert torch.isfinite(logits(AutoModelForCausalLM.from_pretrained(small), tokens)).all()
 
 
