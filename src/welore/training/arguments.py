@@ -34,7 +34,7 @@ RENAMED = {  # words of TrainingArguments and TRL -> settings
     **{"bf16": "dtype", "fp16": "dtype", "dataset_text_field": "text_column", "use_peft": "method lora"},
 }
 # Fields of TrainingArguments that a run would not obey: their work is done by settings of our own, or not at all.
-IGNORED = ("num_train_epochs", "per_device_eval_batch_size", "train_sampling_strategy", "do_train", "do_eval")
+IGNORED = ("num_train_epochs", "train_sampling_strategy", "do_train", "do_eval")
 
 
 def is_recorded(teacher: str | Path | None) -> bool:
@@ -64,7 +64,7 @@ def resolve_defaults(config: FinetuneConfig, device: torch.device) -> FinetuneCo
     config = dataclasses.replace(config, **values)
     if config.dtype == "float16" and device.type == "cpu":
         raise WeLoreError("float16 is trained on a GPU only: use dtype float32 or bfloat16 on a CPU")
-    if config.self_tokens is not None and config.self_tokens <= cast(int, config.max_length):
+    if config.self_tokens is not None and config.self_tokens <= length_of(config):
         raise WeLoreError(f"self_tokens is {config.self_tokens}: two blocks of {config.max_length} tokens are needed")
     choose("optimizer", config.optimizer, {name.value: name for name in OptimizerNames})
     refuse_options(config.method, train_norms=config.train_norms, rank=config.rank)
@@ -92,6 +92,12 @@ def resolve_steps(config: FinetuneConfig, rows: int | None, processes: int) -> F
         steps = passes if config.num_train_epochs else min(steps, passes)
     warmup = steps // WARM_UP_SHARE if config.warmup_steps is None else config.warmup_steps
     return dataclasses.replace(config, max_steps=steps, num_train_epochs=None, warmup_steps=warmup)
+
+
+def length_of(config: FinetuneConfig) -> int:
+    """Tokens of a sequence."""
+    assert config.max_length
+    return config.max_length
 
 
 def check_launch(environment: Mapping[str, str], method: str, device: str, distill: Any = None) -> None:

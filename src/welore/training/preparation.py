@@ -28,7 +28,7 @@ from welore.models.experts import experts_of
 from welore.models.load import LoadedModel, load_model
 from welore.models.skeleton import context_length, require_context_length
 from welore.training.activations import keep_wide_products
-from welore.training.arguments import is_recorded, resolve_steps, sequences_read, training_arguments
+from welore.training.arguments import is_recorded, length_of, resolve_steps, sequences_read, training_arguments
 from welore.training.data import questions_of_task, require_packing
 from welore.training.methods import MarkedModel, known_warnings, mark_trainable, take_apart
 from welore.training.originals import Originals
@@ -93,7 +93,7 @@ def prepare(
     teacher = None
     if config.distill is not None and not is_recorded(config.distill):
         teacher = load_teacher(config, loaded, context)
-        require_context_length(config.max_length or 0, context_length(teacher.config))
+        require_context_length(length_of(config), context_length(teacher.config))
     configs = {"model_settings_sha256": [config_digest(net.config) for net in (model, teacher) if net is not None]}
     for net in (model, teacher) if config.packing else ():
         if net is not None:
@@ -164,7 +164,7 @@ def _loaded(
         require_unread(out, loaded.directory)
     for name, parameter in loaded.model.named_parameters():
         check_finite(name, parameter.detach())
-    require_context_length(config.max_length or 0, context_length(loaded.model.config))
+    require_context_length(length_of(config), context_length(loaded.model.config))
     return loaded
 
 
@@ -184,7 +184,7 @@ def _data(
     """Answers to learn, windows of tokens, or a text in blocks: a part to train on, a part to evaluate on."""
     if config.task is not None:
         return questions_of_task(config, tokenizer, context.cache_dir)
-    length, sequences, count = config.max_length or 0, sequences_read(config, processes), config.max_eval_samples
+    length, sequences, count = length_of(config), sequences_read(config, processes), config.max_eval_samples
     if is_windows(config.dataset):
         windows = given_windows(config.dataset, length)  # type: ignore[arg-type]
         if windows.shape[1] != length:

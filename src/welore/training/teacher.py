@@ -1,7 +1,7 @@
 """The model that another one learns from: loaded frozen, sharing what is equal, writing the text if asked to."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -100,9 +100,9 @@ def write_text(
 
     The processes of a launcher write a share each.
     """
-    from welore.training.arguments import sequences_read  # the Trainer, as in compression/recovery.py
+    from welore.training.arguments import length_of, sequences_read  # the Trainer, as in compression/recovery.py
 
-    length = cast(int, config.max_length)
+    length = length_of(config)
     tokens = config.self_tokens or blocks_to_write(sequences_read(config, processes)) * length
     size = CalibrationConfig(num_tokens=tokens, max_length=length, seed=seed_of(config.seed, SELF))
     together = Processes(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
