@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import allocate
+from welore.allocation import solver
 from welore.allocation.plan import Plan
 from welore.allocation.rule import LAYOUTS, Rule, layout_of
 from welore.allocation.solver import check_reachable
@@ -74,6 +75,23 @@ def test_solution_is_the_closest_of_all_plans(
             plan = allocate(s, allow_growth=allow_growth, **how, **{target: wanted})
             achieved = plan.parameter_ratio if target == "keep" else plan.rank_reduction
             assert abs(achieved - wanted) == pytest.approx(min(abs(x - wanted) for x in curve), abs=1e-12)
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+@pytest.mark.parametrize("target", ["rank_reduction", "keep"])
+def test_sorting_scores_a_part_at_a_time_gives_the_same_plan(
+    strategy: str, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = spectra({f"{i}.{name}": shape for i in range(5) for name, shape in SHAPES.items()})
+    s.values["0.b"][3:7] = s.values["0.b"][3]  # equal scores, in a matrix and in two
+    s.values["1.b"][:] = s.values["0.b"]
+    wanted = np.linspace(0.1, 0.8, 8) if target == "rank_reduction" else np.linspace(0.3, 0.99, 8)
+    at_once = [allocate(s, strategy=strategy, **{target: value}, min_ratio=0.0, allow_growth=True) for value in wanted]
+    for parts, together in ((16, 1), (3, 1), (16, 40)):
+        monkeypatch.setattr(solver, "PARTS", parts)
+        monkeypatch.setattr(solver, "TOGETHER", together)
+        for value, plan in zip(wanted, at_once, strict=True):
+            assert allocate(s, strategy=strategy, **{target: value}, min_ratio=0.0, allow_growth=True) == plan
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))

@@ -66,6 +66,10 @@ class Rule:
         lrc = (min(m, n) - ranks) / min(m, n) > float(self.min_ratio)
         return lrc if self.allow_growth else lrc & smaller
 
+    def removed(self, ranks: NDArray[np.int64], shape: Shape) -> NDArray[np.int64]:
+        """By how much W (m, n) loses rank at each of the ranks: not at all where it stays dense."""
+        return (min(shape) - ranks) * self.factored(ranks, shape)
+
     def numel(self, ranks: NDArray[np.int64], shape: Shape) -> NDArray[np.int64]:
         """Numbers stored for W (m, n) at each of the ranks."""
         m, n = shape

@@ -3,11 +3,13 @@
 A strategy (strategies.STRATEGIES) gives every singular value a score, and ONE level cuts the scores of the whole model.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from welore.allocation.plan import Allocation, Plan
 from welore.allocation.rule import Rule, Shape, layout_of
@@ -19,6 +21,9 @@ from welore.layers.block_grid import layer_of
 from welore.layers.remaining import dense_numel
 from welore.layers.storage_forms import FACTORED, storages
 from welore.linalg.spectrum import Values
+
+PARTS, TOGETHER = 16, 1 << 16  # parts in which scores are sorted; as many scores are sorted at once, or a part of all
+Counted = Callable[[NDArray[np.int64], Shape], NDArray[np.int64]]  # ranks and a shape -> what each rank counts as
 
 
 def allocate(
@@ -56,9 +61,8 @@ def allocate(
     multiple = config.rank_multiple or layout.rank_multiple
     scores = _scores(strategy, spectra, rule, multiple)
     level = value if name == "threshold" else _solve(scores, spectra, (name, value), rule)
-    if (
-        rule.overheads and name != "threshold"
-    ):  # they decide which matrices are factored; the ranks then meet the target
+    # Overheads decide which matrices are factored; the ranks then meet the target.
+    if rule.overheads and name != "threshold":
         factored = [a.name for a in _allocations(scores, spectra, level, rule, multiple) if a.factored]
         rule = rule.once_factored()
         scores = _scores(strategy, spectra, rule, multiple, factored)
@@ -125,7 +129,7 @@ def check_reachable(
         low = (1 - pruned) * sum(int(n.min()) for n in numel) / dense
         high = (sum(int(n.max()) for n in numel) - gone) / dense
     else:
-        removed = [(min(s) - r) * rule.factored(r, s) for r, s in zip(every, shapes, strict=True)]
+        removed = [rule.removed(ranks, shape) for ranks, shape in zip(every, shapes, strict=True)]
         low, high = 0.0, sum(int(n.max()) for n in removed) / sum(min(shape) for shape in shapes)
     _require_between(name, target, low, high, rule)
 
@@ -185,37 +189,57 @@ def _tail(sigma: Values, rank: int) -> float:
 def _solve(scores: Scores, spectra: Spectra, target: tuple[str, float], rule: Rule, *, nearest: bool = False) -> float:
     """The level at which rank reduction (or the parameter ratio) comes closest to the target; running sums over scores.
 
-    A matrix goes from rank k - j + 1 to k - j at its j-th smallest score. nearest: take the closest to a target out of
-    reach.
+    nearest: take the closest to a target out of reach.
     """
     shapes = [spectra.shapes[name] for name in spectra.values]
-    pooled, removed, numbers = [], [], []
-    for s, shape in zip(scores, shapes, strict=True):
-        k = min(shape)
-        ranks = np.arange(k, 0, -1)
-        pooled.append(s[::-1][: k - 1])
-        removed.append(np.diff(np.where(rule.factored(ranks, shape), k - ranks, 0)))
-        numbers.append(np.diff(rule.numel(ranks, shape)))
-    events = np.concatenate(pooled)
-    order = np.argsort(events, kind="stable")
-    events = events[order]
-
-    full = sum(min(shape) for shape in shapes)
-    dense = sum(m * n for m, n in shapes)
-    layers = ((layer_of(name, spectra.grids), m * n) for name, (m, n) in zip(spectra.values, shapes, strict=True))
-    unpruned = int(sum(dense_numel(numel, layer, spectra.neurons, spectra.experts) for layer, numel in layers))
-    removed_after = np.concatenate([[0], np.cumsum(np.concatenate(removed)[order])])
-    stored_after = dense + np.concatenate([[0], np.cumsum(np.concatenate(numbers)[order])])
-
-    # Level 0 of this list removes nothing; level i lies between the i-th score and the next one, if they differ.
-    # No level passes the largest score of all, so that a flat spectrum (all ones) is left alone.
-    upper = np.concatenate([events, [max(float(s[0]) for s in scores)]])
-    lower = np.concatenate([upper[:1], events])
-    reachable = np.concatenate([[0], 1 + np.flatnonzero(upper[1:] > lower[1:])])
     name, value = target
-    curve = (removed_after / full if name == "rank_reduction" else stored_after / unpruned)[reachable]
+    if name == "rank_reduction":
+        start, full, counted = 0, sum(map(min, shapes)), rule.removed
+    else:
+        layers = ((layer_of(name, spectra.grids), m * n) for name, (m, n) in zip(spectra.values, shapes, strict=True))
+        start, counted = sum(m * n for m, n in shapes), rule.numel
+        full = int(sum(dense_numel(numel, layer, spectra.neurons, spectra.experts) for layer, numel in layers))
+
+    # A level lies between a score and the next one, if they differ; the first cuts nothing. No level passes the largest
+    # score of all, so that a flat spectrum (all ones) is left alone.
+    top = np.array([max(float(s[0]) for s in scores)])
+    below, total = -np.inf, start
+    best, low, high = (np.inf, 0.0, 0.0), np.inf, -np.inf  # distance and the scores around the level; the reach
+    for events, changes in itertools.chain(_ascending(scores, shapes, counted), [(top, np.zeros(1, np.int64))]):
+        lower = np.concatenate([[below], events[:-1]])
+        totals = total + np.concatenate([[0], np.cumsum(changes)])
+        levels = np.flatnonzero(events > lower)
+        if len(levels):
+            curve = totals[levels] / full
+            closest = int(np.argmin(np.abs(curve - value)))
+            i = levels[closest]
+            best = min(best, (abs(curve[closest] - value), lower[i], events[i]))
+            low, high = min(low, curve.min()), max(high, curve.max())
+        below, total = events[-1], totals[-1]
     if not nearest:
-        _require_between(name, value, curve.min(), curve.max(), rule)
-    best = reachable[int(np.argmin(np.abs(curve - value)))]
-    middle = (lower[best] + upper[best]) / 2
-    return float(middle if middle > lower[best] else upper[best])
+        _require_between(name, value, low, high, rule)
+    _, under, over = best
+    middle = (under + over) / 2
+    return float(middle if under < middle < over else over)
+
+
+def _ascending(scores: Scores, shapes: Sequence[Shape], counted: Counted) -> Iterator[tuple[Values, NDArray[np.int64]]]:
+    """All scores but the largest of every matrix, ascending, and by how much `counted` changes when each is cut.
+
+    In at most PARTS arrays, so that a copy of all scores is never in memory; equal scores are in the same one. A matrix
+    goes from rank k - j + 1 to k - j at its j-th smallest score.
+    """
+    parts = min(PARTS, 1 + sum(map(len, scores)) // TOGETHER)
+    some = np.sort(np.concatenate([s[::PARTS] for s in scores]))
+    borders = np.unique(some[len(some) * np.arange(1, parts) // parts])
+    for low, high in itertools.pairwise([-np.inf, *borders, np.inf]):
+        events, changes = [], []
+        for s, shape in zip(scores, shapes, strict=True):
+            k = len(s)
+            first, last = np.minimum(np.searchsorted(s[::-1], (low, high)), k - 1)
+            events.append(s[::-1][first:last])
+            changes.append(np.diff(counted(np.arange(k - first, k - last - 1, -1), shape)))
+        together = np.concatenate(events)
+        if len(together):
+            order = np.argsort(together, kind="stable")
+            yield together[order], np.concatenate(changes)[order]

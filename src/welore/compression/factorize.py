@@ -13,7 +13,7 @@ from welore.config import NONE
 from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.storage_forms import FORMS
-from welore.linalg.svd import Decomposition, factorise, working_bytes
+from welore.linalg.svd import Decomposition, decompose, working_bytes
 from welore.models.source import CheckpointSource, TensorSource
 from welore.models.targets import Target, decomposition_key, in_blocks, result_key
 
@@ -38,12 +38,12 @@ def factor_matrices(
         parts, target = workspace.fetch(factors_key(a)), targets[a.name]
         if parts is None:
             tensors = workspace.fetch(decomposition_key(a.name, a.shape))
-            decomposition = None if tensors is None else Decomposition.from_tensors(tensors)
-            norm = None if decomposition else metric(plan.scaling, statistics, target, sides)
-            # The matrix has no name here: factorise makes its own copy and lets this one go.
-            factors = factorise(
-                source.read(target).to(context.float64_device), a.rank, a.relative_error, decomposition, norm
-            )
+            if tensors is None:
+                norm = metric(plan.scaling, statistics, target, sides)
+                tensors = decompose(source.read(target).to(context.float64_device), norm).tensors()
+            decomposition = Decomposition.from_tensors(tensors)
+            # The matrix has no name here: `factors` makes its own copy and lets this one go.
+            factors = decomposition.factors(source.read(target).to(context.float64_device), a.rank, a.relative_error)
             dtype = source.dtype(target)
             packed = FORMS[a.form].pack(factors.A, factors.B)
             parts = {

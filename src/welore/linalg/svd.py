@@ -151,15 +151,14 @@ class Decomposition(ABC):
         k = min(W.shape)
         if not 1 <= rank <= k:
             raise WeLoreError(f"rank is {rank}: a matrix of shape {tuple(W.shape)} has ranks from 1 to {k}")
-        precision = precision_of(W)
+        precision, wide = precision_of(W), W.shape[0] <= W.shape[1]
+        near, far, excess, repaired = self._checked(rank, precision, W.device, optimum)
         # A fresh copy, always laid out alike: the same W gives the same bits wherever it came from.
-        wide = W.shape[0] <= W.shape[1]
         W = W.to(precision, copy=True, memory_format=torch.contiguous_format)
         X = W if wide else W.T
         image, expected = _image(X), self.image.to(X.device)
         if len(image) != len(expected) or not float((image - expected).norm()) <= OTHER * float(X.norm()):
             raise WeLoreError("the decomposition is that of other weights: compute it again")
-        near, far, excess, repaired = self._checked(rank, precision, X.device, optimum)
         projected = product(near.T, X) if wide else product(W, near)
         rows = projected if wide else projected.T
         lengths = torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(far, dim=0)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from operator import eq
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from welore.errors import WeLoreError
-from welore.io.safetensors_stream import TensorInfo
 from welore.layers.experts import Experts
 from welore.layers.remaining import Remaining, is_left
 from welore.models.experts import experts_of, unfuse
 from welore.models.resizing import Resizing, resized, tensor_shapes
-from welore.models.source import TensorSource
+from welore.models.source import OverlaySource, TensorSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,58 +91,30 @@ def _pairs(module: Any, like: Any) -> Iterator[tuple[Any, Any]]:
         yield module.gate.fused, like.gate.fused
 
 
-class FewerExperts(TensorSource):
+class FewerExperts(OverlaySource):
     """A source without some experts. Those that are left have the names of the base; the identity is that of the base.
 
     experts: mixture -> the experts that are left.
     """
 
     def __init__(self, base: TensorSource, pruning: ExpertPruning, experts: Mapping[str, Remaining]) -> None:
-        self.base, self.pruning, self.experts = base, pruning, experts
-        self.name, self.include, self.exclude = base.name, base.include, base.exclude
-        self.identity, self.state = base.identity, base.state
-        self.skeleton = self.empty_skeleton()
+        self.pruning, self.experts = pruning, experts
+        super().__init__(base, {}, {name: partial(self._router, name) for name in pruning.routers})
         self.targets = [target for target in base.targets if is_left(target.name, experts)]
-        self._names = [name for name in base.names() if is_left(name, experts)]
-
-    @property
-    def original(self) -> TensorSource:
-        """That of the base."""
-        return self.base.original
 
     def empty_skeleton(self) -> "PreTrainedModel":
         """A model without the experts, on the meta device."""
-        model = self.base.empty_skeleton()
+        model = super().empty_skeleton()
         self.pruning.take_out(model, self.experts)
         return model
 
     def names(self) -> Iterable[str]:
         """All tensors that are left."""
-        return self._names
+        return [name for name in super().names() if is_left(name, self.experts)]
 
-    def info(self, name: str) -> TensorInfo:
-        """Dtype and shape of a tensor."""
-        info = self.base.info(name)
-        if name not in self.pruning.routers:
-            return info
-        _, axis = self.pruning.routers[name]
-        return TensorInfo(info.dtype, (*info.shape[:axis], self.pruning.count, *info.shape[axis + 1 :]))
-
-    def chunks(self, name: str) -> Iterator[Tensor]:
-        """A tensor in flat pieces."""
-        return iter([self.tensor(name).flatten()]) if name in self.pruning.routers else self.base.chunks(name)
-
-    def tensor(self, name: str) -> Tensor:
-        """A tensor, of a router what is left of it."""
-        tensor = self.base.tensor(name)
-        if name not in self.pruning.routers:
-            return tensor
-        mixture, axis = self.pruning.routers[name]
+    def _router(self, name: str) -> Tensor:
+        tensor, (mixture, axis) = self.base.tensor(name), self.pruning.routers[name]
         return tensor.index_select(axis, torch.tensor(self.experts[mixture].indices, device=tensor.device))
-
-    def stored_name(self, name: str) -> str:
-        """As of the base."""
-        return self.base.stored_name(name)
 
 
 def find_expert_pruning(source: TensorSource, count: int) -> ExpertPruning:

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -395,7 +396,7 @@ class OverlaySource(TensorSource):
         self.name, self.include, self.exclude = base.name, base.include, base.exclude
         self.identity, self.state = base.identity, base.state
         self.targets = [replace(target, shape=shapes.get(target.name, target.shape)) for target in base.targets]
-        self.skeleton = base.empty_skeleton()
+        self.skeleton = self.empty_skeleton()
         resize_layers(self.skeleton, shapes)
 
     @property
@@ -416,7 +417,7 @@ class OverlaySource(TensorSource):
         info = self.base.info(name)
         if name not in self.overrides:
             return info
-        return TensorInfo(info.dtype, tuple(self.skeleton.get_parameter(name).shape))
+        return TensorInfo(info.dtype, tuple(attrgetter(name)(self.skeleton).shape))
 
     def stored_name(self, name: str) -> str:
         """As of the base."""
