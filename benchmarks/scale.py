@@ -56,6 +56,7 @@ def compress_checkpoint(shape: str, layers: int, **changes: Any) -> dict[str, An
         dense_bytes = sum(path.stat().st_size for path in dense.glob("*.safetensors"))
         targets = CheckpointSource(dense).targets
         shapes = {target.shape: target.cost for target in targets}
+        values = 8 * sum(min(target.shape) for target in targets)
         expert = 4 * max([math.prod(t.shape) for t in targets if is_of_expert(t.name)], default=0)
         found = measured(dense, RANK_REDUCTION, 1)
         alone = measured(dense, RANK_REDUCTION, 1, ATTENTION) if expert else {}
@@ -81,6 +82,7 @@ def compress_checkpoint(shape: str, layers: int, **changes: Any) -> dict[str, An
         "resident_baseline_bytes": found["resident_baseline_bytes"],
         "resident_peak_bytes": found["resident_peak_bytes"],
         "resident_peak_over_largest_matrix": found["resident_peak_bytes"] / largest,
+        "singular_values_bytes_extrapolated": values / layers * all_layers,
         "limits_bytes": {"one_gigabyte": 1e9, "six_largest_matrices": 6.0 * largest},
         "checkpoint_bytes": dense_bytes,
         "seconds_per_matrix": seconds,
@@ -222,8 +224,9 @@ def summary(shape: str, numbers: dict[str, Any]) -> str:
     peak, ratio = numbers["resident_peak_bytes"], numbers["resident_peak_over_largest_matrix"]
     return (
         f"{shape}, {numbers['layers']} layers: peak resident set {peak / 1e6:.0f} MB above the imports ({ratio:.1f} x "
-        f"the largest matrix in float32); {numbers['processor_hours_extrapolated']:.1f} h of "
-        f"one core for all {numbers['all_layers']} layers"
+        f"the largest matrix in float32); for all {numbers['all_layers']} layers "
+        f"{numbers['processor_hours_extrapolated']:.1f} h of one core, and "
+        f"{numbers['singular_values_bytes_extrapolated'] / 1e6:.0f} MB of singular values while the plan is made"
     )
 
 

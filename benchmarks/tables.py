@@ -196,7 +196,7 @@ def default_job() -> str:
 
 
 def mixture() -> str:
-    """One layer of a mixture through the paper's method, and all layers by extrapolation, from benchmarks/scale.py."""
+    """Layers of a mixture through the paper's method, and all layers by extrapolation, from benchmarks/scale.py."""
     n = Record.load(HERE / "scale_mixture.json").numbers
     alone, relative = n["experts_alone"], "the same over one matrix of an expert in float32"
     rows = [
@@ -210,8 +210,10 @@ def mixture() -> str:
         ["anonymous memory before the first matrix is read", megabytes(n["anonymous_peak_bytes_by_stage"]["start"])],
         [f"processor time of {n['matrices']} matrices", f"{n['processor_seconds']:,.0f} s"],
         [f"processor time of {n['all_layers']} layers, extrapolated", f"{n['processor_hours_extrapolated']:.1f} h"],
+        [f"singular values of {n['all_layers']} layers", megabytes(n["singular_values_bytes_extrapolated"])],
     ]
-    return marked_down(Table("", ["shape of Qwen3-30B-A3B, one layer, one worker", "above the imports"], rows))
+    head = [f"shape of Qwen3-30B-A3B, {n['layers']} layers, one worker", "above the imports"]
+    return marked_down(Table("", head, rows))
 
 
 def mixture_job() -> str:
