@@ -470,6 +470,14 @@ def test_a_run_on_conversations_that_stops_goes_on_to_the_same_losses_and_weight
     assert twice["tokens"] == once["tokens"] == sum(len(chat_tokens(n)[0]) for n in order)
 
 
+def test_a_run_on_other_rows_says_so_and_not_that_its_steps_differ(model: Path, tmp_path: Path) -> None:
+    passes = SHORT | {"max_steps": None, "warmup_steps": None, "num_train_epochs": 1}
+    finetuned(model, tmp_path / "run", dataset=CHATS, **passes)
+    (tmp_path / "run/finetune.json").unlink()
+    with pytest.raises(WeLoreError, match="its data_sha256 is"):
+        finetuned(model, tmp_path / "run", dataset=CHATS[:-4], resume=True, **passes)
+
+
 @pytest.mark.parametrize(("passes", "steps"), [(0.5, 5), (2, 18), (None, 27)])
 def test_passes_over_rows_set_the_steps_and_the_last_of_them_is_evaluated(
     passes: float | None, steps: int, model: Path, tmp_path: Path
@@ -512,6 +520,7 @@ def test_the_perplexity_of_the_record_is_that_of_the_result(model: Path, tmp_pat
         ({}, 18, 4),  # 54 sequences by 16
         ({}, 1_000_000, 10_000),
         ({"num_train_epochs": 1}, 1_000_000, 62_500),
+        ({"num_train_epochs": 1, "max_steps": -1}, 160, 10),  # as a TRL file says it
         ({"max_steps": 7}, 18, 7),
         ({"task": "svamp"}, None, 1_000),
         ({"task": "svamp", "num_train_epochs": 3}, 700, 132),  # 2,100 by 16

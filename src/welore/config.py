@@ -511,6 +511,8 @@ class FinetuneConfig:
         if self.save_dtype is not None:
             choose("dtype", self.save_dtype, dict.fromkeys(choices(DtypeName)[1:]))
         require_choice("tracker", self.report_to, TrackerName)
+        if self.max_steps == -1:  # of the Trainer: as num_train_epochs says
+            object.__setattr__(self, "max_steps", None)
         counts = ("max_steps", "batch_size", "gradient_accumulation_steps", "max_eval_samples", "rank", "self_tokens")
         require_at_least(1, **{name: getattr(self, name) for name in counts})
         require_at_least(2, max_length=self.max_length)

@@ -166,7 +166,8 @@ def _allocations(scores: Scores, spectra: Spectra, level: float, rule: Rule, mul
         rank = max(min(multiple, len(s)), int((s >= level).sum()))
         factored = bool(rule.factored(np.array([rank]), shape)[0])
         form = rule.form(rank, shape) if factored else FACTORED
-        allocations.append(Allocation(name, shape, rank, factored, _tail(sigma, rank), form))
+        error = np.sqrt((sigma[rank:] ** 2).sum() / ((sigma**2).sum() or 1.0))
+        allocations.append(Allocation(name, shape, rank, factored, float(error), form))
     return tuple(allocations)
 
 
@@ -179,11 +180,6 @@ def _in_groups(scores: Values, size: int, top: float) -> Values:
     shared = np.repeat(np.add.reduceat(scores, borders) / counts, counts)
     shared[:size] = top
     return np.minimum.accumulate(shared)  # rounding must not turn the order round
-
-
-def _tail(sigma: Values, rank: int) -> float:
-    total = float((sigma**2).sum())
-    return float(np.sqrt((sigma[rank:] ** 2).sum() / total)) if total else 0.0
 
 
 def _solve(scores: Scores, spectra: Spectra, target: tuple[str, float], rule: Rule, *, nearest: bool = False) -> float:

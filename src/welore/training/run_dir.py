@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 RUN, TUNED, CHECKPOINTS, MODEL = "run.json", "finetune.json", "checkpoints", "model"
 WRITTEN = "written.safetensors"
 CHECKSUMS = "checksums.json"
+FOLLOW = ("max_steps", "warmup_steps")  # often from the data: another one of those tells more
 STEP = ("batch_size", "gradient_accumulation_steps", "processes")  # whose product is what a step reads
 STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 
@@ -103,7 +104,7 @@ def begin(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
             f"{out} holds a run that reads {read} sequences in a step, now it would read {reads}: choose batch_size "
             f"and gradient_accumulation_steps whose product with the number of processes ({processes}) is {read}"
         )
-    for name in dict.fromkeys([*now, *before]):
+    for name in sorted(dict.fromkeys([*now, *before]), key=FOLLOW.__contains__):
         if before.get(name) != now.get(name):
             raise WeLoreError(
                 f"{out} holds another run: its {name} is {before.get(name)!r}, now it is {now.get(name)!r}; resume it "
