@@ -132,6 +132,8 @@ def test_other_classes_and_places_compute_the_same(small: Path, tmp_path: Path, 
     model = AutoModelForCausalLM.from_pretrained(small)
     bare = AutoModel.from_pretrained(small)  # which has no head
     assert torch.equal(bare(tokens).last_hidden_state, model.model(tokens).last_hidden_state)
+    bare.save_pretrained(tmp_path / "bare")
+    assert equal(AutoModel.from_pretrained(tmp_path / "bare").state_dict(), bare.state_dict())
     places = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
     spread = AutoModelForCausalLM.from_pretrained(small, device_map=places, offload_folder=tmp_path / "offload")

@@ -63,7 +63,8 @@ def test_no_number_is_taken_that_cannot_work(kind: Any) -> None:
         numeric = typing.get_origin(hint) is not tuple and {int, float} & {hint, *typing.get_args(hint)}
         wrong: list[Any] = [float("nan"), float("-inf"), -(10**30)] if numeric and field.name != "seed" else []
         if counts.search(field.name):
-            wrong += [10**30, 2.5, float("inf"), -1]
+            by_epochs = kind is settings.FinetuneConfig and field.name == "max_steps"  # -1, as the Trainer has it
+            wrong += [10**30, 2.5, float("inf"), -2 if by_epochs else -1]
         for value in wrong:
             with pytest.raises(WeLoreError) as caught:
                 kind(**{field.name: value})
@@ -95,6 +96,9 @@ def test_a_yaml_file_gives_the_options_and_the_command_line_overrides_it(
     model, spectra = saved(), tmp_path / "s.safetensors"
     done(command("analyze", model, "-o", spectra))
     (tmp_path / "c.yaml").write_text("rank-reduction: 0.4\nmin_ratio: 0.3\nstrategy: uniform\n")
+    (tmp_path / "one.yaml").write_text("exclude: layers.0\n")  # of several one is no list
+    done(command("analyze", model, "-o", tmp_path / "some", "--config", tmp_path / "one.yaml"))
+    assert welore.Spectra.load(tmp_path / "some").exclude == ("layers.0",)
     for arguments, reached in (((), 0.4), (("--rank-reduction", 0.2), 0.2)):
         done(command("allocate", spectra, "-o", tmp_path / "p.json", "--config", tmp_path / "c.yaml", *arguments))
         plan = welore.Plan.load(tmp_path / "p.json")

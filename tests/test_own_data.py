@@ -396,6 +396,12 @@ REFUSED: list[tuple[Any, str | None, str]] = [
     ([{"a": "x", "b": "y"}], PLAIN, "has the columns a, b: needed are text, messages, prompt and completion, or"),
     (NO_ANSWER, PLAIN, "record 2: no message has the role assistant"),
     (CHATS, None, "this tokenizer has no chat template"),
+    (
+        [{"messages": turns("a", "b")}, {"messages": turns("a", " ")}],
+        PLAIN,
+        "record 2: a message of the assistant has no",
+    ),
+    ([{"messages": [{"role": "user"}, *turns("a", "b")]}] * 2, PLAIN, "record 1: a message of the user has no content"),
     ([{"prompt": "a", "completion": " "}] * 2, PLAIN, "record 1: the completion is empty"),
     ([{"prompt": "a", "completion": None}] * 2, PLAIN, "record 1: needed are texts, or lists of messages"),
     (CHATS, LAST_ONLY, "record 1: the chat template writes the beginning of a conversation differently"),
@@ -410,6 +416,24 @@ def test_data_that_cannot_be_learned_are_refused_in_one_sentence(rows: Any, temp
     with pytest.raises(WeLoreError, match=message) as caught:
         read(rows, tokenizer=chatting(template))
     assert "\n" not in str(caught.value)
+
+
+def test_rows_in_memory_have_no_splits() -> None:
+    """The held-out rows would be those of training, in silence."""
+    for dataset in (CHATS, datasets.Dataset.from_list(CHATS)):
+        for name in ("eval_split", "dataset_split"):
+            with pytest.raises(WeLoreError, match="has no splits, but rows: leave split test out"):
+                read(dataset, **{name: "test"})
+    with pytest.raises(WeLoreError, match="has no splits"):
+        read(CHATS, eval_dataset=CHATS, eval_split="train")
+
+
+def test_a_greeting_is_not_learned_where_a_template_does_not_mark_it() -> None:
+    greeted = [{"messages": [{"role": "assistant", "content": "Hi!"}, *row["messages"]]} for row in CHATS]
+    hello, _ = expected(("[assistant]Hi![end]", False))
+    ids, labels = zip(*(chat_tokens(n) for n in range(20)), strict=True)
+    found = tokens_of(read(greeted))
+    assert found == [(hello + i, [-100] * len(hello) + t) for i, t in zip(ids, labels, strict=True)]
 
 
 def test_damaged_files_and_missing_parts_are_refused(tmp_path: Path) -> None:

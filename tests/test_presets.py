@@ -24,6 +24,22 @@ def test_a_size_alone_is_the_best_preset() -> None:
     )
 
 
+def test_a_number_of_tokens_is_obeyed_also_the_usual_one() -> None:
+    fast = resolve(CompressionConfig(keep=0.8, preset="fast"), has_statistics=False)
+    for given in (512, 65_536):
+        assert resolve_calibration(CalibrationConfig(num_tokens=given), fast).num_tokens == given
+    best = resolve(CompressionConfig(keep=0.8), has_statistics=False)
+    assert resolve_calibration(None, best).tokens == CalibrationConfig().tokens == 65_536
+
+
+def test_statistics_that_are_given_decide_the_scaling_unless_a_preset_or_a_scaling_is_named() -> None:
+    given = {"has_statistics": True}
+    kfac = (None, "kfac", "waterfill", "auto", True, 0.0)
+    assert settings(CompressionConfig(rank_reduction=0.3), **given) == kfac
+    assert settings(CompressionConfig(rank_reduction=0.3, scaling="none"), **given)[1] == "none"
+    assert settings(CompressionConfig(keep=0.8, preset="paper"), **given)[1] == "none"
+
+
 @pytest.mark.parametrize(("device", "goal"), [("cpu", "cpu"), ("cuda", "gpu"), ("mps", "gpu")])
 def test_a_preset_is_laid_out_for_the_device_unless_a_goal_is_named(device: str, goal: str) -> None:
     def goal_of(**options: Any) -> str:

@@ -743,6 +743,8 @@ def test_another_run_is_not_resumed_and_a_finished_one_not_overwritten(model: Pa
     with pytest.raises(WeLoreError, match="is finished"):
         finetuned(model, out, dataset=text, resume=True, **SHORT)
     (out / "finetune.json").unlink()
+    with pytest.raises(WeLoreError, match="holds an unfinished run: give resume to go on with it"):
+        finetuned(model, out, dataset=text, **SHORT)
     with pytest.raises(WeLoreError, match="holds another run: its learning_rate is 0.005, now it is 0.001"):
         finetuned(model, out, dataset=text, resume=True, **SHORT | {"learning_rate": 1e-3})
     with pytest.raises(WeLoreError, match="resume or overwrite, not both"):

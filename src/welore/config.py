@@ -124,9 +124,7 @@ class AllocationConfig:
 
     keep: float | None = option(None, "Target: share of the parameters to keep, 0 to 1.", panel="Target")
     rank_reduction: float | None = option(None, "Target: effective rank reduction (ERR), 0 to 1.", panel="Target")
-    threshold: float | None = option(
-        None, "Target: the threshold on normalised singular values itself.", panel="Target"
-    )
+    threshold: float | None = option(None, "Target: the threshold on normalised singular values.", panel="Target")
     strategy: StrategyName | None = option(
         None,
         "How to compare singular values of different matrices.",
@@ -211,9 +209,7 @@ class CompressionConfig(AnalysisConfig, AllocationConfig):
         panel="Method",
         shown="auto for presets best and fast, else 0",
     )
-    expert_pruning: float = option(
-        0.0, "Share of the experts of every layer of a mixture to take out before all else.", panel="Method"
-    )
+    expert_pruning: float = option(0.0, "Share of the experts of every layer to take out first.", panel="Method")
     weights: WeightsName = option(
         AUTO, "Store the weights of the result in 8 bits (int8), or in the model's dtype (auto).", panel="Method"
     )
@@ -227,13 +223,9 @@ class CompressionConfig(AnalysisConfig, AllocationConfig):
         if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", self.max_shard_size, re.IGNORECASE):
             raise WeLoreError(f"max_shard_size is {self.max_shard_size!r}: write it like '500MB' or '5GB'")
         if self.mlp_pruning not in (None, AUTO) and not 0 <= float(self.mlp_pruning or 0) < 1:
-            raise WeLoreError(
-                f"mlp_pruning is {self.mlp_pruning}: it is the share that is taken out, from 0 to below 1, or {AUTO!r}"
-            )
+            raise WeLoreError(f"mlp_pruning is {self.mlp_pruning}: it is the share, from 0 to below 1, or {AUTO!r}")
         if not 0 <= self.expert_pruning < 1:
-            raise WeLoreError(
-                f"expert_pruning is {self.expert_pruning}: it is the share that is taken out, from 0 to below 1"
-            )
+            raise WeLoreError(f"expert_pruning is {self.expert_pruning}: it is the share taken out, from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -248,15 +240,18 @@ class CalibrationConfig:
     dataset_split: str | None = option(None, "Split of a hub data set.", panel="Calibration", shown="train")
     text_column: str = option("text", "Column or field of the text.", panel="Calibration")
     bos: BosName = option("auto", BOS, panel="Calibration")
-    num_tokens: int = option(NUM_TOKENS, "Tokens to read, rounded up to whole windows.", panel="Calibration")
+    num_tokens: int | None = option(
+        None,
+        "Tokens to read, rounded up to whole windows.",
+        panel="Calibration",
+        shown=f"{NUM_TOKENS}; preset fast 4096",
+    )
     max_length: int | None = option(
         None, "Tokens of a window.", panel="Calibration", shown="512, or what the model reads"
     )
     seed: int = option(0, "Random seed.", panel="Calibration")
     batch_size: int = option(4, "Windows in work at once.", panel="Calibration")
-    dtype: DtypeName = option(
-        AUTO, "Data type of products; auto: bfloat16 where the device multiplies it.", panel="Calibration"
-    )
+    dtype: DtypeName = option(AUTO, "Dtype of products; auto: bfloat16 where the device has it.", panel="Calibration")
     measure_losses: float = option(
         0.25, "Share of the windows on which the loss of every cut is measured; 0: none.", panel="Calibration"
     )
@@ -287,13 +282,16 @@ class CalibrationConfig:
         if not 0 <= self.measure_losses <= 1:
             raise WeLoreError(f"measure_losses is {self.measure_losses:g}: it is a share of the windows, 0 to 1")
         if not 0 < self.temperature < float("inf"):
-            raise WeLoreError(
-                f"temperature is {self.temperature}: it must be above 0 (1 is the model's own distribution)"
-            )
+            raise WeLoreError(f"temperature is {self.temperature}: it must be above 0 (1 is the model's own)")
         if not isinstance(self.top_k, Integral) or self.top_k < 0:
             raise WeLoreError(f"top_k is {self.top_k}: it must be at least 1, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
             raise WeLoreError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are read, before they are rounded."""
+        return self.num_tokens or NUM_TOKENS
 
 
 @dataclass(frozen=True)
@@ -340,9 +338,7 @@ class RecoveryConfig:
     largest_share: float = option(
         0.2, "Largest share removed up to which longer runs have a larger rate.", panel="Recovery", flag=None
     )
-    teacher_weight: float = option(
-        0.5, "The teacher's share of the loss on a text that people wrote.", panel="Recovery", flag=None
-    )
+    teacher_weight: float = option(0.5, "The teacher's share of the loss on a given text.", panel="Recovery", flag=None)
     tolerance: float = option(
         0.05, "Largest growth of the held-out loss, as a share of the loss of compression.", panel="Recovery", flag=None
     )
@@ -473,15 +469,9 @@ class FinetuneConfig:
     optimizer: str = option("adamw_torch_fused", "Any optimiser of transformers' Trainer.", panel="Training")
     weight_decay: float = option(0.0, "Weight decay of dense matrices; factors have none.", panel="Training")
     max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: not at all.", panel="Training")
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass to save memory.", panel="Memory"
-    )
-    selective_checkpointing: bool = option(
-        False, "Keep attention and wide products, recompute the rest.", panel="Memory"
-    )
-    stream_weights: bool = option(
-        False, "Keep frozen weights on the host; copy each to the device when it multiplies.", panel="Memory"
-    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.", panel="Memory")
+    selective_checkpointing: bool = option(False, "Keep attention and wide products, recompute others.", panel="Memory")
+    stream_weights: bool = option(False, "Keep frozen weights on the host; copy those that multiply.", panel="Memory")
     whole_logits: bool = option(False, "Compute the loss from all logits at once: more memory.", panel="Memory")
     eval_steps: int = option(500, "Steps between evaluations on held-out data; 0: never.", panel="Output")
     max_eval_samples: int = option(64, "Held-out sequences to evaluate on.", panel="Output")
@@ -525,9 +515,7 @@ class FinetuneConfig:
         if not (isinstance(self.seed, Integral) and 0 <= self.seed < 1 << 32):
             raise WeLoreError(f"seed is {self.seed}: it must be a whole number from 0 to {(1 << 32) - 1}")
         if self.max_steps and self.warmup_steps and self.warmup_steps >= self.max_steps:
-            raise WeLoreError(
-                f"warmup_steps is {self.warmup_steps}: it must be less than the {self.max_steps} steps of the run"
-            )
+            raise WeLoreError(f"warmup_steps is {self.warmup_steps}: it must be less than the {self.max_steps} steps")
         if self.selective_checkpointing and self.gradient_checkpointing:
             raise WeLoreError("give gradient_checkpointing or selective_checkpointing, not both")
         self._check_distillation()
@@ -546,9 +534,7 @@ class FinetuneConfig:
             if own_text:
                 raise WeLoreError(f"dataset {SELF} is text that the teacher writes: name the teacher by distill")
         if self.distill_weight is not None and not 0 < self.distill_weight <= 1:
-            raise WeLoreError(
-                f"distill_weight is {self.distill_weight}: it is the teacher's share of the loss, above 0, at most 1"
-            )
+            raise WeLoreError(f"distill_weight is {self.distill_weight}: it is a share of the loss, above 0, at most 1")
         if self.distill_temperature is not None and not 0 < self.distill_temperature < float("inf"):
             raise WeLoreError(
                 f"distill_temperature is {self.distill_temperature}: it must be above 0 (1 is the teacher's own)"
@@ -583,9 +569,7 @@ class PretrainConfig:
     optimizer: str = option("adamw_torch_fused", "Any optimiser of transformers' Trainer.", panel="Training")
     weight_decay: float = option(0.0, "Weight decay of dense matrices; factors have none.", panel="Training")
     max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: not at all.", panel="Training")
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass to save memory.", panel="Training"
-    )
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.", panel="Training")
     probes: int = option(30, "Steps at which gradients and weights are recorded.", panel="Study")
     probe_items: int = option(32, "Sequences of each of the two batches of a probe.", panel="Study")
     max_eval_samples: int = option(128, "Held-out sequences to evaluate on.", panel="Study")

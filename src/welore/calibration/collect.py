@@ -142,7 +142,7 @@ def draw_text(config: CalibrationConfig, net: Any, tokenizer: Any, context: RunC
     """The text of statistics; net: the model, which may be on the meta device. WeLoreError if it cannot read it."""
     config = _complete(config, net, context.device)
     length, texts = config.max_length or MAX_LENGTH, TextOptions.of(config, context)
-    counts, sources = draw(config.dataset, config.num_tokens, tokenizer, length, seed=config.seed, options=texts)
+    counts, sources = draw(config.dataset, config.tokens, tokenizer, length, seed=config.seed, options=texts)
     require_known_tokens(net, *[source.windows for source in sources])
     return Text(config, tokenizer, tuple(sources), counts.get(SELF, 0))
 
@@ -213,7 +213,8 @@ def _complete(config: CalibrationConfig, net: Any, device: torch.device) -> Cali
     limit = context_length(net.config) or MAX_LENGTH
     if config.max_length is not None:
         require_context_length(config.max_length, limit)
-    return replace(config, max_length=config.max_length or min(MAX_LENGTH, limit), dtype=dtype)
+    length = config.max_length or min(MAX_LENGTH, limit)
+    return replace(config, max_length=length, num_tokens=config.tokens, dtype=dtype)
 
 
 def _own_text(job: _Job, tokenizer: Any, count: int) -> Source:

@@ -153,7 +153,5 @@ def _output_gradients(statistics: Statistics, target: Target) -> Tensor:
 
 def _known(statistic: Tensor | None, statistics: Statistics, target: Target) -> Tensor:
     if statistic is None:
-        raise WeLoreError(
-            f"the statistics of {statistics.model.name} lack {target.layer}: make them with the same targets"
-        )
+        raise WeLoreError(f"the statistics of {statistics.model.name} lack {target.layer}: make them with its targets")
     return statistic

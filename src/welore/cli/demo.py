@@ -207,7 +207,7 @@ def _findings(numbers: Mapping[str, Mapping[str, Any]], run: Mapping[str, Any]) 
         f"with our method and {ratio['welore']} with WeLore as published; it is {ratio['uniform-same-parameters']} "
         "that of the dense model if every matrix loses the same share of its rank.",
         f"With {small} of them it is {ratio['ours-small']} that of the dense model with our method, which needed no "
-        f"data but {CALIBRATION.num_tokens:,} tokens that the model itself wrote.",
+        f"data but {CALIBRATION.tokens:,} tokens that the model itself wrote.",
         f"Fine-tuning only the low-rank factors of WeLore ({run['trainable_parameters'] / 1e6:.1f} of "
         f"{run['total_parameters'] / 1e6:.0f} million parameters, {run['tokens']:,} tokens) takes perplexity from "
         f"{value['welore']} to {value['welore-tuned']}; the same training of the same matrices takes the dense model "

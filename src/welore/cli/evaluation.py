@@ -90,9 +90,7 @@ def _require_no_text(config: EvaluationConfig) -> None:
     if config.dataset != usual.dataset:
         raise WeLoreError("give --dataset or --lm-eval, not both: a text or tasks")
     if (config.max_length, config.num_windows, config.bos) != (usual.max_length, usual.num_windows, usual.bos):
-        raise WeLoreError(
-            "--max-length, --num-windows and --bos go with --dataset; of a task, --limit questions are read"
-        )
+        raise WeLoreError("--max-length, --num-windows and --bos go with --dataset; a task reads --limit questions")
 
 
 def score(

@@ -158,7 +158,10 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     for name in () if context.allow_extra_args else others:
         raise WeLoreError(f"{path}: {context.info_name} has no option {name!r}{did_you_mean(name, names)}")
     context.meta[OTHERS] = others
-    context.default_map = dict(context.default_map or {}) | {names[name]: value for name, value in values.items()}
+    lists = {p.name for p in context.command.params if getattr(p, "multiple", False)}
+    given = {names[name]: value for name, value in values.items()}
+    given = {name: [value] if name in lists and isinstance(value, str) else value for name, value in given.items()}
+    context.default_map = dict(context.default_map or {}) | given
     return path
 
 

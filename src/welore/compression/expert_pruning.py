@@ -25,10 +25,9 @@ def require_experts(source: TensorSource, share: float) -> ExpertPruning:
         raise WeLoreError(f"{source.name} has no targeted experts that could be taken out: leave expert_pruning out")
     width = next(iter(mixtures.values()))
     gone = round(share * width)
-    if not gone:
-        raise WeLoreError(
-            f"expert_pruning {share:g} takes out none of the {width} experts of a layer: {1 / width:g} takes out one"
-        )
+    if not 0 < gone < width:
+        taken = f"expert_pruning {share:g} takes out {'all' if gone else 'none'} of the {width} experts of a layer"
+        raise WeLoreError(f"{taken}: {1 / width:g} takes out one")
     return find_expert_pruning(source, width - gone)
 
 

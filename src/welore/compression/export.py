@@ -55,7 +55,7 @@ def export(
     """Write a model in another format.
 
     Args:
-        model: Hub id, directory or a model in memory (not for gguf).
+        model: Hub id, directory or a model in memory (not for gguf), which dense and int8 change in place.
         output: The directory to write; for gguf the file.
         format: One of EXPORTS. dense: a plain checkpoint, W = A B, as `merge` makes it. int8: the same compressed
             model with its weights in 8 bits. gguf: for llama.cpp; low-rank matrices are multiplied back. onnx: for

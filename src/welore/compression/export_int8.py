@@ -35,7 +35,7 @@ def export_int8(
         source = open_source(model, context)
         config = welore_config(source)
         if config is None:
-            raise WeLoreError(f"{source.name} is not a model compressed by welore: compress it with weights int8")
+            raise WeLoreError(f"{source.name} has no low-rank layers of welore: compress it with weights int8")
         if config.int8:
             raise WeLoreError(f"{source.name} is stored in 8 bits already: there is nothing to do")
         if isinstance(source, CheckpointSource):

@@ -59,7 +59,9 @@ def _merge(model: Any, output_dir: str | Path | None, max_shard_size: str, conte
     source = open_source(model, context)
     config = welore_config(source)
     if config is None:
-        raise WeLoreError(f"{source.name} is not a model compressed by welore: there is nothing to merge")
+        raise WeLoreError(
+            f"{source.name} has no low-rank layers of welore: there is nothing to merge, it loads as it is"
+        )
     if config.int8 and not isinstance(source, CheckpointSource):
         raise WeLoreError("the weights of this model are int8: merge its directory, one matrix after the other")
     if isinstance(source, CheckpointSource) and output_dir is not None:

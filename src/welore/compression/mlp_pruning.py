@@ -41,9 +41,7 @@ def require_neurons(name: str, mlps: Sequence[Mlp], share: float | None) -> int:
     wanted = round((share or 0) * sum(mlp.width for mlp in mlps))
     most = sum(most_removed(mlp.width) for mlp in mlps)
     if wanted > most:
-        raise WeLoreError(
-            f"mlp_pruning is too large: a sixth of every MLP stays, at most {most} neurons can be taken out"
-        )
+        raise WeLoreError(f"mlp_pruning is too large: a sixth of every MLP stays, at most {most} neurons can go")
     return wanted * min((mlp.numbers for mlp in mlps), default=0)
 
 

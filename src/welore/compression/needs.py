@@ -106,7 +106,7 @@ class Needs:
         self.dense_bytes = sum(self.source.info(name).bytes for name in self.source.names())
         self.share = 1.0 if job.config.keep is None else job.config.keep
         self.stored = self.share * self.targeted
-        self.tokens, self.length = job.calibration.num_tokens, job.calibration.max_length or MAX_LENGTH
+        self.tokens, self.length = job.calibration.tokens, job.calibration.max_length or MAX_LENGTH
         self.mlps = find_mlps(job.fewer.skeleton, job.fewer.targets) if job.config.mlp_pruning else []
         self.scaled = job.scaling != NONE
         chosen = job.calibration.dtype

@@ -269,7 +269,7 @@ def make_job(
     else:
         experts = _check_plan(plan, source, known)
         grids = dict(plan.grids)
-    calibration = resolve_calibration(calibration, config)
+    given, calibration = settings_of(CalibrationConfig, calibration), resolve_calibration(calibration, config)
     job = Job(source, context, config, calibration, None, plan, known, grids, width, experts)
     removed = None if job.plain or job.removed is None else job.removed - job.in_experts
     mlps = find_mlps(fewer.skeleton, fewer.targets) if config.mlp_pruning == AUTO else []
@@ -277,12 +277,25 @@ def make_job(
         job = replace(job, config=replace(config, mlp_pruning=0.0))
     windows = known.generated[0] if known and known.generated else 0
     if job.collects and calibration.dataset == SELF:
-        windows = -(-calibration.num_tokens // (calibration.max_length or MAX_LENGTH))
+        windows = -(-calibration.tokens // (calibration.max_length or MAX_LENGTH))
     preset = PRESETS.get(config.preset or "")
     training = resolve_recovery(recovery, windows, preset=preset is not None and preset.recovery)
     if training is not None:
-        training = replace(training, num_tokens=training.num_tokens or calibration.num_tokens)
+        training = replace(training, num_tokens=training.num_tokens or calibration.tokens)
+    _refuse_unread(job, given, training)
     return replace(job, recovery=training)
+
+
+def _refuse_unread(job: Job, given: CalibrationConfig, recovery: RecoveryConfig | None) -> None:
+    """Raise WeLoreError for a text of statistics, or its length, where none are collected, or statistics unread."""
+    reads = job.plan or recovery or job.counts_outliers or job.config.mlp_pruning or job.config.expert_pruning
+    if job.statistics is not None and job.scaling == NONE and not reads:
+        raise WeLoreError("nothing here reads the statistics: leave them out, or give scaling kfac")
+    own, written = isinstance(given.dataset, str) and given.dataset == SELF, recovery and recovery.dataset != SELF
+    unread = "dataset" if not own else "num_tokens" if given.num_tokens and not written else ""
+    if unread and not job.collects:
+        why = "they are given" if job.statistics is not None else f"scaling {job.scaling} needs none"
+        raise WeLoreError(f"{unread} is of the text for statistics, and {why}: leave it out")
 
 
 def _numel(targets: Sequence[Target]) -> int:
@@ -306,6 +319,8 @@ def _check_target(
 
     source: without as many experts as are taken out. dense: parameters of the targeted matrices with them.
     """
+    if config.strategy == "owl" and known is None and config.scaling == NONE:
+        raise WeLoreError("strategy owl counts outliers by statistics: give statistics, or a scaling that needs them")
     pruning = 0.0 if config.mlp_pruning == AUTO else float(config.mlp_pruning or 0)
     for name, what, share in (("mlp", "neurons", pruning), ("expert", "experts", config.expert_pruning)):
         if share and known is None and config.scaling == NONE:

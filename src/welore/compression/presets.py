@@ -69,7 +69,7 @@ def resolve(config: CompressionConfig, *, has_statistics: bool, device: str = CP
     """
     name = preset_of(config)
     preset = PRESETS.get(name or "", PLAIN)
-    scaling = config.scaling or preset.scaling
+    scaling: ScalingName = config.scaling or ("kfac" if has_statistics and name is None else preset.scaling)
     goal = config.optimize_for
     if goal == AUTO:
         goal = SIZE if not preset.by_device else CPU if device == CPU else GPU
@@ -101,6 +101,8 @@ def _require_neurons_alone(config: CompressionConfig, scaling: str) -> None:
     names = "rank_reduction", "threshold", "strategy", "storage", "split", "min_ratio", "mlp_pruning"
     given = [name for name in names if getattr(config, name) is not None]
     given += ["allow_growth"] * config.allow_growth + ["weights"] * (config.weights != AUTO)
+    if not given and config.keep is None:
+        raise WeLoreError(f"for {ANYWHERE} give keep, or expert_pruning")
     if scaling != KFAC:
         given.append(f"scaling {scaling}" if config.scaling else f"preset {config.preset}")
     if given:
@@ -110,12 +112,11 @@ def _require_neurons_alone(config: CompressionConfig, scaling: str) -> None:
 
 
 def resolve_calibration(calibration: CalibrationConfig | None, config: CompressionConfig) -> CalibrationConfig:
-    """How statistics are collected; fields of `calibration` that have their defaults follow the preset."""
-    given, default = settings_of(CalibrationConfig, calibration), CalibrationConfig()
-    tokens = PRESETS.get(config.preset or "", PLAIN).num_tokens
+    """How statistics are collected; as many tokens as the preset says, unless `calibration` does."""
+    given = settings_of(CalibrationConfig, calibration)
     return replace(
         given,
-        num_tokens=tokens if given.num_tokens == default.num_tokens else given.num_tokens,
+        num_tokens=given.num_tokens or PRESETS.get(config.preset or "", PLAIN).num_tokens,
         measure_losses=0 if given.dataset == SELF else given.measure_losses,  # a quarter of such a text is too little
         split=bool(config.split),
         include=config.include,

@@ -60,9 +60,7 @@ def resolve_recovery(recovery: RecoveryConfig | str | None, own_windows: int, *,
         return None
     config = settings_of(RecoveryConfig, cast(Any, recovery))
     if config.dataset == SELF and own_windows < 2:
-        raise WeLoreError(
-            "recovery on self needs statistics of at least two windows that the model wrote: name another text"
-        )
+        raise WeLoreError("recovery on self needs at least two windows that the model wrote: name another text")
     return config
 
 

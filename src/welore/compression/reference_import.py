@@ -113,9 +113,7 @@ def _plan_import(
             _check_shape(path, f"{module}.U.weight", U, (m, r))
             _check_shape(path, f"{module}.V.weight", V, (r, n))
             if not 1 <= r <= min(m, n):
-                raise WeLoreError(
-                    f"{path}: {module} has rank {r}, a matrix of {(m, n)} has ranks from 1 to {min(m, n)}"
-                )
+                raise WeLoreError(f"{path}: {module} has rank {r}, a matrix {(m, n)} has ranks from 1 to {min(m, n)}")
             ranks[module] = r
             parts = {f"{module}.A.weight": U, f"{module}.B.weight": V, name: torch.empty(0, dtype=U.dtype)}
         else:

@@ -197,7 +197,7 @@ class Encoder:
             return marked["input_ids"], marked["assistant_masks"]
         ids, eos = self._ids(text, **RENDERED), str(self.tokenizer.eos_token)
         taught = [0] * len(ids)
-        for at in turns:
+        for at in filter(None, turns):  # a template that cannot be asked for a greeting leaves it unlearned
             begin = self._render(messages[:at], row, where, **ASK)
             end = self._render(messages[: at + 1], row, where)
             if not text.startswith(end) and self._render(messages[:at], row, where).endswith(eos):
@@ -217,7 +217,11 @@ class Encoder:
             raise WeLoreError(f"{where}: needed are texts, or lists of messages, each with a role and a content")
         messages, reads = [dict(message) for message in value], (self._reads("probe"), self._reads(_parts("probe")))
         for message in messages:
-            content = message.get("content")
+            content, role = message.get("content"), message["role"]
+            if not message.get("tool_calls") and (
+                content is None or (role == "assistant" and not str(content).strip())
+            ):
+                raise WeLoreError(f"{where}: a message of the {role} has no content")
             if isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content):
                 texts = [part.get("text") for part in content]
                 if not all(isinstance(text, str) for text in texts):

@@ -46,8 +46,8 @@ def open_rows(config: FinetuneConfig, limit: int | None, cache_dir: str | Path |
     iterable of records. Files and the hub's data are memory-mapped by datasets in `cache_dir`. limit: so many rows are
     read of an iterable without length; None: all. Raises WeLoreError for what cannot be read, and for other columns.
     """
-    split, own = config.dataset_split or "train", config.eval_split
-    first, dataset = _first_row(config.dataset, split)
+    split, own = config.dataset_split, config.eval_split
+    first, dataset = _first_row(config.dataset, split or "train")
     if first is None:
         return dataset
     columns = ("text", "messages", "prompt", "completion")
@@ -58,7 +58,7 @@ def open_rows(config: FinetuneConfig, limit: int | None, cache_dir: str | Path |
         return _table(dataset, split, limit, cache_dir) if others else dataset
     tables = [_table(dataset, split, limit, cache_dir)]
     if config.eval_dataset is not None:
-        tables.append(_table(config.eval_dataset, own or "train", limit, cache_dir))
+        tables.append(_table(config.eval_dataset, own, limit, cache_dir))
     elif own or (config.dataset_split is None and "validation" in _splits(dataset)):
         tables.append(_table(dataset, own or "validation", limit, cache_dir))
     needed = [names.get(column, column) for column in SHAPES[shape]]
@@ -138,15 +138,19 @@ def _first_row(dataset: Any, split: str) -> tuple[Mapping[str, Any] | None, Any]
     return row if isinstance(row, Mapping) else None, chain([row], rows) if rows is dataset else dataset
 
 
-def _table(dataset: Any, split: str, limit: int | None, cache_dir: str | Path | None) -> Any:
-    """A split as a datasets.Dataset: memory-mapped from a file or the hub, in memory from an iterable."""
+def _table(dataset: Any, split: str | None, limit: int | None, cache_dir: str | Path | None) -> Any:
+    """A split, train for None, as a datasets.Dataset: mapped from a file or the hub, in memory from an iterable."""
     from datasets import Dataset, concatenate_datasets, load_dataset
 
     with _readable(dataset):
         source = _source(dataset)
         if source:
-            return load_dataset(**source, split=split, cache_dir=None if cache_dir is None else str(cache_dir))
-        dataset = choose("split", split, dataset) if isinstance(dataset, Mapping) else dataset
+            cache = None if cache_dir is None else str(cache_dir)
+            return load_dataset(**source, split=split or "train", cache_dir=cache)
+        if isinstance(dataset, Mapping):
+            dataset = choose("split", split or "train", dataset)
+        elif split is not None:
+            raise WeLoreError(f"{dataset_name(dataset)} has no splits, but rows: leave split {split} out")
         if isinstance(dataset, Dataset):
             return dataset
         rows = islice(dataset, None if hasattr(dataset, "__len__") else limit)

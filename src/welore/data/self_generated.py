@@ -81,7 +81,7 @@ def generate_text(
 def uniform_numbers(config: CalibrationConfig) -> Tensor:
     """Numbers (windows, length) in [0, 1) that choose the tokens, float64; no window depends on its batch."""
     length = config.max_length or MAX_LENGTH
-    shape = -(-config.num_tokens // length), length
+    shape = -(-config.tokens // length), length
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(config.seed))
 
 

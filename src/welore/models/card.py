@@ -29,8 +29,8 @@ pip install welore
 import welore  # registers the format
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)
+model = AutoModelForCausalLM.from_pretrained("DIRECTORY")
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 ```
 
 Without the import, `from_pretrained(DIRECTORY, trust_remote_code=True)` runs `modeling_welore.py`, which imports it.

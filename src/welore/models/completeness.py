@@ -47,7 +47,7 @@ def require_complete(directory: Path, skeleton: "PreTrainedModel", quantization:
     if quantization is not None:
         config.quantization_config = quantization
         compressed = WeLoreConfig.read(quantization)
-        check_factors(compressed, files.readers, skeleton.base_model_prefix + ".")
+        check_factors(compressed, files.readers, skeleton)
         int8 = {f"{name}.weight" for name in compressed.int8}
     state = {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in files.entries.items()}
     kind: Any = type(skeleton)
@@ -71,9 +71,7 @@ def require_complete(directory: Path, skeleton: "PreTrainedModel", quantization:
         names = name, name.removeprefix(f"{skeleton.base_model_prefix}.")
         stored = next((files.entries[key] for key in names if key in files.entries and not int8 & {*names}), None)
         if tensor.is_floating_point() and stored is not None and stored.dtype not in FLOATS:
-            raise WeLoreError(
-                f"{name} has dtype {stored.dtype}, and {CONFIG} does not say how: give the unquantized model"
-            )
+            raise WeLoreError(f"{name} has dtype {stored.dtype}, {CONFIG} does not say how: give the unquantized model")
     _require_all_read(directory, model, report["unexpected_keys"], compressed=quantization is not None)
 
 
@@ -82,9 +80,7 @@ def _require_room(directory: Path, skeleton: "PreTrainedModel", numbers: int) ->
     for name, tensor in (*skeleton.named_parameters(), *skeleton.named_buffers()):
         if tensor.numel() > max(numbers, MASK):
             shape = tuple(tensor.shape)
-            raise WeLoreError(
-                f"{directory / CONFIG} asks for {name} of shape {shape}, the files hold {numbers} numbers"
-            )
+            raise WeLoreError(f"{directory / CONFIG} asks for {name} of shape {shape}, files hold {numbers} numbers")
 
 
 def _require_generation_config(directory: Path) -> None:

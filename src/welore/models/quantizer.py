@@ -184,7 +184,7 @@ class WeLoreQuantizer(HfQuantizer):
         if checkpoint_files:
             remember_companions(config, Path(checkpoint_files[0]).parent)
             files = [path for path in checkpoint_files if str(path).endswith(".safetensors")]
-            check_factors(config, readers_of(files), model.base_model_prefix + ".")
+            check_factors(config, readers_of(files), model)
         build_layers(model, config)
         self._loaded = model
 
@@ -262,11 +262,12 @@ def step_aside(model: "PreTrainedModel") -> None:
             config._is_quantized = False  # type: ignore[union-attr]
 
 
-def check_factors(config: WeLoreConfig, readers: Mapping[str, TensorReader], prefix: str = "") -> None:
+def check_factors(config: WeLoreConfig, readers: Mapping[str, TensorReader], model: "PreTrainedModel") -> None:
     """Raise WeLoreError unless every factor is in the files as the configuration says: another one would load as noise.
 
-    prefix: first component of a module's name that a file written from a bare AutoModel leaves out.
+    model: that is loaded. Files of a bare AutoModel leave the first component of names out, and it has no head.
     """
+    prefix = f"{model.base_model_prefix}."
 
     def stored(key: str) -> str:
         return key if key in readers else key.removeprefix(prefix)
@@ -286,7 +287,7 @@ def check_factors(config: WeLoreConfig, readers: Mapping[str, TensorReader], pre
             key = stored(f"{name}.{part}")
             check_permutation(key, readers[key].read(key))
         numbers += [f"{name}.{part}" for part in form.numbers]
-    for name in config.int8:
+    for name in (n for n in config.int8 if n.startswith(prefix) or hasattr(model, n.split(".")[0])):
         weight, scale = info(f"{name}.weight"), info(f"{name}.{SCALE}")
         if weight.dtype != torch.int8 or scale.dtype not in FLOATS or scale.shape != (*weight.shape[:1], 1):
             raise WeLoreError(f"config.json says that {name} is int8, its tensors are {weight}, {scale}: it is damaged")

@@ -83,9 +83,7 @@ def require_sane_counts(config: Mapping[str, Any], path: Path) -> None:
             require_sane_counts(value, path)
         for name, most in COUNTS.items():
             if isinstance(value, int) and value > most and re.search(name, key):
-                raise WeLoreError(
-                    f"{path}: {key} is {value}, more than the {most} that a model may have: it is damaged"
-                )
+                raise WeLoreError(f"{path}: {key} is {value}, a model may have at most {most}: it is damaged")
 
 
 def reason(error: BaseException) -> str:

@@ -34,7 +34,7 @@ RENAMED = {  # words of TrainingArguments and TRL -> settings
     **{"bf16": "dtype", "fp16": "dtype", "dataset_text_field": "text_column", "use_peft": "method lora"},
 }
 # Fields of TrainingArguments that a run would not obey: their work is done by settings of our own, or not at all.
-IGNORED = ("num_train_epochs", "train_sampling_strategy", "do_train", "do_eval")
+IGNORED = ("num_train_epochs", "train_sampling_strategy", "data_seed", "fsdp", "deepspeed", "do_train", "do_eval")
 
 
 def is_recorded(teacher: str | Path | None) -> bool:

@@ -315,7 +315,9 @@ def lora_targets(model: nn.Module, names: Sequence[str] | None = None) -> list[s
 
         family = getattr(model.config, "model_type", "")
         if family not in DEFAULTS:
-            raise WeLoreError(f"peft has no default targets for {family or 'this model'}: name them, such as q_proj")
+            raise WeLoreError(
+                f"peft has no default targets for {family or 'this model'}: name them: lora_targets(model, ['q_proj'])"
+            )
         names = DEFAULTS[family]
     from transformers.pytorch_utils import Conv1D
 

@@ -57,9 +57,7 @@ class Originals:
         except (OSError, WeLoreError):
             same = False
         if not same and self.directory is not None and not exact:
-            raise WeLoreError(
-                f"{self.directory} was changed while its model was trained: put it back and resume the run"
-            )
+            raise WeLoreError(f"{self.directory} was changed while its model was trained: put it back and resume")
         return same
 
     def trained(self, marked: "MarkedModel") -> set[str]:

@@ -64,6 +64,8 @@ def run_directory(out: str | Path, *reads: Any, resume: bool, overwrite: bool, r
         raise WeLoreError("give resume or overwrite, not both: one goes on with the run, the other deletes it")
     if resume and not (directory / RUN).is_file():
         raise WeLoreError(f"{out} holds no run that could be resumed: leave resume out to begin one")
+    if not (resume or overwrite) and (out / RUN).is_file() and not (out / record).is_file():
+        raise WeLoreError(f"{out} holds an unfinished run: give resume to go on with it, overwrite to begin another")
     with claimed(out, *(() if resume else reads), overwrite=overwrite or resume, marker=RUN, leads=leads):
         if leads:
             tidy(work)
