@@ -471,7 +471,7 @@ class FinetuneConfig:
     max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: not at all.", panel="Training")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.", panel="Memory")
     selective_checkpointing: bool = option(False, "Keep attention and wide products, recompute others.", panel="Memory")
-    stream_weights: bool = option(False, "Keep frozen weights on the host; copy those that multiply.", panel="Memory")
+    stream_weights: bool = option(False, "Keep frozen weights on the host; copy each that multiplies.", panel="Memory")
     whole_logits: bool = option(False, "Compute the loss from all logits at once: more memory.", panel="Memory")
     eval_steps: int = option(500, "Steps between evaluations on held-out data; 0: never.", panel="Output")
     max_eval_samples: int = option(64, "Held-out sequences to evaluate on.", panel="Output")
