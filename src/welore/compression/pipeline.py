@@ -269,7 +269,7 @@ def make_job(
     else:
         experts = _check_plan(plan, source, known)
         grids = dict(plan.grids)
-    given, calibration = settings_of(CalibrationConfig, calibration), resolve_calibration(calibration, config)
+    calibration = resolve_calibration(calibration, config)
     job = Job(source, context, config, calibration, None, plan, known, grids, width, experts)
     removed = None if job.plain or job.removed is None else job.removed - job.in_experts
     mlps = find_mlps(fewer.skeleton, fewer.targets) if config.mlp_pruning == AUTO else []
@@ -282,20 +282,19 @@ def make_job(
     training = resolve_recovery(recovery, windows, preset=preset is not None and preset.recovery)
     if training is not None:
         training = replace(training, num_tokens=training.num_tokens or calibration.tokens)
-    _refuse_unread(job, given, training)
-    return replace(job, recovery=training)
+    job = replace(job, recovery=training)
+    _refuse_unread(job, calibration.dataset)
+    return job
 
 
-def _refuse_unread(job: Job, given: CalibrationConfig, recovery: RecoveryConfig | None) -> None:
-    """Raise WeLoreError for a text of statistics, or its length, where none are collected, or statistics unread."""
-    reads = job.plan or recovery or job.counts_outliers or job.config.mlp_pruning or job.config.expert_pruning
+def _refuse_unread(job: Job, dataset: Any) -> None:
+    """Raise WeLoreError for statistics that nothing reads, and for a text of statistics where none are collected."""
+    reads = job.plan or job.recovery or job.counts_outliers or job.config.mlp_pruning or job.config.expert_pruning
     if job.statistics is not None and job.scaling == NONE and not reads:
         raise WeLoreError("nothing here reads the statistics: leave them out, or give scaling kfac")
-    own, written = isinstance(given.dataset, str) and given.dataset == SELF, recovery and recovery.dataset != SELF
-    unread = "dataset" if not own else "num_tokens" if given.num_tokens and not written else ""
-    if unread and not job.collects:
+    if not (job.collects or (isinstance(dataset, str) and dataset == SELF)):
         why = "they are given" if job.statistics is not None else f"scaling {job.scaling} needs none"
-        raise WeLoreError(f"{unread} is of the text for statistics, and {why}: leave it out")
+        raise WeLoreError(f"dataset is the text for statistics, and {why}: leave it out")
 
 
 def _numel(targets: Sequence[Target]) -> int:

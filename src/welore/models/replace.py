@@ -47,7 +47,7 @@ def build_layer(model: nn.Module, layer: str, config: "WeLoreConfig", others: Se
     others: layers of the model that share its weight (`shared_layers`), and share what stands for it.
     """
     if not has_module(model, layer) or kind_of(model.get_submodule(layer)) is None:
-        raise WeLoreError(f"config.json compresses {layer}, but {type(model).__name__} has no such linear layer")
+        raise WeLoreError(f"config.json compresses {layer}; {type(model).__name__} has no such layer that is linear")
     ranks, grid = config.ranks or {}, config.split.get(layer)
     for copy in (layer, *others):
         if copy != layer and model.get_submodule(copy) is model.get_submodule(layer):
