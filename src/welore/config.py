@@ -209,7 +209,7 @@ class CompressionConfig(AnalysisConfig, AllocationConfig):
         panel="Method",
         shown="auto for presets best and fast, else 0",
     )
-    expert_pruning: float = option(0.0, "Share of the experts of every layer to take out first.", panel="Method")
+    expert_pruning: float = option(0.0, "Share of each layer's experts to take out before all else.", panel="Method")
     weights: WeightsName = option(
         AUTO, "Store the weights of the result in 8 bits (int8), or in the model's dtype (auto).", panel="Method"
     )
@@ -223,7 +223,9 @@ class CompressionConfig(AnalysisConfig, AllocationConfig):
         if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", self.max_shard_size, re.IGNORECASE):
             raise WeLoreError(f"max_shard_size is {self.max_shard_size!r}: write it like '500MB' or '5GB'")
         if self.mlp_pruning not in (None, AUTO) and not 0 <= float(self.mlp_pruning or 0) < 1:
-            raise WeLoreError(f"mlp_pruning is {self.mlp_pruning}: it is the share, from 0 to below 1, or {AUTO!r}")
+            raise WeLoreError(
+                f"mlp_pruning is {self.mlp_pruning}: it is the share that is taken out, from 0 to below 1, or {AUTO!r}"
+            )
         if not 0 <= self.expert_pruning < 1:
             raise WeLoreError(f"expert_pruning is {self.expert_pruning}: it is the share taken out, from 0 to below 1")
 
@@ -471,7 +473,9 @@ class FinetuneConfig:
     max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0: not at all.", panel="Training")
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.", panel="Memory")
     selective_checkpointing: bool = option(False, "Keep attention and wide products, recompute others.", panel="Memory")
-    stream_weights: bool = option(False, "Keep frozen weights on the host; copy each that multiplies.", panel="Memory")
+    stream_weights: bool = option(
+        False, "Keep frozen weights on the host; copy each to the device when it multiplies.", panel="Memory"
+    )
     whole_logits: bool = option(False, "Compute the loss from all logits at once: more memory.", panel="Memory")
     eval_steps: int = option(500, "Steps between evaluations on held-out data; 0: never.", panel="Output")
     max_eval_samples: int = option(64, "Held-out sequences to evaluate on.", panel="Output")

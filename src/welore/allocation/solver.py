@@ -22,8 +22,8 @@ from welore.layers.remaining import dense_numel
 from welore.layers.storage_forms import FACTORED, storages
 from welore.linalg.spectrum import Values
 
-PARTS, TOGETHER = 16, 1 << 16  # parts in which scores are sorted; as many scores are sorted at once, or a part of all
-Counted = Callable[[NDArray[np.int64], Shape], NDArray[np.int64]]  # ranks and a shape -> what each rank counts as
+PARTS, TOGETHER = 16, 1 << 16  # scores are sorted in parts of about TOGETHER of them, but in no more than PARTS
+Amount = Callable[[NDArray[np.int64], Shape], NDArray[np.int64]]  # ranks, shape -> rank lost, or numbers stored
 
 
 def allocate(
@@ -190,10 +190,10 @@ def _solve(scores: Scores, spectra: Spectra, target: tuple[str, float], rule: Ru
     shapes = [spectra.shapes[name] for name in spectra.values]
     name, value = target
     if name == "rank_reduction":
-        start, full, counted = 0, sum(map(min, shapes)), rule.removed
+        start, full, amount = 0, sum(map(min, shapes)), rule.removed
     else:
         layers = ((layer_of(name, spectra.grids), m * n) for name, (m, n) in zip(spectra.values, shapes, strict=True))
-        start, counted = sum(m * n for m, n in shapes), rule.numel
+        start, amount = sum(m * n for m, n in shapes), rule.numel
         full = int(sum(dense_numel(numel, layer, spectra.neurons, spectra.experts) for layer, numel in layers))
 
     # A level lies between a score and the next one, if they differ; the first cuts nothing. No level passes the largest
@@ -201,7 +201,7 @@ def _solve(scores: Scores, spectra: Spectra, target: tuple[str, float], rule: Ru
     top = np.array([max(float(s[0]) for s in scores)])
     below, total = -np.inf, start
     best, low, high = (np.inf, 0.0, 0.0), np.inf, -np.inf  # distance and the scores around the level; the reach
-    for events, changes in itertools.chain(_ascending(scores, shapes, counted), [(top, np.zeros(1, np.int64))]):
+    for events, changes in itertools.chain(_ascending(scores, shapes, amount), [(top, np.zeros(1, np.int64))]):
         lower = np.concatenate([[below], events[:-1]])
         totals = total + np.concatenate([[0], np.cumsum(changes)])
         levels = np.flatnonzero(events > lower)
@@ -219,8 +219,8 @@ def _solve(scores: Scores, spectra: Spectra, target: tuple[str, float], rule: Ru
     return float(middle if under < middle < over else over)
 
 
-def _ascending(scores: Scores, shapes: Sequence[Shape], counted: Counted) -> Iterator[tuple[Values, NDArray[np.int64]]]:
-    """All scores but the largest of every matrix, ascending, and by how much `counted` changes when each is cut.
+def _ascending(scores: Scores, shapes: Sequence[Shape], amount: Amount) -> Iterator[tuple[Values, NDArray[np.int64]]]:
+    """All scores but the largest of every matrix, ascending, and by how much `amount` changes when each is cut.
 
     In at most PARTS arrays, so that a copy of all scores is never in memory; equal scores are in the same one. A matrix
     goes from rank k - j + 1 to k - j at its j-th smallest score.
@@ -234,7 +234,7 @@ def _ascending(scores: Scores, shapes: Sequence[Shape], counted: Counted) -> Ite
             k = len(s)
             first, last = np.minimum(np.searchsorted(s[::-1], (low, high)), k - 1)
             events.append(s[::-1][first:last])
-            changes.append(np.diff(counted(np.arange(k - first, k - last - 1, -1), shape)))
+            changes.append(np.diff(amount(np.arange(k - first, k - last - 1, -1), shape)))
         together = np.concatenate(events)
         if len(together):
             order = np.argsort(together, kind="stable")

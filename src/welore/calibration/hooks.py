@@ -160,7 +160,7 @@ class Moments:
         size = float(outputs.diagonal().mean()) ** 0.5
         if size < torch.finfo(torch.float16).tiny:
             raise WeLoreError(
-                f"gradients of {name} are too small for float16 ({size:.1g}): try --dtype bfloat16 or float32"
+                f"the gradients of {name} are too small for float16 ({size:.1g}): try --dtype bfloat16 or float32"
             )
 
 

@@ -159,8 +159,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise WeLoreError(f"{path}: {context.info_name} has no option {name!r}{did_you_mean(name, names)}")
     context.meta[OTHERS] = others
     lists = {p.name for p in context.command.params if getattr(p, "multiple", False)}
-    given = {names[name]: value for name, value in values.items()}
-    given = {name: [value] if name in lists and isinstance(value, str) else value for name, value in given.items()}
+    given = {names[n]: [v] if names[n] in lists and isinstance(v, str) else v for n, v in values.items()}
     context.default_map = dict(context.default_map or {}) | given
     return path
 

@@ -181,9 +181,7 @@ class Analyzer:
             scaling=self.scaling,
             statistics=summary(statistics),
             losses=losses,
-            outliers={n: float(result["outliers"]) for n, result in values.items()}
-            if self.outliers and statistics
-            else {},
+            outliers={n: float(result["outliers"]) for n, result in values.items()} if self.outliers else {},
             unreached=tuple(t.name for t in targets if statistics and not statistics.knows(t.layer)),
             grids=grids,
             neurons=neurons or {},

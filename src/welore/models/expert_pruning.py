@@ -101,6 +101,7 @@ class FewerExperts(OverlaySource):
         self.pruning, self.experts = pruning, experts
         super().__init__(base, {}, {name: partial(self._router, name) for name in pruning.routers})
         self.targets = [target for target in base.targets if is_left(target.name, experts)]
+        self._names = [name for name in base.names() if is_left(name, experts)]
 
     def empty_skeleton(self) -> "PreTrainedModel":
         """A model without the experts, on the meta device."""
@@ -110,7 +111,7 @@ class FewerExperts(OverlaySource):
 
     def names(self) -> Iterable[str]:
         """All tensors that are left."""
-        return [name for name in super().names() if is_left(name, self.experts)]
+        return self._names
 
     def _router(self, name: str) -> Tensor:
         tensor, (mixture, axis) = self.base.tensor(name), self.pruning.routers[name]

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 RUN, TUNED, CHECKPOINTS, MODEL = "run.json", "finetune.json", "checkpoints", "model"
 WRITTEN = "written.safetensors"
 CHECKSUMS = "checksums.json"
-FOLLOW = ("max_steps", "warmup_steps")  # often from the data: another one of those tells more
+FOLLOW = ("max_steps", "warmup_steps")  # they may follow from the data: another difference is named first
 STEP = ("batch_size", "gradient_accumulation_steps", "processes")  # whose product is what a step reads
 STATE = "trainer_state.json"  # the last file that the Trainer writes into a checkpoint
 
