@@ -518,6 +518,7 @@ ENDS = {  # an exception that leaves a verb -> status, and what is said
     "Ctrl-C": (KeyboardInterrupt(), 130, "$"),
     "told to end": (with_note(Stopped(signal.SIGTERM)), 143, "stopped; the finished work lies in out.work$"),
     "memory": (MemoryError("of a kind"), 2, r"out of memory \(of a kind\)"),
+    "package": (ImportError("pip install x"), 2, "a package is missing or does not fit: pip install x$"),
     "GPU": (OutOfMemoryError("CUDA"), 2, r"out of memory \(CUDA\)"),
     "disk": (OSError(errno.ENOSPC, "No space left", "x.txt"), 2, "x.txt: No space left$"),
 }

@@ -64,8 +64,8 @@ def test_dense_is_a_format_of_export(tmp_path: Path, tokens: torch.Tensor) -> No
         export(FIXTURES / "format2", tmp_path / "other", "dens")
 
 
-def test_the_estimate_of_a_size_is_that_of_the_result(saved, tmp_path: Path) -> None:
-    source = saved("llama", intermediate_size=128)
+def test_the_estimate_of_a_size_is_that_of_the_result(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "dense", None, intermediate_size=128)
     numbers = compress(source, tmp_path / "small", keep=0.7, scaling="none", strategy="waterfill").numbers
     found = estimate(source, keep=0.7, device="cpu")
     assert found.parameters == pytest.approx(numbers["parameters"], rel=0.01)
@@ -81,8 +81,17 @@ def test_a_disk_with_too_little_room_is_refused_before_any_work(saved, tmp_path:
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
 
 
-def test_stages_of_an_estimate_are_those_that_the_settings_ask_for(saved) -> None:
-    source = saved("llama")
+def test_an_estimate_refuses_a_text_or_a_tokenizer_that_the_compression_cannot_read(saved, tmp_path: Path) -> None:
+    source, gone = checkpoint(tmp_path / "dense", None), str(tmp_path / "gone.txt")
+    for settings in ({"calibration": CalibrationConfig(gone)}, {"recovery": welore.RecoveryConfig(gone)}):
+        with pytest.raises(WeLoreError, match=r"gone\.txt"):
+            estimate(source, keep=0.8, device="cpu", **settings)
+    with pytest.raises(WeLoreError, match="has no tokenizer"):
+        estimate(saved("llama"), keep=0.8, device="cpu")
+
+
+def test_stages_of_an_estimate_are_those_that_the_settings_ask_for(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "dense", None)
     found = estimate(source, keep=0.8, device="cpu")
     assert [stage.name for stage in found.stages] == [
         "text",

@@ -99,10 +99,11 @@ def test_a_yaml_file_gives_the_options_and_the_command_line_overrides_it(
     (tmp_path / "one.yaml").write_text("exclude: layers.0\n")  # of several one is no list
     done(command("analyze", model, "-o", tmp_path / "some", "--config", tmp_path / "one.yaml"))
     assert welore.Spectra.load(tmp_path / "some").exclude == ("layers.0",)
-    for arguments, reached in (((), 0.4), (("--rank-reduction", 0.2), 0.2)):
+    targets = ((), ("rank_reduction", 0.4)), (("--rank-reduction", 0.2), ("rank_reduction", 0.2))
+    for arguments, target in (*targets, (("--keep", 0.9), ("keep", 0.9))):
         done(command("allocate", spectra, "-o", tmp_path / "p.json", "--config", tmp_path / "c.yaml", *arguments))
         plan = welore.Plan.load(tmp_path / "p.json")
-        assert (plan.strategy, plan.min_ratio, plan.target) == ("uniform", 0.3, {"rank_reduction": reached})
+        assert (plan.strategy, plan.min_ratio, plan.target) == ("uniform", 0.3, dict([target]))
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,11 @@ NUM_TOKENS, MAX_LENGTH = 65_536, 512  # of calibration
 TOP_LOGPROBS = 1024  # likeliest tokens that are saved of every prediction
 LARGEST = (1 << 31) - 1  # of all counts
 LEAST_PROBES = 4  # of a pre-training, to describe its course
+TARGETS = "rank_reduction", "keep", "threshold"
+RATES, DURATIONS = ("learning_rate", "relative_learning_rate"), ("max_steps", "num_train_epochs")
+CHECKPOINTING = "gradient_checkpointing", "selective_checkpointing"
+# Of each of these options one may be given.
+ALTERNATIVES = TARGETS, RATES, DURATIONS, CHECKPOINTING, ("dataset", "task", "lm_eval"), ("preset", "paper")
 BOS = "Begin every window with BOS (window), only a text (text), nothing (never); auto: as the tokenizer's family does."
 DEVICE_MAP = "Spread a model larger than one device over all of them, the host's memory and the disk: auto."
 
@@ -156,7 +161,7 @@ class AllocationConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("keep", "rank_reduction", "threshold"):
+        for name in TARGETS:
             value = getattr(self, name)
             # With allow_growth factors may outgrow the matrix, at most twice.
             if value is not None and not 0 <= value <= (2 if name == "keep" else 1):
@@ -169,7 +174,7 @@ class AllocationConfig:
     @property
     def target(self) -> tuple[str, float]:
         """Name and value of the one target; WeLoreError for none or several."""
-        targets = {name: getattr(self, name) for name in ("rank_reduction", "keep", "threshold")}
+        targets = {name: getattr(self, name) for name in TARGETS}
         given = [(name, float(value)) for name, value in targets.items() if value is not None]
         if len(given) != 1:
             raise WeLoreError("give exactly one target: keep, rank_reduction or threshold")
@@ -512,7 +517,7 @@ class FinetuneConfig:
         require_at_least(2, max_length=self.max_length)
         require_at_least(0, warmup_steps=self.warmup_steps, eval_steps=self.eval_steps, save_steps=self.save_steps)
         require_number("at least 0", weight_decay=self.weight_decay, max_grad_norm=self.max_grad_norm)
-        for one, other in (("learning_rate", "relative_learning_rate"), ("max_steps", "num_train_epochs")):
+        for one, other in (RATES, DURATIONS):
             require_number("above 0", **{name: getattr(self, name) for name in (one, other)})
             if getattr(self, one) and getattr(self, other):
                 raise WeLoreError(f"give {one} or {other}, not both")
@@ -605,11 +610,15 @@ class PretrainConfig:
 # --- checks and records ---------------------------------------------------------------------------------------------
 
 
-def settings_of(kind: type[Settings], given: Settings | None) -> Settings:
-    """The settings that are given, or the defaults; WeLoreError for anything else, such as a dict."""
+def settings_of(kind: type[Settings], given: Settings | None, **fields: Any) -> Settings:
+    """The settings that are given, or the defaults, with these fields unless they are None.
+
+    Raises WeLoreError for anything else, such as a dict.
+    """
     if given is not None and not isinstance(given, kind):
         raise WeLoreError(f"{type(given).__name__} is no settings: give welore.{kind.__name__}(...)")
-    return given if given is not None else kind()
+    changes: Any = {name: value for name, value in fields.items() if value is not None}
+    return dataclasses.replace(cast(Any, given if given is not None else kind()), **changes)
 
 
 def require_at_least(minimum: int, **values: Any) -> None:

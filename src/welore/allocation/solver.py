@@ -5,8 +5,6 @@ A strategy (strategies.STRATEGIES) gives every singular value a score, and ONE l
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +50,8 @@ def allocate(
 
     Source: WeLore (arXiv 2407.11239), section 4.1.
     """
-    targets: dict[str, Any] = {"keep": keep, "rank_reduction": rank_reduction, "threshold": threshold}
-    config = replace(settings_of(AllocationConfig, config), **{n: v for n, v in targets.items() if v is not None})
+    targets = {"keep": keep, "rank_reduction": rank_reduction, "threshold": threshold}
+    config = settings_of(AllocationConfig, config, **targets)
     if config.optimize_for == ANYWHERE:
         raise WeLoreError("for anywhere neurons are taken out, which spectra do not describe: call compress")
     (name, value), layout = config.target, layout_of(config.optimize_for, list(spectra.shapes.values()))

@@ -84,8 +84,7 @@ def calibrate(
         WeLoreError: the model or the text cannot be read, or the model computes NaN or Inf. Nothing is written.
     """
     context = RunContext.create(**options)
-    config = settings_of(CalibrationConfig, config)
-    config = config if dataset is None else replace(config, dataset=dataset)
+    config = settings_of(CalibrationConfig, config, dataset=dataset)
     if output is not None:
         path = resolved(output)
         with claimed(path, model, config):

@@ -73,6 +73,8 @@ def _end_of(error: BaseException) -> tuple[int, str]:
     if memory or isinstance(error, MemoryError):
         advice = "free some, or choose fewer --workers or another --device"
         return 2, f"welore: out of memory ({first_line(error)}): {advice}"
+    if isinstance(error, ImportError):
+        return 2, f"welore: a package is missing or does not fit: {first_line(error)}"
     reason = storage_reason(error) or (first_line(error) if isinstance(error, OSError) else None)
     if reason is not None:
         file = getattr(error, "filename", None)

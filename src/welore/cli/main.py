@@ -16,6 +16,7 @@ from welore.cli.evaluation import evaluate, score
 from welore.cli.from_config import Verb, expand
 from welore.cli.reports import demo, report
 from welore.cli.training import finetune, pretrain
+from welore.config import ALTERNATIVES
 
 VERBS: dict[Verb, str] = {  # in the order of the help, with an example each
     compress: "welore compress HuggingFaceTB/SmolLM2-135M small --keep 0.8",
@@ -39,8 +40,14 @@ class Spelled(TyperCommand):
     """A command whose options may be spelled as in TRL: --max_steps is --max-steps."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As click does, options with hyphens."""
-        return super().parse_args(ctx, [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), a) for a in args])
+        """As click does, options with hyphens; one that is given overrides its alternatives in the file of --config."""
+        args = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), a) for a in args]
+        args = super().parse_args(ctx, args)
+        for names in ALTERNATIVES:
+            sources = {name: getattr(ctx.get_parameter_source(name), "name", None) for name in names}
+            if "COMMANDLINE" in sources.values():
+                ctx.params |= {name: None for name, source in sources.items() if source == "DEFAULT_MAP"}
+        return args
 
 
 app = typer.Typer(name="welore", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")

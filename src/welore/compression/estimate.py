@@ -14,7 +14,7 @@ import torch
 
 from welore.calibration.statistics import Statistics
 from welore.compression.needs import Needs, Stage, size_text
-from welore.compression.pipeline import make_job
+from welore.compression.pipeline import make_job, with_texts
 from welore.config import CalibrationConfig, CompressionConfig, RecoveryConfig, RunOptions, settings_of
 from welore.io.context import RunContext
 from welore.models.source import open_source
@@ -95,10 +95,9 @@ def estimate(
         WeLoreError: If the settings cannot work, as `compress` does.
     """
     context = RunContext.create(**options)
-    config = settings_of(CompressionConfig, config)
-    config = config if keep is None else dataclasses.replace(config, keep=keep)
+    config = settings_of(CompressionConfig, config, keep=keep)
     source = open_source(model, context, include=config.include, exclude=config.exclude)
-    job = make_job(source, config, calibration, recovery, None, statistics, context)
+    job = with_texts(make_job(source, config, calibration, recovery, None, statistics, context))
     needs, rates = Needs(job), measured_rates(context.device)
     removed = job.removed
     name, target = job.target

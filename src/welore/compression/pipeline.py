@@ -8,7 +8,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -191,8 +191,7 @@ def compress(
     """
     started = time.perf_counter()
     context = RunContext.create(**options)
-    config = settings_of(CompressionConfig, config)
-    config = config if keep is None else replace(config, keep=keep)
+    config = settings_of(CompressionConfig, config, keep=keep)
     reads = model, plan, statistics, calibration, recovery
     plan = Plan.load(plan) if isinstance(plan, str | Path) else plan
     if plan is not None:
@@ -202,12 +201,12 @@ def compress(
         claim = claimed(output_dir, *reads, overwrite=context.overwrite, marker="config.json", leads=leads)
         stack.enter_context(claim)
         source = _source(model, output_dir, config, context)
-        job = make_job(source, config, calibration, recovery, plan, statistics, context)
-        text = draw_text(job.calibration, source.skeleton, _tokenizer(job), job.context) if job.collects else None
-        job = replace(job, text=text, recovery_text=_recovery_text(job))
+        job = with_texts(make_job(source, config, calibration, recovery, plan, statistics, context))
         job = replace(job, context=stack.enter_context(_workspace(job, output_dir)))
         plan, smaller, known = _plan(job, _statistics(job))
-        numbers = factor_matrices(smaller, plan, known, job.context, _release(job, plan))
+        made = {factors_key(a): layer_of(a.name, plan.grids) for a in plan.lrcs}
+        moments = LastingMoments(job.context.work, job.prunable if job.collects else [], made)
+        numbers = factor_matrices(smaller, plan, known, job.context, moments.release)
         recovered = _recovery(job, smaller, plan, known)
         return _result(job, smaller, plan, recovered, numbers, output_dir, started)
 
@@ -301,14 +300,17 @@ def _numel(targets: Sequence[Target]) -> int:
     return sum(m * n for m, n in (target.shape for target in targets))
 
 
-def _recovery_text(job: Job) -> Tensor | None:
-    """Windows of the text that people wrote for the recovery; None if the model writes it, or there is none."""
+def with_texts(job: Job) -> Job:
+    """The job with the texts that people wrote; WeLoreError for those, or a tokenizer, that it cannot read."""
+    skeleton = job.source.skeleton
+    if job.collects:
+        job = replace(job, text=draw_text(job.calibration, skeleton, _tokenizer(job), job.context))
     if job.recovery is None or job.recovery.dataset == SELF:
-        return None
-    options, model_config = TextOptions.of(job.calibration, job.context), job.source.skeleton.config
-    windows = recovery_text(job.recovery, model_config, _tokenizer(job), job.calibration.seed, options)
-    require_known_tokens(job.source.skeleton, windows)
-    return windows
+        return job
+    options = TextOptions.of(job.calibration, job.context)
+    windows = recovery_text(job.recovery, skeleton.config, _tokenizer(job), job.calibration.seed, options)
+    require_known_tokens(skeleton, windows)
+    return replace(job, recovery_text=windows)
 
 
 def _check_target(
@@ -476,12 +478,6 @@ def _allocated(
     )
     with job.context.stage("decompositions"):
         return allocate(analyzer.spectra(grids, neurons, experts), job.config)
-
-
-def _release(job: Job, plan: Plan) -> Callable[[Target], None]:
-    """Deletes the statistics of an MLP when the factors of its matrices are stored."""
-    made = {factors_key(a): layer_of(a.name, plan.grids) for a in plan.lrcs}
-    return LastingMoments(job.context.work, job.prunable if job.collects else [], made).release
 
 
 def _recovery(job: Job, source: TensorSource, plan: Plan, statistics: Statistics | None) -> Recovery:

@@ -93,7 +93,10 @@ def examples_of_rows(rows: Rows, tokenizer: "PreTrainedTokenizerBase", config: F
             f"{rows.name} has {count} training item{'s' * (count != 1)}: two are needed, one of them to evaluate on; "
             f"{dropped} have answers longer than max_length, {length} tokens"
         )
-    if not _may_end({*next(train.lists())[1].flatten().to_numpy().tolist()} - {IGNORED}, tokenizer):
+    learned = {*next(train.lists())[1].flatten().to_numpy().tolist()} - {IGNORED}
+    # A token that ends an answer is special: also without a name, as <|eot_id|> in base models; not BOS or unknown.
+    learned -= {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
+    if all(tokenizer.decode([i]) == tokenizer.decode([i], skip_special_tokens=True) for i in learned):
         LOG.warning("%s: no answer has a special token that ends it: the model learns no end of its turns", rows.name)
     sha = hashlib.sha256()
     for ids, labels in chain(train.lists(), held_out.lists()):
@@ -103,12 +106,6 @@ def examples_of_rows(rows: Rows, tokenizer: "PreTrainedTokenizerBase", config: F
     packed = PackedRows(train, length) if config.packing else train
     counts |= {"packed_sequences": len(packed)} if config.packing else {}
     return DatasetSplit(packed, held_out[:most], f"{split} ({rows.shape})", counts, sha.hexdigest())
-
-
-def _may_end(learned: set[int], tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether a token is special: also without a name, as <|eot_id|> in base models; not BOS, and no unknown word."""
-    others = {tokenizer.bos_token_id, tokenizer.unk_token_id} - {tokenizer.eos_token_id}
-    return any(tokenizer.decode([i]) != tokenizer.decode([i], skip_special_tokens=True) for i in learned - others)
 
 
 def _encoded(table: Any, encoder: "Encoder") -> tuple[Examples, int]:

@@ -67,9 +67,7 @@ def pretrain(
         WeLoreError: The settings cannot work.
     """
     context = RunContext.create(**options)
-    config = settings_of(PretrainConfig, config)
-    if dataset is not None:
-        config = dataclasses.replace(config, dataset=dataset)
+    config = settings_of(PretrainConfig, config, dataset=dataset)
     if config.dataset is None:
         raise WeLoreError("name the text to learn from by dataset: c4, wikitext2, pydoc or a file")
     resolve_defaults(config.training(), context.device)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -56,8 +55,7 @@ def score(
         WeLoreError: the model or the data of the task cannot be read.
     """
     context = RunContext.create(**options)
-    config = settings_of(ScoreConfig, config)
-    config = config if task is None else replace(config, task=task)
+    config = settings_of(ScoreConfig, config, task=task)
     if config.task is None:
         raise WeLoreError(f"name the task: --task {', '.join(TASKS)}")
     the_task = TASKS[config.task]

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -65,8 +64,7 @@ def evaluate(
         WeLoreError: the model or the text cannot be read, or the model computes NaN or Inf.
     """
     context = RunContext.create(**options)
-    config = settings_of(EvaluationConfig, config)
-    config = config if dataset is None else replace(config, dataset=dataset)
+    config = settings_of(EvaluationConfig, config, dataset=dataset)
     require_at_least(1, top_logprobs=top_logprobs)
     saved = saved_logprobs(against)
     with claimed(save_logprobs and logprobs_name(save_logprobs), model, config, against):

@@ -1,6 +1,5 @@
 """5 - finetune: a checkpoint and a text or task -> a run directory with record, checkpoints and the tuned model."""
 
-import dataclasses
 import os
 import shutil
 import time
@@ -87,9 +86,7 @@ def finetune(
         DivergedError: The loss is NaN or infinite.
     """
     context = RunContext.create(**options)
-    config = settings_of(FinetuneConfig, config)
-    config = config if dataset is None else dataclasses.replace(config, dataset=dataset)
-    config = resolve_defaults(config, context.device)
+    config = resolve_defaults(settings_of(FinetuneConfig, config, dataset=dataset), context.device)
     check_launch(os.environ, config.method, context.device.type, config.distill)
     warn_if_slow(getattr(torch, config.dtype), context.device)
     if isinstance(model, nn.Module):
