@@ -1,8 +1,8 @@
 """The tables of README.md and docs/results from the records in docs/benchmarks; `--check` only compares.
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. `--demo DIR` first takes the records of a demo,
-`--methods DIR` those of recipes/compare_methods_cpu.sh, `--tasks DIR` those of `welore score`, `--study DIR` records
-and figures of recipes/emergence_cpu.sh.
+`--methods DIR` those of recipes/compare_methods_cpu.sh, `--tasks DIR` those of `welore score`, `--protocol DIR` those
+of `welore evaluate` on a whole text, `--study DIR` records and figures of recipes/emergence_cpu.sh.
 """
 
 import argparse
@@ -71,6 +71,20 @@ DEMO = (  # rows in print; of an older demo some are not there
     *("dense", "uniform-same-err", "uniform-same-parameters", "welore"),
     *("ours", "ours-small", "welore-tuned", "dense-tuned"),
 )
+
+
+def protocol() -> str:
+    """A whole text in windows of 2048 tokens, from `welore evaluate`, the largest model first."""
+    records = [Record.load(path) for path in (HERE / "protocol").glob("*.json")]
+    dense = next(record for record in records if record.inputs["label"] == "dense")
+    lines = ["| parameters | weights | windows | tokens | perplexity | to dense |", "|---|---|---|---|---|---|"]
+    for record in sorted(records, key=lambda record: -record.numbers["parameter_ratio"]):
+        n = record.numbers
+        assert (n["tokens"], record.settings) == (dense.numbers["tokens"], dense.settings), record.inputs["label"]
+        sizes = f"{percent(n['parameter_ratio'])} | {megabytes(n['bytes'])} | {n['windows']} | {n['tokens']:,}"
+        ratio = perplexity_text(n["perplexity"] / dense.numbers["perplexity"])
+        lines.append(f"| {sizes} | {perplexity_text(n['perplexity'])} | x {ratio} |")
+    return "\n".join(lines)
 
 
 def demo() -> str:
@@ -808,6 +822,7 @@ def take_study(source: Path) -> None:
 TABLES = {
     "front": front,
     "demo": demo,
+    "protocol": protocol,
     "speed": speed,
     "speed_scaled": speed_scaled,
     "writing": writing,
@@ -859,6 +874,9 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, help="directory that `make demo` wrote")
     parser.add_argument("--methods", type=Path, help="directory that recipes/compare_methods_cpu.sh wrote")
     parser.add_argument("--tasks", type=Path, help="directory with score records of the tasks")
+    parser.add_argument(
+        "--protocol", type=Path, help="directory with records of whole texts, one of them labelled dense"
+    )
     parser.add_argument("--study", type=Path, help="directory that recipes/emergence_cpu.sh wrote")
     arguments = parser.parse_args()
     if arguments.demo:
@@ -870,6 +888,9 @@ def main() -> None:
     if arguments.tasks:
         for path in sorted(arguments.tasks.glob("*.score.json")):
             take(path, METHODS / path.name)
+    if arguments.protocol:
+        for path in sorted(arguments.protocol.glob("*.json")):
+            take(path, HERE / "protocol" / path.name)
     if arguments.study:
         take_study(arguments.study)
     for page in PAGES:

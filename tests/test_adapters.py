@@ -12,6 +12,7 @@ import welore
 from conftest import build, logits
 from toys import checkpoint
 from welore.errors import WeLoreError
+from welore.models.replace import sizes
 
 FORMS: dict[str, dict[str, Any]] = {
     "factored": {},
@@ -127,3 +128,19 @@ def test_trl_trains_by_instructions_and_by_preferences(form: str, tmp_path: Path
         factors = [name for name in before if name.endswith((".A.weight", ".B.weight", ".P.weight", ".C.weight"))]
         assert factors
         assert all(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters() if name in factors)
+
+
+@needs_peft
+@pytest.mark.filterwarnings("ignore")  # of peft
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters_are_no_matrices_of_the_model(form: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint(tmp_path / "model", **FORMS[form]))
+    own = sizes(model)
+    adapted = welore.mark_trainable(model, "lora").model
+    more = sizes(adapted.get_base_model())
+    assert {name: more[name] for name in ("rank_reduction", "parameter_ratio")} == {
+        name: own[name] for name in ("rank_reduction", "parameter_ratio")
+    }
+    for given in (adapted, adapted.get_base_model()):
+        with pytest.raises(WeLoreError, match="has adapters or parametrizations"):
+            welore.mark_trainable(given, "nlrc")

@@ -688,3 +688,20 @@ def test_compress_killed_at_any_moment_leaves_nothing_that_looks_whole(
             assert partial["model.safetensors"] == whole["model.safetensors"]
     for name in whole.keys() - {"compression.json"}:  # which says how long it took
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "out-before" / name).read_bytes(), name
+
+
+def test_a_file_that_is_none_of_ours_is_not_replaced_unasked(
+    command: Command, refused: Callable[..., str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    notes, evaluation = tmp_path / "notes.txt", ("--dataset", text, "--max-length", 9)
+    notes.write_text("mine")
+    for words in (("evaluate", model, *evaluation), ("analyze", model), ("calibrate", model, *evaluation)):
+        assert "notes.txt is there, and no file of ours: choose another, or pass --overwrite" in refused(
+            *words, "-o", notes
+        )
+        assert notes.read_text() == "mine"
+    record = ("evaluate", model, *evaluation, "-o", tmp_path / "r.json")
+    done(command(*record))
+    done(command(*record))  # its own may be made again
+    done(command("evaluate", model, *evaluation, "-o", notes, "--overwrite"))
+    assert json.loads(notes.read_text())["kind"] == "perplexity"

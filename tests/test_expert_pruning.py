@@ -36,6 +36,7 @@ from welore.io.context import RunContext
 from welore.io.resume import Workspace
 from welore.layers.remaining import is_left
 from welore.models.expert_pruning import find_expert_pruning
+from welore.models.load import sizes_in
 from welore.models.source import ModelSource, open_source
 
 # Where routers keep what they add to the scores of every expert; and how they are called.
@@ -192,6 +193,7 @@ def test_experts_that_are_left_are_compressed_as_usual(
     assert plan.dense_parameters == sum(math.prod(t.shape) for t in ModelSource(loaded(directory)).targets)
     assert record.numbers["parameter_ratio"] == pytest.approx(0.5, abs=0.01)
     assert record.settings["expert_pruning"] == 0.25
+    assert sizes_in(small, model)["parameter_ratio"] == record.numbers["parameter_ratio"]  # also in other records
     assert bool(plan.neurons) == (name == "Mixtral")
     assert {len(left.indices) for left in plan.experts.values()} == {3}
 

@@ -15,6 +15,8 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArgum
 
 import welore
 from conftest import allocate, build, compress, logits
+from toys import checkpoint
+from welore.config import CalibrationConfig
 from welore.errors import WeLoreError
 from welore.layers.low_rank import LowRankLayer
 from welore.layers.storage_forms import FORMS
@@ -420,3 +422,40 @@ def test_model_built_in_memory_and_from_disk_have_the_same_layout(small: Path) -
     model = build("llama")
     compress(model, rank_reduction=0.4)
     assert set(model.state_dict()) == set(AutoModelForCausalLM.from_pretrained(small).state_dict())
+
+
+def test_a_model_in_memory_keeps_its_hooks_and_what_is_frozen(tokens: torch.Tensor) -> None:
+    model = build("llama").requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    layer, seen = model.model.layers[0].self_attn.o_proj, []
+    handle = layer.register_forward_hook(lambda module, inputs, y: seen.append(type(module).__name__))
+    compress(model, rank_reduction=0.4)
+    assert isinstance(model.model.layers[0].self_attn.o_proj, LowRankLayer)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained == ["lm_head.weight"]
+    model(tokens)
+    welore.merge(model)
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    model(tokens)
+    assert seen == ["LowRankLinear", "Linear"]
+    handle.remove()
+    model(tokens)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("mode", ["dtype", "autocast"])
+def test_the_callers_dtype_and_autocast_change_nothing(mode: str, tmp_path: Path) -> None:
+    source, how = checkpoint(tmp_path / "dense", None), {"keep": 0.8, "calibration": CalibrationConfig(num_tokens=128)}
+    usual = welore.compress(source, tmp_path / "usual", **how, device="cpu")
+    before = torch.get_default_dtype()
+    try:
+        if mode == "dtype":
+            torch.set_default_dtype(torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+            welore.compress(source, tmp_path / "other", **how, device="cpu")
+        assert torch.get_default_dtype() == (torch.bfloat16 if mode == "dtype" else torch.float32)
+    finally:
+        torch.set_default_dtype(before)
+    assert usual.plan.lrcs
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("usual", "other")]
+    assert files[0] == files[1]

@@ -215,6 +215,10 @@ def test_other_arguments_of_transformers_go_by_their_own_names(small: Path, text
         ({"bf16": True}, "bf16 is no training argument to give"),
         ({"max_steps": 3}, "max_steps is no training argument to give"),
         ({"lr_scheduler_type": "quadratic"}, "a training argument cannot be used: .*quadratic"),
+        (
+            {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"cycles": 1}},
+            "lr_scheduler_kwargs .* cannot be used",
+        ),
     ]:
         with pytest.raises(WeLoreError, match=message):
             finetuned(small, tmp_path / "no", dataset=text, training_arguments=arguments, **SHORT)

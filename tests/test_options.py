@@ -245,3 +245,18 @@ def test_a_dict_of_settings_is_answered_with_its_class(
     with pytest.raises(WeLoreError, match=rf"dict is no settings: give welore.{kind}\(\.\.\.\)"):
         verb(dense, *needed, **config | {name: {"keep": 0.8}})
     assert [*tmp_path.iterdir()] == [dense]
+
+
+def test_a_list_of_texts_in_a_yaml_file_is_a_mixture(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three four " * 200)
+    (tmp_path / "c.yaml").write_text(f"dataset: [{tmp_path / 'a.txt'}, pydoc]\nnum_tokens: 64\nmax_length: 16\n")
+    dense = checkpoint(tmp_path / "dense", None)
+    done(command("calibrate", dense, "-o", tmp_path / "s.safetensors", "--config", tmp_path / "c.yaml"))
+    sources = welore.Statistics.load(tmp_path / "s.safetensors").record.inputs["sources"]
+    assert [Path(source["name"]).name for source in sources] == ["a.txt", "pydoc"]
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_target_is_no_switch(keep: bool) -> None:
+    with pytest.raises(welore.WeLoreError, match=f"keep is {keep}: it is a fraction"):
+        settings.CompressionConfig(keep=keep)

@@ -551,3 +551,12 @@ def test_page_of_a_model_with_210_matrices_is_small(tmp_path: Path) -> None:
     spectra.save(tmp_path / "in" / "spectra.safetensors")
     allocate(spectra, threshold=0.2).save(tmp_path / "in" / "plan.json")
     assert report([tmp_path / "in"], tmp_path / "out").stat().st_size < 1_500_000
+
+
+def test_a_record_is_read_whatever_its_file_is_called(run: Path, tmp_path: Path) -> None:
+    (run / "dense.ppl.json").rename(run / "dense.wikitext2.json")
+    (run / "trainer_state.json").write_text('{"log_history": []}')
+    artefacts, left_out = find_artefacts([run], LOADERS)
+    assert artefacts[run / "dense.wikitext2.json"].kind == "perplexity"
+    assert run / "trainer_state.json" not in artefacts
+    assert not left_out

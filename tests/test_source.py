@@ -2,14 +2,17 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.utils import prune, weight_norm
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -688,3 +691,25 @@ def test_broken_gguf_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(WeLoreError, match=r"m\.gguf cannot be read"):
         resolve_model(tmp_path / "m.gguf", cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("config.json"))
+
+
+def test_parts_of_layers_that_the_configuration_does_not_know_are_refused(saved: Callable[..., Path]) -> None:
+    directory = saved("llama")
+    tensors = load_file(directory / "model.safetensors")
+    layer = "model.layers.0.self_attn.q_proj"
+    for more in (f"{layer}.bias", f"{layer}.lora_A.weight", f"{layer}.lora_B.default.weight"):
+        save_file(tensors | {more: torch.ones(4, 4)}, directory / "model.safetensors", {"format": "pt"})
+        with pytest.raises(WeLoreError, match=rf"holds {more}, a part that no layer of config.json has"):
+            CheckpointSource(directory).require_complete()
+    for more in ("model.layers.0.self_attn.rotary_emb.inv_freq", "other.bias"):  # nothing that a layer could read
+        save_file(tensors | {more: torch.ones(4)}, directory / "model.safetensors", {"format": "pt"})
+        CheckpointSource(directory).require_complete()
+
+
+@pytest.mark.parametrize("wrap", [weight_norm, partial(prune.random_unstructured, name="weight", amount=0.5)])
+@pytest.mark.filterwarnings("ignore")  # weight_norm is old
+def test_weights_that_are_computed_from_others_are_refused(wrap: Callable[..., Any]) -> None:
+    model = build("llama")
+    wrap(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(WeLoreError, match="LlamaForCausalLM is wrapped, or has adapters or parametrizations"):
+        ModelSource(model)

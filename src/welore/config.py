@@ -164,8 +164,8 @@ class AllocationConfig:
         for name in TARGETS:
             value = getattr(self, name)
             # With allow_growth factors may outgrow the matrix, at most twice.
-            if value is not None and not 0 <= value <= (2 if name == "keep" else 1):
-                raise WeLoreError(f"{name} is {value:g}: it is a fraction between 0 and 1 (0.3 means 30 per cent)")
+            if value is not None and (isinstance(value, bool) or not 0 <= value <= (2 if name == "keep" else 1)):
+                raise WeLoreError(f"{name} is {value}: it is a fraction between 0 and 1 (0.3 means 30 per cent)")
         if self.min_ratio is not None and self.min_ratio != BREAK_EVEN and not 0 <= float(self.min_ratio) < 1:
             raise WeLoreError(f"min_ratio is {self.min_ratio}: it is a fraction from 0 to below 1, or {BREAK_EVEN!r}")
         require_at_least(1, rank_multiple=self.rank_multiple)

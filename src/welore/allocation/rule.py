@@ -79,11 +79,6 @@ class Rule:
         """The form in which a factored W (m, n) of this rank is stored."""
         return form_of(*shape, rank, self.storage, self.overheads)
 
-    def once_factored(self) -> "Rule":
-        """The rule for matrices that are factored in any case: an overhead that all forms share decides nothing."""
-        least = min(self.overheads.values(), default=0)
-        return replace(self, overheads={form: numbers - least for form, numbers in self.overheads.items()})
-
 
 def layout_of(optimize_for: str, shapes: Sequence[Shape]) -> Layout:
     """The layout for a goal, that of size for auto, adjusted to a model with matrices of these shapes.

@@ -5,6 +5,7 @@ A strategy (strategies.STRATEGIES) gives every singular value a score, and ONE l
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,8 @@ def allocate(
     # Overheads decide which matrices are factored; the ranks then meet the target.
     if rule.overheads and name != "threshold":
         factored = [a.name for a in _allocations(scores, spectra, level, rule, multiple) if a.factored]
-        rule = rule.once_factored()
+        least = min(rule.overheads.values())  # which all forms share: between them it decides nothing
+        rule = replace(rule, overheads={form: numbers - least for form, numbers in rule.overheads.items()})
         scores = _scores(strategy, spectra, rule, multiple, factored)
         level = _solve(scores, spectra, (name, value), rule, nearest=True)
     return Plan(

@@ -30,7 +30,7 @@ from welore.data.windows import digest, given_windows, require_known_tokens
 from welore.errors import WeLoreError
 from welore.io.atomic import resolved, work_directory
 from welore.io.claim import claimed
-from welore.io.context import RunContext
+from welore.io.context import RunContext, usual_numbers
 from welore.io.pages import give_back
 from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
@@ -52,7 +52,7 @@ TEACHER_SIZE = 64  # log-probabilities after every token of a text that the mode
 COLLECTED = "collected"  # in the workspace: all statistics are there, and this is their record
 
 
-@torch.inference_mode(False)  # gradients are needed whatever the caller's mode is
+@usual_numbers()
 def calibrate(
     model: "str | Path | PreTrainedModel",
     config: CalibrationConfig | None = None,
@@ -87,7 +87,7 @@ def calibrate(
     config = settings_of(CalibrationConfig, config, dataset=dataset)
     if output is not None:
         path = resolved(output)
-        with claimed(path, model, config):
+        with claimed(path, model, config, overwrite=context.overwrite):
             _calibrate(model, config, path, context)
         return Statistics.load(path)
     directory = tempfile.mkdtemp(prefix="welore-")

@@ -83,7 +83,7 @@ def analyze(
     if reference_values is not None:
         if config.scaling not in (None, "none") or statistics or config.split:
             raise WeLoreError("--reference-values are those of the weights: leave scaling, statistics and split out")
-        with claimed(output, model, reference_values):
+        with claimed(output, model, reference_values, overwrite=run.overwrite):
             spectra = import_singular_values(
                 reference_values, model, include=config.include, exclude=config.exclude, **run.options
             )

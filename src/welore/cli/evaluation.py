@@ -67,7 +67,7 @@ def evaluate(
         raise WeLoreError("--against and --save-logprobs go with --dataset: they are of predictions in a text")
     if lm_eval is not None:
         _require_no_text(config)
-    with claimed(output, model, config, against, tasks_dir, leads=is_main_process()):
+    with claimed(output, model, config, against, tasks_dir, overwrite=run.overwrite, leads=is_main_process()):
         if lm_eval is not None:
             names = [name.strip() for name in lm_eval.split(",") if name.strip()]
             size: dict[str, Any] = {"limit": limit, "batch_size": config.batch_size, "dtype": config.dtype}
@@ -101,7 +101,7 @@ def score(
     from welore.evaluation.accuracy import score
     from welore.io.claim import claimed
 
-    with claimed(output, model, config, leads=is_main_process()):
+    with claimed(output, model, config, overwrite=run.overwrite, leads=is_main_process()):
         record = score(model, config, label=label, **run.options)
         if output is not None and is_main_process():
             record.save(output)

@@ -159,7 +159,10 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         raise WeLoreError(f"{path}: {context.info_name} has no option {name!r}{did_you_mean(name, names)}")
     context.meta[OTHERS] = others
     lists = {p.name for p in context.command.params if getattr(p, "multiple", False)}
-    given = {names[n]: [v] if names[n] in lists and isinstance(v, str) else v for n, v in values.items()}
+    given = {names[name]: value for name, value in values.items()}
+    for name, value in given.items():  # one of several, or several texts
+        if isinstance(value, str if name in lists else list):
+            given[name] = [value] if name in lists else ",".join(map(str, value))
     context.default_map = dict(context.default_map or {}) | given
     return path
 

@@ -72,7 +72,7 @@ def analyze(
     context = RunContext.create(**options)
     if output is not None and work_dir is None:
         work_dir = work_directory(Path(output))
-    with claimed(output, model, statistics, leads=context.processes.is_main):
+    with claimed(output, model, statistics, leads=context.processes.is_main, overwrite=context.overwrite):
         source = open_source(model, context, include=include, exclude=exclude)
         known = open_statistics(statistics, source)
         scaling = current_name(scaling or (NONE if known is None else KFAC))

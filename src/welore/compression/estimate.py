@@ -77,30 +77,20 @@ def estimate(
     statistics: "Statistics | str | Path | None" = None,
     **options: Unpack[RunOptions],
 ) -> Estimate:
-    """Predict sizes, time, memory and disk of `compress` with the same arguments; reads no weights but their headers.
-
-    Args:
-        model: Hub id, directory, .gguf file or a model in memory.
-        config: Target and method.
-        keep: The target, in place of one in the config.
-        calibration: How statistics would be collected.
-        recovery: How the factors would be trained.
-        statistics: Statistics of this model, or their file.
-        **options: Where it would compute (config.RunOptions).
+    """Predict sizes, time, memory and disk of `compress`, whose arguments these are; of weights only headers are read.
 
     Returns:
         The estimate; `str` of it is a table.
 
     Raises:
-        WeLoreError: If the settings cannot work, as `compress` does.
+        WeLoreError: If the settings cannot work, or a text or the tokenizer cannot be read, as `compress` does.
     """
     context = RunContext.create(**options)
     config = settings_of(CompressionConfig, config, keep=keep)
     source = open_source(model, context, include=config.include, exclude=config.exclude)
     job = with_texts(make_job(source, config, calibration, recovery, None, statistics, context))
     needs, rates = Needs(job), measured_rates(context.device)
-    removed = job.removed
-    name, target = job.target
+    removed, (name, target) = job.removed, job.target
     return Estimate(
         model=source.name,
         device=str(context.device),

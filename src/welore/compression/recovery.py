@@ -181,10 +181,8 @@ def memory_needed(source: TensorSource, allocations: Sequence[Allocation], train
 
 def trained_shapes(allocations: Sequence[Allocation]) -> list[tuple[int, ...]]:
     """Shapes of the matrices that a recovery changes: the factors of the LRCs, all matrices where there are none."""
-    lrcs = [a for a in allocations if a.factored]
-    if not lrcs:
-        return [a.shape for a in allocations]
-    return [shape for a in lrcs for shape in FORMS[a.form].shapes(*a.shape, a.rank).values() if len(shape) == 2]
+    factors = [FORMS[a.form].shapes(*a.shape, a.rank) for a in allocations if a.factored]
+    return [s for shapes in factors for s in shapes.values() if len(s) == 2] or [a.shape for a in allocations]
 
 
 def failed_recovery(config: RecoveryConfig, error: Exception) -> Recovery:

@@ -67,7 +67,7 @@ def evaluate(
     config = settings_of(EvaluationConfig, config, dataset=dataset)
     require_at_least(1, top_logprobs=top_logprobs)
     saved = saved_logprobs(against)
-    with claimed(save_logprobs and logprobs_name(save_logprobs), model, config, against):
+    with claimed(save_logprobs and logprobs_name(save_logprobs), model, config, against, overwrite=context.overwrite):
         text, digest = evaluation_text(config.dataset, TextOptions.of(config, context))
         loaded = load_model(model, context, config.dtype, label, device_map=config.device_map)
         net = loaded.model

@@ -47,6 +47,8 @@ def claimed(
         remove(hidden(path, "memory"))  # which is in use until the command ends
         if marker is not None:
             require_free(path, overwrite=overwrite, marker=marker)
+        elif not overwrite and path.exists() and path.stat().st_size and not _is_ours(path):
+            raise WeLoreError(f"{path} is there, and no file of ours: choose another, or pass --overwrite")
         yield
 
 
@@ -57,7 +59,7 @@ def require_unread(output: str | Path, *reads: Any) -> None:
         source = given.resolve()
         if source == output or output in source.parents:
             raise WeLoreError(f"{output} is or holds {given}, which is read: name another output")
-        if output.is_file() and source.is_dir() and not _is_ours(output):
+        if output.is_file() and source.is_dir() and (output.name in RECORDS or not _is_ours(output)):
             links = (entry.resolve() for entry in source.iterdir())  # a snapshot of the hub has nothing else
             if source in output.parents or output in links:
                 raise WeLoreError(f"{output} is a file of {given}, which is read: name another output")
@@ -85,13 +87,12 @@ def _is_ours(path: Path) -> bool:
     """Whether a file that lies with a model is a measurement or an artefact of ours, which may be made again."""
     from welore.io.safetensors_stream import TensorReader  # needs torch
 
-    try:
-        if path.suffix == ".safetensors":
-            return TensorReader(path).metadata.get("format", "").startswith("welore.")
-        content = read_json(path) if path.suffix == ".json" else None
-        return isinstance(content, dict) and ("kind" in content or "format" in content) and path.name not in RECORDS
-    except WeLoreError:
-        return False
+    with suppress(WeLoreError):
+        return TensorReader(path).metadata.get("format", "").startswith("welore.")
+    with suppress(WeLoreError), path.open("rb") as file:
+        content = read_json(path) if file.read(1) == b"{" else None
+        return isinstance(content, dict) and ("kind" in content or "format" in content)
+    return False
 
 
 RECORDS = {"plan.json", "compression.json", "finetune.json", "pretrain.json"}  # they belong to the model

@@ -23,6 +23,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+@contextmanager
+def usual_numbers() -> Iterator[None]:
+    """Gradients, float32 where no dtype is named, and no autocast, whatever the caller's own modes are."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 @dataclass(frozen=True)
 class RunContext:
     """Where a verb computes, how many matrices at once, who is told, who else works, what an earlier run has left.

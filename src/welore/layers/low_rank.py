@@ -11,34 +11,40 @@ from welore.layers.storage_forms import FACTORED, PIVOTED
 from welore.linalg.interpolative import pivoted
 
 
-class LowRankLayer(nn.Module):
-    """A linear layer whose matrix W (m, n) of rank r is stored in one of the forms of the registry.
+class CompressedLayer(nn.Module):
+    """A layer in the place of y = W x + b whose children hold what W is made of.
 
-    It stands in the place of y = W x + b. Its children are plain nn.Linear layers, so that peft, torchao, FSDP and
-    hooks see nothing unusual. The bias stays here, under the key that the dense layer had.
+    They are plain nn.Linear layers, so that peft, torchao, FSDP and hooks see nothing unusual. The bias stays here,
+    under the key that the dense layer had.
 
     `weight` is an empty buffer, the tombstone: a loader that does not know this format would fill a missing
     dense weight with random numbers; it meets a shape mismatch here and stops instead.
     """
 
-    form: ClassVar[str]
-    tall: ClassVar[str]  # the child whose weight has more rows than columns
     bias: nn.Parameter | None
     weight: Tensor
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = False, **like: Any) -> None:
+        """like: device and dtype, as of nn.Linear."""
         super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        _add_bias_and_tombstone(self, bias=bias, device=device, dtype=dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features, **like)) if bias else None
+        self.register_buffer("weight", torch.empty(0, **like))
+
+    def extra_repr(self) -> str:
+        """Shapes, as nn.Linear prints them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class LowRankLayer(CompressedLayer):
+    """A linear layer whose matrix W (m, n) of rank r is stored in one of the forms of the registry."""
+
+    form: ClassVar[str]
+    tall: ClassVar[str]  # the child whose weight has more rows than columns
+
+    def __init__(self, in_features: int, out_features: int, rank: int, **options: Any) -> None:
+        super().__init__(in_features, out_features, **options)
+        self.rank = rank
 
     @staticmethod
     def pack(A: Tensor, B: Tensor) -> tuple[Tensor, ...]:
@@ -51,8 +57,8 @@ class LowRankLayer(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        """Shapes, as nn.Linear prints them."""
-        return _shapes(self, f"rank={self.rank}")
+        """With the rank."""
+        return f"{super().extra_repr()}, rank={self.rank}"
 
 
 class LowRankLinear(LowRankLayer):
@@ -135,32 +141,20 @@ def in_order(z: Tensor, others: Tensor, order: Tensor) -> Tensor:
     return y.gather(-1, order.expand(y.shape)) if y.device.type == "cpu" else y.index_select(-1, order)
 
 
-class SplitLinear(nn.Module):
+class SplitLinear(CompressedLayer):
     """y = W x + b with W in equal blocks, each a linear or a low-rank layer of its own.
 
     grid: how many blocks lie below each other and side by side. The blocks are called 0, 1, ..., row by row, and are
-    made as nn.Linear without bias. `bias` and the tombstone `weight` are those of LowRankLayer.
+    made as nn.Linear without bias.
     """
 
-    bias: nn.Parameter | None
-    weight: Tensor
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        grid: Grid,
-        *,
-        bias: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, grid: Grid, **options: Any) -> None:
         m, n = block_shape(out_features, in_features, grid)
-        super().__init__()
-        self.in_features, self.out_features, self.grid = in_features, out_features, grid
+        super().__init__(in_features, out_features, **options)
+        self.grid = grid
+        options.pop("bias", None)
         for index in range(grid[0] * grid[1]):
-            self.add_module(str(index), nn.Linear(n, m, bias=False, device=device, dtype=dtype))
-        _add_bias_and_tombstone(self, bias=bias, device=device, dtype=dtype)
+            self.add_module(str(index), nn.Linear(n, m, bias=False, **options))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., n) -> (..., m)."""
@@ -176,22 +170,8 @@ class SplitLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """Shapes, as nn.Linear prints them."""
-        return _shapes(self, f"grid={self.grid}")
-
-
-def _add_bias_and_tombstone(
-    layer: LowRankLayer | SplitLinear, *, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
-) -> None:
-    zeros = torch.zeros(layer.out_features, device=device, dtype=dtype) if bias else None
-    layer.bias = None if zeros is None else nn.Parameter(zeros)
-    layer.register_buffer("weight", torch.empty(0, device=device, dtype=dtype))
-
-
-def _shapes(layer: LowRankLayer | SplitLinear, inside: str) -> str:
-    return (
-        f"in_features={layer.in_features}, out_features={layer.out_features}, {inside}, bias={layer.bias is not None}"
-    )
+        """With the grid."""
+        return f"{super().extra_repr()}, grid={self.grid}"
 
 
 # --- one token on a CPU ---------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from welore.io.safetensors_stream import FLOATS
 from welore.models.quantizer import METHOD, WeLoreConfig, check_factors
 from welore.models.replace import has_module
 from welore.models.skeleton import decoder_blocks, reason
+from welore.models.targets import kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,8 +112,11 @@ def _require_all_read(directory: Path, model: "PreTrainedModel", unread: set[str
             raise WeLoreError(
                 f"{directory} holds {key}, but {CONFIG} says {len(modules)} layers: it is another model's"
             )
-        if block and compressed and not has_module(model, key.rpartition(".")[0]):
-            raise WeLoreError(f"{directory} holds {key}, but {CONFIG} gives that layer no such part: it is damaged")
+        layer = re.sub(r"(\.lora_.*|\.\w+)$", "", key)
+        layers = [name for name in (layer, f"{model.base_model_prefix}.{layer}") if has_module(model, name)]
+        linear = any(kind_of(model.get_submodule(name)) for name in layers)
+        if block and ((compressed and not layers) or linear):
+            raise WeLoreError(f"{directory} holds {key}, a part that no layer of {CONFIG} has: it is another model's")
 
 
 @contextmanager

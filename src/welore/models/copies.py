@@ -1,13 +1,8 @@
 """Frozen copies of a model, or of a part of it, on another device or in another dtype."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +10,9 @@ from torch import Tensor, nn
 from welore.errors import WeLoreError
 from welore.io.memory import free_memory
 from welore.models.load import multiplies
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def frozen_copy(

@@ -93,11 +93,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def sizes_in(directory: Path | None, model: "PreTrainedModel") -> dict[str, Any]:
-    """`sizes` of the model of a directory; narrower MLPs of an ordinary checkpoint only its record tells."""
+    """`sizes` of the model of a directory; what has left no trace in the model itself, only its record tells."""
     record = None if directory is None else Record.load_if_there(directory / RECORD)
-    if record is None or record.settings.get("optimize_for") != ANYWHERE:
-        return sizes(model)
-    return sizes(model) | {"parameter_ratio": record.numbers["parameter_ratio"]}
+    told = record is not None and (
+        record.settings.get("optimize_for") == ANYWHERE or record.settings.get("expert_pruning")
+    )
+    return sizes(model) | ({"parameter_ratio": record.numbers["parameter_ratio"]} if record and told else {})
 
 
 def load(

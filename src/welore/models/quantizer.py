@@ -24,7 +24,7 @@ from welore.io.safetensors_stream import FLOATS, TensorInfo, TensorReader, check
 from welore.layers.block_grid import Grid, block_names, layer_of, read_grids, split_layers
 from welore.layers.expert_names import is_of_expert
 from welore.layers.int8 import KERNEL_STEP, SCALE, Int8Layer
-from welore.layers.low_rank import LowRankLayer, SplitLinear
+from welore.layers.low_rank import CompressedLayer
 from welore.layers.storage_forms import FACTORED, FORMS
 from welore.models.experts import unfuse, unmerged
 from welore.models.int8 import quantize_layers
@@ -198,7 +198,7 @@ class WeLoreQuantizer(HfQuantizer):
                     module.weight.data = module.weight.data.clone()
         for first, others in shared_layers(model).items():
             for other in others:
-                if isinstance(model.get_submodule(first), LowRankLayer | SplitLinear):
+                if isinstance(model.get_submodule(first), CompressedLayer):
                     share_layer(model, first, other)  # the buffers, too
         if config.ranks is None:
             del model.config.quantization_config

@@ -1,6 +1,7 @@
 """Compress and merge a model in memory: linear layers are exchanged in place."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,11 +35,20 @@ def _exchanged(model: nn.Module, name: str, make: Callable[..., Layer]) -> Layer
     old: Any = model.get_submodule(name)
     m, n = known_kind(old).shape(old)
     new = make(n, m, device=old.weight.device, dtype=old.weight.dtype)
+    _as_before(new, old)
     if old.bias is not None:
         new.bias = old.bias
-    new.train(old.training)
     model.set_submodule(name, new)
     return new
+
+
+def _as_before(new: nn.Module, old: nn.Module) -> None:
+    """Give a layer the mode, the hooks and the frozen weights of the one in whose place it comes."""
+    new.train(old.training)
+    if not any(parameter.requires_grad for parameter in old.parameters()):
+        new.requires_grad_(False)
+    for name in filter(re.compile(r"_(forward|backward)(_pre)?_hooks(_\w+)?").fullmatch, vars(old)):
+        setattr(new, name, getattr(old, name))
 
 
 def build_layer(model: nn.Module, layer: str, config: "WeLoreConfig", others: Sequence[str] = ()) -> None:
@@ -84,9 +94,9 @@ def restore_layer(model: nn.Module, name: str, dense: nn.Module) -> None:
     old = model.get_submodule(name)
     like, bias, full = next(old.parameters()), *(layer._parameters.get("bias") for layer in (old, dense))
     dense.to_empty(device=like.device).to(like.dtype)
+    _as_before(dense, old)
     if bias is not None and full is not None and full.shape == bias.shape:
         dense.register_parameter("bias", bias)
-    dense.train(old.training)
     model.set_submodule(name, dense)
 
 

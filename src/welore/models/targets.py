@@ -16,7 +16,7 @@ from welore.errors import WeLoreError
 from welore.layers.block_grid import WHOLE, Grid, block_names, block_shape
 from welore.layers.expert_names import of_all_experts
 from welore.layers.int8 import Int8Linear
-from welore.layers.low_rank import LowRankLayer, SplitLinear
+from welore.layers.low_rank import CompressedLayer, LowRankLayer
 from welore.models.skeleton import decoder_blocks
 
 if TYPE_CHECKING:
@@ -211,11 +211,12 @@ def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude:
     blocks, _ = decoder_blocks(model)
     shared = shared_layers(model)
     repeated = {other: first for first, others in shared.items() for other in others}
-    names = []
-    targets = []
+    names, targets, factors = [], list[Target](), "."
     for name, module in model.named_modules():
         kind, parent = kind_of(module), name.rpartition(".")[0]
-        if kind is None or isinstance(model.get_submodule(parent), LowRankLayer):  # a factor
+        if isinstance(module, LowRankLayer):
+            factors = f"{name}."
+        if kind is None or name.startswith(factors) or ".lora_" in name:  # of an adapter of peft
             continue
         names.append(name)
         same = [name, *shared.get(name, ())]
@@ -247,7 +248,7 @@ def shared_layers(model: nn.Module) -> dict[str, list[str]]:
         if name.startswith(low_rank):  # a factor or a block
             continue
         weight = module._parameters.get("weight")
-        if isinstance(module, LowRankLayer | SplitLinear):
+        if isinstance(module, CompressedLayer):
             low_rank = name + "."
             weight = next(parameter for part, parameter in module.named_parameters() if part != "bias")
         elif weight is not None and weight.is_meta and name + ".weight" in tied:  # from_pretrained ties in the end

@@ -11,6 +11,7 @@ from typing import Any
 from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
+from welore.io.atomic import read_json
 from welore.io.fields import ERRORS, typed
 from welore.records import MODEL_FINGERPRINT, Record
 from welore.reporting.style import Picture
@@ -24,10 +25,6 @@ LOADERS: dict[str, Loader] = {
     "spectra*.safetensors": Spectra.load,
     "plan.json": Plan.load,
     "*.plan.json": Plan.load,
-    "compression.json": Record.load,
-    "*.ppl.json": Record.load,
-    "finetune.json": Record.load,
-    "*.score.json": Record.load,
 }
 
 
@@ -64,16 +61,18 @@ def find_artefacts(
         if not directory.is_dir():
             raise WeLoreError(f"{directory} is not a directory: name directories that hold artefacts of welore")
         for path in sorted(directory.rglob("*")):
-            load = next((load for pattern, load in loaders.items() if fnmatch(path.name, pattern)), None)
+            other = _record if path.suffix == ".json" else None
+            load = next((load for pattern, load in loaders.items() if fnmatch(path.name, pattern)), other)
             partial = any(re.search(r"\.(partial|welore-\w+)$", part) for part in path.relative_to(directory).parts)
             if load and not partial and path.is_file() and path.resolve() not in artefacts:
                 try:
-                    artefacts[path.resolve()] = _read(path, load)
+                    if (artefact := _read(path, load)) is not None:
+                        artefacts[path.resolve()] = artefact
                 except WeLoreError as error:
                     left_out.append(str(error))
     if not artefacts:
         names = ", ".join(map(str, directories)) or "no directory"
-        reason = left_out[0] if left_out else f"looked for {', '.join(loaders)}"
+        reason = left_out[0] if left_out else f"looked for {', '.join(loaders)} and records"
         raise WeLoreError(f"nothing to report under {names}: {reason}")
     return artefacts, left_out
 
@@ -103,6 +102,12 @@ ROWS: dict[str, Callable[[Record], Any]] = {
     ),
     "accuracy": lambda record: task_table([record]),
 }
+
+
+def _record(path: Path) -> Record | None:
+    """A record, whatever the file is called; None for other content."""
+    content, named = read_json(path), path.name.endswith((".ppl.json", ".score.json"))
+    return Record.load(path) if named or (isinstance(content, dict) and "kind" in content) else None
 
 
 def _read(path: Path, load: Loader) -> Any:

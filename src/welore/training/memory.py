@@ -19,7 +19,7 @@ from welore.io.hub import resolve_model
 from welore.layers.expert_names import EXPERT, is_of_expert
 from welore.layers.low_rank import LowRankLayer
 from welore.models.quantizer import METHOD, WeLoreConfig, build_layers
-from welore.models.skeleton import decoder_blocks, skeleton_of
+from welore.models.skeleton import context_length, decoder_blocks, require_context_length, skeleton_of
 from welore.models.targets import kind_of
 from welore.training.methods import METHODS, MarkedModel, mark_trainable
 from welore.training.objective import chunk_of
@@ -90,6 +90,7 @@ def estimate_step(
     marked = mark_trainable(
         _skeleton(model, context), config.method, plan=plan, train_norms=config.train_norms, rank=config.rank
     )
+    require_context_length(cast(int, config.max_length), context_length(marked.base.config))
     teacher = 0
     if config.distill is not None and not is_recorded(config.distill):
         teacher = sum(p.numel() for p in _skeleton(config.distill, context).parameters())

@@ -24,6 +24,7 @@ from welore.layers.low_rank import LowRankLayer
 from welore.models.experts import fused_experts, fused_tensors, unfuse, unfused
 from welore.models.replace import compression_config
 from welore.models.skeleton import decoder_blocks
+from welore.models.source import require_unwrapped
 from welore.models.targets import find_targets, in_blocks
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def mark_trainable(
         WeLoreError: The method is unknown, has nothing to train in this model, or lacks a package.
     """
     entry = choose("method", method, METHODS)
+    require_unwrapped(model)
     if any(isinstance(module, Int8Layer) for module in model.modules()):
         raise WeLoreError(
             "the weights of this model are int8, which cannot be trained: fine-tune the model that it was made of, "

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments, get_scheduler, set_seed
 
 from welore.allocation.plan import Plan
 from welore.config import SELF, FinetuneConfig, as_record
@@ -23,7 +23,7 @@ from welore.io.claim import require_unread
 from welore.io.context import RunContext
 from welore.io.pages import give_back
 from welore.io.progress import silent
-from welore.layers.low_rank import LowRankLayer, SplitLinear
+from welore.layers.low_rank import CompressedLayer
 from welore.models.experts import experts_of
 from welore.models.load import LoadedModel, load_model
 from welore.models.skeleton import context_length, require_context_length
@@ -170,12 +170,15 @@ def _loaded(
 
 def _refuse_optimizer(model: Any, args: TrainingArguments) -> None:
     """Raise WeLoreError for an optimiser that needs a package that is not there, or settings that we do not give."""
+    what, schedule = f"optimizer {getattr(args.optim, 'value', args.optim)}", args.lr_scheduler_type
+    how: Any = {"scheduler_specific_kwargs": args.lr_scheduler_kwargs}
     try:
         with known_warnings():
             FinetuneTrainer.get_optimizer_cls_and_kwargs(args, model)
-    except (ImportError, ValueError) as error:
-        name = getattr(args.optim, "value", args.optim)
-        raise WeLoreError(f"optimizer {name} cannot be used: {first_line(error)}") from error
+            what = f"lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+            get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)]), 0, args.max_steps, **how)
+    except (ImportError, ValueError, TypeError) as error:
+        raise WeLoreError(f"{what} cannot be used: {first_line(error)}") from error
 
 
 def _data(
@@ -218,6 +221,6 @@ def cast(model: Any, dtype: torch.dtype, *, mapped: bool = True, streamed: Colle
             if parameter.dtype is not before.dtype:
                 give_back([before])  # other tensors keep its file open
     for module in model.modules():
-        if isinstance(module, LowRankLayer | SplitLinear) and copy:
+        if isinstance(module, CompressedLayer) and copy:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.clone())

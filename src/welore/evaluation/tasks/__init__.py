@@ -97,7 +97,7 @@ def _generated(task: Task, part: Part, seed: int) -> list[Item]:
     """As many items as the original part has, all different, in an order that depends on the seed alone."""
     if task.generate is None or task.train_share is None:
         able = ", ".join(name for name, other in TASKS.items() if other.generate)
-        raise WeLoreError(f"{task.name} cannot be generated, only {able}: give --dataset FILE, or none for the hub")
+        raise WeLoreError(f"{task.name} cannot be generated, only {able}: give a FILE, or none for the hub")
     random = Random(seed)
     border = round(task.generated_count * task.train_share)
     count = border if part == "train" else task.generated_count - border
@@ -118,10 +118,10 @@ def _hub_items(task: Task, part: Part, cache_dir: str | Path | None) -> list[Ite
     try:
         rows = load_dataset(hub.name, hub.subset, split=split, cache_dir=str(cache_dir) if cache_dir else None)
     except Exception as error:  # datasets reads files of any kind
-        how = ", or --dataset generated" if task.generate else ""
+        how = f"the original file{' or generated' if task.generate else ''}"
         raise WeLoreError(
-            f"the data set {hub.name} cannot be fetched ({first_line(error)}): connect once, or give the original file "
-            f"by --dataset{how}"
+            f"the data set {hub.name} cannot be fetched ({first_line(error)}): connect once, or give {how} "
+            "as the task's data set (score --dataset, finetune --task-dataset)"
         ) from error
     return hub_items(task, part, list(rows))
 
