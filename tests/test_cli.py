@@ -566,12 +566,15 @@ def test_signals_stop_a_command_and_are_given_back() -> None:
 
 def test_reader_that_goes_away_is_no_failure_but_a_full_disk_is() -> None:
     run = [sys.executable, "-m", "welore", "--help"]
+    result = [sys.executable, "-c", "from welore.cli.output import print_result; print_result({'a': 1}, False, 'b')"]
     reader, writer = os.pipe()
     os.close(reader)
-    answer = subprocess.run(run, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    pipes: dict[str, Any] = {"stdout": writer, "stderr": subprocess.PIPE, "text": True, "check": False}
+    assert "Traceback" not in subprocess.run(run, **pipes).stderr
+    for environment in (os.environ, os.environ | {"PYTHONUNBUFFERED": "1"}):
+        answer = subprocess.run(result, **pipes, env=environment)
+        assert (answer.returncode, answer.stderr) == (0, "")
     os.close(writer)
-    assert "Traceback" not in answer.stderr
-    assert "Exception ignored" not in answer.stderr
     with Path("/dev/full").open("w") as full:
         answer = subprocess.run(run, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (answer.returncode, answer.stderr.count("\n")) == (2, 1)

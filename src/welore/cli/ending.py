@@ -113,9 +113,10 @@ def _is_first() -> bool:
         return True
 
 
-def flush_output() -> None:
-    """Write out the standard output; a reader that has gone (`| head`) is no failure of the command."""
+def flush_output(text: str = "") -> None:
+    """Write a text to the standard output, and all of it out; a reader that has gone (`| head`) is no failure."""
     try:
+        sys.stdout.write(text)
         sys.stdout.flush()
     except OSError as error:
         with suppress(OSError, ValueError):  # what is left in the buffer would fail again when the interpreter ends

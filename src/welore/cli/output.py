@@ -20,8 +20,7 @@ def print_result(result: "Record | Mapping[str, Any]", as_json: bool, line: str)
 
     if is_main_process():
         content = result if isinstance(result, Mapping) else dataclasses.asdict(result)
-        print(json.dumps(finite(content)) if as_json else printable(line))
-        flush_output()
+        flush_output(f"{json.dumps(finite(content)) if as_json else printable(line)}\n")
 
 
 def log(line: str) -> None:
