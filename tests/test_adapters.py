@@ -142,5 +142,5 @@ def test_adapters_are_no_matrices_of_the_model(form: str, tmp_path: Path) -> Non
         name: own[name] for name in ("rank_reduction", "parameter_ratio")
     }
     for given in (adapted, adapted.get_base_model()):
-        with pytest.raises(WeLoreError, match="has adapters or parametrizations"):
+        with pytest.raises(WeLoreError, match="has adapters already"):
             welore.mark_trainable(given, "nlrc")

@@ -78,7 +78,8 @@ def test_json_is_the_record(command: Command, model: Path, text: Path, tmp_path:
     facts = json.loads(done(command("finetune", model, tmp_path / "run", "--dataset", text, *QUICK, "--json")))
     assert facts == json.loads((tmp_path / "run" / "finetune.json").read_text())
     scored = tmp_path / "a.score.json"
-    arguments = ("--task", "coin_flip", "--dataset", "generated", "--limit", 2, "-o", scored, "--json")
+    (tmp_path / "c.yaml").write_text("dataset: generated\nlimit: 2\n")  # which goes with the task
+    arguments = ("--task", "coin_flip", "--config", tmp_path / "c.yaml", "-o", scored, "--json")
     assert json.loads(done(command("score", model, *arguments))) == json.loads(scored.read_text())
 
 

@@ -15,8 +15,6 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArgum
 
 import welore
 from conftest import allocate, build, compress, logits
-from toys import checkpoint
-from welore.config import CalibrationConfig
 from welore.errors import WeLoreError
 from welore.layers.low_rank import LowRankLayer
 from welore.layers.storage_forms import FORMS
@@ -427,13 +425,16 @@ def test_model_built_in_memory_and_from_disk_have_the_same_layout(small: Path) -
 def test_a_model_in_memory_keeps_its_hooks_and_what_is_frozen(tokens: torch.Tensor) -> None:
     model = build("llama").requires_grad_(False)
     model.lm_head.requires_grad_(True)
-    layer, seen = model.model.layers[0].self_attn.o_proj, []
+    layer, seen, backward = model.model.layers[0].self_attn.o_proj, [], []
+    model.model.embed_tokens.requires_grad_(True)
     handle = layer.register_forward_hook(lambda module, inputs, y: seen.append(type(module).__name__))
+    layer.register_full_backward_hook(lambda *_: backward.append(1))
     compress(model, rank_reduction=0.4)
     assert isinstance(model.model.layers[0].self_attn.o_proj, LowRankLayer)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained == ["lm_head.weight"]
-    model(tokens)
+    assert trained == ["model.embed_tokens.weight", "lm_head.weight"]
+    model(tokens).logits.sum().backward()
+    assert backward == [1]
     welore.merge(model)
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
     model(tokens)
@@ -443,19 +444,29 @@ def test_a_model_in_memory_keeps_its_hooks_and_what_is_frozen(tokens: torch.Tens
     assert len(seen) == 2
 
 
-@pytest.mark.parametrize("mode", ["dtype", "autocast"])
-def test_the_callers_dtype_and_autocast_change_nothing(mode: str, tmp_path: Path) -> None:
-    source, how = checkpoint(tmp_path / "dense", None), {"keep": 0.8, "calibration": CalibrationConfig(num_tokens=128)}
-    usual = welore.compress(source, tmp_path / "usual", **how, device="cpu")
-    before = torch.get_default_dtype()
+@pytest.mark.parametrize("mode", ["autocast", "default dtype"])
+def test_work_in_modes_that_change_its_dtypes_is_refused(small: Path, mode: str, tmp_path: Path) -> None:
+    verbs = welore.compress, welore.calibrate, welore.finetune, welore.merge, welore.export
     try:
-        if mode == "dtype":
-            torch.set_default_dtype(torch.bfloat16)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
-            welore.compress(source, tmp_path / "other", **how, device="cpu")
-        assert torch.get_default_dtype() == (torch.bfloat16 if mode == "dtype" else torch.float32)
+        torch.set_default_dtype(torch.bfloat16 if mode == "default dtype" else torch.float32)
+        for verb in verbs:
+            with (
+                torch.autocast("cpu", enabled=mode == "autocast"),
+                pytest.raises(WeLoreError, match="outside of torch"),
+            ):
+                verb(small, tmp_path / "out")
     finally:
-        torch.set_default_dtype(before)
-    assert usual.plan.lrcs
-    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("usual", "other")]
-    assert files[0] == files[1]
+        torch.set_default_dtype(torch.float32)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_trained_biases_leave_frozen_weights_frozen(family: str) -> None:
+    model = build(family)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias"))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    compress(model, rank_reduction=0.4)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    welore.merge(model)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained

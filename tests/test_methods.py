@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import welore
 from conftest import build
@@ -214,6 +221,8 @@ def test_other_arguments_of_transformers_go_by_their_own_names(small: Path, text
         ({"adam_beta": 0.8}, "has an option 'adam_beta'; did you mean 'adam_beta"),
         ({"bf16": True}, "bf16 is no training argument to give"),
         ({"max_steps": 3}, "max_steps is no training argument to give"),
+        ({"push_to_hub": True}, "push_to_hub is .* to give: give nothing, and upload OUTPUT_DIR/model afterwards"),
+        ({"resume_from_checkpoint": "x"}, "resume_from_checkpoint is .* to give: give resume"),
         ({"lr_scheduler_type": "quadratic"}, "a training argument cannot be used: .*quadratic"),
         (
             {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {"cycles": 1}},
@@ -269,3 +278,13 @@ def test_frozen_weights_that_have_the_dtype_stay_in_their_file(stored: torch.dty
     assert {p.dtype for p in frozen.values()} == {torch.bfloat16}
     for name, parameter in frozen.items():
         assert (parameter.data_ptr() == before[name]) == (stored is torch.bfloat16), name
+
+
+@pytest.mark.parametrize("method", ["lrc", "lora"])
+@pytest.mark.filterwarnings("ignore")  # of peft
+def test_the_head_of_a_classifier_is_trained(small: Path, method: str) -> None:
+    kind: Any = AutoModelForSequenceClassification if method == "lrc" else AutoModelForTokenClassification
+    model = welore.mark_trainable(kind.from_pretrained(small, num_labels=3), method).model
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert [name for name in trained if "score" in name and "original" not in name]
+    assert not [name for name in trained if "embed" in name or "norm" in name]

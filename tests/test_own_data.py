@@ -446,6 +446,11 @@ def test_damaged_files_and_missing_parts_are_refused(tmp_path: Path) -> None:
         WeLoreError, match="the held-out rows have the columns prompt: needed are prompt and completion"
     ):
         read(PAIRS, eval_dataset=[{"prompt": "a"}])
+    upper = Dataset.from_list(PAIRS).with_transform(lambda rows: {name: [*map(str.upper, rows[name])] for name in rows})
+    with pytest.raises(WeLoreError, match="rows with a transform are read without it: apply it by map"):
+        read(upper)
+    with pytest.raises(WeLoreError, match="has no held-out rows"):
+        read(PAIRS, eval_dataset=Dataset.from_list(PAIRS).select([]))
     with pytest.raises(WeLoreError, match="the data set owner/chats cannot be read .*: connect once, or give a local"):
         read("owner/chats", tmp_path / "cache")
 
@@ -683,3 +688,9 @@ def test_dpo_trains_what_is_marked(model: Path, tmp_path: Path) -> None:
     DPOTrainer(net, args=DPOConfig(**arguments), train_dataset=rows, processing_class=chatting()).train()
     changed = {name for name, p in net.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {name for name in before if name.endswith((".A.weight", ".B.weight"))} != set()
+
+
+def test_of_another_data_set_to_hold_out_the_validation_part_is_taken() -> None:
+    other = DatasetDict(train=Dataset.from_list(PAIRS), validation=Dataset.from_list(PAIRS[:3]))
+    assert len(read(PAIRS, eval_dataset=other).evaluation) == 3
+    assert len(read(PAIRS, eval_dataset=other, eval_split="train").evaluation) == 20

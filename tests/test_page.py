@@ -556,7 +556,9 @@ def test_page_of_a_model_with_210_matrices_is_small(tmp_path: Path) -> None:
 def test_a_record_is_read_whatever_its_file_is_called(run: Path, tmp_path: Path) -> None:
     (run / "dense.ppl.json").rename(run / "dense.wikitext2.json")
     (run / "trainer_state.json").write_text('{"log_history": []}')
+    (run / "pod.json").write_text('{"kind": "Pod"}')
+    (run / "lines.json").write_text('{"a": 1}\n{"b": 2}\n')
     artefacts, left_out = find_artefacts([run], LOADERS)
     assert artefacts[run / "dense.wikitext2.json"].kind == "perplexity"
-    assert run / "trainer_state.json" not in artefacts
+    assert not {run / name for name in ("trainer_state.json", "pod.json", "lines.json")} & artefacts.keys()
     assert not left_out

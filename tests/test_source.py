@@ -701,9 +701,15 @@ def test_parts_of_layers_that_the_configuration_does_not_know_are_refused(saved:
         save_file(tensors | {more: torch.ones(4, 4)}, directory / "model.safetensors", {"format": "pt"})
         with pytest.raises(WeLoreError, match=rf"holds {more}, a part that no layer of config.json has"):
             CheckpointSource(directory).require_complete()
-    for more in ("model.layers.0.self_attn.rotary_emb.inv_freq", "other.bias"):  # nothing that a layer could read
-        save_file(tensors | {more: torch.ones(4)}, directory / "model.safetensors", {"format": "pt"})
-        CheckpointSource(directory).require_complete()
+    leftovers = {f"{layer}.bias": torch.zeros(32), f"{layer}.k_scale": torch.ones(1), "other.bias": torch.ones(4)}
+    leftovers |= {
+        f"model.layers.0.self_attn.{name}": torch.ones(4) for name in ("rotary_emb.inv_freq", "q_norm.weight")
+    }
+    save_file(tensors | leftovers, directory / "model.safetensors", {"format": "pt"})
+    compress(directory, directory.parent / "small", rank_reduction=0.4)  # nothing of these changes what is computed
+    welore.merge(directory.parent / "small", directory.parent / "dense")
+    merged = load_file(directory.parent / "dense" / "model.safetensors")
+    assert merged.keys() == tensors.keys() | leftovers.keys()
 
 
 @pytest.mark.parametrize("wrap", [weight_norm, partial(prune.random_unstructured, name="weight", amount=0.5)])

@@ -810,3 +810,15 @@ def test_an_interrupted_run_shows_no_result(model: Path, text: str, tmp_path: Pa
         finetuned(model, tmp_path / "run", dataset=text, progress=impatient, **SHORT)
     assert not (tmp_path / "run" / "finetune.json").exists()
     assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("method", ["lrc", "lora"])
+def test_half_precision_reads_the_weights_of_every_step(model: Path, text: str, method: str, tmp_path: Path) -> None:
+    """autocast keeps casted weights until its outermost region ends: none may be open around the training."""
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = SHORT | {"dtype": dtype, "learning_rate": 1e-2, "eval_steps": 2}
+        record = finetuned(model, tmp_path / dtype, method, dataset=text, **settings)
+        losses[dtype] = [loss for _, loss, _ in record.numbers["evaluation"]]
+    assert losses["float32"][0] - losses["float32"][-1] > 0.05
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.02)

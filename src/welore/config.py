@@ -54,7 +54,7 @@ TARGETS = "rank_reduction", "keep", "threshold"
 RATES, DURATIONS = ("learning_rate", "relative_learning_rate"), ("max_steps", "num_train_epochs")
 CHECKPOINTING = "gradient_checkpointing", "selective_checkpointing"
 # Of each of these options one may be given.
-ALTERNATIVES = TARGETS, RATES, DURATIONS, CHECKPOINTING, ("dataset", "task", "lm_eval"), ("preset", "paper")
+ALTERNATIVES = TARGETS, RATES, DURATIONS, CHECKPOINTING, ("dataset", "lm_eval"), ("preset", "paper")
 BOS = "Begin every window with BOS (window), only a text (text), nothing (never); auto: as the tokenizer's family does."
 DEVICE_MAP = "Spread a model larger than one device over all of them, the host's memory and the disk: auto."
 

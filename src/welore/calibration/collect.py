@@ -30,7 +30,7 @@ from welore.data.windows import digest, given_windows, require_known_tokens
 from welore.errors import WeLoreError
 from welore.io.atomic import resolved, work_directory
 from welore.io.claim import claimed
-from welore.io.context import RunContext, usual_numbers
+from welore.io.context import RunContext, own_modes
 from welore.io.pages import give_back
 from welore.io.resume import Workspace, restart_key
 from welore.layers.block_grid import Grid
@@ -52,7 +52,7 @@ TEACHER_SIZE = 64  # log-probabilities after every token of a text that the mode
 COLLECTED = "collected"  # in the workspace: all statistics are there, and this is their record
 
 
-@usual_numbers()
+@own_modes()
 def calibrate(
     model: "str | Path | PreTrainedModel",
     config: CalibrationConfig | None = None,

@@ -161,8 +161,8 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     lists = {p.name for p in context.command.params if getattr(p, "multiple", False)}
     given = {names[name]: value for name, value in values.items()}
     for name, value in given.items():  # one of several, or several texts
-        if isinstance(value, str if name in lists else list):
-            given[name] = [value] if name in lists else ",".join(map(str, value))
+        if isinstance(value, str if name in lists else list) and all(isinstance(part, str) for part in value):
+            given[name] = [value] if name in lists else ",".join(value)
     context.default_map = dict(context.default_map or {}) | given
     return path
 

@@ -41,8 +41,7 @@ class Spelled(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As click does, options with hyphens; one that is given overrides its alternatives in the file of --config."""
-        args = [re.sub(r"^--[\w-]+", lambda name: name[0].replace("_", "-"), a) for a in args]
-        args = super().parse_args(ctx, args)
+        args = super().parse_args(ctx, [re.sub(r"^--[\w-]+", lambda n: n[0].replace("_", "-"), a) for a in args])
         for names in ALTERNATIVES:
             sources = {name: getattr(ctx.get_parameter_source(name), "name", None) for name in names}
             if "COMMANDLINE" in sources.values():

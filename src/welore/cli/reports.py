@@ -28,7 +28,7 @@ def report(
     with suppress(WeLoreError), claimed(output, overwrite=True, marker="report.html"):
         pass  # clears what a killed report left beside a directory that is in use by now
     used = output.is_dir() and any(output.iterdir())
-    with claimed(output / "report.html") if used else claimed(output, marker="report.html"):
+    with claimed(output / "report.html", overwrite=True) if used else claimed(output, marker="report.html"):
         page = report(directories, output)
     print_result({"output": str(page)}, as_json, f"report -> {page}")
 

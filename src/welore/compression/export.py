@@ -11,7 +11,7 @@ from welore.compression.info import stored_size
 from welore.compression.merge import merge
 from welore.config import AUTO, OutType, RunOptions, require_choice
 from welore.errors import WeLoreError, choose
-from welore.io.context import RunContext
+from welore.io.context import RunContext, own_modes
 from welore.models.source import open_source
 from welore.records import Record
 
@@ -73,6 +73,7 @@ def export(
     return Path(output)
 
 
+@own_modes()
 def exported(
     model: "str | Path | PreTrainedModel",
     output: str | Path,

@@ -73,7 +73,7 @@ def export_gguf(
     if output.suffix != ".gguf":
         raise WeLoreError(f"{output} is no name for a gguf result, which is one file: call it NAME.gguf")
     package = _converter_package()
-    with claimed(output, model, overwrite=context.overwrite):
+    with claimed(output, model, overwrite=True):
         if not context.overwrite:
             require_free(output, overwrite=False)
         source = open_source(model, context)

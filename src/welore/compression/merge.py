@@ -11,7 +11,7 @@ from welore.config import SHARD_SIZE, RunOptions
 from welore.errors import WeLoreError
 from welore.io.checkpoint import OutputTensors, check_finite
 from welore.io.claim import claimed, require_unread
-from welore.io.context import RunContext
+from welore.io.context import RunContext, own_modes
 from welore.io.safetensors_stream import TensorInfo
 from welore.layers.block_grid import Grid, block_names
 from welore.layers.storage_forms import FACTORED, FORMS
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MADE = "The factors of the compressed model are multiplied back, W = A B: this is an ordinary, dense checkpoint."
 
 
+@own_modes()
 def merge(
     model: "str | Path | PreTrainedModel",
     output_dir: str | Path | None = None,
@@ -120,7 +121,7 @@ def merged_tensors(
         layer = name.rpartition(".")[0]
         if name in parts:
             continue
-        if layer in changed:
+        if layer in changed and name.removeprefix(f"{layer}.") in skeleton.get_submodule(layer)._parameters:
             info = TensorInfo(source.info(name).dtype, tuple(skeleton.get_parameter(name).shape))
             outputs.append(OutputTensors({name: info}, partial(make, name, info.dtype), layer))
         else:

@@ -145,7 +145,10 @@ class Needs:
         if job.experts is not None:
             stages.append(self._experts(rates))
         if not job.plain:
-            stages.append(self._decompositions(rates))
+            again = {layer.name for mlp in self.mlps for layer in mlp.layers}  # neurons change these
+            operations = SCALED_VALUES if self.scaled else VALUES
+            seconds = sum((1 + (t.layer in again)) * self._seconds(t, operations, rates) for t in self.blocks)
+            stages.append(self._stage("decompositions", seconds, self._in_work(self._one), self._lasting))
         if self.mlps:
             stages.append(self._pruning(rates))
         if not job.plain:
@@ -248,13 +251,6 @@ class Needs:
         shapes = [t.shape for t in self.source.targets if is_of_expert(t.name) and t.name.endswith(f".{DOWN}")]
         seconds = sum(2 * d * f * (d + f) for d, f in shapes) / rates["float32"]
         return self._stage("expert pruning", seconds, self._in_work(max(4 * (d + f) ** 2 for d, f in shapes)), 0)
-
-    def _decompositions(self, rates: Rates) -> Stage:
-        """Values of all matrices; of MLPs that lose neurons once more."""
-        again = {layer.name for mlp in self.mlps for layer in mlp.layers}
-        operations = SCALED_VALUES if self.scaled else VALUES
-        seconds = sum((1 + (t.layer in again)) * self._seconds(t, operations, rates) for t in self.blocks)
-        return self._stage("decompositions", seconds, self._in_work(self._one), self._lasting)
 
     def _seconds(self, target: Target, operations: tuple[float, float, float], rates: Rates) -> float:
         k, long = min(target.shape), max(target.shape)

@@ -59,7 +59,7 @@ from welore.errors import DamagedWeightsError, WeLoreError
 from welore.io.atomic import atomic_directory, hidden, remove, resolved, work_directory
 from welore.io.checkpoint import PLAN, RECORD
 from welore.io.claim import claimed, require_unread
-from welore.io.context import RunContext, usual_numbers
+from welore.io.context import RunContext, own_modes
 from welore.layers.block_grid import Grid, layer_of
 from welore.layers.remaining import Remaining
 from welore.models.card import read_card, write_card
@@ -150,7 +150,7 @@ class Job:
         return self.config.optimize_for == ANYWHERE if self.plan is None else self.plan.plain
 
 
-@usual_numbers()
+@own_modes()
 def compress(
     model: "Directory | PreTrainedModel",
     output_dir: Directory | None = None,

@@ -82,15 +82,12 @@ def compressed_tensors(source: TensorSource, plan: Plan, factors: Factors) -> li
             outputs.append(OutputTensors(copied.tensors, copied.make, layer if layer in changed else None))
             continue
         if layer in plan.split:  # the tombstone of a layer that is stored in blocks
-            outputs.append(OutputTensors({name: TensorInfo(dtype, (0,))}, partial(_empty, name), layer))
+            tombstone = {name: TensorInfo(dtype, (0,))}
+            outputs.append(OutputTensors(tombstone, partial(dict[str, list[Tensor]], {name: []}), layer))
         for target, a in layers.pop(name):
             outputs.append(_low_rank(target, a, factors, dtype) if a.factored else _dense(source, target, dtype))
     assert not layers, f"planned but not in the model: {sorted(layers)}"
     return outputs
-
-
-def _empty(name: str) -> dict[str, list[Tensor]]:
-    return {name: []}
 
 
 def _low_rank(target: Target, a: Allocation, factors: Factors, dtype: torch.dtype) -> OutputTensors:
@@ -98,7 +95,7 @@ def _low_rank(target: Target, a: Allocation, factors: Factors, dtype: torch.dtyp
     form, tombstone = FORMS[a.form], f"{a.name}.weight"
 
     def make() -> dict[str, list[Tensor]]:
-        return {f"{a.name}.{part}": [tensor.flatten()] for part, tensor in factors(a).items()} | _empty(tombstone)
+        return {f"{a.name}.{part}": [tensor.flatten()] for part, tensor in factors(a).items()} | {tombstone: []}
 
     infos = {
         f"{a.name}.{part}": TensorInfo(torch.int64 if part in form.indices else dtype, shape)

@@ -58,14 +58,17 @@ def open_rows(config: FinetuneConfig, limit: int | None, cache_dir: str | Path |
         return _table(dataset, split, limit, cache_dir) if others else dataset
     tables = [_table(dataset, split, limit, cache_dir)]
     if config.eval_dataset is not None:
-        tables.append(_table(config.eval_dataset, own, limit, cache_dir))
+        theirs = own or ("validation" if "validation" in _splits(config.eval_dataset) else None)
+        tables.append(_table(config.eval_dataset, theirs, limit, cache_dir))
     elif own or (config.dataset_split is None and "validation" in _splits(dataset)):
         tables.append(_table(dataset, own or "validation", limit, cache_dir))
     needed = [names.get(column, column) for column in SHAPES[shape]]
-    for table in tables:
+    for part, table in zip(("", "held-out "), tables, strict=False):
+        if not len(table):
+            raise WeLoreError(f"{dataset_name(dataset)} has no {part}rows")
         if not {*needed}.issubset(table.column_names):
             given, wanted = ", ".join(table.column_names), " and ".join(needed)
-            raise WeLoreError(f"the held-out rows have the columns {given}: needed are {wanted}")
+            raise WeLoreError(f"the {part}rows have the columns {given}: needed are {wanted}")
     return Rows(dataset_name(dataset), shape, *(_select(table, shape, names) for table in tables))
 
 
@@ -152,6 +155,8 @@ def _table(dataset: Any, split: str | None, limit: int | None, cache_dir: str | 
         elif split is not None:
             raise WeLoreError(f"{dataset_name(dataset)} has no splits, but rows: leave split {split} out")
         if isinstance(dataset, Dataset):
+            if dataset.format["type"] == "custom":
+                raise WeLoreError("rows with a transform are read without it: apply it by map")
             return dataset
         rows = islice(dataset, None if hasattr(dataset, "__len__") else limit)
         return concatenate_datasets([Dataset.from_list(part) for part in iter(lambda: [*islice(rows, AT_ONCE)], [])])

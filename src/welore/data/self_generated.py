@@ -127,19 +127,15 @@ class _Written:
         """Keep the finished windows of a batch; the only one is stored by the caller."""
         self.done[rows[0]] = windows
         if self.workspace is not None and len(rows) < len(self.mine):
-            self.workspace.store(_name(rows[0]), {"windows": windows.int()})
+            self.workspace.store(f"written.{rows[0]}", {"windows": windows.int()})
 
     def windows(self) -> Tensor:
         """All windows (count, length)."""
         return torch.cat([self.done[first] for first in sorted(self.done)] or [torch.empty((0, 1), dtype=torch.long)])
 
     def _fetch(self, first: int) -> Tensor | None:
-        stored = None if self.workspace is None else self.workspace.fetch(_name(first))
+        stored = None if self.workspace is None else self.workspace.fetch(f"written.{first}")
         return None if stored is None else stored["windows"].long()
-
-
-def _name(first: int) -> str:
-    return f"written.{first}"
 
 
 # --- openings --------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def claimed(
         if marker is not None:
             require_free(path, overwrite=overwrite, marker=marker)
         elif not overwrite and path.exists() and path.stat().st_size and not _is_ours(path):
-            raise WeLoreError(f"{path} is there, and no file of ours: choose another, or pass --overwrite")
+            raise WeLoreError(f"{path} is there, and no file of ours: choose another name, or delete it first")
         yield
 
 
@@ -90,8 +90,8 @@ def _is_ours(path: Path) -> bool:
     with suppress(WeLoreError):
         return TensorReader(path).metadata.get("format", "").startswith("welore.")
     with suppress(WeLoreError), path.open("rb") as file:
-        content = read_json(path) if file.read(1) == b"{" else None
-        return isinstance(content, dict) and ("kind" in content or "format" in content)
+        content = read_json(path) if file.read(1) == b"{" else {}
+        return "welore." in str(content.get("format")) or {"kind", "inputs", "numbers"} <= content.keys()
     return False
 
 

@@ -24,15 +24,12 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def usual_numbers() -> Iterator[None]:
-    """Gradients, float32 where no dtype is named, and no autocast, whatever the caller's own modes are."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.inference_mode(False), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(before)
+def own_modes() -> Iterator[None]:
+    """Gradients where they are wanted; WeLoreError in autocast, whose cast weights a training would read for ever."""
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))) or torch.get_default_dtype() != torch.float32:
+        raise WeLoreError("call this outside of torch.autocast, and with torch.set_default_dtype(torch.float32)")
+    with torch.inference_mode(False):
+        yield
 
 
 @dataclass(frozen=True)

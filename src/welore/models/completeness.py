@@ -73,7 +73,7 @@ def require_complete(directory: Path, skeleton: "PreTrainedModel", quantization:
         stored = next((files.entries[key] for key in names if key in files.entries and not int8 & {*names}), None)
         if tensor.is_floating_point() and stored is not None and stored.dtype not in FLOATS:
             raise WeLoreError(f"{name} has dtype {stored.dtype}, {CONFIG} does not say how: give the unquantized model")
-    _require_all_read(directory, model, report["unexpected_keys"], compressed=quantization is not None)
+    _require_all_read(directory, model, report["unexpected_keys"], files)
 
 
 def _require_room(directory: Path, skeleton: "PreTrainedModel", numbers: int) -> None:
@@ -101,8 +101,8 @@ def _require_generation_config(directory: Path) -> None:
         raise WeLoreError(f"{path} cannot be read: {reason(error)}") from error
 
 
-def _require_all_read(directory: Path, model: "PreTrainedModel", unread: set[str], *, compressed: bool) -> None:
-    """Raise WeLoreError for decoder blocks that config.json does not count, and for parts of layers that are dense."""
+def _require_all_read(directory: Path, model: "PreTrainedModel", unread: set[str], files: CheckpointReader) -> None:
+    """Raise WeLoreError for decoder blocks that config.json does not count, and adapters, factors, biases unread."""
     blocks, modules = decoder_blocks(model)
     own = re.escape(blocks.removeprefix(f"{model.base_model_prefix}."))
     count = len(modules) + (getattr(model.config, "num_nextn_predict_layers", None) or 0)  # which are never loaded
@@ -112,10 +112,11 @@ def _require_all_read(directory: Path, model: "PreTrainedModel", unread: set[str
             raise WeLoreError(
                 f"{directory} holds {key}, but {CONFIG} says {len(modules)} layers: it is another model's"
             )
-        layer = re.sub(r"(\.lora_.*|\.\w+)$", "", key)
+        layer = key.removesuffix(".bias")
         layers = [name for name in (layer, f"{model.base_model_prefix}.{layer}") if has_module(model, name)]
-        linear = any(kind_of(model.get_submodule(name)) for name in layers)
-        if block and ((compressed and not layers) or linear):
+        bias = layer != key and any(kind_of(model.get_submodule(name)) for name in layers)
+        bias = bias and (key not in files.entries or bool(files.read(key).any()))
+        if ".lora_" in key or (block and (bias or re.search(r"\.[ABCP]\.weight$", key))):
             raise WeLoreError(f"{directory} holds {key}, a part that no layer of {CONFIG} has: it is another model's")
 
 

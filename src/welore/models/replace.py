@@ -45,9 +45,9 @@ def _exchanged(model: nn.Module, name: str, make: Callable[..., Layer]) -> Layer
 def _as_before(new: nn.Module, old: nn.Module) -> None:
     """Give a layer the mode, the hooks and the frozen weights of the one in whose place it comes."""
     new.train(old.training)
-    if not any(parameter.requires_grad for parameter in old.parameters()):
+    if not any(parameter.requires_grad for name, parameter in old.named_parameters() if name != "bias"):
         new.requires_grad_(False)
-    for name in filter(re.compile(r"_(forward|backward)(_pre)?_hooks(_\w+)?").fullmatch, vars(old)):
+    for name in filter(re.compile(r"(_is_full)?_(for|back)ward(_pre)?_hooks?(_\w+)?").fullmatch, vars(old)):
         setattr(new, name, getattr(old, name))
 
 

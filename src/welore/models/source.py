@@ -100,7 +100,7 @@ def require_unwrapped(model: nn.Module) -> None:
     from transformers import PreTrainedModel
 
     parts = {name.rpartition(".")[2] for name, _ in (*model.named_modules(), *model.named_parameters())}
-    if not isinstance(model, PreTrainedModel) or parts & {"base_layer", "parametrizations", "weight_orig", "weight_g"}:
+    if not isinstance(model, PreTrainedModel) or parts & {"base_layer", "parametrizations", "weight_orig", "weight_v"}:
         raise WeLoreError(
             f"{type(model).__name__} is wrapped, or has adapters or parametrizations: give the model of "
             "transformers inside it, with adapters merged (merge_and_unload of peft)"

@@ -11,7 +11,6 @@ from typing import Any
 from welore.allocation.plan import Plan
 from welore.allocation.spectra import Spectra
 from welore.errors import WeLoreError
-from welore.io.atomic import read_json
 from welore.io.fields import ERRORS, typed
 from welore.records import MODEL_FINGERPRINT, Record
 from welore.reporting.style import Picture
@@ -26,6 +25,7 @@ LOADERS: dict[str, Loader] = {
     "plan.json": Plan.load,
     "*.plan.json": Plan.load,
 }
+RECORDS = ("compression.json", "finetune.json", ".ppl.json", ".score.json")  # so called they must be some
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,10 @@ ROWS: dict[str, Callable[[Record], Any]] = {
 
 
 def _record(path: Path) -> Record | None:
-    """A record, whatever the file is called; None for other content."""
-    content, named = read_json(path), path.name.endswith((".ppl.json", ".score.json"))
-    return Record.load(path) if named or (isinstance(content, dict) and "kind" in content) else None
+    """A record, whatever the file is called; None for the files of other programs."""
+    with path.open("rb") as file:
+        begins = re.match(rb'{\s*"kind": "[\w-]+",\s*"inputs": ', file.read(200))
+    return Record.load(path) if begins or path.name.endswith(RECORDS) else None
 
 
 def _read(path: Path, load: Loader) -> Any:

@@ -31,6 +31,7 @@ RENAMED = {  # words of TrainingArguments and TRL -> settings
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), "batch_size"),
     **dict.fromkeys(("assistant_only_loss", "completion_only_loss"), "nothing, or loss_on_prompt for the opposite"),
     **{"eval_strategy": "eval_steps", "save_strategy": "save_steps", "optim": "optimizer", "lr": "learning_rate"},
+    **{"resume_from_checkpoint": "resume", "push_to_hub": "nothing, and upload OUTPUT_DIR/model afterwards"},
     **{"bf16": "dtype", "fp16": "dtype", "dataset_text_field": "text_column", "use_peft": "method lora"},
 }
 # Fields of TrainingArguments that a run would not obey: their work is done by settings of our own, or not at all.

@@ -19,7 +19,7 @@ from welore.config import Dataset, FinetuneConfig, RunOptions, as_record, settin
 from welore.evaluation.perplexity import perplexity_of
 from welore.io.atomic import atomic_directory
 from welore.io.checkpoint import PLAN, RECORD
-from welore.io.context import RunContext, usual_numbers
+from welore.io.context import RunContext, own_modes
 from welore.io.progress import silent
 from welore.models.card import read_card, write_card
 from welore.models.experts import fused
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 Callbacks = Sequence[TrainerCallback | Callable[[FinetuneTrainer], TrainerCallback]]
 
 
-@usual_numbers()
+@own_modes()
 def finetune(
     model: "str | Path | PreTrainedModel",
     output_dir: str | Path,

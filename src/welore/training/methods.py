@@ -24,8 +24,7 @@ from welore.layers.low_rank import LowRankLayer
 from welore.models.experts import fused_experts, fused_tensors, unfuse, unfused
 from welore.models.replace import compression_config
 from welore.models.skeleton import decoder_blocks
-from welore.models.source import require_unwrapped
-from welore.models.targets import find_targets, in_blocks
+from welore.models.targets import find_targets, in_blocks, kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -152,7 +151,8 @@ def mark_trainable(
         WeLoreError: The method is unknown, has nothing to train in this model, or lacks a package.
     """
     entry = choose("method", method, METHODS)
-    require_unwrapped(model)
+    if any(".lora_" in name for name, _ in model.named_parameters()):
+        raise WeLoreError("this model has adapters already: merge them first (merge_and_unload of peft)")
     if any(isinstance(module, Int8Layer) for module in model.modules()):
         raise WeLoreError(
             "the weights of this model are int8, which cannot be trained: fine-tune the model that it was made of, "
@@ -291,7 +291,10 @@ def _adapted(model: "PreTrainedModel", names: Sequence[str], rank: int, **switch
     from peft import LoraConfig, get_peft_model
 
     settings: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0} | switches
-    config = LoraConfig(target_modules=[*names], task_type="CAUSAL_LM", **settings)
+    kind, kinds = type(model).__name__, {"ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS"}
+    task: Any = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None
+    task = next((task for end, task in kinds.items() if kind.endswith(end)), task)
+    config = LoraConfig(target_modules=[*names], task_type=task, **settings)
     with known_warnings():
         return get_peft_model(model, config)
 
@@ -388,14 +391,16 @@ def state_classes(method: str) -> list[Any]:
     return [getattr(importlib.import_module(module), name) for module, _, name in paths]
 
 
-def _train_only(model: nn.Module, layers: Sequence[nn.Module]) -> None:
-    """Train the weights of these layers; their biases and everything else are frozen."""
+def _train_only(model: "PreTrainedModel", layers: Sequence[nn.Module]) -> None:
+    """Train the weights of these layers, and a head that predicts no tokens; biases and everything else are frozen."""
     model.requires_grad_(False)
+    for name, head in model.named_children():
+        if name != model.base_model_prefix and kind_of(head) and head is not model.get_output_embeddings():
+            head.requires_grad_(True)  # of a classifier, which begins at random
     for layer in layers:
         assert isinstance(layer.weight, nn.Parameter)
         layer.weight.requires_grad_()
 
 
 def _parts(layer: nn.Module) -> list[nn.Module]:
-    """The factors of a low-rank layer; none of another."""
     return list(layer.children()) if isinstance(layer, LowRankLayer) else []
