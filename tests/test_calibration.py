@@ -648,6 +648,9 @@ def test_files_that_are_no_calibration_are_refused(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, path)
     with pytest.raises(WeLoreError, match="holds no statistics"):
         Statistics.load(path)
+    with pytest.raises(WeLoreError, match="is there, and no file of ours"):
+        gathered(build("llama"), tmp_path)
+    path.unlink()
     gathered(build("llama"), tmp_path)
     about = TensorReader(path).metadata
     tensors = load_file(path)
