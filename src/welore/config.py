@@ -611,10 +611,7 @@ class PretrainConfig:
 
 
 def settings_of(kind: type[Settings], given: Settings | None, **fields: Any) -> Settings:
-    """The settings that are given, or the defaults, with these fields unless they are None.
-
-    Raises WeLoreError for anything else, such as a dict.
-    """
+    """The settings that are given, or the defaults, with fields that are not None; WeLoreError for a dict."""
     if given is not None and not isinstance(given, kind):
         raise WeLoreError(f"{type(given).__name__} is no settings: give welore.{kind.__name__}(...)")
     changes: Any = {name: value for name, value in fields.items() if value is not None}

@@ -95,9 +95,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def sizes_in(directory: Path | None, model: "PreTrainedModel") -> dict[str, Any]:
     """`sizes` of the model of a directory; what has left no trace in the model itself, only its record tells."""
     record = None if directory is None else Record.load_if_there(directory / RECORD)
-    told = record is not None and (
-        record.settings.get("optimize_for") == ANYWHERE or record.settings.get("expert_pruning")
-    )
+    told = record and (record.settings.get("optimize_for") == ANYWHERE or record.settings.get("expert_pruning"))
     return sizes(model) | ({"parameter_ratio": record.numbers["parameter_ratio"]} if record and told else {})
 
 

@@ -16,7 +16,7 @@ from welore.reporting import figures, tables
 from welore.reporting.discover import LOADERS, ROWS, Content, find_artefacts, load_sections, machine_text
 from welore.reporting.formatting import last_name, megabytes, percent, perplexity_text
 from welore.reporting.module_types import summarise
-from welore.reporting.style import Picture, picture
+from welore.reporting.style import INSTALL, Picture, picture
 from welore.reporting.training_figures import FIGURE_1, FIGURE_5, fine_tuning
 
 LOG = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def report(directories: Sequence[str | Path], output_dir: str | Path) -> Path:
         import jinja2
         import matplotlib  # noqa: F401 - missing packages are reported before the work
     except ImportError as error:
-        raise WeLoreError("reports need matplotlib and jinja2: pip install 'welore[report]'") from error
+        raise WeLoreError(INSTALL) from error
 
     sections = load_sections()
     artefacts, left_out = find_artefacts(directories, LOADERS | {k: v for s in sections for k, v in s.loaders.items()})

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from io import BytesIO, StringIO
 from typing import TYPE_CHECKING, Any
 
+from welore.errors import WeLoreError
 from welore.reporting.formatting import perplexity_text
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+INSTALL = "figures and reports need matplotlib and jinja2: pip install 'welore[report]'"
 # The colours of Okabe and Ito, each with its own marker for printers without colour.
 STYLES = (("#000000", "D"), ("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"), ("#56B4E9", "P"))
 BLACK, BLUE, VERMILION = (STYLES[i][0] for i in range(3))
@@ -35,10 +37,12 @@ class Picture:
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
-    """An empty figure; sizes in inches."""
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
+    """An empty figure; sizes in inches. WeLoreError if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise WeLoreError(INSTALL) from error
     # Letters are not equally wide in SVG and PNG: without a margin one of the two is cut at the edge.
     fig = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.07))
     if title:
