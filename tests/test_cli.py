@@ -571,7 +571,9 @@ def test_reader_that_goes_away_is_no_failure_but_a_full_disk_is() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     pipes: dict[str, Any] = {"stdout": writer, "stderr": subprocess.PIPE, "text": True, "check": False}
-    assert "Traceback" not in subprocess.run(run, **pipes).stderr
+    answer = subprocess.run(run, **pipes)
+    assert "Traceback" not in answer.stderr
+    assert "Exception ignored" not in answer.stderr
     for environment in (os.environ, os.environ | {"PYTHONUNBUFFERED": "1"}):
         answer = subprocess.run(result, **pipes, env=environment)
         assert (answer.returncode, answer.stderr) == (0, "")

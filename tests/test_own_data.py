@@ -341,6 +341,9 @@ def test_a_dict_of_texts_is_read_as_its_split() -> None:
         kind = DatasetDict if table is texts else IterableDatasetDict
         rows = open_rows(FinetuneConfig(dataset=kind(test=table), dataset_split="test"), 100)
         assert [row["text"] for row in rows] == ["one two three"] * 4
+    upper = DatasetDict(test=texts.with_transform(lambda batch: {"text": [*map(str.upper, batch["text"])]}))
+    rows = open_rows(FinetuneConfig(dataset=upper, dataset_split="test"), 100)
+    assert [row["text"] for row in rows] == ["ONE TWO THREE"] * 4
 
 
 def test_splits_that_are_not_there_and_other_columns_to_hold_out_are_refused() -> None:

@@ -66,6 +66,8 @@ def open_rows(config: FinetuneConfig, limit: int | None, cache_dir: str | Path |
     for part, table in zip(("", "held-out "), tables, strict=False):
         if not len(table):
             raise WeLoreError(f"{dataset_name(dataset)} has no {part}rows")
+        if table.format["type"] == "custom":  # which `_select` takes away
+            raise WeLoreError("rows with a transform are read without it: apply it by map")
         if not {*needed}.issubset(table.column_names):
             given, wanted = ", ".join(table.column_names), " and ".join(needed)
             raise WeLoreError(f"the {part}rows have the columns {given}: needed are {wanted}")
@@ -155,8 +157,6 @@ def _table(dataset: Any, split: str | None, limit: int | None, cache_dir: str | 
         elif split is not None:
             raise WeLoreError(f"{dataset_name(dataset)} has no splits, but rows: leave split {split} out")
         if isinstance(dataset, Dataset):
-            if dataset.format["type"] == "custom":
-                raise WeLoreError("rows with a transform are read without it: apply it by map")
             return dataset
         rows = islice(dataset, None if hasattr(dataset, "__len__") else limit)
         return concatenate_datasets([Dataset.from_list(part) for part in iter(lambda: [*islice(rows, AT_ONCE)], [])])

@@ -28,6 +28,7 @@ from welore.io.resume import Workspace
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+BATCH = "written.{}"  # in the workspace: the finished windows of a batch, by the number of the first
 LAST = math.nextafter(1, 0)  # the largest number below 1
 MARK = "\N{SNOWMAN}"  # stands for the user's words while a chat template is taken apart
 USABLE = 0.8  # share of the free memory that windows may take; the rest is for what other parts of the job hold
@@ -127,14 +128,14 @@ class _Written:
         """Keep the finished windows of a batch; the only one is stored by the caller."""
         self.done[rows[0]] = windows
         if self.workspace is not None and len(rows) < len(self.mine):
-            self.workspace.store(f"written.{rows[0]}", {"windows": windows.int()})
+            self.workspace.store(BATCH.format(rows[0]), {"windows": windows.int()})
 
     def windows(self) -> Tensor:
         """All windows (count, length)."""
         return torch.cat([self.done[first] for first in sorted(self.done)] or [torch.empty((0, 1), dtype=torch.long)])
 
     def _fetch(self, first: int) -> Tensor | None:
-        stored = None if self.workspace is None else self.workspace.fetch(f"written.{first}")
+        stored = None if self.workspace is None else self.workspace.fetch(BATCH.format(first))
         return None if stored is None else stored["windows"].long()
 
 

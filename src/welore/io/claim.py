@@ -84,7 +84,7 @@ def _existing(value: Any) -> Iterator[Path]:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file that lies with a model is a measurement or an artefact of ours, which may be made again."""
+    """Whether a file is a measurement or an artefact of ours, which may be made again."""
     from welore.io.safetensors_stream import TensorReader  # needs torch
 
     with suppress(WeLoreError):

@@ -216,7 +216,7 @@ def find_targets(model: "PreTrainedModel", include: Iterable[str] = (), exclude:
         kind, parent = kind_of(module), name.rpartition(".")[0]
         if isinstance(module, LowRankLayer):
             factors = f"{name}."
-        if kind is None or name.startswith(factors) or ".lora_" in name:  # of an adapter of peft
+        if kind is None or name.startswith(factors) or ".lora_" in name:  # a factor, or of an adapter of peft
             continue
         names.append(name)
         same = [name, *shared.get(name, ())]
